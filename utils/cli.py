@@ -1,0 +1,100 @@
+"""Command-line plumbing shared by all scripts: parsers, argument types, devices, exit codes."""
+import argparse
+import errno
+import logging
+import sys
+
+import torch
+
+from utils.errors import UserError
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
+                     argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the line breaks of the examples."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.required or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def parser(description, epilog=None):
+    """An ArgumentParser that shows defaults and takes no abbreviated flags."""
+    return argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False,
+                                   formatter_class=_HelpFormatter)
+
+
+def add_common(p):
+    """Adds --device and --seed to a parser (or argument group) and returns it."""
+    p.add_argument('--device', default='auto', metavar='DEVICE',
+                   help='cpu, cuda, cuda:N, or auto (a GPU when there is one)')
+    p.add_argument('--seed', type=nonnegative_int, default=0, metavar='INT', help='random seed')
+    return p
+
+
+def _number(convert, accept, wanted):
+    def parse(text):
+        try:
+            value = convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'{text!r} is not {wanted}') from None
+        if not accept(value):
+            raise argparse.ArgumentTypeError(f'{text} is not {wanted}')
+        return value
+    return parse
+
+
+positive_int = _number(int, lambda v: v > 0, 'a whole number above 0')
+nonnegative_int = _number(int, lambda v: v >= 0, 'a whole number, 0 or more')
+positive_float = _number(float, lambda v: 0 < v < float('inf'), 'a number above 0')
+nonnegative_float = _number(float, lambda v: 0 <= v < float('inf'), 'a number, 0 or more')
+fraction = _number(float, lambda v: 0 <= v <= 1, 'a number between 0 and 1')
+power_of_two = _number(int, lambda v: v > 0 and v & (v - 1) == 0, 'a power of two')
+
+
+def boolean(text):
+    """Reads true/false, yes/no, 1/0 (published flags such as `--mirror=1`)."""
+    value = {'1': True, 'true': True, 'yes': True, 'on': True,
+             '0': False, 'false': False, 'no': False, 'off': False}.get(str(text).lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
+    return value
+
+
+def resolve_device(name):
+    """Turns --device into a torch.device; UserError when it is not there."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f'--device {name}: unknown device; use cpu, cuda or cuda:N') from None
+    if device.type == 'cuda':
+        if not torch.cuda.is_available():
+            raise UserError(f'--device {name}: no CUDA device is available; use --device cpu')
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UserError(f'--device {name}: only {torch.cuda.device_count()} GPU(s) here')
+    return device
+
+
+def run(main):
+    """Runs `main()` and exits with its code; user errors become one line on stderr (exit 2)."""
+    logging.captureWarnings(True)
+    try:
+        code = main()
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print('interrupted; run the same command again to resume where resuming is supported',
+              file=sys.stderr)
+        code = 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f' while writing {error.filename}' if error.filename else ''
+        print(f'error: the disk is full{where}; free some space and run the same command again',
+              file=sys.stderr)
+        code = 1
+    sys.exit(code)

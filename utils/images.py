@@ -1,0 +1,113 @@
+"""Images as files, PIL pictures and tensors. Tensors are float32 RGB in [-1, 1]."""
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from utils.errors import UserError
+from utils.io import atomic_path
+
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.ppm', '.webp')
+
+
+def to_uint8(img):
+    """Float [..., H, W] in [-1, 1] -> uint8, rounded and clamped."""
+    return img.detach().float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(u8):
+    """uint8 in [0, 255] -> float32 in [-1, 1]."""
+    return u8.float().div(127.5).sub(1)
+
+
+def as_rgb(image):
+    """Any PIL image -> RGB: EXIF orientation applied, 16-bit scaled to 8, alpha over black."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I') or image.mode == 'F':
+        values = np.asarray(image, dtype=np.float64)
+        # 16-bit files come as I;16 or I; anything that fits 8 bits is left unscaled.
+        scale = 257.0 if values.max(initial=0) > 255 else 1.0
+        image = Image.fromarray(np.clip(np.rint(values / scale), 0, 255).astype(np.uint8))
+    if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, (0, 0, 0, 255)), image)
+    return image.convert('RGB')
+
+
+def load_rgb(path):
+    """Reads any common image file as a PIL RGB picture; UserError when it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            return as_rgb(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f'{path} is not a readable image ({error}); '
+                        'replace it or remove its row') from error
+
+
+def resize(image, size):
+    """PIL picture -> `size` x `size`, antialiased bilinear, aspect ratio not kept (published)."""
+    if image.size == (size, size):
+        return image
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def pil_to_tensor(image):
+    """PIL RGB -> float32 [3, H, W] in [-1, 1]."""
+    return from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def tensor_to_pil(img):
+    """Float [3, H, W] in [-1, 1] -> PIL RGB."""
+    return Image.fromarray(to_uint8(img).permute(1, 2, 0).cpu().numpy())
+
+
+def load_tensor(path, size):
+    """Reads a picture as float32 [3, size, size] in [-1, 1]."""
+    return pil_to_tensor(resize(load_rgb(path), size))
+
+
+def save_png(img, path):
+    """Writes a PIL picture, or a float [3, H, W] tensor in [-1, 1], as a PNG without metadata.
+
+    The bytes depend on the pixels alone.
+    """
+    if isinstance(img, torch.Tensor):
+        img = tensor_to_pil(img)
+    clean = Image.fromarray(np.array(img))    # a fresh picture carries no info chunks along
+    with atomic_path(path) as temp:
+        clean.save(temp, format='PNG')
+
+
+def grid(imgs, n_cols, pad=2, fill=-1.0):
+    """Lays out [N, C, H, W] as one [C, rows*(H+pad)+pad, cols*(W+pad)+pad] picture."""
+    n, c, h, w = imgs.shape
+    n_rows = -(-n // n_cols)
+    sheet = imgs.new_full((c, n_rows * (h + pad) + pad, n_cols * (w + pad) + pad), fill)
+    for i in range(n):
+        y, x = pad + (i // n_cols) * (h + pad), pad + (i % n_cols) * (w + pad)
+        sheet[:, y:y + h, x:x + w] = imgs[i]
+    return sheet
+
+
+def find_images(folder):
+    """All image files below `folder`, sorted; UserError when there is no folder or no image."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f'image folder not found: {folder}')
+    found = sorted(p for p in folder.rglob('*')
+                   if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not found:
+        raise UserError(f'no images ({", ".join(IMAGE_SUFFIXES)}) in {folder}')
+    return found
+
+
+def check_image_files(paths):
+    """Decodes every file fully; returns [(path, reason), ...] of those that fail."""
+    bad = []
+    for path in paths:
+        try:
+            load_rgb(path)
+        except UserError as error:
+            bad.append((path, str(error.__cause__)))
+    return bad

@@ -1,0 +1,84 @@
+"""The record a run leaves beside its outputs, and the guard against mixing two runs."""
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from utils.errors import UserError
+from utils.io import sha256_file, write_json
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+RECORD_NAME = 'options.json'
+
+
+def versions():
+    """Versions of what shapes the numbers, and the commit of the code when it is a checkout."""
+    found = {'python': platform.python_version()}
+    for name in ('torch', 'torchvision', 'numpy', 'pillow', 'k-salsa'):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    found['cuda'] = torch.version.cuda if torch.cuda.is_available() else None
+    found['commit'] = _commit()
+    return found
+
+
+def _commit():
+    def git(*arguments):
+        return subprocess.run(['git', '-C', str(PROJECT_ROOT), *arguments], capture_output=True,
+                              text=True, timeout=10, check=True).stdout.strip()
+    try:
+        if Path(git('rev-parse', '--show-toplevel')).resolve() != PROJECT_ROOT:
+            return None
+        dirty = git('status', '--porcelain', '--untracked-files=no')
+        return git('rev-parse', 'HEAD') + ('-dirty' if dirty else '')
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def run_record(options, *, inputs=None, seed=None):
+    """A JSON-able record: options, seed, versions, and name -> SHA-256 of each input file."""
+    hashes = {name: sha256_file(path) for name, path in (inputs or {}).items() if path is not None}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+    return {'options': plain, 'seed': seed, 'inputs': hashes, 'versions': versions()}
+
+
+def start_run(run_dir, record, *, resume=False, free_options=()):
+    """Creates `run_dir` with the record, or checks that a resumed run means the same thing.
+
+    A folder that already holds a record is only entered with `resume=True`, and only when
+    options (but for `free_options`, such as the number of workers), seed and input hashes
+    agree; otherwise UserError names the differences. Returns True when resuming.
+    """
+    run_dir = Path(run_dir)
+    path = run_dir / RECORD_NAME
+    if path.exists():
+        if not resume:
+            raise UserError(f'{run_dir} already holds a run; resume it, or choose another folder')
+        old = json.loads(path.read_text(encoding='utf-8'))
+        changes = _differences(old, record, free_options)
+        if changes:
+            raise UserError(f'{run_dir} holds a run with other settings, so it cannot be resumed '
+                            f'({"; ".join(changes)}); choose another folder or the same settings')
+        return True
+    if run_dir.exists() and any(p.name != 'log.txt' for p in run_dir.iterdir()):
+        raise UserError(f'{run_dir} is not empty and holds no run of this tool; '
+                        'choose a new folder')
+    write_json(path, record)
+    return False
+
+
+def _differences(old, new, free_options):
+    found = []
+    for part in ('options', 'inputs'):
+        before, after = old.get(part) or {}, json.loads(json.dumps(new.get(part) or {}))
+        for name in sorted(before.keys() | after.keys()):
+            if name not in free_options and before.get(name) != after.get(name):
+                found.append(f'{name}: was {before.get(name)}, now {after.get(name)}')
+    if old.get('seed') != new.get('seed'):
+        found.append(f'seed: was {old.get("seed")}, now {new.get("seed")}')
+    return found
