@@ -27,5 +27,5 @@ def seed_everything(seed, *keys):
     """Seeds the global generators of random, numpy and torch (CPU and GPU)."""
     value = derive(seed, *keys)
     random.seed(value)
-    np.random.seed(value % 2 ** 32)    # for libraries that draw from NumPy's global state
+    np.random.seed(value % 2 ** 32)    # noqa: NPY002, libraries draw from this global state
     torch.manual_seed(value)

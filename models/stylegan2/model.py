@@ -1,0 +1,396 @@
+"""StyleGAN2 generator ('skip') and discriminator ('resnet').
+
+Shapes: N images, L style layers (n_latent), D style dimension, C channels, R resolution.
+Parameter names, shapes and arithmetic follow the common PyTorch port, so its weight files load
+with strict=True. Source: Karras et al. 2020, 'Analyzing and Improving the Image Quality of
+StyleGAN', section 2 and appendix B.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.stylegan2.op import fused_leaky_relu, upfirdn2d
+
+MIN_SIZE, MAX_SIZE = 32, 1024
+FP16_CLAMP = 256.0    # keeps float16 activations finite; the published mixed-precision recipe
+
+
+def channel_table(size, channel_multiplier=2):
+    """Channels per resolution {4: C, 8: C, ..., size: C} of the standard networks."""
+    return {r: 512 if r <= 32 else 256 * 64 // r * channel_multiplier
+            for r in (2 ** i for i in range(2, int(math.log2(size)) + 1))}
+
+
+def truncate(w, mean, psi):
+    """Moves `w` [..., D] towards `mean` [D] or [L, D]: mean + psi * (w - mean)."""
+    return mean + psi * (w - mean)
+
+
+def _fir_kernel(gain=1.0):
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    kernel = taps[:, None] * taps[None, :]
+    return kernel * (gain / kernel.sum())
+
+
+def _check_size(size):
+    if size & (size - 1) or not MIN_SIZE <= size <= MAX_SIZE:
+        raise ValueError(f'size {size} is not a power of two from {MIN_SIZE} to {MAX_SIZE}')
+
+
+def _check_channels(size, channels):
+    wanted = list(channel_table(size))
+    if sorted(channels) != wanted:
+        raise ValueError(f'channel table has resolutions {sorted(channels)}, want {wanted}')
+    return {r: int(channels[r]) for r in wanted}
+
+
+class PixelNorm(nn.Module):
+    """Scales [N, D] to unit mean square."""
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+
+
+class Blur(nn.Module):
+    """Holds a FIR kernel [4, 4] in the state dict; `gain` is its sum."""
+
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.register_buffer('kernel', _fir_kernel(gain))
+
+    def forward(self, x, **resampling):
+        return upfirdn2d(x, self.kernel, **resampling)
+
+
+class EqualLinear(nn.Module):
+    """Linear layer whose weight is scaled at run time (equalised learning rate)."""
+
+    def __init__(self, in_dim, out_dim, *, bias_init=0.0, lr_mul=1.0, activation=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_dim, in_dim) / lr_mul)
+        self.bias = nn.Parameter(torch.full((out_dim,), float(bias_init)))
+        self.scale = lr_mul / math.sqrt(in_dim)
+        self.lr_mul = lr_mul
+        self.activation = activation
+
+    def forward(self, x):
+        if self.activation:
+            return fused_leaky_relu(F.linear(x, self.weight * self.scale),
+                                    self.bias * self.lr_mul)
+        return F.linear(x, self.weight * self.scale, self.bias * self.lr_mul)
+
+
+class EqualConv2d(nn.Module):
+    """Bias-free convolution with run-time weight scaling."""
+
+    def __init__(self, in_ch, out_ch, kernel_size, *, stride=1, padding=0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_ch, in_ch, kernel_size, kernel_size))
+        self.scale = 1 / math.sqrt(in_ch * kernel_size ** 2)
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x):
+        return F.conv2d(x, (self.weight * self.scale).to(x.dtype), stride=self.stride,
+                        padding=self.padding)
+
+
+class FusedLeakyReLU(nn.Module):
+    """Bias [C] and scaled leaky ReLU."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        clamp = FP16_CLAMP if x.dtype == torch.float16 else None
+        return fused_leaky_relu(x, self.bias, clamp=clamp)
+
+
+class ModulatedConv2d(nn.Module):
+    """Convolution whose input channels are scaled by a style and outputs renormalised.
+
+    Computed with activations scaled and one weight shared by the batch, which equals the
+    per-sample weights of the paper (section 2.2, equations 1 to 3).
+    """
+
+    def __init__(self, in_ch, out_ch, kernel_size, style_dim, *, demodulate=True, upsample=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, out_ch, in_ch, kernel_size, kernel_size))
+        self.modulation = EqualLinear(style_dim, in_ch, bias_init=1.0)
+        self.scale = 1 / math.sqrt(in_ch * kernel_size ** 2)
+        self.padding = kernel_size // 2
+        self.demodulate, self.upsample = demodulate, upsample
+        if upsample:
+            self.blur = Blur(gain=4.0)    # zero insertion quarters the mean; the gain restores it
+
+    def forward(self, x, w):
+        style = self.modulation(w)                                     # [N, Cin]
+        weight = self.weight[0] * self.scale                           # [Cout, Cin, k, k]
+        if self.demodulate and x.dtype == torch.float16:
+            # Invisible after demodulation, but keeps float16 products in range.
+            weight = weight / weight.abs().amax((1, 2, 3), keepdim=True)
+            style = style / style.abs().amax(1, keepdim=True)
+        y = x * style.to(x.dtype)[:, :, None, None]
+        if self.upsample:
+            y = F.conv_transpose2d(y, weight.to(x.dtype).transpose(0, 1), stride=2)
+            y = self.blur(y, pad=(1, 1))
+        else:
+            y = F.conv2d(y, weight.to(x.dtype), padding=self.padding)
+        if self.demodulate:
+            power = style.square() @ weight.square().sum((2, 3)).T     # [N, Cout]
+            y = y * torch.rsqrt(power + 1e-8).to(x.dtype)[:, :, None, None]
+        return y
+
+
+class NoiseInjection(nn.Module):
+    """Adds a learned multiple of single-channel noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, noise):
+        return x if noise is None else x + (self.weight * noise).to(x.dtype)
+
+
+class StyledConv(nn.Module):
+    """Modulated 3x3 convolution, noise, bias and activation."""
+
+    def __init__(self, in_ch, out_ch, style_dim, *, upsample=False):
+        super().__init__()
+        self.conv = ModulatedConv2d(in_ch, out_ch, 3, style_dim, upsample=upsample)
+        self.noise = NoiseInjection()
+        self.activate = FusedLeakyReLU(out_ch)
+
+    def forward(self, x, w, noise):
+        return self.activate(self.noise(self.conv(x, w), noise))
+
+
+class ToRGB(nn.Module):
+    """1x1 modulated convolution to RGB, added to the upsampled RGB of the block before."""
+
+    def __init__(self, in_ch, style_dim, *, upsample=True):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
+        self.conv = ModulatedConv2d(in_ch, 3, 1, style_dim, demodulate=False)
+        if upsample:
+            self.upsample = Blur(gain=4.0)
+
+    def forward(self, x, w, skip=None):
+        rgb = self.conv(x, w)
+        if x.dtype == torch.float16:
+            rgb = rgb.clamp(-FP16_CLAMP, FP16_CLAMP)
+        rgb = rgb.float() + self.bias if x.dtype != torch.float64 else rgb + self.bias
+        if skip is None:
+            return rgb
+        return rgb + self.upsample(skip, up=2, pad=(2, 1))
+
+
+class ConstantInput(nn.Module):
+    """The learned 4x4 constant the synthesis starts from."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
+
+
+class Generator(nn.Module):
+    """StyleGAN2 generator of any power-of-two size from 32 to 1024.
+
+    channels: explicit {resolution: channels}; None takes the standard table with
+    `channel_multiplier`. Raises ValueError for sizes or tables that do not fit.
+    """
+
+    def __init__(self, size, *, style_dim=512, n_mlp=8, channel_multiplier=2, channels=None,
+                 lr_mlp=0.01):
+        super().__init__()
+        _check_size(size)
+        self.size, self.style_dim, self.n_mlp = size, style_dim, n_mlp
+        self.channels = _check_channels(size, channels or channel_table(size, channel_multiplier))
+        log_size = int(math.log2(size))
+        self.n_latent = 2 * log_size - 2
+        self.n_noise = 2 * log_size - 3
+        self.low_precision = None    # (dtype, lowest resolution computed in it)
+
+        self.style = nn.Sequential(PixelNorm(), *[
+            EqualLinear(style_dim, style_dim, lr_mul=lr_mlp, activation=True)
+            for _ in range(n_mlp)])
+        self.input = ConstantInput(self.channels[4])
+        self.conv1 = StyledConv(self.channels[4], self.channels[4], style_dim)
+        self.to_rgb1 = ToRGB(self.channels[4], style_dim, upsample=False)
+        self.convs, self.to_rgbs, self.noises = nn.ModuleList(), nn.ModuleList(), nn.Module()
+        in_ch = self.channels[4]
+        for r, out_ch in list(self.channels.items())[1:]:
+            self.convs.append(StyledConv(in_ch, out_ch, style_dim, upsample=True))
+            self.convs.append(StyledConv(out_ch, out_ch, style_dim))
+            self.to_rgbs.append(ToRGB(out_ch, style_dim))
+            in_ch = out_ch
+        for i in range(self.n_noise):
+            r = 4 * 2 ** ((i + 1) // 2)
+            self.noises.register_buffer(f'noise_{i}', torch.randn(1, 1, r, r))
+
+    def mapping(self, z):
+        """z [N, D] from N(0, I) -> w [N, D]."""
+        return self.style(z)
+
+    def broadcast(self, w):
+        """w [N, D] -> ws [N, L, D]."""
+        return w[:, None].expand(-1, self.n_latent, -1)
+
+    def noise_maps(self, mode, n, device, generator=None):
+        """Noise for one synthesis: 'stored' buffers, fresh 'random' [n, 1, r, r], or 'none'."""
+        stored = [getattr(self.noises, f'noise_{i}') for i in range(self.n_noise)]
+        if mode == 'stored':
+            return stored
+        if mode == 'random':
+            return [torch.randn(n, 1, *s.shape[2:], device=device, generator=generator)
+                    for s in stored]
+        if mode == 'none':
+            return [None] * self.n_noise
+        raise ValueError(f'noise={mode!r}, want stored, random, none or a list of maps')
+
+    def synthesis(self, ws, *, noise='stored', generator=None):
+        """ws [N, L, D] -> images [N, 3, size, size], nominal range [-1, 1], not clamped.
+
+        noise: 'stored' (the same maps for every image), 'random', 'none', or a list of
+        `n_noise` tensors [N or 1, 1, r, r]. generator: torch.Generator for 'random'.
+        """
+        if ws.ndim != 3 or tuple(ws.shape[1:]) != (self.n_latent, self.style_dim):
+            raise ValueError(f'ws has shape {tuple(ws.shape)}, want [N, {self.n_latent}, '
+                             f'{self.style_dim}]')
+        if isinstance(noise, str):
+            noise = self.noise_maps(noise, ws.shape[0], ws.device, generator)
+        x = self.input.input.expand(ws.shape[0], -1, -1, -1)
+        x = self.conv1(x, ws[:, 0], noise[0])
+        rgb = self.to_rgb1(x, ws[:, 1])
+        for j, to_rgb in enumerate(self.to_rgbs):
+            if self.low_precision is not None and 8 * 2 ** j >= self.low_precision[1]:
+                x = x.to(dtype=self.low_precision[0], memory_format=torch.channels_last)
+            x = self.convs[2 * j](x, ws[:, 2 * j + 1], noise[2 * j + 1])
+            x = self.convs[2 * j + 1](x, ws[:, 2 * j + 2], noise[2 * j + 2])
+            rgb = to_rgb(x, ws[:, 2 * j + 3], rgb)
+        return rgb
+
+    def forward(self, z, *, truncation=1.0, truncation_latent=None, z2=None, mix_at=None,
+                noise='stored', generator=None):
+        """z [N, D] -> images [N, 3, size, size].
+
+        truncation: psi, applied on all layers when below 1 and then needing
+        `truncation_latent` [D]. z2, mix_at: style mixing, layers from `mix_at` on come from z2.
+        """
+        ws = [self.mapping(v) for v in (z, z2) if v is not None]
+        if truncation < 1:
+            if truncation_latent is None:
+                raise ValueError('truncation below 1 needs truncation_latent')
+            ws = [truncate(w, truncation_latent, truncation) for w in ws]
+        ws = [self.broadcast(w) for w in ws]
+        if z2 is not None:
+            if mix_at is None or not 0 < mix_at < self.n_latent:
+                raise ValueError(f'mix_at={mix_at}, want 1 to {self.n_latent - 1}')
+            ws = [torch.cat([ws[0][:, :mix_at], ws[1][:, mix_at:]], 1)]
+        return self.synthesis(ws[0], noise=noise, generator=generator)
+
+    @torch.no_grad()
+    def mean_latent(self, n=100_000, *, seed=0, batch=10_000):
+        """Mean of w over n draws of z, [D]."""
+        device = self.input.input.device
+        draw = torch.Generator().manual_seed(seed)
+        total = torch.zeros(self.style_dim, dtype=torch.float64)
+        for start in range(0, n, batch):
+            z = torch.randn(min(batch, n - start), self.style_dim, generator=draw)
+            total += self.mapping(z.to(device)).double().sum(0).cpu()
+        return (total / n).float().to(device)
+
+
+class ConvLayer(nn.Sequential):
+    """[blur,] convolution [, bias + leaky ReLU] under the child numbers of the weight format."""
+
+    def __init__(self, in_ch, out_ch, kernel_size, *, downsample=False, activate=True):
+        layers = [Blur()] if downsample else []
+        # The 1x1 skip path decimates inside the filter, so its convolution has no stride.
+        stride = 2 if downsample and kernel_size > 1 else 1
+        layers.append(EqualConv2d(in_ch, out_ch, kernel_size, stride=stride,
+                                  padding=0 if downsample else kernel_size // 2))
+        if activate:
+            layers.append(FusedLeakyReLU(out_ch))
+        super().__init__(*layers)
+        self.kernel_size = kernel_size
+
+    def forward(self, x):
+        for layer in self:
+            if isinstance(layer, Blur):
+                x = (layer(x, down=2, pad=(1, 1)) if self.kernel_size == 1
+                     else layer(x, pad=(2, 2)))
+            else:
+                x = layer(x)
+        return x
+
+
+class ResBlock(nn.Module):
+    """Residual block of the discriminator; halves the resolution."""
+
+    def __init__(self, in_ch, out_ch):
+        super().__init__()
+        self.conv1 = ConvLayer(in_ch, in_ch, 3)
+        self.conv2 = ConvLayer(in_ch, out_ch, 3, downsample=True)
+        self.skip = ConvLayer(in_ch, out_ch, 1, downsample=True, activate=False)
+
+    def forward(self, x):
+        return (self.conv2(self.conv1(x)) + self.skip(x)) * math.sqrt(0.5)
+
+
+class Discriminator(nn.Module):
+    """StyleGAN2 discriminator; channel arguments as in Generator.
+
+    mbstd_group: group size of the minibatch standard deviation; the largest divisor of the
+    batch not above it is used, so any batch size works.
+    """
+
+    def __init__(self, size, *, channel_multiplier=2, channels=None, mbstd_group=4):
+        super().__init__()
+        _check_size(size)
+        self.size, self.mbstd_group = size, mbstd_group
+        self.channels = _check_channels(size, channels or channel_table(size, channel_multiplier))
+        self.low_precision = None    # (dtype, lowest resolution computed in it)
+        table = list(self.channels.items())[::-1]
+        blocks = [ConvLayer(3, table[0][1], 1)]
+        blocks += [ResBlock(a[1], b[1]) for a, b in zip(table, table[1:])]
+        self.convs = nn.Sequential(*blocks)
+        c4 = self.channels[4]
+        self.final_conv = ConvLayer(c4 + 1, c4, 3)
+        self.final_linear = nn.Sequential(EqualLinear(c4 * 16, c4, activation=True),
+                                          EqualLinear(c4, 1))
+
+    def forward(self, x):
+        """Images [N, 3, size, size] in [-1, 1] -> logits [N, 1]."""
+        if x.ndim != 4 or tuple(x.shape[1:]) != (3, self.size, self.size):
+            raise ValueError(f'images have shape {tuple(x.shape)}, want [N, 3, {self.size}, '
+                             f'{self.size}]')
+        full = x.dtype
+        for i, block in enumerate(self.convs):
+            if self.low_precision is not None:
+                resolution = self.size if i == 0 else self.size >> (i - 1)
+                low = resolution >= self.low_precision[1]
+                x = (x.to(dtype=self.low_precision[0], memory_format=torch.channels_last) if low
+                     else x.to(full))
+            x = block(x)
+        x = self.final_conv(self._append_stddev(x.to(full)))
+        return self.final_linear(x.flatten(1))
+
+    def _append_stddev(self, x):
+        n, c, h, w = x.shape
+        group = max(g for g in range(1, min(n, self.mbstd_group) + 1) if n % g == 0)
+        y = x.reshape(group, n // group, c, h, w)
+        std = (y.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))    # [N / group]
+        return torch.cat([x, std.repeat(group)[:, None, None, None].expand(n, 1, h, w)], 1)
+
+
+def set_low_precision(net, dtype, n_resolutions=4):
+    """Computes the `n_resolutions` highest resolutions (never below 8) of G or D in `dtype`.
+
+    dtype: torch.float16, torch.bfloat16, or None for full precision. Parameters stay float32.
+    """
+    net.low_precision = None if dtype is None else (dtype, max(8, net.size >> (n_resolutions - 1)))
+    return net

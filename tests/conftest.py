@@ -1,0 +1,37 @@
+"""Shared test helpers: golden files, and a reason for every skipped GPU test."""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / 'tests' / 'golden'
+sys.path.insert(0, str(ROOT / 'tests'))
+os.environ.setdefault('MPLBACKEND', 'Agg')
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason='no CUDA device on this machine')
+    for item in items:
+        if 'gpu' in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope='session')
+def golden():
+    """golden('name') -> dict of float32 tensors (and raw arrays) of tests/golden/name.npz."""
+    def load(name):
+        with np.load(GOLDEN / f'{name}.npz') as data:
+            return {k: torch.from_numpy(data[k]) for k in data.files}
+    return load
+
+
+def relative_error(got, want):
+    """Largest absolute difference over the largest wanted magnitude."""
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).abs().max() / want.abs().max())
