@@ -41,8 +41,9 @@ def fill_state_dict(state: dict, equalized: bool) -> dict:
             r = 1 + 0.1 * r
         elif leaf == "bias":
             r = 0.1 * r
-        elif leaf == "weight" and len(shape) == 1 and name.startswith(("noise", "conv1.noise", "convs")):
-            r = 0.1 * r                      # noise strength
+        elif (leaf == "weight" and len(shape) == 1
+              and name.startswith(("noise", "conv1.noise", "convs"))):
+            r = 0.1 * r    # noise strength
         elif leaf == "weight" and len(shape) == 1:
             r = 1 + 0.1 * r                  # batch norm, PReLU
         elif leaf == "weight" and not equalized:

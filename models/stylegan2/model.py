@@ -222,7 +222,7 @@ class Generator(nn.Module):
         self.to_rgb1 = ToRGB(self.channels[4], style_dim, upsample=False)
         self.convs, self.to_rgbs, self.noises = nn.ModuleList(), nn.ModuleList(), nn.Module()
         in_ch = self.channels[4]
-        for r, out_ch in list(self.channels.items())[1:]:
+        for out_ch in list(self.channels.values())[1:]:
             self.convs.append(StyledConv(in_ch, out_ch, style_dim, upsample=True))
             self.convs.append(StyledConv(out_ch, out_ch, style_dim))
             self.to_rgbs.append(ToRGB(out_ch, style_dim))
