@@ -1,0 +1,256 @@
+"""Image archives in the layout StyleGAN2-ADA trains from: a ZIP or folder of equal squares.
+
+Layout: image files in sorted order of their names (`00000/img00000000.png`, ...) and optionally a
+`dataset.json` with `{"labels": [[name, label], ...]}` or `{"labels": null}`, where a label is a
+class number or a list of floats (stylegan2-ada-pytorch, dataset_tool).
+"""
+import io
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils.errors import UserError
+from utils.images import IMAGE_SUFFIXES, as_rgb
+from utils.io import atomic_path
+
+_MAX_LISTED = 20
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, zipfile.BadZipFile, EOFError,
+                  Image.DecompressionBombError)
+
+
+class FileStore:
+    """The files of a folder or a ZIP by relative name with '/'; picklable, safe across forks."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self._zip = None
+        self._pid = None
+        self.is_zip = self.path.is_file()
+        if self.is_zip:
+            try:
+                self.names = sorted(i.filename for i in self._open_zip().infolist()
+                                    if not i.is_dir())
+            except zipfile.BadZipFile as error:
+                raise UserError(f'{self.path} is not a readable ZIP archive ({error})') from error
+        elif self.path.is_dir():
+            self.names = sorted(p.relative_to(self.path).as_posix()
+                                for p in self.path.rglob('*') if p.is_file())
+        else:
+            raise UserError(f'no such folder or ZIP archive: {self.path}')
+
+    def _open_zip(self):
+        # A handle inherited through a fork shares its file offset with the parent.
+        if self._zip is None or self._pid != os.getpid():
+            self._zip, self._pid = zipfile.ZipFile(self.path), os.getpid()
+        return self._zip
+
+    def open(self, name):
+        """A binary file object for one name."""
+        return self._open_zip().open(name) if self.is_zip else open(self.path / name, 'rb')
+
+    def image_names(self):
+        """Names that end like an image file, sorted; resource forks of macOS archives left out."""
+        return [n for n in self.names if n.lower().endswith(IMAGE_SUFFIXES)
+                and not n.startswith('__MACOSX/') and not n.rsplit('/', 1)[-1].startswith('._')]
+
+    def image(self, name):
+        """One file as a PIL RGB picture; UserError when it cannot be decoded."""
+        try:
+            with self.open(name) as file, Image.open(file) as image:
+                return as_rgb(image)
+        except _DECODE_ERRORS as error:
+            raise UserError(f'{self.path}: {name} is not a readable image ({error})') from error
+
+    def labels(self):
+        """{name: label} from dataset.json, or None when there is none."""
+        if 'dataset.json' not in self.names:
+            return None
+        with self.open('dataset.json') as file:
+            try:
+                labels = json.load(file).get('labels')
+                return None if labels is None else {str(n).replace('\\', '/'): v for n, v in labels}
+            except (ValueError, TypeError, AttributeError) as error:
+                raise UserError(f'{self.path}: dataset.json must read {{"labels": [[name, label], '
+                                f'...]}} or {{"labels": null}} ({error})') from error
+
+    def __getstate__(self):
+        return {**self.__dict__, '_zip': None, '_pid': None}
+
+
+def encode_labels(labels):
+    """Class numbers -> one-hot float32 [n, max+1]; lists of floats -> float32 [n, d].
+
+    UserError when they are neither, or are mixed.
+    """
+    if all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in labels):
+        return np.eye(max(labels) + 1, dtype=np.float32)[np.array(labels)]
+    try:
+        array = np.array(labels, dtype=np.float32)
+    except (ValueError, TypeError):
+        array = None
+    if array is None or array.ndim != 2:
+        raise UserError('labels must be all class numbers (0, 1, ...) or all lists of floats of '
+                        'one length')
+    return array
+
+
+class ImageArchive(torch.utils.data.Dataset):
+    """Random access to a StyleGAN2-ADA archive.
+
+    `dataset[i]` is (uint8 [3, H, W], float32 label [label_dim]); greyscale files are repeated to
+    three channels. Attributes: resolution, label_dim, names.
+
+    labels: read dataset.json (UserError when it is absent or incomplete).
+    mirror: doubles the set; item n + i is item i flipped left to right.
+    subset: keep that many images, drawn with `seed`.
+    cache: keep decoded images in memory (3*H*W bytes each); DataLoader workers have their own.
+    The constructor reads every file's header and raises UserError naming all files that are
+    damaged, not square, not a power of two wide, or of another size than the majority.
+    """
+
+    def __init__(self, path, *, labels=False, mirror=False, subset=None, seed=0, cache=False):
+        self.store = FileStore(path)
+        self.names = self.store.image_names()
+        if not self.names:
+            raise UserError(f'{path} holds no images; make an archive with scripts/dataset_tool.py')
+        self.resolution = self._check_headers()
+        table = self._read_labels() if labels else np.zeros((len(self.names), 0), np.float32)
+        if subset is not None and subset < len(self.names):
+            keep = np.sort(np.random.default_rng(seed).permutation(len(self.names))[:subset])
+            self.names, table = [self.names[i] for i in keep], table[keep]
+        self._labels = torch.from_numpy(table)
+        self.label_dim = table.shape[1]
+        self.mirror = mirror
+        self._cache = {} if cache else None
+
+    def _check_headers(self):
+        sizes, bad = {}, {}
+        for name in self.names:
+            try:
+                with self.store.open(name) as file, Image.open(file) as image:
+                    sizes[name] = image.size
+            except _DECODE_ERRORS as error:
+                bad[name] = f'unreadable ({error})'
+        common = max(set(sizes.values()), key=list(sizes.values()).count) if sizes else None
+        for name, (w, h) in sizes.items():
+            if w != h:
+                bad[name] = f'{w}x{h}, not square'
+            elif w < 4 or w & (w - 1):
+                bad[name] = f'{w}x{h}, not a power of two'
+            elif (w, h) != common:
+                bad[name] = f'{w}x{h}, the others are {common[0]}x{common[1]}'
+        if bad:
+            listed = [f'  {name}: {bad[name]}' for name in sorted(bad)[:_MAX_LISTED]]
+            if len(bad) > _MAX_LISTED:
+                listed.append(f'  ... and {len(bad) - _MAX_LISTED} more')
+            raise UserError('\n'.join([
+                f'{self.store.path}: {len(bad)} of {len(self.names)} images cannot be used; '
+                'prepare them with scripts/dataset_tool.py --width N --height N', *listed]))
+        return common[0]
+
+    def _read_labels(self):
+        labels = self.store.labels()
+        if labels is None:
+            raise UserError(f'{self.store.path} has no labels (dataset.json); make it from a '
+                            'labelled source with scripts/dataset_tool.py, or train without --cond')
+        missing = [n for n in self.names if n not in labels]
+        if missing:
+            raise UserError(f'{self.store.path}: dataset.json has no label for {len(missing)} '
+                            f'images, e.g. {missing[0]}')
+        try:
+            return encode_labels([labels[n] for n in self.names])
+        except UserError as error:
+            raise UserError(f'{self.store.path}: {error}') from error
+
+    def __len__(self):
+        return len(self.names) * (2 if self.mirror else 1)
+
+    def __getitem__(self, i):
+        """(uint8 [3, H, W], float32 [label_dim]) of item i."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        flip, i = divmod(i, len(self.names))
+        img = self._decode(i)
+        return img.flip(2) if flip else img, self._labels[i]
+
+    def images(self, indices):
+        """uint8 [n, 3, H, W] of several items."""
+        return torch.stack([self[int(i)][0] for i in indices])
+
+    def _decode(self, i):
+        if self._cache is not None and i in self._cache:
+            return self._cache[i]
+        pixels = np.array(self.store.image(self.names[i]))
+        img = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        if self._cache is not None:
+            self._cache[i] = img
+        return img
+
+
+class ArchiveWriter:
+    """Writes an archive: `with ArchiveWriter(dest) as w: name = w.add(image, label)`.
+
+    `dest` ending in .zip becomes a ZIP (stored, not compressed), anything else a folder. Nothing
+    is visible under the final name before the block ends without an error; UserError when `dest`
+    exists (an empty folder excepted). The labels become null as soon as one image has none.
+    """
+
+    def __init__(self, dest):
+        self.dest = Path(dest)
+        self.is_zip = self.dest.suffix.lower() == '.zip'
+        if self.dest.exists() and (self.is_zip or not self.dest.is_dir()
+                                   or any(self.dest.iterdir())):
+            raise UserError(f'--dest {self.dest} already exists; remove it or choose another name')
+        self._labels = []
+
+    def __enter__(self):
+        self.dest.parent.mkdir(parents=True, exist_ok=True)
+        if self.is_zip:
+            self._atomic = atomic_path(self.dest)
+            self._zip = zipfile.ZipFile(self._atomic.__enter__(), 'w', zipfile.ZIP_STORED)
+        else:
+            self._folder = Path(tempfile.mkdtemp(dir=self.dest.parent, prefix='.dataset.'))
+        return self
+
+    def __exit__(self, *error):
+        failed = error[0] is not None
+        if not failed:
+            complete = self._labels and all(v is not None for _, v in self._labels)
+            meta = {'labels': self._labels if complete else None}
+            self._write('dataset.json', json.dumps(meta).encode())
+        if self.is_zip:
+            self._zip.close()
+            self._atomic.__exit__(*error)
+        elif failed:
+            shutil.rmtree(self._folder)
+        else:
+            self._folder.chmod(0o755)    # mkdtemp made it private
+            if self.dest.exists():
+                self.dest.rmdir()
+            os.replace(self._folder, self.dest)
+
+    def _write(self, name, data):
+        if self.is_zip:
+            # A fixed time stamp: the same images give the same bytes.
+            self._zip.writestr(zipfile.ZipInfo(name), data)
+        else:
+            path = self._folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+    def add(self, image, label=None):
+        """Appends a PIL picture (uncompressed PNG) and returns its name in the archive."""
+        number = f'{len(self._labels):08d}'
+        name = f'{number[:5]}/img{number}.png'
+        buffer = io.BytesIO()
+        Image.fromarray(np.array(image)).save(buffer, format='PNG', compress_level=0)
+        self._write(name, buffer.getvalue())
+        self._labels.append([name, label])
+        return name

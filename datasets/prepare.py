@@ -1,0 +1,195 @@
+"""Turning collections of photographs into a training archive: sources, transforms, the report."""
+import concurrent.futures
+import dataclasses
+import itertools
+import logging
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+
+from datasets.archive import ArchiveWriter, FileStore
+from datasets.fov import UnusableFrame, crop_fov, find_fov
+from datasets.table import read_table
+from utils.errors import UserError
+from utils.images import load_rgb
+from utils.logs import progress
+
+log = logging.getLogger(__name__)
+
+FILTERS = {'lanczos': Image.Resampling.LANCZOS, 'box': Image.Resampling.BOX,
+           'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC,
+           'hamming': Image.Resampling.HAMMING}
+TRANSFORMS = ('none', 'center-crop', 'center-crop-wide', 'fundus')
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceImage:
+    """One picture of a source: `load()` decodes it (UserError when it is damaged)."""
+
+    source: str
+    name: str
+    load: object
+    label: object = None
+
+
+def list_source(path, *, image_dir=None, split=None):
+    """The pictures of a folder, a ZIP or a CSV table, in sorted (table: given) order.
+
+    Folder and ZIP take labels from a dataset.json inside; a CSV from its label column, its images
+    from `image_dir`, or else from `images/` beside it, or its own folder. `split` keeps the CSV
+    rows of that split.
+    """
+    path = Path(path)
+    if path.suffix.lower() == '.csv':
+        return _list_table(path, image_dir, split)
+    if split is not None:
+        raise UserError(f'--split {split}: {path} is no CSV table; splits are read from tables')
+    store = FileStore(path)
+    names = store.image_names()
+    if not names:
+        raise UserError(f'no images in {path}')
+    labels = store.labels() or {}
+    return [SourceImage(str(path), n, _Loader(store, n), labels.get(n)) for n in names]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loader:
+    store: FileStore
+    name: str
+
+    def __call__(self):
+        return self.store.image(self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FileLoader:
+    path: Path
+
+    def __call__(self):
+        return load_rgb(self.path)
+
+
+def _list_table(path, image_dir, split):
+    if image_dir is None:
+        image_dir = path.parent / 'images' if (path.parent / 'images').is_dir() else path.parent
+    table = read_table(path, image_dir)
+    keep = range(len(table.ids))
+    if split is not None:
+        if table.splits is None:
+            raise UserError(f'--split {split}: {path} has no split column')
+        keep = [i for i in keep if table.splits[i] == split]
+        if not keep:
+            raise UserError(f'--split {split}: no row of {path} has that split; it has '
+                            f'{", ".join(sorted(set(map(str, table.splits))))}')
+    labels = table.labels
+    return [SourceImage(str(path), Path(table.paths[i]).name, _FileLoader(Path(table.paths[i])),
+                        None if labels is None else int(labels[i])) for i in keep]
+
+
+def transform_image(image, *, transform='none', width=None, height=None, resample='lanczos',
+                    mask=False, unsqueeze=False):
+    """PIL RGB -> PIL RGB of `width` x `height` (None: as large as it comes).
+
+    none: plain resize. center-crop: the largest central square. center-crop-wide: the largest
+    central width:height region, on a black width x width square. fundus: the field of view,
+    padded to a square (UnusableFrame for near-black and blank frames).
+    """
+    kernel = FILTERS[resample]
+    if transform == 'fundus':
+        return crop_fov(image, find_fov(image), size=width, mask=mask, unsqueeze=unsqueeze,
+                        resample=kernel)
+    w, h = image.size
+    if transform == 'center-crop':
+        image = _central(image, min(w, h), min(w, h))
+    elif transform == 'center-crop-wide':
+        scale = min(w / width, h / height)
+        image = _central(image, round(width * scale), round(height * scale))
+    if width is not None and image.size != (width, height):
+        image = image.resize((width, height), kernel)
+    if transform == 'center-crop-wide':
+        canvas = Image.new('RGB', (width, width))
+        canvas.paste(image, (0, (width - height) // 2))
+        return canvas
+    return image
+
+
+def _central(image, width, height):
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def check_options(transform, width, height, *, mask=False, unsqueeze=False):
+    """UserError for sizes and transforms that do not go together; returns (width, height)."""
+    if width is None and height is not None and transform != 'center-crop-wide':
+        width = height
+    if height is None and width is not None and transform != 'center-crop-wide':
+        height = width
+    if transform == 'center-crop-wide':
+        if width is None or height is None or height > width:
+            raise UserError('--transform center-crop-wide needs --width and --height, with height '
+                            'at most width')
+    elif width != height:
+        raise UserError(f'--width {width} --height {height}: the generator takes squares only; '
+                        'give equal sizes, or use --transform center-crop-wide')
+    if transform != 'fundus' and (mask or unsqueeze):
+        raise UserError('--mask and --unsqueeze need --transform fundus')
+    return width, height
+
+
+def build_archive(images, dest, *, transform='none', width=None, height=None, resample='lanczos',
+                  mask=False, unsqueeze=False, max_images=None, workers=1):
+    """Writes `images` (SourceImage list) to the archive `dest`; returns the report, a DataFrame.
+
+    Its columns: source, name, kept, reason (why not), archive_name, label. Damaged files and
+    unusable frames are left out. UserError when nothing is left, or when the results are not
+    squares of one power of two (listed together).
+    """
+    width, height = check_options(transform, width, height, mask=mask, unsqueeze=unsqueeze)
+
+    def prepare(item):
+        try:
+            return transform_image(item.load(), transform=transform, width=width, height=height,
+                                   resample=resample, mask=mask, unsqueeze=unsqueeze), None
+        except UnusableFrame as error:
+            return None, str(error)
+        except UserError as error:
+            return None, f'damaged: {error.__cause__ or error}'
+
+    rows, misfits, n_kept, size = [], [], 0, None
+    with ArchiveWriter(dest) as writer, \
+            concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        # In blocks: decoding ahead of the writer must not fill the memory.
+        step = 16 * workers
+        blocks = (images[i:i + step] for i in range(0, len(images), step))
+        results = itertools.chain.from_iterable(
+            zip(block, pool.map(prepare, block)) for block in blocks)
+        for item, (image, reason) in progress(results, total=len(images), desc='images'):
+            if max_images is not None and n_kept >= max_images:
+                break
+            name = None
+            if image is not None:
+                size = size or image.size
+                w, h = image.size
+                if w != h or w & (w - 1) or image.size != size:
+                    misfits.append(f'  {item.source}: {item.name}: {w}x{h}')
+                else:
+                    name = writer.add(image, item.label)
+                    n_kept += 1
+            else:
+                log.warning('left out %s: %s (%s)', item.name, reason, item.source)
+            rows.append({'source': item.source, 'name': item.name, 'kept': name is not None,
+                         'reason': reason or '', 'archive_name': name or '', 'label': item.label})
+        if misfits:
+            more = [f'  ... and {len(misfits) - 20} more'] if len(misfits) > 20 else []
+            raise UserError('\n'.join([
+                f'{len(misfits)} of {len(images)} images are not squares of one power of two '
+                'after the transform; give --width and --height (e.g. --width 256 --height 256)',
+                *misfits[:20], *more]))
+        if not n_kept:
+            raise UserError(f'none of the {len(images)} images can be used: '
+                            + '; '.join(sorted({r['reason'] for r in rows})[:5]))
+    unlabelled = sum(1 for r in rows if r['kept'] and r['label'] is None)
+    if 0 < unlabelled < n_kept:
+        log.warning('%d of %d images have no label, so the archive has none', unlabelled, n_kept)
+    return pd.DataFrame(rows)

@@ -1,0 +1,80 @@
+"""Makes a training archive (ZIP or folder in the StyleGAN2-ADA layout) from photographs."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from datasets.prepare import FILTERS, TRANSFORMS, build_archive, check_options, list_source
+from utils import cli
+from utils.errors import UserError
+from utils.io import write_csv, write_json
+from utils.logs import setup_logging
+
+EPILOG = """examples:
+  python scripts/dataset_tool.py --source photos/ --dest fundus256.zip \\
+      --transform fundus --width 256 --height 256
+  python scripts/dataset_tool.py --source a/labels.csv --source b.zip --split train \\
+      --dest pooled.zip --transform fundus --width 512 --height 512
+
+A report of every source image (kept or left out, and why) is written beside the archive as
+<dest>.report.json and <dest>.report.csv. It names source files: keep it with the private data.
+"""
+
+
+def build_parser():
+    p = cli.parser(__doc__, EPILOG)
+    p.add_argument('--source', action='append', required=True, metavar='PATH',
+                   help='folder, ZIP archive or CSV table; repeat the flag to pool several')
+    p.add_argument('--dest', required=True, metavar='PATH', help='new .zip file or folder')
+    p.add_argument('--image_dir', '--image-dir', metavar='DIR',
+                   help='where the images of the CSV tables are (default: images/ beside the '
+                        'table, or its own folder)')
+    p.add_argument('--split', metavar='NAME', help='only CSV rows of this split')
+    p.add_argument('--max_images', '--max-images', type=cli.positive_int, metavar='N',
+                   help='stop after N kept images')
+    p.add_argument('--transform', choices=TRANSFORMS, default='none',
+                   help='fundus: crop to the circular field of view and pad to a square')
+    p.add_argument('--resize_filter', '--resize-filter', choices=sorted(FILTERS),
+                   default='lanczos', help='antialiasing filter')
+    p.add_argument('--width', type=cli.positive_int, metavar='PX',
+                   help='output width (default: as it comes)')
+    p.add_argument('--height', type=cli.positive_int, metavar='PX',
+                   help='output height (default: the width)')
+    p.add_argument('--mask', action='store_true',
+                   help='blacken everything outside the field of view (text, notches, glare)')
+    p.add_argument('--unsqueeze', action='store_true',
+                   help='stretch an elliptical field of view back to the circle the camera saw')
+    p.add_argument('--workers', type=cli.positive_int, default=4, metavar='N',
+                   help='decoding threads')
+    return p
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    setup_logging()
+    width, height = check_options(args.transform, args.width, args.height,
+                                  mask=args.mask, unsqueeze=args.unsqueeze)
+    side = width
+    if side is not None and side & (side - 1):
+        raise UserError(f'--width {side}: the generator takes powers of two (64, 128, 256, ...)')
+    if args.image_dir and not any(s.lower().endswith('.csv') for s in args.source):
+        raise UserError('--image_dir belongs to a CSV table; none is among --source')
+    images = [item for source in args.source
+              for item in list_source(source, image_dir=args.image_dir, split=args.split)]
+    report = build_archive(images, args.dest, transform=args.transform, width=width, height=height,
+                           resample=args.resize_filter, mask=args.mask, unsqueeze=args.unsqueeze,
+                           max_images=args.max_images, workers=args.workers)
+    left_out = report[~report['kept']]
+    beside = Path(args.dest)
+    summary = {'options': vars(args), 'images_listed': len(images), 'images_read': len(report),
+               'images_kept': int(report['kept'].sum()),
+               'left_out': [{'source': r.source, 'name': r.name_, 'reason': r.reason}
+                            for r in left_out.rename(columns={'name': 'name_'}).itertuples()]}
+    write_json(beside.with_name(beside.name + '.report.json'), summary)
+    write_csv(beside.with_name(beside.name + '.report.csv'), report)
+    print(f"{summary['images_kept']} images written to {args.dest}, {len(left_out)} left out")
+    return 0
+
+
+if __name__ == '__main__':
+    cli.run(main)
