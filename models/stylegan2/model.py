@@ -309,9 +309,7 @@ class ConvLayer(nn.Sequential):
 
     def __init__(self, in_ch, out_ch, kernel_size, *, downsample=False, activate=True):
         layers = [Blur()] if downsample else []
-        # The 1x1 skip path decimates inside the filter, so its convolution has no stride.
-        stride = 2 if downsample and kernel_size > 1 else 1
-        layers.append(EqualConv2d(in_ch, out_ch, kernel_size, stride=stride,
+        layers.append(EqualConv2d(in_ch, out_ch, kernel_size, stride=2 if downsample else 1,
                                   padding=0 if downsample else kernel_size // 2))
         if activate:
             layers.append(FusedLeakyReLU(out_ch))
@@ -319,12 +317,13 @@ class ConvLayer(nn.Sequential):
         self.kernel_size = kernel_size
 
     def forward(self, x):
+        if isinstance(self[0], Blur) and self.kernel_size == 1:
+            # Filter, decimation and 1x1 convolution as one dense 4x4 convolution: more
+            # multiplications, but on matrix units, and no pass over the full resolution.
+            kernel = self[0].kernel.flip(0, 1) * self[1].scale
+            return F.conv2d(x, (self[1].weight * kernel).to(x.dtype), stride=2, padding=1)
         for layer in self:
-            if isinstance(layer, Blur):
-                x = (layer(x, down=2, pad=(1, 1)) if self.kernel_size == 1
-                     else layer(x, pad=(2, 2)))
-            else:
-                x = layer(x)
+            x = layer(x, pad=(2, 2)) if isinstance(layer, Blur) else layer(x)
         return x
 
 

@@ -1,0 +1,272 @@
+"""Trains StyleGAN2-ADA on an archive of equal square images.
+
+    python scripts/train_stylegan2_ada.py --outdir=runs/gan --data=fundus256.zip --gpus=1 \\
+        --cfg=paper256 --mirror=1 --kimg=5000
+
+Every run gets its own numbered folder in --outdir with snapshots (network-snapshot-<kimg>.pt,
+which the other scripts read), sample grids, stats.jsonl, TensorBoard logs and curves.png.
+"""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import json
+import logging
+
+import torch
+
+from datasets.archive import ImageArchive
+from training.augment import MAX_STRENGTH, PIPES
+from training.stylegan2_config import PRESETS, make_config
+from training.stylegan2_loop import (
+    SNAPSHOT_PREFIX,
+    Trainer,
+    export_inference,
+    latest_snapshot,
+    train,
+)
+from utils import distributed
+from utils.cli import (
+    boolean,
+    fraction,
+    nonnegative_float,
+    nonnegative_int,
+    parser,
+    positive_float,
+    positive_int,
+    resolve_device,
+    run,
+)
+from utils.errors import UserError
+from utils.io import load_weights, sha256_file
+from utils.logs import setup_logging
+from utils.runs import run_record, start_run
+
+log = logging.getLogger(__name__)
+
+TICK_KIMG = 4
+
+
+def build_parser():
+    p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
+    g = p.add_argument_group('required')
+    g.add_argument('--outdir', required=True, type=Path, metavar='DIR',
+                   help='where the numbered run folders go')
+    g.add_argument('--data', type=Path, metavar='ZIP|DIR',
+                   help='archive made by scripts/dataset_tool.py (with --resume DIR: as before)')
+    g = p.add_argument_group('general')
+    g.add_argument('--gpus', type=positive_int, default=1, metavar='INT',
+                   help='processes on this machine, one per GPU (gloo processes on the CPU)')
+    g.add_argument('--snap', type=positive_int, default=50, metavar='TICKS',
+                   help=f'ticks of {TICK_KIMG} kimg between snapshots')
+    g.add_argument('--metrics', default='none', metavar='LIST',
+                   help='none, or fd_fundus (needs --metric_network) and/or fid, kid (need '
+                        '--inception_weights), comma separated, at every snapshot')
+    g.add_argument('--metric_network', type=Path, metavar='FILE',
+                   help='content encoder file for fd_fundus (scripts/train_content_encoder.py)')
+    g.add_argument('--inception_weights', type=Path, metavar='FILE',
+                   help='Inception weights for fid and kid (pt_inception-2015-12-05-6726825d.pth, '
+                        'from the torch-fidelity releases)')
+    g.add_argument('--metric_images', type=positive_int, default=2000, metavar='INT',
+                   help='generated images per metric')
+    g.add_argument('--seed', type=nonnegative_int, default=0, metavar='INT', help='random seed')
+    g.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
+    g.add_argument('-n', '--dry-run', '--dry_run', dest='dry_run', action='store_true',
+                   help='print the resolved options and exit')
+    g = p.add_argument_group('data')
+    g.add_argument('--cond', type=boolean, default=False, metavar='BOOL',
+                   help='class-conditional training: not available, the weight format has no '
+                        'class input')
+    g.add_argument('--subset', type=positive_int, metavar='INT', help='train on that many images')
+    g.add_argument('--mirror', type=boolean, default=False, metavar='BOOL',
+                   help='double the set by mirroring (mixes left and right eyes)')
+    g = p.add_argument_group('training')
+    g.add_argument('--cfg', default='auto', choices=PRESETS, help='base configuration')
+    g.add_argument('--gamma', type=nonnegative_float, metavar='FLOAT', help='R1 weight')
+    g.add_argument('--kimg', type=positive_float, metavar='KIMG', help='length of the training')
+    g.add_argument('--batch', type=positive_int, metavar='INT', help='images per step')
+    g.add_argument('--batch-gpu', '--batch_gpu', dest='batch_gpu', type=positive_int,
+                   metavar='INT', help='images per pass and process; lower to save memory')
+    g.add_argument('--pl_weight', type=nonnegative_float, metavar='FLOAT',
+                   help='path length weight')
+    g.add_argument('--map-depth', '--map_depth', dest='n_mlp', type=int, choices=range(2, 9),
+                   metavar='2..8', help='layers of the mapping network')
+    g.add_argument('--max_minutes', type=positive_float, metavar='MIN',
+                   help='stop in good order after that time; resume later')
+    g = p.add_argument_group('augmentation')
+    g.add_argument('--aug', default='ada', choices=('ada', 'noaug', 'fixed'),
+                   help='adaptive, none, or fixed strength')
+    g.add_argument('--p', type=fraction, metavar='FLOAT', help='strength for --aug=fixed')
+    g.add_argument('--target', type=fraction, metavar='FLOAT', help='ADA target (default 0.6)')
+    g.add_argument('--augpipe', default='bgc', choices=sorted(PIPES), help='augmentations used')
+    g = p.add_argument_group('continuing')
+    g.add_argument('--resume', type=Path, metavar='RUN|FILE',
+                   help='a run folder: go on in it from its newest snapshot; a snapshot file: go '
+                        'on from it in a new folder; a generator file: transfer learning')
+    g.add_argument('--freezed', type=nonnegative_int, default=0, metavar='INT',
+                   help='discriminator layers kept frozen (FreezeD), from the image side')
+    g = p.add_argument_group('performance')
+    g.add_argument('--precision', choices=('fp32', 'fp16', 'bf16'),
+                   help='of the four highest resolutions (default: fp16 on a GPU, fp32 on a CPU; '
+                        'bf16 is faster on CPUs that have it)')
+    g.add_argument('--fp32', type=boolean, default=False, metavar='BOOL',
+                   help='the same as --precision=fp32')
+    g.add_argument('--nhwc', type=boolean, default=True, metavar='BOOL',
+                   help='channels-last layout; always on in the mixed-precision resolutions')
+    g.add_argument('--nobench', type=boolean, default=False, metavar='BOOL',
+                   help='no cuDNN autotuning')
+    g.add_argument('--allow-tf32', '--allow_tf32', dest='allow_tf32', type=boolean, default=False,
+                   metavar='BOOL', help='TF32 matrix products in the fp32 parts')
+    g.add_argument('--workers', type=nonnegative_int, default=3, metavar='INT',
+                   help='image loading processes (0 on the CPU, where the cache is faster)')
+    return p
+
+
+def check_options(opts):
+    if opts.cond:
+        raise UserError('--cond=1: the weight format has no class input, so training is '
+                        'unconditional; train one generator per class with --data per class')
+    if opts.aug == 'fixed' and opts.p is None:
+        raise UserError('--aug=fixed needs --p')
+    if opts.aug != 'fixed' and opts.p is not None:
+        raise UserError('--p goes with --aug=fixed')
+    if opts.aug != 'ada' and opts.target is not None:
+        raise UserError('--target goes with --aug=ada')
+    if opts.aug == 'fixed' and opts.p > MAX_STRENGTH:
+        log.warning('--p %.2f: above %.1f augmentations leak into the images', opts.p,
+                    MAX_STRENGTH)
+    if opts.data is None and not (opts.resume and opts.resume.is_dir()):
+        raise UserError('--data is required (except with --resume RUN)')
+    if opts.resume and not opts.resume.exists():
+        raise UserError(f'--resume {opts.resume}: no such file or run folder')
+
+
+def new_run_dir(outdir, name):
+    numbers = [int(m.group(1)) for p in (outdir.iterdir() if outdir.is_dir() else [])
+               if (m := re.match(r'(\d{5})-', p.name))]
+    return outdir / f'{max(numbers, default=-1) + 1:05d}-{name}'
+
+
+def resumed_options(opts, argv):
+    """Options of the run folder to go on in; flags given now may only repeat or extend them."""
+    path = opts.resume / 'options.json'
+    if not path.is_file():
+        raise UserError(f'--resume {opts.resume}: not a run folder (no options.json)')
+    saved = json.loads(path.read_text(encoding='utf-8'))['options']['flags']
+    given = build_parser().parse_args([*saved, *argv])
+    given.resume = opts.resume
+    return given
+
+
+def start_processes(n, argv):
+    """Runs this script under torchrun with `n` processes; returns its exit code."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+               f'--nproc_per_node={n}', str(Path(__file__).resolve()), *argv]
+    return subprocess.run(command).returncode
+
+
+def build_metric(opts, dataset):
+    names = [n for n in opts.metrics.split(',') if n and n != 'none']
+    if not names:
+        return None
+    from training.fidelity import training_metric
+    return training_metric(names, dataset, n_images=opts.metric_images,
+                           content_weights=opts.metric_network,
+                           inception_weights=opts.inception_weights)
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    opts = build_parser().parse_args(argv)
+    check_options(opts)
+    continuing = opts.resume is not None and opts.resume.is_dir()
+    if continuing:
+        opts = resumed_options(opts, argv)
+    device = resolve_device(opts.device)
+    if opts.gpus > 1 and 'WORLD_SIZE' not in os.environ and not opts.dry_run:
+        if device.type == 'cuda' and opts.gpus > torch.cuda.device_count():
+            raise UserError(f'--gpus {opts.gpus}: only {torch.cuda.device_count()} GPU(s) here')
+        return start_processes(opts.gpus, argv)
+    setup_logging()
+    device = distributed.init(device)
+    world = max(opts.gpus, distributed.world_size())
+    on_gpu = device.type == 'cuda'
+    dataset = ImageArchive(opts.data, mirror=opts.mirror, subset=opts.subset, seed=opts.seed,
+                           cache=not on_gpu)
+    try:
+        config = make_config(opts.cfg, dataset.resolution, world, kimg=opts.kimg,
+                             batch=opts.batch, batch_gpu=opts.batch_gpu, gamma=opts.gamma,
+                             pl_weight=opts.pl_weight, n_mlp=opts.n_mlp, freezed=opts.freezed)
+    except ValueError as error:
+        raise UserError(f'--batch/--cfg: {error}') from error
+    if len(dataset) < config.batch:
+        raise UserError(f'{opts.data} holds {len(dataset)} images, fewer than one batch of '
+                        f'{config.batch}; lower --batch or add images')
+    precision = 'fp32' if opts.fp32 else opts.precision or ('fp16' if on_gpu else 'fp32')
+    resolved = {'flags': [a for a in argv if not a.startswith('--resume')], **config.to_dict(),
+                'data': opts.data, 'n_images': len(dataset), 'precision': precision,
+                'aug': opts.aug, 'augpipe': opts.augpipe, 'p': opts.p,
+                'target': opts.target or 0.6, 'mirror': opts.mirror, 'subset': opts.subset,
+                'world_size': world}
+    if opts.dry_run:
+        print(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in resolved.items()},
+                         indent=2))
+        return 0
+    metric = build_metric(opts, dataset)
+    torch.backends.cudnn.benchmark = not opts.nobench
+    torch.backends.cuda.matmul.allow_tf32 = opts.allow_tf32
+    torch.backends.cudnn.allow_tf32 = opts.allow_tf32
+
+    trainer = Trainer(dataset, config, device=device, seed=opts.seed, augment=opts.aug,
+                      augment_names=PIPES[opts.augpipe], augment_p=opts.p or 0.0,
+                      ada_target=opts.target or 0.6,
+                      precision=None if precision == 'fp32' else precision,
+                      workers=opts.workers if on_gpu else 0)
+    if continuing:
+        run_dir = opts.resume
+        found = latest_snapshot(run_dir)
+        if found is None:
+            raise UserError(f'--resume {run_dir}: no loadable {SNAPSHOT_PREFIX}*.pt in it')
+        trainer.load_state(found[1])
+        log.info('going on from %s', found[0].name)
+    else:
+        if opts.resume:
+            weights = load_weights(opts.resume, what='generator file or training snapshot')
+            if 'g_optim' in weights and 'n_img' in weights:
+                trainer.load_state(weights)
+                log.info('going on exactly from %s', opts.resume)
+            elif 'g_ema' in weights:
+                trainer.transfer(weights)
+                log.info('transfer learning from %s', opts.resume)
+            else:
+                raise UserError(f'--resume {opts.resume}: neither a training snapshot nor a '
+                                'generator file')
+        name = f'{opts.data.stem}{"-mirror" if opts.mirror else ""}-{opts.cfg}-batch{config.batch}'
+        run_dir = distributed.broadcast_object(new_run_dir(opts.outdir, name))
+        if distributed.is_main():
+            inputs = {'resume': opts.resume}
+            if opts.data.is_file():
+                inputs['data'] = opts.data
+            start_run(run_dir, run_record(resolved, inputs=inputs, seed=opts.seed))
+    if distributed.is_main():
+        setup_logging(run_dir / 'log.txt')
+        log.info('run folder %s', run_dir)
+        log.info('%d images of %d px, batch %d, %s, %s, %.0f kimg', len(dataset), config.size,
+                 config.batch, precision, device, config.kimg)
+    last = train(trainer, run_dir, kimg=config.kimg, snapshot_kimg=opts.snap * TICK_KIMG,
+                 tick_kimg=min(TICK_KIMG, config.kimg / 10), metric=metric,
+                 max_minutes=opts.max_minutes)
+    if distributed.is_main():
+        export_inference(last, run_dir / 'generator.pt')
+        log.info('generator for the other scripts: %s (sha256 %s)', run_dir / 'generator.pt',
+                 sha256_file(run_dir / 'generator.pt')[:12])
+    distributed.shutdown()
+    return 0
+
+
+if __name__ == '__main__':
+    run(main)

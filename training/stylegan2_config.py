@@ -1,0 +1,84 @@
+"""Configurations of the generator training, resolved from presets and the user's choices.
+
+Source of the published presets: Karras et al. 2020 (ADA), appendix C, and the options of the
+authors' training tool.
+"""
+import dataclasses
+
+from models.stylegan2 import channel_table
+
+# size -> channels of nets a two-core machine trains in an hour or two
+_SMALL_CHANNELS = {4: 128, 8: 128, 16: 128, 32: 64, 64: 32, 128: 32, 256: 16, 512: 16, 1024: 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that shapes the networks and the optimisation; sizes in images and kimg."""
+
+    size: int
+    channels: dict
+    n_mlp: int
+    kimg: float
+    batch: int            # images per step, all processes together
+    batch_gpu: int        # images per forward pass
+    mbstd_group: int
+    lr: float
+    gamma: float          # R1 weight
+    ema_kimg: float       # half-life of the weight average
+    ema_rampup: float | None
+    style_dim: int = 512
+    style_mixing: float = 0.9
+    pl_weight: float = 2.0
+    pl_decay: float = 0.01
+    pl_batch_shrink: int = 2
+    d_reg_interval: int = 16
+    g_reg_interval: int = 4
+    freezed: int = 0      # discriminator layers kept frozen, from the image side
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+
+PRESETS = ('auto', 'stylegan2', 'paper256', 'paper512', 'paper1024', 'small')
+
+
+def make_config(preset, size, n_gpus, **overrides):
+    """Resolves a preset for images of `size` px and `n_gpus` processes.
+
+    overrides: fields of TrainConfig; None keeps the preset's value. Raises ValueError when the
+    batch cannot be divided among the processes.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f'unknown configuration {preset!r}, want one of {", ".join(PRESETS)}')
+    given = {k: v for k, v in overrides.items() if v is not None}
+    if preset in ('auto', 'small'):
+        most = 16 if preset == 'small' else 32
+        batch = given.get('batch', max(min(n_gpus * min(4096 // size, most), 64), n_gpus))
+        values = dict(kimg=25_000, batch=batch, mbstd_group=min(max(batch // n_gpus, 1), 4),
+                      lr=0.002 if size >= 1024 else 0.0025, gamma=0.0002 * size ** 2 / batch,
+                      ema_kimg=batch * 10 / 32, ema_rampup=0.05, n_mlp=2,
+                      channels=channel_table(size, 2 if size >= 512 else 1))
+        if preset == 'small':
+            values['channels'] = {r: c for r, c in _SMALL_CHANNELS.items() if r <= size}
+            values['kimg'] = 200
+            values['pl_weight'] = 0.0    # a tenth of the time, for a smoothness small nets have
+        batch_gpu = batch // n_gpus
+    else:
+        kimg, batch, mbstd, multiplier, lr, gamma, ema = {
+            'stylegan2': (25_000, 32, 4, 2, 0.002, 10.0, 10),
+            'paper256': (25_000, 64, 8, 1, 0.0025, 1.0, 20),
+            'paper512': (25_000, 64, 8, 2, 0.0025, 0.5, 20),
+            'paper1024': (25_000, 32, 4, 2, 0.002, 2.0, 10),
+        }[preset]
+        values = dict(kimg=kimg, batch=batch, mbstd_group=mbstd, lr=lr, gamma=gamma, ema_kimg=ema,
+                      ema_rampup=None, n_mlp=8, channels=channel_table(size, multiplier))
+        batch = given.get('batch', batch)
+        # These presets were made for 8 GPUs; fewer accumulate gradients over rounds.
+        batch_gpu = max(batch // max(n_gpus, 8), 1) if batch >= n_gpus else 1
+    values['batch_gpu'] = batch_gpu
+    values.update(given)
+    config = TrainConfig(size=size, **values)
+    if config.batch % (config.batch_gpu * n_gpus):
+        raise ValueError(f'batch {config.batch} is not a multiple of {n_gpus} process(es) x '
+                         f'{config.batch_gpu} images per pass')
+    return config

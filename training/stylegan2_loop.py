@@ -1,0 +1,469 @@
+"""The StyleGAN2-ADA training loop: losses, regularisation, averaging, snapshots, resume.
+
+Sources: StyleGAN2 (Karras et al. 2020), section 3 (path length, lazy regularisation); ADA
+(Karras et al. 2020), section 2. Random numbers are a function of (seed, step, pass), never a
+running state, so a resumed run draws what the uninterrupted one would have drawn.
+"""
+import copy
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+
+from models.stylegan2 import Discriminator, Generator
+from models.stylegan2.model import set_low_precision
+from training.augment import MAX_STRENGTH, AdaptiveStrength, AugmentPipe
+from utils import distributed
+from utils.errors import UserError
+from utils.images import from_uint8, grid, save_png
+from utils.io import load_weights, save_torch
+from utils.logs import ScalarLog
+from utils.seeds import derive, seed_everything, torch_generator
+
+log = logging.getLogger(__name__)
+
+SNAPSHOT_FORMAT = 1
+SNAPSHOT_PREFIX = 'network-snapshot-'
+_ADA_INTERVAL = 4         # steps between two adjustments of the augmentation strength
+_MEAN_LATENT_SAMPLES = 20_000
+
+
+class EndlessSampler(torch.utils.data.Sampler):
+    """Dataset indices of this process's passes, from image number `start` on, without end.
+
+    Every epoch is a fresh permutation that depends on (seed, epoch) alone. Pass m of a step goes
+    to process m % world, so the set of images in a step does not depend on the processes.
+    """
+
+    def __init__(self, n, *, batch, batch_gpu, seed, start=0):
+        self.n, self.batch, self.batch_gpu, self.seed, self.start = n, batch, batch_gpu, seed, start
+
+    def __iter__(self):
+        rank, world = distributed.rank(), distributed.world_size()
+        position, epoch, order = self.start, None, None
+        while True:
+            for index in range(self.batch):
+                if index // self.batch_gpu % world == rank:
+                    wanted = (position + index) // self.n
+                    if wanted != epoch:
+                        epoch = wanted
+                        order = np.random.default_rng(
+                            derive(self.seed, 'epoch', epoch)).permutation(self.n)
+                    yield int(order[(position + index) % self.n])
+            position += self.batch
+
+
+class Trainer:
+    """Holds networks, optimisers and counters; `step()` is one optimiser step of both networks.
+
+    dataset: items (uint8 [3, R, R], label). config: TrainConfig. precision: None, 'fp16' or
+    'bf16' for the four highest resolutions. augment: 'ada', 'fixed' or 'noaug'.
+    """
+
+    def __init__(self, dataset, config, *, device, seed=0, augment='ada', augment_names=(),
+                 augment_p=0.0, ada_target=0.6, ada_kimg=500, precision=None, workers=0):
+        self.config, self.device, self.seed = config, torch.device(device), seed
+        self.augment = augment
+        world = distributed.world_size()
+        self.rounds = config.batch // (config.batch_gpu * world)
+        seed_everything(seed, 'init')    # every process starts from the same weights
+        net = dict(channels=config.channels)
+        self.g = Generator(config.size, style_dim=config.style_dim, n_mlp=config.n_mlp, **net)
+        self.d = Discriminator(config.size, mbstd_group=config.mbstd_group, **net)
+        self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
+        for module in (self.g, self.d, self.g_ema):
+            module.to(self.device)
+        self.set_precision(precision)
+        self.d_trained = freeze_discriminator(self.d, config.freezed)
+        self.g_optim, self.g_ratio = self._optimizer(self.g.parameters(), config.g_reg_interval)
+        self.d_optim, self.d_ratio = self._optimizer(self.d_trained, config.d_reg_interval)
+        self.pipe = (AugmentPipe(augment_names, self.device) if augment != 'noaug' else None)
+        self.ada = AdaptiveStrength(target=ada_target, adjust_kimg=ada_kimg,
+                                    p=augment_p if augment == 'fixed' else 0.0)
+        self.pl_mean = torch.zeros([], device=self.device)
+        self.n_steps = self.n_img = 0
+        self.ema_warm = False        # a transferred network needs no ramp-up of its average
+        self._signs = torch.zeros(2, dtype=torch.float64, device=self.device)    # sum, count
+        self.dataset, self.workers = dataset, workers
+        self._batches = None
+
+    def set_precision(self, precision):
+        dtype = {None: None, 'fp16': torch.float16, 'bf16': torch.bfloat16}[precision]
+        for module in (self.g, self.d, self.g_ema):
+            set_low_precision(module, dtype)
+
+    def _optimizer(self, parameters, interval):
+        # Lazy regularisation: one of (interval + 1) updates is the penalty's own.
+        ratio = interval / (interval + 1)
+        return torch.optim.Adam(list(parameters), lr=self.config.lr * ratio,
+                                betas=(0.0, 0.99 ** ratio), eps=1e-8), ratio
+
+    # -- one step ---------------------------------------------------------------------------
+
+    def _next_reals(self):
+        if self._batches is None:
+            sampler = EndlessSampler(len(self.dataset), batch=self.config.batch,
+                                     batch_gpu=self.config.batch_gpu, seed=self.seed,
+                                     start=self.n_img)
+            self._batches = iter(torch.utils.data.DataLoader(
+                self.dataset, batch_size=self.config.batch_gpu, sampler=sampler,
+                num_workers=self.workers, pin_memory=self.device.type == 'cuda',
+                persistent_workers=False))
+        return from_uint8(next(self._batches)[0].to(self.device, non_blocking=True))
+
+    def _passes(self, phase):
+        """(number, random generator) of this process's passes in `phase` of this step."""
+        world = distributed.world_size()
+        for r in range(self.rounds):
+            number = r * world + distributed.rank()
+            yield torch_generator(self.seed, self.n_steps, phase, number, device=self.device)
+
+    def _latents(self, draw, n):
+        """ws [n, L, D] of fresh z, styles mixed with the configured probability."""
+        z = torch.randn(n, self.config.style_dim, device=self.device, generator=draw)
+        z2 = torch.randn(n, self.config.style_dim, device=self.device, generator=draw)
+        # The cut is the same for all passes of the step.
+        shared = torch_generator(self.seed, self.n_steps, 'cut')
+        mixed = float(torch.rand([], generator=shared)) < self.config.style_mixing
+        cut = int(torch.randint(1, self.g.n_latent, [], generator=shared))
+        ws = self.g.broadcast(self.g.mapping(z))
+        if mixed:
+            ws = torch.cat([ws[:, :cut], self.g.broadcast(self.g.mapping(z2))[:, cut:]], 1)
+        return ws
+
+    def _judge(self, images, draw):
+        if self.pipe is not None:
+            images = self.pipe(images, self.ada.p, generator=draw)
+        return self.d(images)
+
+    def step(self):
+        """One step; returns a dict of 0-d tensors averaged over this process's passes."""
+        stats = {}
+        cfg = self.config
+
+        def record(name, value):
+            stats[name] = stats.get(name, 0) + value.detach().float().mean() / self.rounds
+
+        self.d.requires_grad_(False)
+        for draw in self._passes('g_main'):
+            fake = self.g.synthesis(self._latents(draw, cfg.batch_gpu), noise='random',
+                                    generator=draw)
+            loss = F.softplus(-self._judge(fake, draw)).mean()    # -log(sigmoid(D(G(z))))
+            record('loss_g', loss)
+            (loss / self.rounds).backward()
+        self._update(self.g_optim)
+        if cfg.pl_weight and self.n_steps % cfg.g_reg_interval == 0:
+            n = max(cfg.batch_gpu // cfg.pl_batch_shrink, 1)
+            lengths = []
+            for draw in self._passes('g_reg'):
+                loss, length = self._path_length(self._latents(draw, n), draw)
+                lengths.append(length)
+                record('loss_pl', loss)
+                (loss * cfg.g_reg_interval / self.rounds).backward()
+            mean = distributed.all_reduce_mean(torch.stack(lengths).mean())
+            self.pl_mean.lerp_(mean, cfg.pl_decay)
+            self._update(self.g_optim)
+        self._freeze_frozen()
+
+        reals = []
+        for draw in self._passes('d_main'):
+            with torch.no_grad():
+                fake = self.g.synthesis(self._latents(draw, cfg.batch_gpu), noise='random',
+                                        generator=draw)
+            loss_fake = F.softplus(self._judge(fake, draw)).mean()
+            reals.append(self._next_reals())
+            logits = self._judge(reals[-1], draw)
+            loss_real = F.softplus(-logits).mean()
+            self._signs += torch.stack([logits.detach().sign().double().sum(),
+                                        torch.tensor(float(len(logits)), device=self.device,
+                                                     dtype=torch.float64)])
+            record('loss_d', loss_fake + loss_real)
+            record('score_real', logits)
+            ((loss_fake + loss_real) / self.rounds).backward()
+        self._update(self.d_optim)
+        if cfg.gamma and self.n_steps % cfg.d_reg_interval == 0:
+            for draw, real in zip(self._passes('d_reg'), reals):
+                real = real.detach().requires_grad_()
+                logits = self._judge(real, draw)
+                # The gradient is taken at the image before augmentation (ADA, section 2).
+                grad, = torch.autograd.grad(logits.sum(), real, create_graph=True)
+                penalty = grad.square().sum((1, 2, 3)).mean()
+                record('r1', penalty)
+                loss = penalty * (cfg.gamma / 2 * cfg.d_reg_interval) / self.rounds
+                (loss + 0 * logits.sum()).backward()
+            self._update(self.d_optim)
+
+        self.n_steps += 1
+        self.n_img += cfg.batch
+        self._average_weights()
+        if self.augment == 'ada' and self.n_steps % _ADA_INTERVAL == 0:
+            self._adapt()
+        return stats
+
+    def _path_length(self, ws, draw):
+        images = self.g.synthesis(ws, noise='random', generator=draw)
+        noise = torch.randn(images.shape, device=self.device, generator=draw)
+        noise = noise / math.sqrt(images.shape[2] * images.shape[3])
+        grad, = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
+        lengths = grad.square().sum(2).mean(1).sqrt()
+        penalty = (lengths - self.pl_mean).square().mean()
+        return penalty * self.config.pl_weight, lengths.detach().mean()
+
+    def _update(self, optimizer):
+        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        distributed.average_gradients(parameters)
+        if self.g.low_precision is not None:
+            # float16 without loss scaling overflows now and then; the published recipe.
+            for p in parameters:
+                if p.grad is not None:
+                    torch.nan_to_num(p.grad, nan=0, posinf=1e5, neginf=-1e5, out=p.grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _freeze_frozen(self):
+        for p in self.d_trained:
+            p.requires_grad_(True)
+
+    @torch.no_grad()
+    def _average_weights(self):
+        cfg = self.config
+        half_life = cfg.ema_kimg * 1000
+        if cfg.ema_rampup is not None and not self.ema_warm:
+            half_life = min(half_life, self.n_img * cfg.ema_rampup)
+        beta = 0.5 ** (cfg.batch / max(half_life, 1e-8))
+        averaged, current = list(self.g_ema.parameters()), list(self.g.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - beta)
+
+    def _adapt(self):
+        total = distributed.all_reduce_sum(self._signs.clone())
+        self.ada.update(total[0] / total[1], self.config.batch * _ADA_INTERVAL)
+        self._signs.zero_()
+
+    # -- snapshots --------------------------------------------------------------------------
+
+    def state(self):
+        """Everything a resumed run needs, in the project's weight-file format."""
+        return {
+            'format': SNAPSHOT_FORMAT,
+            'g_ema': self.g_ema.state_dict(), 'g': self.g.state_dict(), 'd': self.d.state_dict(),
+            'latent_avg': self.g_ema.mean_latent(_MEAN_LATENT_SAMPLES, seed=0),
+            'g_optim': self.g_optim.state_dict(), 'd_optim': self.d_optim.state_dict(),
+            'ada': {'p': self.ada.p, 'overfitting': self.ada.overfitting,
+                    'signs': self._signs},
+            'pl_mean': self.pl_mean, 'n_steps': self.n_steps, 'n_img': self.n_img,
+            'ema_warm': self.ema_warm, 'seed': self.seed, 'config': self.config.to_dict(),
+        }
+
+    def load_state(self, state):
+        """Continues exactly from `state()`; UserError when the networks differ."""
+        self._load_networks(state)
+        self.g_optim.load_state_dict(state['g_optim'])
+        self.d_optim.load_state_dict(state['d_optim'])
+        self.ada.p, self.ada.overfitting = state['ada']['p'], state['ada']['overfitting']
+        self._signs.copy_(state['ada']['signs'])
+        self.pl_mean.copy_(state['pl_mean'])
+        self.n_steps, self.n_img = state['n_steps'], state['n_img']
+        self.ema_warm = state['ema_warm']
+        self._batches = None
+
+    def transfer(self, weights):
+        """Starts from the networks of a weight file (transfer learning); counters stay at 0."""
+        self._load_networks(weights)
+        self.ema_warm = True
+        self.ada.adjust_kimg = 100    # the published value when training goes on from a network
+
+    def _load_networks(self, weights):
+        parts = {'g_ema': self.g_ema, 'g': self.g, 'd': self.d}
+        for name, module in parts.items():
+            state = weights.get(name) or (weights['g_ema'] if name == 'g' else None)
+            if state is None:
+                log.warning('the weight file holds no %s; it starts untrained', name)
+                continue
+            try:
+                module.load_state_dict(state)
+            except RuntimeError as error:
+                raise UserError('the weight file does not fit this configuration '
+                                f'({str(error).splitlines()[1].strip()}); choose --cfg and the '
+                                'image size it was trained with') from error
+
+
+def freeze_discriminator(net, n_layers):
+    """Freezes the first `n_layers` layers from the image side; returns what stays trainable.
+
+    Layers are counted as from-RGB, then conv1, conv2, skip of each block (FreezeD, Mo et al.
+    2020).
+    """
+    layers = [net.convs[0]]
+    for block in list(net.convs)[1:]:
+        layers += [block.conv1, block.conv2, block.skip]
+    frozen = {id(p) for layer in layers[:n_layers] for p in layer.parameters()}
+    return [p for p in net.parameters() if id(p) not in frozen]
+
+
+def save_snapshot(trainer, run_dir):
+    """Writes `network-snapshot-<kimg>.pt` (with images, not kimg, below one kimg) atomically."""
+    path = Path(run_dir) / f'{SNAPSHOT_PREFIX}{trainer.n_img / 1000:09.3f}.pt'
+    save_torch(path, trainer.state())
+    return path
+
+
+def latest_snapshot(run_dir):
+    """(path, contents) of the newest loadable snapshot, or None; damaged ones are passed over."""
+    for path in sorted(Path(run_dir).glob(f'{SNAPSHOT_PREFIX}*.pt'), reverse=True):
+        try:
+            return path, load_weights(path, what='training snapshot')
+        except UserError as error:
+            log.warning('passing over a damaged snapshot: %s', error)
+    return None
+
+
+def export_inference(snapshot_path, target):
+    """Writes the generator alone: g_ema and latent_avg, without what leaks or is not needed."""
+    state = load_weights(snapshot_path, what='training snapshot')
+    save_torch(target, {'g_ema': state['g_ema'], 'latent_avg': state['latent_avg']})
+
+
+@torch.no_grad()
+def sample_grid(generator, *, n, seed, device, psi=1.0, latent_avg=None, batch=32):
+    """n images [n, 3, R, R] of fixed latents with stored noise, on the CPU."""
+    z = torch.randn(n, generator.style_dim, generator=torch_generator(seed, 'grid'))
+    images = []
+    for part in z.split(batch):
+        images.append(generator(part.to(device), truncation=psi,
+                                truncation_latent=latent_avg).float().cpu())
+    return torch.cat(images)
+
+
+def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, metric=None,
+          keep_snapshots=None, max_minutes=None):
+    """Runs `trainer` to `kimg`, leaving snapshots, grids, logs and curves in `run_dir`.
+
+    metric: function(generator, device) -> dict of numbers, called at every snapshot.
+    keep_snapshots: how many of the newest to keep (None: all). max_minutes: stop in good order
+    after that time, with a snapshot. Returns the path of the last snapshot. Raises UserError
+    when the losses stop being finite.
+    """
+    run_dir = Path(run_dir)
+    main = distributed.is_main()
+    scalars = (ScalarLog(run_dir, resume_step=trainer.n_img if trainer.n_img else None)
+               if main else None)
+    side = max(1, int(math.sqrt(n_grid)))
+    if main and not trainer.n_img:
+        reals = torch.stack([trainer.dataset[i][0] for i in
+                             range(min(n_grid, len(trainer.dataset)))])
+        save_png(grid(from_uint8(reals), side), run_dir / 'reals.png')
+        fakes = sample_grid(trainer.g_ema, n=n_grid, seed=0, device=trainer.device)
+        save_png(grid(fakes, side), run_dir / 'fakes_init.png')
+    started = tick_start = time.monotonic()
+    tick_img, start_img = trainer.n_img, trainer.n_img
+    sums, count = {}, {}
+    last = None
+    total = int(kimg * 1000)
+    while True:
+        done = trainer.n_img >= total
+        stopping = max_minutes is not None and time.monotonic() - started > max_minutes * 60
+        stopping = distributed.broadcast_object(stopping)
+        if trainer.n_img - tick_img >= tick_kimg * 1000 or done or stopping:
+            values = {k: float(distributed.all_reduce_mean(v / count[k])) for k, v in sums.items()}
+            _check_finite(values, trainer)
+            now = time.monotonic()
+            rate = (trainer.n_img - tick_img) / max(now - tick_start, 1e-9)
+            if main and values:
+                values.update(augment_p=trainer.ada.p, overfitting=trainer.ada.overfitting,
+                              images_per_second=rate, kimg=trainer.n_img / 1000,
+                              memory_gb=_memory_gb(trainer.device))
+                scalars.log(trainer.n_img, values)
+                _status(trainer, values, now - started, start_img, total)
+            sums, count = {}, {}
+            tick_img, tick_start = trainer.n_img, now
+        crossed = (trainer.n_img // (snapshot_kimg * 1000)
+                   > (trainer.n_img - trainer.config.batch) // (snapshot_kimg * 1000))
+        if (crossed and trainer.n_img > start_img) or done or stopping:
+            last = _snapshot(trainer, run_dir, side, n_grid, metric, scalars, keep_snapshots)
+            tick_start = time.monotonic()
+        if done or stopping:
+            break
+        for name, value in trainer.step().items():
+            sums[name] = sums.get(name, 0) + value
+            count[name] = count.get(name, 0) + 1
+    if main:
+        scalars.close()
+    distributed.barrier()
+    return last
+
+
+def _snapshot(trainer, run_dir, side, n_grid, metric, scalars, keep):
+    if not distributed.is_main():
+        distributed.barrier()
+        return None
+    path = save_snapshot(trainer, run_dir)
+    fakes = sample_grid(trainer.g_ema, n=n_grid, seed=0, device=trainer.device)
+    save_png(grid(fakes, side), run_dir / f'fakes{path.stem.removeprefix(SNAPSHOT_PREFIX)}.png')
+    if metric is not None:
+        values = metric(trainer.g_ema, trainer.device)
+        scalars.log(trainer.n_img, values)
+        log.info('kimg %.1f  %s', trainer.n_img / 1000,
+                 '  '.join(f'{k} {v:.4g}' for k, v in values.items()))
+    if keep is not None:
+        for old in sorted(run_dir.glob(f'{SNAPSHOT_PREFIX}*.pt'))[:-keep]:
+            old.unlink()
+    plot_curves(run_dir)
+    distributed.barrier()
+    return path
+
+
+def _check_finite(values, trainer):
+    bad = [k for k, v in values.items() if not math.isfinite(v)]
+    if bad:
+        raise UserError(f'training diverged: {", ".join(bad)} is not finite at kimg '
+                        f'{trainer.n_img / 1000:.1f}; resume from an earlier snapshot with a '
+                        'larger --gamma or full precision (--fp32=1)')
+
+
+def _memory_gb(device):
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return psutil.Process().memory_info().rss / 2 ** 30
+
+
+def _status(trainer, values, elapsed, start_img, total):
+    rate = (trainer.n_img - start_img) / max(elapsed, 1e-9)
+    eta = (total - trainer.n_img) / max(rate, 1e-9)
+    log.info('kimg %7.1f  time %s  eta %s  img/s %6.1f  p %.3f%s  r_t %+.2f  G %.3f  D %.3f  '
+             'mem %.1fG', trainer.n_img / 1000, _clock(elapsed), _clock(eta),
+             values['images_per_second'], trainer.ada.p,
+             ' (at its cap)' if trainer.ada.p >= MAX_STRENGTH else '', trainer.ada.overfitting,
+             values['loss_g'], values['loss_d'], values['memory_gb'])
+
+
+def _clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02d}:{seconds:02d}'
+
+
+def plot_curves(run_dir):
+    """Draws `curves.png` from the run's stats.jsonl."""
+    from matplotlib.figure import Figure
+    run_dir = Path(run_dir)
+    rows = [json.loads(line) for line in (run_dir / 'stats.jsonl').read_text().splitlines()]
+    names = [('loss_g', 'loss_d'), ('score_real', 'overfitting'), ('augment_p',), ('r1',),
+             ('loss_pl',)]
+    known = {n for group in names for n in group} | {
+        'step', 'kimg', 'images_per_second', 'memory_gb'}
+    names += [(n,) for n in sorted({k for r in rows for k in r} - known)]
+    figure = Figure(figsize=(4 * len(names), 3), layout='constrained')
+    for axis, group in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        for name in group:
+            points = [(r['step'] / 1000, r[name]) for r in rows if name in r]
+            if points:
+                axis.plot(*zip(*points), label=name)
+        axis.set_xlabel('kimg')
+        axis.legend()
+    figure.savefig(run_dir / 'curves.png', dpi=80, metadata={'Software': None})
