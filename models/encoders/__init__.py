@@ -1,0 +1,108 @@
+"""Image-to-latent encoders: the four published ones and a small one."""
+import math
+import re
+
+import torch
+
+from models.encoders.fpn_encoders import GradualStyleEncoder, ResNetGradualStyleEncoder
+from models.encoders.light_encoder import LightEncoder
+from models.encoders.restyle_psp_encoders import BackboneEncoder, ResNetBackboneEncoder
+from utils.errors import UserError
+from utils.io import load_weights
+
+ENCODERS = {cls.__name__: cls for cls in (
+    BackboneEncoder, GradualStyleEncoder, ResNetBackboneEncoder, ResNetGradualStyleEncoder,
+    LightEncoder)}
+
+__all__ = ['ENCODERS', 'BackboneEncoder', 'GradualStyleEncoder', 'LightEncoder',
+           'ResNetBackboneEncoder', 'ResNetGradualStyleEncoder', 'build_encoder',
+           'encoder_from_state', 'init_from_resnet34', 'load_resnet34']
+
+
+def build_encoder(name, *, n_styles, input_nc=6, input_size=256, style_dim=512):
+    """An untrained encoder of class `name` for [N, input_nc, input_size, input_size] inputs.
+
+    Raises UserError for an unknown name, ValueError for a size the class cannot take.
+    """
+    if name not in ENCODERS:
+        raise UserError(f'unknown encoder {name!r}; choose one of {", ".join(ENCODERS)}')
+    return ENCODERS[name](n_styles=n_styles, input_nc=input_nc, input_size=input_size,
+                          style_dim=style_dim)
+
+
+def encoder_from_state(state, *, n_styles, style_dim, input_size=None, source='encoder weights'):
+    """(encoder, input_size): class, channels and input side are read from names and shapes.
+
+    n_styles, style_dim: what the generator takes; UserError naming `source` when the weights
+    are not an encoder's or predict something else. input_size: the side in pixels if recorded
+    (several odd sizes share the same shapes).
+    """
+    try:
+        name, input_nc, size = _describe(state)
+        encoder = build_encoder(name, n_styles=n_styles, input_nc=input_nc,
+                                input_size=input_size or size, style_dim=style_dim)
+        encoder.load_state_dict(state)
+    except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f'{source}: the encoder does not fit a generator with {n_styles} styles '
+                        f'of {style_dim} numbers: {_first_detail(error)}') from error
+    return encoder, input_size or size
+
+
+def _describe(state):
+    """Class name, input channels and input side of an encoder's state dict."""
+    if 'stem.weight' in state:
+        # pixels per 32-px patch grid: channels = 6 * patch^2
+        channels = state['stem.weight'].shape[1]
+        return 'LightEncoder', 6, 32 * math.isqrt(channels // 6)
+    n_convs = sum(bool(re.fullmatch(r'styles\.0\.convs\.\d+\.weight', k)) for k in state)
+    pyramid = 'latlayer1.weight' in state
+    stem = 'input_layer.0.weight' if 'input_layer.0.weight' in state else 'conv1.weight'
+    name = {('conv1.weight', False): 'ResNetBackboneEncoder',
+            ('conv1.weight', True): 'ResNetGradualStyleEncoder',
+            ('input_layer.0.weight', False): 'BackboneEncoder',
+            ('input_layer.0.weight', True): 'GradualStyleEncoder'}[stem, pyramid]
+    return name, state[stem].shape[1], 16 * 2 ** n_convs
+
+
+def _first_detail(error):
+    lines = str(error).splitlines()
+    return lines[min(1, len(lines) - 1)].strip() if lines else type(error).__name__
+
+
+def load_resnet34(path):
+    """A torchvision ResNet-34 state dict from a file; UserError when it is not one."""
+    hint = 'It is torchvision\'s resnet34 ImageNet file (resnet34-333f7ec4.pth or -b627a593.pth).'
+    state = load_weights(path, what='ResNet-34 weight file', hint=hint)
+    state = state.get('state_dict', state) if isinstance(state, dict) else {}
+    if 'conv1.weight' not in state or 'layer4.2.bn2.running_var' not in state:
+        raise UserError(f'{path} does not hold a ResNet-34. {hint}')
+    return state
+
+
+@torch.no_grad()
+def init_from_resnet34(encoder, state, *, generator=None):
+    """Copies ImageNet weights into the stem and body of a ResNet-34 encoder.
+
+    The stem's channels after the first three see the current reconstruction. They start as
+    noise of the pretrained filters' own standard deviation, so that neither picture drowns the
+    other. generator: torch.Generator for that noise. UserError when the encoder has another
+    body or a tensor does not fit.
+    """
+    if not isinstance(encoder, (ResNetBackboneEncoder, ResNetGradualStyleEncoder)):
+        raise UserError(f'ResNet-34 weights do not fit {type(encoder).__name__}; use an encoder '
+                        'with a ResNet body, or leave --resnet34_weights out')
+    flat = {}
+    for key, value in state.items():
+        if match := re.fullmatch(r'layer([1-4])\.(\d+)\.(.+)', key):
+            first = (0, 3, 7, 13)[int(match[1]) - 1]
+            flat[f'{first + int(match[2])}.{match[3]}'] = value
+    try:
+        encoder.body.load_state_dict(flat)
+        encoder.bn1.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith('bn1.')})
+        stem = state['conv1.weight']
+        weight = encoder.conv1.weight
+        weight[:, :3] = stem
+        extra = torch.randn(weight[:, 3:].shape, generator=generator) * stem.std().cpu()
+        weight[:, 3:] = extra.to(weight.device)
+    except RuntimeError as error:
+        raise UserError(f'the ResNet-34 weights do not fit: {_first_detail(error)}') from error

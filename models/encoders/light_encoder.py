@@ -1,0 +1,76 @@
+"""A small encoder for 64- and 128-px work on a CPU.
+
+Shapes: N images, L styles, D style dimension, S input side.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_WIDTHS = (64, 96, 128, 192)    # channels at 32, 16, 8 and 4 px
+_BLOCKS = 2                     # residual blocks per resolution
+_SQUEEZE, _HIDDEN = 32, 256     # channels before the head, width of the head
+_START = 32                     # side of the first feature map
+
+
+class _Block(nn.Module):
+    """Pre-activation residual block without normalisation.
+
+    The branch is scaled so that the sum over all blocks keeps unit variance; without batch
+    statistics, training and inference compute the same function for any batch size.
+    """
+
+    def __init__(self, in_ch, out_ch, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_ch, out_ch, 3, stride, padding=1)
+        self.conv2 = nn.Conv2d(out_ch, out_ch, 3, padding=1)
+        self.skip = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else None
+        self.stride = stride
+        self.gain = 1 / math.sqrt(_BLOCKS * len(_WIDTHS))
+
+    def forward(self, x):
+        y = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, 0.2)), 0.2))
+        if self.stride > 1:
+            x = F.avg_pool2d(x, self.stride)
+        if self.skip is not None:
+            x = self.skip(x)
+        return torch.add(x, y, alpha=self.gain)
+
+
+class LightEncoder(nn.Module):
+    """About 4 M parameters: patches to 32 px, eight residual blocks to 4 px, a low-rank head.
+
+    input_size: any multiple of 32; pixels beyond 32 px go to channels, so cost hardly grows.
+    """
+
+    def __init__(self, *, n_styles, input_nc=6, input_size=256, style_dim=512):
+        super().__init__()
+        if input_size % _START:
+            raise ValueError(f'LightEncoder takes input sizes that are multiples of {_START}, '
+                             f'not {input_size}')
+        self.n_styles, self.style_dim = n_styles, style_dim
+        self.patch = input_size // _START
+        self.stem = nn.Conv2d(input_nc * self.patch ** 2, _WIDTHS[0], 3, padding=1)
+        blocks, in_ch = [], _WIDTHS[0]
+        for stage, out_ch in enumerate(_WIDTHS):
+            for i in range(_BLOCKS):
+                blocks.append(_Block(in_ch, out_ch, 2 if stage and i == 0 else 1))
+                in_ch = out_ch
+        self.body = nn.Sequential(*blocks)
+        self.squeeze = nn.Conv2d(in_ch, _SQUEEZE, 1)
+        self.hidden = nn.Linear(_SQUEEZE * 16, _HIDDEN)
+        self.head = nn.Linear(_HIDDEN, n_styles * style_dim)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, a=0.2)
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            self.head.weight.mul_(0.1)    # the first guess stays near the average latent
+
+    def forward(self, x):
+        """x [N, input_nc, S, S] -> latent offsets [N, L, D]."""
+        x = self.body(self.stem(F.pixel_unshuffle(x, self.patch)))
+        x = F.leaky_relu(self.squeeze(F.leaky_relu(x, 0.2)), 0.2)
+        x = F.leaky_relu(self.hidden(x.flatten(1)), 0.2)
+        return self.head(x).unflatten(1, (self.n_styles, self.style_dim))

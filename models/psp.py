@@ -1,0 +1,125 @@
+"""Encoder and generator joined for ReStyle inversion.
+
+Shapes: N images, L styles, D style dimension, S side the encoder sees, R side of the generator.
+Images are float32 in [-1, 1] nominally; generated ones are not clamped.
+Source: Alaluf et al. 2021, 'ReStyle', section 3.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.encoders import encoder_from_state
+from models.stylegan2 import generator_from_state
+from utils.errors import UserError
+from utils.io import load_weights
+
+_REMEDY = 'Train one with scripts/train_restyle_psp.py.'
+
+
+class Inversion(NamedTuple):
+    """Result of `invert`."""
+
+    ws: torch.Tensor                     # [N, L, D] latents after the last iteration
+    recon: torch.Tensor                  # [N, 3, S, S] their reconstructions
+    iterations: torch.Tensor | None      # [n_iters, N, L, D] latents after each iteration
+
+
+class PSP(nn.Module):
+    """An encoder that refines latents and the generator that draws them.
+
+    latent_avg: [L, D], or [D] for all layers; where refinement starts. It moves with the module
+    but is not part of its state dict, whose keys are those of published checkpoints.
+    """
+
+    def __init__(self, encoder, decoder, latent_avg, input_size=256):
+        super().__init__()
+        self.encoder, self.decoder, self.input_size = encoder, decoder, input_size
+        self.register_buffer('latent_avg', latent_avg.detach().float().expand(
+            decoder.n_latent, decoder.style_dim).clone(), persistent=False)
+
+    def pool(self, img):
+        """[N, 3, R, R] -> [N, 3, S, S], the mean over each cell (published face_pool)."""
+        return F.adaptive_avg_pool2d(img, self.input_size)
+
+    def decode(self, ws, *, noise='stored'):
+        """ws [N, L, D] -> [N, 3, R, R]; `noise` as in Generator.synthesis."""
+        return self.decoder.synthesis(ws, noise=noise)
+
+    @torch.no_grad()
+    def average_image(self):
+        """The picture of latent_avg as the encoder sees it, [3, S, S]."""
+        return self.pool(self.decode(self.latent_avg[None]))[0]
+
+    def step(self, x, y, ws):
+        """One refinement: photographs x and reconstructions y [N, 3, S, S] -> new ws [N, L, D]."""
+        return self.encoder(torch.cat([x, y], 1)) + ws
+
+
+@torch.no_grad()
+def invert(psp, x, *, n_iters=5, keep_iterations=False):
+    """Finds latents of photographs x [N, 3, S, S] by `n_iters` refinements.
+
+    Starts from the average latent and its picture; stored noise. `psp` must be in eval mode.
+    Raises ValueError for x of another size than the encoder's.
+    """
+    side = psp.input_size
+    if x.ndim != 4 or tuple(x.shape[1:]) != (3, side, side):
+        raise ValueError(f'images have shape {tuple(x.shape)}, want [N, 3, {side}, {side}]')
+    if psp.training:
+        raise ValueError('psp is in training mode; call psp.eval() first')
+    ws = psp.latent_avg.expand(len(x), -1, -1)
+    y = psp.average_image().expand_as(x)
+    kept = []
+    for _ in range(n_iters):
+        ws = psp.step(x, y, ws)
+        y = psp.pool(psp.decode(ws))
+        if keep_iterations:
+            kept.append(ws)
+    return Inversion(ws, y, torch.stack(kept) if keep_iterations else None)
+
+
+def psp_checkpoint(psp, opts):
+    """The published checkpoint layout for inference: {state_dict, opts, latent_avg}.
+
+    opts: plain dict; what describes the networks is added under the published names.
+    """
+    described = {'encoder_type': type(psp.encoder).__name__, 'output_size': psp.decoder.size,
+                 'input_nc': 6, 'encoder_size': psp.input_size}
+    state = {k: v.detach().cpu() for k, v in psp.state_dict().items()}
+    return {'state_dict': state, 'opts': {**opts, **described},
+            'latent_avg': psp.latent_avg.cpu()}
+
+
+def psp_from_checkpoint(checkpoint, *, source='checkpoint'):
+    """A trainable PSP from a loaded {state_dict, opts, latent_avg}; a `D.` part is ignored.
+
+    UserError naming `source` when parts are missing or do not fit each other.
+    """
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('state_dict'), dict):
+        raise UserError(f'{source} is not a ReStyle-pSp checkpoint: it has no "state_dict". '
+                        f'{_REMEDY}')
+    parts = {name: {k[len(name) + 1:]: v for k, v in checkpoint['state_dict'].items()
+                    if k.startswith(f'{name}.')} for name in ('encoder', 'decoder')}
+    for name, part in parts.items():
+        if not part:
+            raise UserError(f'{source} is not a ReStyle-pSp checkpoint: no "{name}." weights. '
+                            f'{_REMEDY}')
+    opts = checkpoint.get('opts') or {}
+    decoder = generator_from_state(parts['decoder'], source=f'{source}: the decoder weights')
+    encoder, input_size = encoder_from_state(
+        parts['encoder'], n_styles=decoder.n_latent, style_dim=decoder.style_dim,
+        input_size=opts.get('encoder_size'), source=str(source))
+    latent_avg = checkpoint.get('latent_avg')
+    if latent_avg is None:
+        latent_avg = decoder.mean_latent()
+    return PSP(encoder, decoder, latent_avg, input_size)
+
+
+def load_psp(path, device='cpu'):
+    """Reads a ReStyle-pSp checkpoint for inference: frozen, in eval mode, on `device`."""
+    checkpoint = load_weights(path, what='ReStyle-pSp checkpoint', hint=_REMEDY)
+    psp = psp_from_checkpoint(checkpoint, source=str(Path(path)))
+    return psp.to(device).eval().requires_grad_(False)
