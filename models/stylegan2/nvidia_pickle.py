@@ -60,14 +60,10 @@ def _storage(data):
 
 
 def _tensor(storage, offset, size, stride, *_):
-    # set_ would quietly enlarge the storage, so a tensor larger than its data is refused first.
-    dtype, untyped = storage.dtype, storage.untyped()
-    n_stored, n_values = untyped.nbytes() // dtype.itemsize, math.prod(size)
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if (len(size) != len(stride) or min((offset, *size, *stride)) < 0 or n_values > n_stored
-            or (n_values > 0 and last >= n_stored)):
+    flat = torch.empty(0, dtype=storage.dtype).set_(storage)
+    if math.prod(size) > flat.numel():
         raise pickle.UnpicklingError('it holds a tensor that reaches beyond its data')
-    return torch.empty(0, dtype=dtype).set_(untyped, offset, size, stride).clone()
+    return flat.as_strided(size, stride, offset).clone()    # raises when out of bounds
 
 
 def _parameter(data, *_):
