@@ -165,7 +165,7 @@ def resumed_options(opts, argv):
 def start_processes(n, argv):
     """Runs this script under torchrun with `n` processes; returns its exit code."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-               f'--nproc_per_node={n}', str(Path(__file__).resolve()), *argv]
+               f'--nproc_per_node={n}', '--', str(Path(__file__).resolve()), *argv]
     return subprocess.run(command).returncode
 
 

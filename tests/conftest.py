@@ -1,4 +1,5 @@
 """Shared test helpers: golden files, and a reason for every skipped GPU test."""
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -35,3 +36,12 @@ def relative_error(got, want):
     """Largest absolute difference over the largest wanted magnitude."""
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).abs().max() / want.abs().max())
+
+
+def load_script(name, folder='scripts'):
+    """A script as a module, whatever characters its file name has."""
+    spec = importlib.util.spec_from_file_location(f'script_{name.replace("-", "_")}',
+                                                  ROOT / folder / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -169,7 +169,7 @@ class Trainer:
             mean = distributed.all_reduce_mean(torch.stack(lengths).mean())
             self.pl_mean.lerp_(mean, cfg.pl_decay)
             self._update(self.g_optim)
-        self._freeze_frozen()
+        self._unfreeze_trained()
 
         reals = []
         for draw in self._passes('d_main'):
@@ -226,7 +226,7 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _freeze_frozen(self):
+    def _unfreeze_trained(self):
         for p in self.d_trained:
             p.requires_grad_(True)
 
@@ -465,5 +465,6 @@ def plot_curves(run_dir):
             if points:
                 axis.plot(*zip(*points), label=name)
         axis.set_xlabel('kimg')
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.savefig(run_dir / 'curves.png', dpi=80, metadata={'Software': None})

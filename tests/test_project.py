@@ -1,0 +1,90 @@
+"""Rules of the house: who imports whom, what every script offers, what the files may say."""
+import ast
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+ALLOWED = {
+    'configs': set(), 'utils': set(),
+    'models': {'utils'}, 'datasets': {'utils'}, 'criteria': {'models', 'utils'},
+    'training': {'models', 'criteria', 'datasets', 'utils'},
+    'anonymization': {'models', 'criteria', 'datasets', 'utils'},
+    'scripts': {'configs', 'models', 'criteria', 'datasets', 'training', 'anonymization',
+                'classification', 'MIA', 'utils'},
+    'classification': {'configs', 'models', 'datasets', 'utils'},
+    'MIA': {'configs', 'models', 'datasets', 'utils'},
+}
+# Folders whose code is a library: it never prints, exits or picks a device.
+LIBRARY = ('models', 'criteria', 'datasets', 'training', 'anonymization')
+
+
+def sources(*folders):
+    return [f for folder in folders for f in sorted((ROOT / folder).rglob('*.py'))]
+
+
+def test_import_rules():
+    bad = []
+    for f in sources(*ALLOWED):
+        top = f.relative_to(ROOT).parts[0]
+        for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
+            names = ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                     [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else [])
+            bad += [f'{f}:{node.lineno} -> {n}' for n in names
+                    if n.split('.')[0] in ALLOWED.keys() - {top} - ALLOWED[top]]
+    assert not bad, '\n'.join(bad)
+
+
+def test_library_code_neither_prints_nor_exits():
+    bad = []
+    for f in sources(*LIBRARY):
+        for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Call):
+                text = ast.unparse(node.func)
+                if text in ('print', 'exit', 'quit', 'sys.exit', 'input') or text.endswith('.cuda'):
+                    bad.append(f'{f}:{node.lineno} {text}')
+    assert not bad, '\n'.join(bad)
+
+
+def test_torch_files_are_only_loaded_as_plain_data():
+    bad = []
+    for f in sources(*ALLOWED):
+        for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == 'torch.load':
+                safe = any(k.arg == 'weights_only' and ast.unparse(k.value) == 'True'
+                           for k in node.keywords)
+                if not safe:
+                    bad.append(f'{f}:{node.lineno}')
+    assert not bad, '\n'.join(bad)
+
+
+def test_scripts_explain_themselves():
+    scripts = [f for f in sources('scripts') if f.name != '__init__.py']
+    assert scripts
+    for f in scripts:
+        tree = ast.parse(f.read_text(encoding='utf-8'))
+        assert ast.get_docstring(tree), f'{f.name} has no docstring'
+        mains = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == 'main']
+        assert mains and mains[0].args.args[0].arg == 'argv', f'{f.name} has no main(argv)'
+
+
+def test_dependencies_agree():
+    def names(text):
+        return set(re.findall(r'^\s*"?([A-Za-z][\w.-]*)\s*[><=!]', text, re.M))
+    project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
+    listed = project[project.index('dependencies = ['):project.index('[tool.setuptools]')]
+    requirements = (ROOT / 'environment' / 'requirements.txt').read_text(encoding='utf-8')
+    assert names(listed) == names(requirements)
+    reasons = [line for line in listed.splitlines() if re.match(r'\s+"', line)]
+    assert all('#' in line for line in reasons)
+
+
+@pytest.mark.parametrize('pattern', [r'/home/\w', r'/hub_data', r'/root/', r'/tmp/\w'])
+def test_no_machine_paths(pattern):
+    tracked = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True)
+    files = tracked.stdout.split() if tracked.returncode == 0 else []
+    found = [f for f in files if f.endswith(('.py', '.md', '.yaml', '.toml', '.txt', '.json'))
+             and f != 'tests/test_project.py'
+             and re.search(pattern, (ROOT / f).read_text(encoding='utf-8'))]
+    assert not found

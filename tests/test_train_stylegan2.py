@@ -1,0 +1,255 @@
+"""The generator's training loop: exact resume, equal processes, adaptive strength, commands."""
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load_script
+from PIL import Image
+
+from datasets.archive import ImageArchive
+from training.augment import MAX_STRENGTH, PIPES, AdaptiveStrength, AugmentPipe
+from training.stylegan2_config import make_config
+from training.stylegan2_loop import (
+    EndlessSampler,
+    Trainer,
+    freeze_discriminator,
+    latest_snapshot,
+    save_snapshot,
+)
+from utils.errors import UserError
+from utils.io import load_weights
+from utils.logs import read_jsonl
+from utils.seeds import torch_generator
+
+CHANNELS = {4: 8, 8: 8, 16: 8, 32: 8}
+
+
+def tiny_config(**overrides):
+    values = dict(batch=4, channels=CHANNELS, style_dim=16, g_reg_interval=2, d_reg_interval=2,
+                  pl_weight=2.0)
+    return make_config('small', 32, 1, **{**values, **overrides})
+
+
+class Discs(torch.utils.data.Dataset):
+    """Bright discs of varying place and colour on black."""
+
+    def __init__(self, n):
+        rng = np.random.default_rng(0)
+        y, x = np.mgrid[:32, :32]
+        self.items = []
+        for _ in range(n):
+            cx, cy = rng.uniform(8, 24, 2)
+            inside = (x - cx) ** 2 + (y - cy) ** 2 < 36
+            colour = rng.integers(60, 255, 3)
+            self.items.append(torch.from_numpy((inside * colour[:, None, None]).astype(np.uint8)))
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i], torch.zeros(0)
+
+
+def tiny_trainer(**options):
+    config = options.pop('config', None) or tiny_config()
+    return Trainer(options.pop('dataset', Discs(12)), config, device='cpu',
+                   augment_names=PIPES['bgc'], **options)
+
+
+@pytest.fixture
+def archive(tmp_path):
+    folder = tmp_path / 'archive'
+    folder.mkdir()
+    for i, (image, _) in enumerate(Discs(12)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f'img{i:08d}.png')
+    return folder
+
+
+def equal_states(a, b):
+    for part in ('g_ema', 'g', 'd'):
+        for name in a[part]:
+            assert torch.equal(a[part][name], b[part][name]), (part, name)
+
+
+def test_resumed_training_equals_uninterrupted(tmp_path):
+    straight = tiny_trainer(augment='fixed', augment_p=0.5)
+    for _ in range(4):
+        straight.step()
+    first = tiny_trainer(augment='fixed', augment_p=0.5)
+    for _ in range(2):
+        first.step()
+    save_snapshot(first, tmp_path)
+    second = tiny_trainer(augment='fixed', augment_p=0.5)
+    second.load_state(latest_snapshot(tmp_path)[1])
+    for _ in range(2):
+        second.step()
+    assert second.n_img == straight.n_img == 16
+    equal_states(straight.state(), second.state())
+    assert torch.equal(straight.pl_mean, second.pl_mean)
+
+
+def test_gradients_accumulate_over_passes():
+    # The same four images in one pass of four or two passes of two, without the minibatch
+    # statistics, the mixing of the batch or random numbers that depend on the pass.
+    whole = tiny_trainer(config=tiny_config(mbstd_group=1), augment='noaug')
+    parts = tiny_trainer(config=tiny_config(mbstd_group=1, batch_gpu=2), augment='noaug')
+    for trainer in (whole, parts):
+        torch.manual_seed(0)
+        reals = [i for i, _ in zip(EndlessSampler(12, batch=4, batch_gpu=trainer.config.batch_gpu,
+                                                  seed=0), range(4))]
+        assert len(set(reals)) == 4
+        for _ in range(2):
+            stats = trainer.step()
+        assert all(torch.isfinite(v) for v in stats.values())
+    assert parts.rounds == 2
+
+
+def test_sampler_visits_every_image_once_per_epoch_and_resumes():
+    def draw(start, n):
+        it = iter(EndlessSampler(10, batch=4, batch_gpu=2, seed=3, start=start))
+        return [next(it) for _ in range(n)]
+    first = draw(0, 40)
+    for epoch in range(4):
+        assert sorted(first[epoch * 10:(epoch + 1) * 10]) == list(range(10))
+    assert draw(8, 12) == first[8:20]
+
+
+def test_two_processes_give_the_losses_of_one(archive, tmp_path):
+    flags = ['--data', str(archive), '--cfg=small', '--batch=4', '--batch-gpu=2', '--kimg=0.016',
+             '--aug=fixed', '--p=0.3', '--pl_weight=2', '--device=cpu', '--workers=0']
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    rows = {}
+    for gpus in (1, 2):
+        out = tmp_path / f'gpus{gpus}'
+        done = subprocess.run(
+            [sys.executable, str(ROOT / 'scripts' / 'train_stylegan2_ada.py'), '--outdir',
+             str(out), *flags, f'--gpus={gpus}'], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        run_dir, = out.iterdir()
+        rows[gpus] = read_jsonl(run_dir / 'stats.jsonl')
+        assert (run_dir / 'generator.pt').is_file() and (run_dir / 'curves.png').is_file()
+    assert len(rows[1]) == len(rows[2]) > 1
+    for one, two in zip(rows[1], rows[2]):
+        for name in ('loss_g', 'loss_d', 'score_real'):
+            # Summation order of the averaged gradients is all that differs.
+            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-4), name
+
+
+def test_adaptive_strength_rises_when_the_discriminator_overfits():
+    # 20 images: the discriminator soon tells every real one.
+    trainer = tiny_trainer(dataset=Discs(20), augment='ada', ada_kimg=0.5,
+                           config=tiny_config(batch=8, gamma=0.0, pl_weight=0.0))
+    strengths, overfitting = [], []
+    for _ in range(60):
+        trainer.step()
+        strengths.append(trainer.ada.p)
+        overfitting.append(trainer.ada.overfitting)
+    assert strengths[2] == 0.0
+    assert max(overfitting) > 0.6
+    assert strengths[-1] > 0.2
+
+
+def test_strength_heuristic():
+    ada = AdaptiveStrength(target=0.6, adjust_kimg=500)
+    assert ada.update(0.2, 64) == 0.0                        # floor
+    assert ada.update(0.9, 64) == pytest.approx(64 / 500_000)
+    for _ in range(10_000):
+        ada.update(1.0, 64)
+    assert ada.p == MAX_STRENGTH                             # cap
+    assert ada.update(0.1, 64) < MAX_STRENGTH
+
+
+def test_augmentations_hit_in_proportion_and_differentiate_twice():
+    pipe = AugmentPipe(PIPES['bgc'], 'cpu')
+    x = torch.rand(400, 3, 16, 16)
+    assert pipe(x, 0.0) is x
+    colour = AugmentPipe(('brightness',), 'cpu')
+    changed = (colour(x, 0.25, generator=torch_generator(0)) != x).flatten(1).any(1)
+    assert 0.15 < changed.float().mean() < 0.35
+    small = torch.rand(1, 3, 8, 8, dtype=torch.float32, requires_grad=True)
+    y = pipe(small, 1.0, generator=torch_generator(5))
+    grad, = torch.autograd.grad(y.square().sum(), small, create_graph=True)
+    second, = torch.autograd.grad(grad.square().sum(), small)
+    # The pipe is linear in the image up to a shift, so 2nd derivatives are finite differences.
+    step = 1e-2 * torch.randn(small.shape, generator=torch_generator(1))
+    moved = (small.detach() + step).requires_grad_()
+    z = pipe(moved, 1.0, generator=torch_generator(5))
+    grad_moved, = torch.autograd.grad(z.square().sum(), moved)
+    change = grad_moved.square().sum() - grad.square().sum()
+    expected = (second * step).sum() + (grad_moved - grad).square().sum()
+    assert change.item() == pytest.approx(expected.item(), rel=1e-2, abs=1e-2)
+
+
+def test_freeze_counts_layers_from_the_image_side():
+    trainer = tiny_trainer(config=tiny_config(freezed=4))
+    before = {k: v.clone() for k, v in trainer.d.state_dict().items()}
+    trainer.step()
+    moved = {k for k, v in trainer.d.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and not any(k.startswith(('convs.0.', 'convs.1.')) for k in moved)
+    assert len(freeze_discriminator(trainer.d, 0)) == len(list(trainer.d.parameters()))
+
+
+def test_published_presets():
+    auto = make_config('auto', 512, 1)
+    assert (auto.batch, auto.gamma, auto.ema_kimg, auto.lr) == (8, 6.5536, 2.5, 0.0025)
+    assert auto.channels[512] == 64 and auto.n_mlp == 2
+    paper = make_config('paper256', 256, 8)
+    assert (paper.batch, paper.batch_gpu, paper.mbstd_group, paper.channels[256]) == (64, 8, 8, 64)
+    assert make_config('stylegan2', 256, 1).batch_gpu == 4
+    with pytest.raises(ValueError, match='not a multiple'):
+        make_config('auto', 64, 2, batch=9, batch_gpu=4)
+
+
+def test_command_trains_resumes_and_transfers(archive, tmp_path, capsys):
+    script = load_script('train_stylegan2_ada')
+    out = tmp_path / 'runs'
+    base = ['--outdir', str(out), '--data', str(archive), '--cfg=small', '--batch=4',
+            '--device=cpu', '--aug=noaug', '--workers=0']
+    assert script.main([*base, '--kimg=0.008']) == 0
+    run_dir, = out.iterdir()
+    record = json.loads((run_dir / 'options.json').read_text())
+    assert record['options']['batch'] == 4 and record['seed'] == 0
+    # Going on in the same folder to a longer goal equals one straight run.
+    assert script.main(['--outdir', str(out), '--resume', str(run_dir), '--kimg=0.016']) == 0
+    assert script.main([*base, '--kimg=0.016']) == 0
+    straight = out / sorted(p.name for p in out.iterdir())[-1]
+    name = 'network-snapshot-00000.016.pt'
+    equal_states(load_weights(run_dir / name), load_weights(straight / name))
+    assert script.main([*base, '--kimg=0.004', '--resume', str(run_dir / 'generator.pt')]) == 0
+    capsys.readouterr()
+    assert script.main([*base, '--dry-run']) == 0
+    assert json.loads(capsys.readouterr().out)['batch'] == 4
+
+
+def test_command_rejects_bad_input(archive, tmp_path):
+    script = load_script('train_stylegan2_ada')
+    base = ['--outdir', str(tmp_path / 'runs'), '--data', str(archive), '--device=cpu']
+    for flags, message in ((['--cond=1'], 'no class input'), (['--aug=fixed'], 'needs --p'),
+                           (['--batch=64'], 'fewer than one batch'),
+                           (['--resume', str(tmp_path / 'none')], 'no such'),
+                           (['--resume', str(tmp_path)], 'not a run folder')):
+        with pytest.raises(UserError, match=message):
+            script.main([*base, *flags])
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_damaged_snapshot_falls_back(tmp_path, caplog):
+    trainer = tiny_trainer(augment='noaug')
+    trainer.step()
+    good = save_snapshot(trainer, tmp_path)
+    trainer.step()
+    bad = save_snapshot(trainer, tmp_path)
+    bad.write_bytes(bad.read_bytes()[:1000])
+    path, state = latest_snapshot(tmp_path)
+    assert path == good and state['n_steps'] == 1
+    assert 'damaged' in caplog.text
+
+
+def test_archive_mirror_doubles(archive):
+    plain, mirrored = ImageArchive(archive), ImageArchive(archive, mirror=True)
+    assert len(mirrored) == 2 * len(plain)
+    assert torch.equal(mirrored[len(plain)][0], plain[0][0].flip(2))
