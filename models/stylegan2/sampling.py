@@ -1,0 +1,61 @@
+"""Latents for pictures: from seeds, mixed by layer, and on a closed path; and their rendering."""
+import numpy as np
+import torch
+from scipy.interpolate import CubicSpline
+
+from models.stylegan2.model import truncate
+from utils.seeds import torch_generator
+
+NOISE_MODES = {'const': 'stored', 'random': 'random', 'none': 'none'}
+
+
+def seed_latents(seeds, dim):
+    """z [N, dim] of integer seeds; the same numbers as StyleGAN2-ADA draws for them."""
+    return torch.from_numpy(np.stack(
+        [np.random.RandomState(seed).standard_normal(dim) for seed in seeds])).float()
+
+
+@torch.no_grad()
+def seed_styles(net, seeds, *, psi=1.0, latent_avg=None):
+    """ws [N, L, D] of integer seeds, truncated towards `latent_avg` [D] when psi is not 1."""
+    w = net.mapping(seed_latents(seeds, net.style_dim).to(net.input.input.device))
+    if psi != 1:
+        w = truncate(w, latent_avg, psi)
+    return net.broadcast(w)
+
+
+def mix_styles(coarse, donor, layers):
+    """ws [N, L, D] of `coarse` with the layers in `layers` taken from `donor` [N, L, D]."""
+    mixed = coarse.clone()
+    mixed[:, layers] = donor[:, layers]
+    return mixed
+
+
+def loop_styles(ws, n_between):
+    """A smooth closed path through ws [K, L, D] (K >= 2): [K * n_between, L, D].
+
+    Every n_between-th frame is one of the given points; a periodic cubic spline joins them.
+    """
+    points = torch.cat([ws, ws[:1]]).cpu().numpy()
+    spline = CubicSpline(np.arange(len(points)), points, bc_type='periodic')
+    path = spline(np.arange(len(ws) * n_between) / n_between)
+    return torch.from_numpy(path).to(ws)
+
+
+@torch.no_grad()
+def render(net, ws, *, noise='const', seeds=None, batch=8):
+    """Yields images [3, R, R] of ws [N, L, D], computed `batch` at a time.
+
+    noise: 'const' (the stored maps), 'random' (drawn from `seeds[i]`, by default i, for image i,
+    so that a picture does not depend on the batch), or 'none'.
+    """
+    for start in range(0, len(ws), batch):
+        part = ws[start:start + batch]
+        maps = NOISE_MODES[noise]
+        if noise == 'random':
+            numbers = range(start, start + len(part)) if seeds is None \
+                else seeds[start:start + len(part)]
+            drawn = [net.noise_maps('random', 1, 'cpu', torch_generator(s, 'noise'))
+                     for s in numbers]
+            maps = [torch.cat(level).to(ws.device) for level in zip(*drawn)]
+        yield from net.synthesis(part, noise=maps)
