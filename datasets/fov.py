@@ -77,12 +77,12 @@ def find_fov(image):
 
 def _white_margin(rgb):
     """Mask of the white surroundings, or None. An over-exposed retina is not one: a margin is
-    white in at least two corners of the frame."""
+    white in at least three corners of the frame."""
     white = rgb.min(axis=2) >= _WHITE
     labels, _ = ndimage.label(white)
     corners = {int(labels[y, x]) for y in (0, -1) for x in (0, -1)} - {0}
     n_white = sum(bool(white[y, x]) for y in (0, -1) for x in (0, -1))
-    return np.isin(labels, list(corners)) if n_white >= 2 else None
+    return np.isin(labels, list(corners)) if n_white >= 3 else None
 
 
 def _margin_level(values):
