@@ -4,6 +4,7 @@ Layout: image files in sorted order of their names (`00000/img00000000.png`, ...
 `dataset.json` with `{"labels": [[name, label], ...]}` or `{"labels": null}`, where a label is a
 class number or a list of floats (stylegan2-ada-pytorch, dataset_tool).
 """
+import collections
 import io
 import json
 import os
@@ -138,7 +139,7 @@ class ImageArchive(torch.utils.data.Dataset):
                     sizes[name] = image.size
             except _DECODE_ERRORS as error:
                 bad[name] = f'unreadable ({error})'
-        common = max(set(sizes.values()), key=list(sizes.values()).count) if sizes else None
+        common = collections.Counter(sizes.values()).most_common(1)[0][0] if sizes else None
         for name, (w, h) in sizes.items():
             if w != h:
                 bad[name] = f'{w}x{h}, not square'
