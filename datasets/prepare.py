@@ -10,7 +10,6 @@ from PIL import Image
 
 from datasets.archive import ArchiveWriter, FileStore
 from datasets.fov import UnusableFrame, crop_fov, find_fov
-from datasets.table import read_table
 from utils.errors import UserError
 from utils.images import load_rgb
 from utils.logs import progress
@@ -71,6 +70,7 @@ class _FileLoader:
 
 
 def _list_table(path, image_dir, split):
+    from datasets.table import read_table
     if image_dir is None:
         image_dir = path.parent / 'images' if (path.parent / 'images').is_dir() else path.parent
     table = read_table(path, image_dir)
