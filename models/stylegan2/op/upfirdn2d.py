@@ -1,5 +1,10 @@
 """Zero-insert, pad, filter, decimate: the resampling step of StyleGAN2."""
+import ctypes
+
+import torch
 import torch.nn.functional as F
+
+from models.stylegan2.op import build
 
 
 def upfirdn2d(x, kernel, *, up=1, down=1, pad=(0, 0), impl='auto'):
@@ -8,13 +13,17 @@ def upfirdn2d(x, kernel, *, up=1, down=1, pad=(0, 0), impl='auto'):
     x: [N, C, H, W], any float dtype and layout. kernel: [kh, kw], used as a true convolution
     (flipped). up, down: whole factors for both axes. pad: (before, after) for both axes, or
     (left, right, top, bottom) in samples of the upsampled image; negative values crop.
-    impl: 'auto' or 'ref', the PyTorch path; any device, first and second derivatives.
+    impl: 'ref', the PyTorch path; 'cuda', the fused kernel; 'auto', the kernel where it builds.
+    Both have derivatives of any order with respect to x; the kernel's is taken by 'ref' only.
     Returns [N, C, (H*up + pads - kh)//down + 1, (W*up + pads - kw)//down + 1] in x's dtype.
     Raises ValueError on shapes or factors that do not fit. Source: StyleGAN2, appendix B.
     """
-    if impl not in ('auto', 'ref'):
-        raise ValueError(f'impl={impl!r}, want auto or ref')
-    return _upfirdn2d_ref(x, kernel, up, down, full_pad(pad))
+    pad = full_pad(pad)
+    _check(x, kernel, up, down, pad)
+    kernels = build.get(x, impl)
+    if kernels is not None and not kernel.requires_grad:
+        return _UpFirDn2d.apply(x, kernel, up, down, pad)
+    return _upfirdn2d_ref(x, kernel, up, down, pad)
 
 
 def full_pad(pad):
@@ -27,17 +36,27 @@ def full_pad(pad):
     return pad
 
 
-def _upfirdn2d_ref(x, kernel, up, down, pad):
+def _check(x, kernel, up, down, pad):
     if x.ndim != 4 or kernel.ndim != 2:
         raise ValueError(f'want x [N, C, H, W] and kernel [kh, kw], got {tuple(x.shape)} and '
                          f'{tuple(kernel.shape)}')
     if up < 1 or down < 1:
         raise ValueError(f'up={up} and down={down} must be 1 or more')
+    if min(_output_size(x, kernel, up, 1, pad)) < 1:
+        raise ValueError(f'the padded image {tuple(x.shape)} is smaller than the '
+                         f'{kernel.shape[0]}x{kernel.shape[1]} kernel')
+
+
+def _output_size(x, kernel, up, down, pad):
+    left, right, top, bottom = pad
+    return ((x.shape[2] * up + top + bottom - kernel.shape[0]) // down + 1,
+            (x.shape[3] * up + left + right - kernel.shape[1]) // down + 1)
+
+
+def _upfirdn2d_ref(x, kernel, up, down, pad):
     channels = x.shape[1]
     kh, kw = kernel.shape
     left, right, top, bottom = pad
-    if min(x.shape[2] * up + top + bottom - kh, x.shape[3] * up + left + right - kw) < 0:
-        raise ValueError(f'the padded image {tuple(x.shape)} is smaller than the {kh}x{kw} kernel')
     weight = kernel.to(x.dtype)[None, None].expand(channels, 1, kh, kw)
     if up == 1:
         x = F.pad(x, pad) if any(pad) else x
@@ -48,3 +67,42 @@ def _upfirdn2d_ref(x, kernel, up, down, pad):
     x = F.conv_transpose2d(x, weight, stride=up, groups=channels)
     x = F.pad(x, (left - kw + 1, right - kw + up, top - kh + 1, bottom - kh + up))
     return x[:, :, ::down, ::down] if down > 1 else x
+
+
+class _UpFirDn2d(torch.autograd.Function):
+    """The fused kernel; its derivative is the same operation with up and down exchanged."""
+
+    @staticmethod
+    def forward(ctx, x, kernel, up, down, pad):
+        ctx.save_for_backward(kernel)
+        y = _launch(x, kernel, up, down, pad)
+        left, _, top, _ = pad
+        kh, kw = kernel.shape
+        ctx.arguments = (down, up, (kw - 1 - left, x.shape[3] * up - y.shape[3] * down + left - up
+                                    + 1, kh - 1 - top, x.shape[2] * up - y.shape[2] * down + top
+                                    - up + 1))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        kernel, = ctx.saved_tensors
+        return _UpFirDn2d.apply(grad, kernel.flip(0, 1), *ctx.arguments), None, None, None, None
+
+
+def _launch(x, kernel, up, down, pad):
+    channels_last = (x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1
+                     and not x.is_contiguous())
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = x.contiguous(memory_format=layout)
+    height, width = _output_size(x, kernel, up, down, pad)
+    y = torch.empty((x.shape[0], x.shape[1], height, width), dtype=x.dtype, device=x.device,
+                    memory_format=layout)
+    taps = kernel.to(device=x.device, dtype=torch.float32).contiguous()
+    sizes = (ctypes.c_int64 * 14)(x.shape[0], x.shape[1], x.shape[2], x.shape[3], height, width,
+                                  *x.stride(), *y.stride())
+    with torch.cuda.device(x.device):
+        code = build.library(x.device.index).ksalsa_upfirdn2d(
+            x.data_ptr(), taps.data_ptr(), y.data_ptr(), sizes, up, down, pad[0], pad[2],
+            *kernel.shape, build.DTYPES[x.dtype], torch.cuda.current_stream().cuda_stream)
+    build.check(code, 'upfirdn2d')
+    return y

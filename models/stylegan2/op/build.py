@@ -1,0 +1,158 @@
+"""Compiles and loads the CUDA kernels on first use; says once what to do when it can't.
+
+The kernels have a plain C interface, so they are built with nvcc alone, kept in a cache keyed by
+source, PyTorch version and GPU architecture, and called through ctypes. Nothing here runs at
+import.
+"""
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name('kernels.cu')
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be compiled or loaded; the message names the remedy."""
+
+
+def toolkit_hint():
+    """The pip command that installs the matching compiler."""
+    version = torch.version.cuda or '13'
+    return f'pip install ninja "cuda-toolkit[nvcc,cccl,crt]=={version}.*"'
+
+
+def find_nvcc():
+    """Path of nvcc: CUDA_HOME, then the PyPI compiler beside PyTorch's CUDA libraries, then PATH.
+
+    Raises BuildError when there is none.
+    """
+    candidates = []
+    for variable in ('CUDA_HOME', 'CUDA_PATH'):
+        if os.environ.get(variable):
+            candidates.append(Path(os.environ[variable]) / 'bin' / 'nvcc')
+    spec = importlib.util.find_spec('nvidia')
+    for root in (spec.submodule_search_locations if spec else []):
+        candidates += sorted(Path(root).glob('cu*/bin/nvcc'), reverse=True)
+    if shutil.which('nvcc'):
+        candidates.append(Path(shutil.which('nvcc')))
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise BuildError(f'no CUDA compiler (nvcc) found; {toolkit_hint()}')
+
+
+def cache_dir(architecture):
+    """Where the built library for (source, PyTorch, architecture) lives."""
+    root = os.environ.get('KSALSA_CACHE')
+    root = Path(root) if root else Path(
+        os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'k-salsa'
+    key = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    return root / f'ops-{key}-torch{torch.__version__}-{architecture}'
+
+
+def compile_kernels(architecture, folder=None):
+    """Builds the library for one architecture ('sm_90') with ninja; returns its path.
+
+    A library that is already in the cache is returned as it is. Raises BuildError with the
+    compiler's last line and the remedy.
+    """
+    folder = Path(folder) if folder else cache_dir(architecture)
+    library = folder / 'kernels.so'
+    if library.is_file():
+        return library
+    nvcc, ninja = find_nvcc(), _find_ninja()
+    work = folder / f'build-{os.getpid()}'    # processes that race build apart and rename
+    work.mkdir(parents=True, exist_ok=True)
+    # The runtime is the one PyTorch has loaded, so none is linked in.
+    flags = f'-O3 -std=c++17 -arch={architecture} -shared -Xcompiler -fPIC -cudart none'
+    (work / 'build.ninja').write_text(
+        f'rule nvcc\n  command = {_ninja_path(nvcc)} {flags} $in -o $out\n'
+        f'build kernels.so: nvcc {_ninja_path(SOURCE)}\n', encoding='utf-8')
+    try:
+        done = subprocess.run([*ninja, '-C', str(work)], capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in (done.stdout + done.stderr).splitlines()
+                     if re.search(r'\b(error|fatal)\b.*:|not found', line, re.I)
+                     and not line.startswith('ninja:')]
+            reason = lines[0].strip() if lines else f'ninja ended with code {done.returncode}'
+            raise BuildError(f'the CUDA ops did not compile ({reason}); {toolkit_hint()}')
+        os.replace(work / 'kernels.so', library)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return library
+
+
+def _find_ninja():
+    if importlib.util.find_spec('ninja'):
+        return [sys.executable, '-m', 'ninja']
+    if shutil.which('ninja'):
+        return [shutil.which('ninja')]
+    raise BuildError('ninja is missing; pip install ninja')
+
+
+def _ninja_path(path):
+    return str(path).replace('$', '$$').replace(' ', '$ ').replace(':', '$:')
+
+
+@functools.cache
+def library(device_index):
+    """The loaded kernels for one GPU, or None; the reason is logged once per process and GPU."""
+    try:
+        return load_kernels(device_index)
+    except BuildError as error:
+        log.warning('using the slower PyTorch path for upfirdn2d and activations: %s', error)
+        return None
+
+
+def load_kernels(device_index):
+    """Builds if needed and loads the kernels for one GPU; BuildError when that fails."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    path = compile_kernels(f'sm_{major}{minor}')
+    try:
+        return declare(ctypes.CDLL(str(path)))
+    except OSError as error:
+        raise BuildError(f'{path} does not load ({error}); delete it and try again') from error
+
+
+def declare(kernels):
+    """Sets the argument types of the C functions."""
+    i32, i64, f32, ptr = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+    kernels.ksalsa_upfirdn2d.argtypes = [ptr, ptr, ptr, ctypes.POINTER(i64), *[i32] * 7, ptr]
+    kernels.ksalsa_activate.argtypes = [ptr, ptr, ptr, ptr, i64, i64, i64, f32, f32, f32, i32, ptr]
+    return kernels
+
+
+def get(x, impl):
+    """The kernels for tensor `x`, or None when the PyTorch path is to be taken.
+
+    impl: 'auto' takes them on CUDA tensors where they build; 'cuda' insists (BuildError);
+    'ref' never does.
+    """
+    if impl not in ('auto', 'ref', 'cuda'):
+        raise ValueError(f'impl={impl!r}, want auto, ref or cuda')
+    if impl == 'cuda':
+        if not x.is_cuda:
+            raise BuildError("impl='cuda' needs a tensor on a CUDA device")
+        return library(x.device.index) or load_kernels(x.device.index)
+    if impl == 'ref' or not x.is_cuda or x.dtype not in DTYPES or torch.compiler.is_compiling():
+        return None
+    return library(x.device.index)
+
+
+def check(code, name):
+    """Raises when a launcher reported a CUDA error."""
+    if code:
+        raise RuntimeError(f'{name} failed with CUDA error {code}')

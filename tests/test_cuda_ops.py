@@ -1,0 +1,140 @@
+"""The fused CUDA ops: they compile without a GPU, and on one they equal the PyTorch path."""
+import ctypes
+import itertools
+
+import pytest
+import torch
+
+from models.stylegan2.op import build, fused_leaky_relu, upfirdn2d
+
+# Rounding of one value plus the order of sixteen sums, relative to values of order one.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def test_kernels_compile_without_a_gpu(tmp_path):
+    try:
+        build.find_nvcc()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    try:
+        path = build.compile_kernels('sm_90', tmp_path / 'with space')
+    except build.BuildError as error:
+        if 'ninja' in str(error) and 'missing' in str(error):
+            pytest.skip(str(error))
+        raise
+    assert build.compile_kernels('sm_90', tmp_path / 'with space') == path
+    symbols = path.read_bytes()
+    assert b'ksalsa_upfirdn2d' in symbols and b'ksalsa_activate' in symbols
+    assert sorted(p.name for p in path.parent.iterdir()) == ['kernels.so']
+
+
+def test_compiler_errors_name_the_cause_and_the_remedy(tmp_path, monkeypatch):
+    try:
+        build.find_nvcc()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    broken = tmp_path / 'kernels.cu'
+    broken.write_text('int main() { return undeclared; }')
+    monkeypatch.setattr(build, 'SOURCE', broken)
+    with pytest.raises(build.BuildError, match='undeclared.*pip install'):
+        build.compile_kernels('sm_90', tmp_path / 'out')
+    assert not list((tmp_path / 'out').glob('build-*'))
+
+
+def test_missing_compiler_names_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(build.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(build.shutil, 'which', lambda name: None)
+    for variable in ('CUDA_HOME', 'CUDA_PATH'):
+        monkeypatch.setenv(variable, str(tmp_path))
+    with pytest.raises(build.BuildError, match='pip install ninja "cuda-toolkit'):
+        build.find_nvcc()
+
+
+def test_cpu_tensors_take_the_pytorch_path():
+    x = torch.randn(1, 2, 4, 4)
+    assert build.get(x, 'auto') is None
+    with pytest.raises(build.BuildError, match='CUDA device'):
+        fused_leaky_relu(x, impl='cuda')
+
+
+def test_declared_functions_match_the_source():
+    class Fake:
+        ksalsa_upfirdn2d = type('F', (), {})()
+        ksalsa_activate = type('F', (), {})()
+    fake = build.declare(Fake())
+    source = build.SOURCE.read_text()
+    for name in ('ksalsa_upfirdn2d', 'ksalsa_activate'):
+        signature = source[source.index(f'int {name}('):].split(')')[0]
+        assert len(getattr(fake, name).argtypes) == signature.count(',') + 1
+    assert fake.ksalsa_activate.argtypes[4] is ctypes.c_int64
+
+
+CASES = list(itertools.product(
+    [(1, 1, (0, 0)), (1, 1, (2, 1)), (2, 1, (2, 1)), (2, 1, (-1, 2)), (1, 2, (1, 1)),
+     (1, 2, (2, 2, 0, 1)), (3, 2, (2, 1)), (2, 2, (1, 2))],
+    [(2, 8, 37, 23), (1, 3, 16, 16), (3, 1, 9, 70)], [False, True]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', list(TOLERANCE))
+@pytest.mark.parametrize('factors,shape,last', CASES)
+def test_upfirdn2d_pair(factors, shape, last, dtype):
+    up, down, pad = factors
+    layout = torch.channels_last if last else torch.contiguous_format
+    for kh, kw in ((4, 4), (3, 2), (1, 12), (5, 5)):
+        kernel = torch.rand(kh, kw, device='cuda') / (kh * kw)
+        x = torch.randn(shape, device='cuda', dtype=dtype).contiguous(memory_format=layout)
+        results = {}
+        for impl in ('ref', 'cuda'):
+            inp = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            y = upfirdn2d(inp, kernel, up=up, down=down, pad=pad, impl=impl)
+            weight = torch.linspace(-1, 1, y.numel(), device='cuda', dtype=dtype).view(y.shape)
+            grad, = torch.autograd.grad((y * weight * y).sum(), inp, create_graph=True)
+            second, = torch.autograd.grad(grad.square().sum(), inp)
+            results[impl] = y, grad, second
+        for got, want in zip(results['cuda'], results['ref']):
+            assert got.dtype == dtype and got.shape == want.shape
+            scale = want.abs().max().clamp(min=1)
+            assert ((got - want).abs().max() / scale) < 4 * TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', list(TOLERANCE))
+@pytest.mark.parametrize('last', [False, True])
+@pytest.mark.parametrize('shape', [(2, 8, 16, 16), (3, 5, 7, 9), (4, 16)])
+def test_fused_leaky_relu_pair(shape, last, dtype):
+    if last and len(shape) != 4:
+        pytest.skip('no channels-last layout for a matrix')
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(shape, device='cuda', dtype=dtype).contiguous(memory_format=layout)
+    bias = torch.randn(shape[1], device='cuda', dtype=dtype)
+    for use_bias, clamp in ((True, None), (False, 0.7), (True, 0.7)):
+        results = {}
+        for impl in ('ref', 'cuda'):
+            inp = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            b = bias.clone().requires_grad_()
+            y = fused_leaky_relu(inp, b if use_bias else None, clamp=clamp, impl=impl)
+            wanted = [inp, b] if use_bias else [inp]
+            grads = torch.autograd.grad((y * y).sum(), wanted, create_graph=True)
+            second, = torch.autograd.grad(grads[0].square().sum(), inp)
+            results[impl] = y, *grads, second
+        for got, want in zip(results['cuda'], results['ref']):
+            scale = want.abs().max().clamp(min=1)
+            assert ((got - want).abs().max() / scale) < 4 * TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+def test_cuda_ops_pass_gradcheck():
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64, device='cuda', requires_grad=True)
+    kernel = torch.rand(4, 4, device='cuda')
+    bias = torch.randn(3, dtype=torch.float64, device='cuda', requires_grad=True)
+
+    def act(x, bias):
+        return fused_leaky_relu(x, bias, impl='cuda')
+    assert torch.autograd.gradcheck(act, (x, bias))
+    assert torch.autograd.gradgradcheck(act, (x, bias))
+    for up, down in ((1, 1), (2, 1), (1, 2)):
+        def fir(x, up=up, down=down):
+            return upfirdn2d(x, kernel, up=up, down=down, pad=(2, 1), impl='cuda')
+        assert torch.autograd.gradcheck(fir, x)
+        assert torch.autograd.gradgradcheck(fir, x)
