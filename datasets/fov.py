@@ -117,13 +117,18 @@ def _fit(values, scale, full_size):
                    (box[2] - box[0]) / 2, (box[3] - box[1]) / 2, box)
     cx, cy, rx, ry = (float(v) for v in disc)
     # A flat cut inside the frame ends the picture before the disc ends.
-    rows, columns = np.nonzero(mask.mean(axis=1) > 0.05)[0], np.nonzero(mask.mean(axis=0) > 0.05)[0]
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    (left, right), (top, bottom) = (_extent(mask.sum(axis=a)) for a in (0, 1))
     box = (max(cx - rx, 0, min(left, cx - 0.6 * rx)), max(cy - ry, 0, min(top, cy - 0.6 * ry)),
            min(cx + rx, w, max(right, cx + 0.6 * rx)), min(cy + ry, h, max(bottom, cy + 0.6 * ry)))
     sx, sy = scale
     return Fov('disc', cx * sx, cy * sy, rx * sx, ry * sy,
                _to_box(box, scale, full_size))
+
+
+def _extent(counts):
+    """First and one past the last position whose count is not negligible."""
+    found = np.nonzero(counts > 0.05 * counts.max())[0]
+    return int(found[0]), int(found[-1]) + 1
 
 
 def _main_parts(mask):

@@ -177,3 +177,21 @@ def test_mask_covers_the_disc_with_a_soft_rim():
 
 def test_same_picture_same_answer():
     assert find_fov(photograph(seed=3)) == find_fov(photograph(seed=3))
+
+
+def test_pictures_that_are_no_photograph_get_a_box_inside_the_frame():
+    rng = np.random.default_rng(0)
+    for seed in range(30):
+        h, w = (int(v) for v in rng.integers(5, 90, 2))
+        blobs = rng.random((h, w)) < rng.uniform(0.01, 0.9)
+        lines = np.zeros((h, w), bool)
+        lines[rng.integers(0, h), :] = lines[:, rng.integers(0, w)] = True
+        picture = Image.fromarray(((blobs if seed % 2 else lines) * 255).astype(np.uint8))
+        try:
+            fov = find_fov(picture.convert('RGB'))
+        except UnusableFrame:
+            continue
+        left, top, right, bottom = fov.box
+        assert 0 <= left < right <= w and 0 <= top < bottom <= h
+        square = crop_fov(picture.convert('RGB'), fov, size=16, mask=True, unsqueeze=True)
+        assert square.size == (16, 16)
