@@ -7,7 +7,13 @@ from conftest import GOLDEN, relative_error
 from golden_fill import fill_image, fill_state_dict, fill_tensor
 from torchvision.models import resnet34
 
-from models.encoders import ENCODERS, build_encoder, init_from_resnet34, load_resnet34
+from models.encoders import (
+    ENCODERS,
+    build_encoder,
+    encoder_from_state,
+    init_from_resnet34,
+    load_resnet34,
+)
 from models.psp import PSP, invert, load_psp, psp_checkpoint
 from models.stylegan2 import Generator
 from utils.errors import UserError
@@ -104,6 +110,9 @@ def test_light_encoder_is_small():
     assert 2e6 < sum(p.numel() for p in encoder.parameters()) < 4.5e6
     with pytest.raises(ValueError, match='multiples of 32'):
         build_encoder('LightEncoder', n_styles=12, input_size=100)
+    narrow = build_encoder('LightEncoder', n_styles=8, input_size=64, style_dim=16, width=8)
+    again, size = encoder_from_state(narrow.state_dict(), n_styles=8, style_dim=16)
+    assert size == 64 and again.stem.weight.shape == narrow.stem.weight.shape
 
 
 def test_imagenet_start_reaches_the_body(tmp_path):

@@ -19,15 +19,15 @@ __all__ = ['ENCODERS', 'BackboneEncoder', 'GradualStyleEncoder', 'LightEncoder',
            'encoder_from_state', 'init_from_resnet34', 'load_resnet34']
 
 
-def build_encoder(name, *, n_styles, input_nc=6, input_size=256, style_dim=512):
+def build_encoder(name, *, n_styles, input_nc=6, input_size=256, style_dim=512, **options):
     """An untrained encoder of class `name` for [N, input_nc, input_size, input_size] inputs.
 
-    Raises UserError for an unknown name, ValueError for a size the class cannot take.
+    options: further arguments of the class (`width` of LightEncoder). Raises UserError for an unknown name, ValueError for a size the class cannot take.
     """
     if name not in ENCODERS:
         raise UserError(f'unknown encoder {name!r}; choose one of {", ".join(ENCODERS)}')
     return ENCODERS[name](n_styles=n_styles, input_nc=input_nc, input_size=input_size,
-                          style_dim=style_dim)
+                          style_dim=style_dim, **options)
 
 
 def encoder_from_state(state, *, n_styles, style_dim, input_size=None, source='encoder weights'):
@@ -38,9 +38,9 @@ def encoder_from_state(state, *, n_styles, style_dim, input_size=None, source='e
     (several odd sizes share the same shapes).
     """
     try:
-        name, input_nc, size = _describe(state)
+        name, input_nc, size, options = _describe(state)
         encoder = build_encoder(name, n_styles=n_styles, input_nc=input_nc,
-                                input_size=input_size or size, style_dim=style_dim)
+                                input_size=input_size or size, style_dim=style_dim, **options)
         encoder.load_state_dict(state)
     except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f'{source}: the encoder does not fit a generator with {n_styles} styles '
@@ -49,11 +49,10 @@ def encoder_from_state(state, *, n_styles, style_dim, input_size=None, source='e
 
 
 def _describe(state):
-    """Class name, input channels and input side of an encoder's state dict."""
+    """Class name, input channels, input side and further options of an encoder's state dict."""
     if 'stem.weight' in state:
-        # pixels per 32-px patch grid: channels = 6 * patch^2
-        channels = state['stem.weight'].shape[1]
-        return 'LightEncoder', 6, 32 * math.isqrt(channels // 6)
+        width, channels = state['stem.weight'].shape[:2]    # channels = 6 * (input side / 32)^2
+        return 'LightEncoder', 6, 32 * math.isqrt(channels // 6), {'width': width}
     n_convs = sum(bool(re.fullmatch(r'styles\.0\.convs\.\d+\.weight', k)) for k in state)
     pyramid = 'latlayer1.weight' in state
     stem = 'input_layer.0.weight' if 'input_layer.0.weight' in state else 'conv1.weight'
@@ -61,7 +60,7 @@ def _describe(state):
             ('conv1.weight', True): 'ResNetGradualStyleEncoder',
             ('input_layer.0.weight', False): 'BackboneEncoder',
             ('input_layer.0.weight', True): 'GradualStyleEncoder'}[stem, pyramid]
-    return name, state[stem].shape[1], 16 * 2 ** n_convs
+    return name, state[stem].shape[1], 16 * 2 ** n_convs, {}
 
 
 def _first_detail(error):

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-_WIDTHS = (64, 96, 128, 192)    # channels at 32, 16, 8 and 4 px
-_BLOCKS = 2                     # residual blocks per resolution
-_SQUEEZE, _HIDDEN = 32, 256     # channels before the head, width of the head
-_START = 32                     # side of the first feature map
+_WIDENING = (1, 1.5, 2, 3)     # channels at 32, 16, 8 and 4 px, in units of `width`
+_BLOCKS = 2                    # residual blocks per resolution
+_SQUEEZE, _HIDDEN = 0.5, 4     # channels before the head and width of the head, likewise
+_START = 32                    # side of the first feature map
 
 
 class _Block(nn.Module):
@@ -27,7 +27,7 @@ class _Block(nn.Module):
         self.conv2 = nn.Conv2d(out_ch, out_ch, 3, padding=1)
         self.skip = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else None
         self.stride = stride
-        self.gain = 1 / math.sqrt(_BLOCKS * len(_WIDTHS))
+        self.gain = 1 / math.sqrt(_BLOCKS * len(_WIDENING))
 
     def forward(self, x):
         y = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, 0.2)), 0.2))
@@ -39,28 +39,30 @@ class _Block(nn.Module):
 
 
 class LightEncoder(nn.Module):
-    """About 4 M parameters: patches to 32 px, eight residual blocks to 4 px, a low-rank head.
+    """Patches to 32 px, eight residual blocks to 4 px, a low-rank head; 4 M parameters.
 
     input_size: any multiple of 32; pixels beyond 32 px go to channels, so cost hardly grows.
+    width: channels of the first feature map, an even number.
     """
 
-    def __init__(self, *, n_styles, input_nc=6, input_size=256, style_dim=512):
+    def __init__(self, *, n_styles, input_nc=6, input_size=256, style_dim=512, width=64):
         super().__init__()
         if input_size % _START:
             raise ValueError(f'LightEncoder takes input sizes that are multiples of {_START}, '
                              f'not {input_size}')
         self.n_styles, self.style_dim = n_styles, style_dim
         self.patch = input_size // _START
-        self.stem = nn.Conv2d(input_nc * self.patch ** 2, _WIDTHS[0], 3, padding=1)
-        blocks, in_ch = [], _WIDTHS[0]
-        for stage, out_ch in enumerate(_WIDTHS):
+        self.stem = nn.Conv2d(input_nc * self.patch ** 2, width, 3, padding=1)
+        squeeze, hidden = int(width * _SQUEEZE), width * _HIDDEN
+        blocks, in_ch = [], width
+        for stage, out_ch in enumerate(int(width * factor) for factor in _WIDENING):
             for i in range(_BLOCKS):
                 blocks.append(_Block(in_ch, out_ch, 2 if stage and i == 0 else 1))
                 in_ch = out_ch
         self.body = nn.Sequential(*blocks)
-        self.squeeze = nn.Conv2d(in_ch, _SQUEEZE, 1)
-        self.hidden = nn.Linear(_SQUEEZE * 16, _HIDDEN)
-        self.head = nn.Linear(_HIDDEN, n_styles * style_dim)
+        self.squeeze = nn.Conv2d(in_ch, squeeze, 1)
+        self.hidden = nn.Linear(squeeze * 16, hidden)
+        self.head = nn.Linear(hidden, n_styles * style_dim)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, a=0.2)

@@ -1,0 +1,107 @@
+"""Photographs for encoder training: any folder or archive, resized to one side.
+
+Shapes: n images, S side. Pictures are uint8 [3, S, S].
+"""
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+
+from datasets.archive import FileStore
+from utils.errors import UserError
+from utils.images import resize
+from utils.logs import progress
+from utils.seeds import numpy_generator
+
+log = logging.getLogger(__name__)
+
+_CACHE_LIMIT = 2 << 30    # bytes of decoded pictures kept in memory
+_MAX_LISTED = 20
+
+
+class ImagesDataset(torch.utils.data.Dataset):
+    """The images of a folder (searched recursively) or ZIP archive in the order of their names.
+
+    `dataset[i]` is the picture, `dataset[i, True]` its mirror image. Resizing does not keep the
+    aspect ratio (published). Sets that fit 2 GB are decoded at once, others when asked for.
+
+    Raises UserError when there are no images, or, listing them all, when some cannot be decoded
+    (of large sets only the headers are checked here).
+    """
+
+    def __init__(self, path, size, *, threads=4):
+        self.path, self.size = path, size
+        self._store = FileStore(path)
+        self.names = self._store.image_names()
+        if not self.names:
+            raise UserError(f'no images in {path}')
+        self.cached = len(self.names) * 3 * size ** 2 <= _CACHE_LIMIT
+        self._pixels = torch.empty((len(self.names) if self.cached else 0, 3, size, size),
+                                   dtype=torch.uint8)
+        self._read_all(threads)
+
+    def _read_all(self, threads):
+        # A ZIP handle cannot be read from several threads at once.
+        threads = 1 if self._store.is_zip else threads
+        with ThreadPoolExecutor(threads) as pool:
+            results = list(progress(pool.map(self._read_one, range(len(self.names))),
+                                    total=len(self.names), desc='reading images', unit='img'))
+        bad = [r for r in results if r is not None]
+        if bad:
+            more = [f'  ... and {len(bad) - _MAX_LISTED} more'] if len(bad) > _MAX_LISTED else []
+            raise UserError('\n'.join([f'{len(bad)} of {len(results)} images cannot be read; '
+                                       'replace or remove them', *bad[:_MAX_LISTED], *more]))
+
+    def _read_one(self, i):
+        """Caches picture i, or opens its header; returns a complaint or None."""
+        try:
+            if self.cached:
+                self._pixels[i] = self._decode(i)
+            else:
+                with self._store.open(self.names[i]) as file, Image.open(file):
+                    pass
+        except (UserError, OSError, SyntaxError, ValueError) as error:
+            return f'  {self.names[i]}: {error.__cause__ or error}'
+        return None
+
+    def _decode(self, i):
+        picture = resize(self._store.image(self.names[i]), self.size)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, item):
+        i, mirrored = item if isinstance(item, tuple) else (item, False)
+        img = self._pixels[i] if self.cached else self._decode(i)
+        return img.flip(2) if mirrored else img
+
+
+class StepSampler(torch.utils.data.Sampler):
+    """Batches of (index, mirrored) for optimiser steps `start` to `stop` - 1.
+
+    A function of (seed, step) alone, so that a resumed run sees what the undisturbed one would
+    have seen. Each epoch is a fresh permutation; what is left after the last full batch waits
+    for the next epoch. part: (first, end) positions of this process within the batch.
+    """
+
+    def __init__(self, n, *, batch_size, seed, start, stop, part, mirror):
+        self.n, self.batch_size, self.seed, self.part = n, batch_size, seed, part
+        self.start, self.stop, self.mirror = start, stop, mirror
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        drawn = None
+        for step in range(self.start, self.stop):
+            epoch, k = divmod(step, self.n // self.batch_size)
+            if epoch != drawn:
+                draw = numpy_generator(self.seed, 'epoch', epoch)
+                order = draw.permutation(self.n)
+                flips = draw.random(self.n) < (0.5 if self.mirror else 0)
+                drawn = epoch
+            mine = order[k * self.batch_size:][self.part[0]:self.part[1]]
+            yield [(int(i), bool(flips[i])) for i in mine]
