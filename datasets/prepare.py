@@ -10,6 +10,7 @@ from PIL import Image
 
 from datasets.archive import ArchiveWriter, FileStore
 from datasets.fov import UnusableFrame, crop_fov, find_fov
+from datasets.table import read_table
 from utils.errors import UserError
 from utils.images import load_rgb
 from utils.logs import progress
@@ -70,21 +71,10 @@ class _FileLoader:
 
 
 def _list_table(path, image_dir, split):
-    from datasets.table import read_table
-    if image_dir is None:
-        image_dir = path.parent / 'images' if (path.parent / 'images').is_dir() else path.parent
-    table = read_table(path, image_dir)
-    keep = range(len(table.ids))
-    if split is not None:
-        if table.splits is None:
-            raise UserError(f'--split {split}: {path} has no split column')
-        keep = [i for i in keep if table.splits[i] == split]
-        if not keep:
-            raise UserError(f'--split {split}: no row of {path} has that split; it has '
-                            f'{", ".join(sorted(set(map(str, table.splits))))}')
-    labels = table.labels
-    return [SourceImage(str(path), Path(table.paths[i]).name, _FileLoader(Path(table.paths[i])),
-                        None if labels is None else int(labels[i])) for i in keep]
+    table = read_table(path, image_dir, split=split)
+    labels = [None] * len(table) if table.labels is None else table.labels.tolist()
+    return [SourceImage(str(path), file.name, _FileLoader(file), label)
+            for file, label in zip(table.paths, labels)]
 
 
 def transform_image(image, *, transform='none', width=None, height=None, resample='lanczos',

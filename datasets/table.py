@@ -1,0 +1,201 @@
+"""The table of source photographs: ids, files, grades and patients from one CSV.
+
+Column names of the common sets are understood: APTOS (id_code, diagnosis), EyePACS (image,
+level) and this project's phantoms.
+"""
+import dataclasses
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from utils.errors import UserError
+from utils.images import IMAGE_SUFFIXES, check_image_files
+
+log = logging.getLogger(__name__)
+
+ID_COLUMNS = ('id_code', 'image', 'image_id', 'id', 'filename', 'name')
+LABEL_COLUMNS = ('diagnosis', 'level', 'label', 'grade')
+PATIENT_COLUMNS = ('patient_id', 'patient', 'subject_id', 'subject')
+MAX_GRADE = 4
+_EYEPACS_ID = re.compile(r'(.+)_(left|right)', re.IGNORECASE)
+_MAX_LISTED = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One entry per image, in the order of the file's rows; absent columns are None."""
+
+    ids: list
+    paths: list                       # of the image files; empty when only ids were asked for
+    labels: np.ndarray | None = None  # int64 grades, 0 to 4
+    patients: list | None = None      # strings
+    eyes: list | None = None          # 'left' or 'right'
+    visits: list | None = None
+    splits: list | None = None
+
+    def __len__(self):
+        return len(self.ids)
+
+    def subset(self, keep):
+        """The rows with the given indices, in that order."""
+        keep = [int(i) for i in keep]
+        pick = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Table(**{name: None if value is None else value[keep] if name == 'labels'
+                        else [value[i] for i in keep] if value else value
+                        for name, value in pick.items()})
+
+
+def read_table(csv, image_dir=None, *, require_label=False, ids_only=False, split=None):
+    """Reads a CSV of image ids with optional grade, patient, eye, visit and split columns.
+
+    image_dir: folder of `<id>` with any usual image suffix; None takes `images/` beside the
+    table, or the table's folder. ids_only: do not look for files. split: keep those rows only.
+    Without a patient column, ids of the form `<patient>_left` and `<patient>_right` name it.
+    UserError, listing all bad rows together, for: no table, no id column, empty or duplicate
+    ids, ids without a file or with several, grades that are not 0 to 4, half-filled patients.
+    """
+    csv = Path(csv)
+    frame = _read_csv(csv)
+    ids = _ids(frame, csv)
+    table = Table(ids=ids, paths=[], labels=_labels(frame, csv, require_label),
+                  patients=_patients(frame, ids, csv), eyes=_eyes(frame, ids),
+                  visits=_strings(frame, 'visit'), splits=_strings(frame, 'split'))
+    if split is not None:
+        table = _only_split(table, split, csv)
+    if not ids_only:
+        table = dataclasses.replace(table, paths=_find_files(table.ids, csv, image_dir))
+    return table
+
+
+def check_table_images(table):
+    """Decodes every image of the table; UserError that lists all unreadable ones."""
+    bad = check_image_files(table.paths)
+    if bad:
+        raise UserError(_listing(f'{len(bad)} of {len(table)} images cannot be read; replace '
+                                 'them or remove their rows',
+                                 [f'{path}: {reason}' for path, reason in bad]))
+
+
+def _listing(head, lines):
+    more = [f'... and {len(lines) - _MAX_LISTED} more'] if len(lines) > _MAX_LISTED else []
+    return '\n  '.join([head + ':', *lines[:_MAX_LISTED], *more])
+
+
+def _read_csv(csv):
+    if not csv.is_file():
+        raise UserError(f'table not found: {csv}')
+    try:
+        frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding='utf-8-sig')
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f'{csv} is not a readable CSV table: {error}') from error
+    frame.columns = [str(c).strip() for c in frame.columns]
+    if frame.empty:
+        raise UserError(f'{csv} has no rows')
+    return frame
+
+
+def _ids(frame, csv):
+    column = next((c for c in ID_COLUMNS if c in frame), None)
+    if column is None:
+        raise UserError(f'{csv} has no id column: its columns are '
+                        f'{", ".join(frame.columns)}; name one of them '
+                        f'{" or ".join(ID_COLUMNS[:2])}')
+    ids = [v.strip() for v in frame[column]]
+    empty = [f'row {i + 2}' for i, v in enumerate(ids) if not v]
+    if empty:
+        raise UserError(_listing(f'{csv}: empty ids in column {column}', empty))
+    seen, double = {}, []
+    for i, v in enumerate(ids):
+        if v in seen:
+            double.append(f'{v}: rows {seen[v] + 2} and {i + 2}')
+        seen.setdefault(v, i)
+    if double:
+        raise UserError(_listing(f'{csv}: duplicate ids; keep one row of each', double))
+    return ids
+
+
+def _labels(frame, csv, required):
+    column = next((c for c in LABEL_COLUMNS if c in frame), None)
+    if column is None:
+        if required:
+            raise UserError(f'{csv} has no grade column ({", ".join(LABEL_COLUMNS)})')
+        return None
+    values = pd.to_numeric(frame[column], errors='coerce')
+    good = values.between(0, MAX_GRADE) & (values == values.round())
+    if not good.all():
+        raise UserError(_listing(
+            f'{csv}: column {column} must hold grades from 0 to {MAX_GRADE}',
+            [f'row {i + 2}: {frame[column].iloc[i]!r}' for i in np.flatnonzero(~good)]))
+    return values.to_numpy().astype(np.int64)
+
+
+def _strings(frame, column):
+    return [v.strip() for v in frame[column]] if column in frame else None
+
+
+def _patients(frame, ids, csv):
+    column = next((c for c in PATIENT_COLUMNS if c in frame), None)
+    if column is None:
+        matches = [_EYEPACS_ID.fullmatch(Path(v).stem) for v in ids]
+        if not all(matches):
+            return None
+        log.info('%s: patients taken from ids of the form <patient>_left, <patient>_right', csv)
+        return [m.group(1) for m in matches]
+    patients = _strings(frame, column)
+    empty = [f'row {i + 2} ({ids[i]})' for i, v in enumerate(patients) if not v]
+    if empty:
+        raise UserError(_listing(f'{csv}: column {column} is empty in some rows; fill it, or '
+                                 'remove the column if every image is another person', empty))
+    return patients
+
+
+def _eyes(frame, ids):
+    for column in ('eye', 'laterality', 'side'):
+        if column in frame:
+            named = {'l': 'left', 'left': 'left', 'os': 'left',
+                     'r': 'right', 'right': 'right', 'od': 'right'}
+            return [named.get(v.strip().lower(), '') for v in frame[column]]
+    matches = [_EYEPACS_ID.fullmatch(Path(v).stem) for v in ids]
+    return [m.group(2).lower() for m in matches] if all(matches) else None
+
+
+def _only_split(table, split, csv):
+    if table.splits is None:
+        raise UserError(f'--split {split}: {csv} has no split column')
+    keep = [i for i, v in enumerate(table.splits) if v == split]
+    if not keep:
+        raise UserError(f'--split {split}: no row of {csv} has that split; it has '
+                        f'{", ".join(sorted(set(table.splits)))}')
+    return table.subset(keep)
+
+
+def _find_files(ids, csv, image_dir):
+    if image_dir is None:
+        image_dir = csv.parent / 'images' if (csv.parent / 'images').is_dir() else csv.parent
+    image_dir = Path(image_dir)
+    if not image_dir.is_dir():
+        raise UserError(f'image folder not found: {image_dir}')
+    by_name, by_stem = {}, {}
+    for path in sorted(image_dir.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            by_name[path.name] = path
+            by_stem.setdefault(path.stem, []).append(path)
+    paths, missing, unclear = [], [], []
+    for v in ids:
+        found = [by_name[v]] if v in by_name else by_stem.get(v, [])
+        if len(found) == 1:
+            paths.append(found[0])
+        elif found:
+            unclear.append(f'{v}: {", ".join(p.name for p in found)}')
+        else:
+            missing.append(v)
+    if missing:
+        raise UserError(_listing(f'{len(missing)} of {len(ids)} ids of {csv} have no image in '
+                                 f'{image_dir}; add the files or remove the rows', missing))
+    if unclear:
+        raise UserError(_listing(f'ids of {csv} with more than one image in {image_dir}; keep '
+                                 'one file of each', unclear))
+    return paths

@@ -1,0 +1,71 @@
+"""The table of photographs: columns of the common sets, and one clear error for bad rows."""
+import pytest
+from PIL import Image
+
+from datasets.table import check_table_images, read_table
+from utils.errors import UserError
+
+
+def make(folder, text, names):
+    (folder / 'images').mkdir()
+    for name in names:
+        Image.new('RGB', (8, 8)).save(folder / 'images' / name)
+    (folder / 'labels.csv').write_text(text)
+    return folder / 'labels.csv'
+
+
+def test_aptos_columns(tmp_path):
+    table = read_table(make(tmp_path, 'id_code,diagnosis\nb,2\na,0\n', ['a.png', 'b.jpeg']))
+    assert table.ids == ['b', 'a']
+    assert [p.name for p in table.paths] == ['b.jpeg', 'a.png']
+    assert table.labels.tolist() == [2, 0]
+    assert table.patients is None and table.eyes is None
+
+
+def test_eyepacs_names_give_patients_and_eyes(tmp_path):
+    csv = make(tmp_path, ',image,level\n0,7_left,0\n1,7_right,1\n', ['7_left.jpeg', '7_right.jpeg'])
+    table = read_table(csv)
+    assert table.patients == ['7', '7'] and table.eyes == ['left', 'right']
+
+
+def test_split_and_subset(tmp_path):
+    csv = make(tmp_path, 'id_code,patient_id,eye,split\na,p,OS,train\nb,q,OD,val\n',
+               ['a.png', 'b.png'])
+    table = read_table(csv, split='val')
+    assert table.ids == ['b'] and table.eyes == ['right'] and table.paths[0].name == 'b.png'
+    with pytest.raises(UserError, match='it has train, val'):
+        read_table(csv, split='test')
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('name_of_file,diagnosis\na,1\n', 'no id column'),
+    ('id_code\na\nmissing1\nmissing2\n', r'2 of 3 ids(.|\n)*missing1\n(.|\n)*missing2'),
+    ('id_code\na\na\n', 'duplicate ids(.|\n)*rows 2 and 3'),
+    ('id_code\na\n""\n', 'empty ids'),
+    ('id_code,diagnosis\na,5\n', 'grades from 0 to 4'),
+    ('id_code,diagnosis\na,\n', 'grades from 0 to 4'),
+    ('id_code,patient_id\na,\n', 'patient_id is empty'),
+    ('id_code\ntwo\n', 'more than one image'),
+    ('id_code\n', 'no rows'),
+])
+def test_bad_tables(tmp_path, text, message):
+    csv = make(tmp_path, text, ['a.png', 'two.png', 'two.jpg'])
+    with pytest.raises(UserError, match=message):
+        read_table(csv)
+
+
+def test_missing_table_and_folder(tmp_path):
+    with pytest.raises(UserError, match='table not found'):
+        read_table(tmp_path / 'none.csv')
+    csv = make(tmp_path, 'id_code\na\n', ['a.png'])
+    with pytest.raises(UserError, match='image folder not found'):
+        read_table(csv, tmp_path / 'elsewhere')
+
+
+def test_damaged_images_are_listed_together(tmp_path):
+    csv = make(tmp_path, 'id_code\na\nb\nc\n', ['a.png', 'b.png', 'c.png'])
+    (tmp_path / 'images' / 'b.png').write_text('not a picture')
+    whole = (tmp_path / 'images' / 'c.png').read_bytes()
+    (tmp_path / 'images' / 'c.png').write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match=r'2 of 3 images(.|\n)*b\.png(.|\n)*c\.png'):
+        check_table_images(read_table(csv))
