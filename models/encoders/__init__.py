@@ -22,7 +22,8 @@ __all__ = ['ENCODERS', 'BackboneEncoder', 'GradualStyleEncoder', 'LightEncoder',
 def build_encoder(name, *, n_styles, input_nc=6, input_size=256, style_dim=512, **options):
     """An untrained encoder of class `name` for [N, input_nc, input_size, input_size] inputs.
 
-    options: further arguments of the class (`width` of LightEncoder). Raises UserError for an unknown name, ValueError for a size the class cannot take.
+    options: further arguments of the class (`width` of LightEncoder). Raises UserError for an
+    unknown name, ValueError for a size the class cannot take.
     """
     if name not in ENCODERS:
         raise UserError(f'unknown encoder {name!r}; choose one of {", ".join(ENCODERS)}')

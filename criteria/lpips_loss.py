@@ -1,0 +1,43 @@
+"""LPIPS perceptual distance (Zhang et al. 2018), through the lpips package."""
+import torch
+from torch import nn
+
+from utils.errors import UserError
+from utils.io import load_weights
+
+_WHERE = ('It is alexnet-owt-7be5be79.pth of download.pytorch.org/models. Give its path with '
+          '--lpips_weights or as "alexnet" in configs/paths_config.py, or set --lpips_lambda=0.')
+
+
+class LPIPSLoss(nn.Module):
+    """LPIPS v0.1 with the AlexNet backbone from `backbone_path`; frozen.
+
+    The calibrated layer weights come with the package. UserError when the backbone is missing
+    or is not torchvision's AlexNet.
+    """
+
+    def __init__(self, backbone_path):
+        super().__init__()
+        state = load_weights(backbone_path, what='AlexNet weight file', hint=_WHERE)
+        import lpips  # imports torchvision's whole model zoo
+        # pnet_rand keeps the package from downloading a backbone.
+        self.net = lpips.LPIPS(net='alex', pnet_rand=True, verbose=False)
+        self.normalise = lpips.normalize_tensor
+        try:
+            with torch.no_grad():
+                for name, value in self.net.net.named_parameters():
+                    _, index, part = name.split('.')    # slice1.0.weight -> features.0.weight
+                    value.copy_(state[f'features.{index}.{part}'])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f'{backbone_path} is not an AlexNet weight file of torchvision: '
+                            f'{str(error).splitlines()[0]}. {_WHERE}') from error
+        self.eval().requires_grad_(False)
+
+    def features(self, img):
+        """Pictures [N, 3, H, W] in [-1, 1] -> five channel-normalised feature maps."""
+        return [self.normalise(f) for f in self.net.net(self.net.scaling_layer(img))]
+
+    def distance(self, features, targets):
+        """LPIPS of each pair of pictures, [N], from their `features`."""
+        return sum(lin((a - b).square()).mean((2, 3))[:, 0]
+                   for lin, a, b in zip(self.net.lins, features, targets))

@@ -1,0 +1,32 @@
+"""ResNets without a classifier, as feature networks (torchvision's own, so its key names)."""
+import torchvision
+from torch import nn
+
+ARCHS = ('resnet18', 'resnet34', 'resnet50')
+
+
+def build_resnet(arch, *, small_stem=False):
+    """An untrained ResNet: images [N, 3, H, W] -> features [N, F] (F = 512, or 2048 of resnet50).
+
+    small_stem: for pictures below about 100 px, the 7x7 convolution and the max-pool become one
+    3x3 convolution of stride 2. Raises ValueError for an unknown architecture.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f'arch={arch!r}, want one of {", ".join(ARCHS)}')
+    net = getattr(torchvision.models, arch)(weights=None)
+    net.feature_dim, net.fc = net.fc.in_features, nn.Identity()
+    if small_stem:
+        net.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+        net.maxpool = nn.Identity()
+    return net
+
+
+def describe_resnet(state):
+    """(arch, small_stem) of a ResNet state dict; KeyError when it is none of ARCHS."""
+    if state['layer1.0.conv2.weight'].shape[0] != 64:
+        raise KeyError('layer1 is not 64 channels wide')
+    depth = sum(f'layer3.{i}.conv1.weight' in state for i in range(40))
+    bottleneck = 'layer1.0.conv3.weight' in state
+    arch = {(False, 2): 'resnet18', (False, 6): 'resnet34', (True, 6): 'resnet50'}[bottleneck,
+                                                                                depth]
+    return arch, state['conv1.weight'].shape[2] == 3

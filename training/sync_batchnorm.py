@@ -1,0 +1,58 @@
+"""Batch normalisation over the batches of all processes, on the CPU as on GPUs."""
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from utils import distributed
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes; the gradient is the sum of the processes' gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class CrossProcessBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d whose training statistics cover every process's batch (of equal sizes).
+
+    Unlike torch.nn.SyncBatchNorm it also works between CPU processes.
+    """
+
+    def forward(self, x):
+        if not self.training or distributed.world_size() == 1:
+            return super().forward(x)
+        world = distributed.world_size()
+        full = x.float()
+        mean = _Sum.apply(full.mean((0, 2, 3))) / world                            # [C]
+        centred = full - mean[:, None, None]
+        var = _Sum.apply(centred.square().mean((0, 2, 3))) / world
+        with torch.no_grad():
+            count = x.numel() / x.shape[1] * world
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / max(count - 1, 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def share_batch_statistics(module):
+    """Replaces every BatchNorm2d below `module` in place, keeping parameters and buffers."""
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            shared = CrossProcessBatchNorm2d(child.num_features, eps=child.eps,
+                                             momentum=child.momentum)
+            shared.load_state_dict(child.state_dict())
+            setattr(module, name, shared.to(child.weight.device))
+        else:
+            share_batch_statistics(child)
+    return module
