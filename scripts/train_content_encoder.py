@@ -1,0 +1,246 @@
+"""Trains a content encoder on your own fundus photographs (MoCo v2), no labels needed.
+
+    python scripts/train_content_encoder.py --data=photographs/ --out_dir=runs/content \\
+        --arch=resnet50 --input_size=224 --batch_size=256 --max_steps=20000 --amp=bf16
+
+A small run on a CPU, with a report on what the features carry:
+
+    python scripts/train_content_encoder.py --data=phantoms/labels.csv --out_dir=runs/content64 \\
+        --arch=resnet18 --small_stem --input_size=64 --batch_size=64 --max_steps=2000 \\
+        --learning_rate=0.24 --key_momentum=0.99 --amp=bf16 --device=cpu
+
+--data is a folder, a ZIP archive or a table (CSV) of photographs; sets may be pooled. With a
+table (or one given as --labels) of grades, patients and eyes, the run ends with a linear probe and
+the nearest neighbours of the features: do they share the grade, or only the patient?
+
+Several processes: torchrun --nproc_per_node=N scripts/train_content_encoder.py ... --batch_size
+counts the images of a step over all of them. The same command with --resume goes on where a run
+stopped.
+
+In --out_dir: content_encoder.pt (for --content_weights of the other scripts), quality.json,
+curves.png, views.png (photographs and the views made of them), stats.jsonl, logs/ (TensorBoard),
+checkpoints/state_<step>.pt (for --resume).
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dataclasses
+import logging
+
+import numpy as np
+import torch
+
+from criteria.content import content_network_from_state
+from datasets.images_dataset import ImagesDataset
+from datasets.table import read_table
+from datasets.table_images import TableImages
+from models.resnet import ARCHS, build_resnet
+from training.feature_quality import describe_quality, feature_quality
+from training.moco import EXPORT_NAME, MocoConfig, MocoTrainer, ViewConfig
+from utils import cli, distributed
+from utils.errors import UserError
+from utils.images import from_uint8
+from utils.io import sha256_bytes, write_json
+from utils.logs import progress, setup_logging
+from utils.runs import run_record, start_run
+from utils.seeds import numpy_generator
+
+log = logging.getLogger(__name__)
+
+# Flags that may differ when a run goes on: they do not change what is computed.
+_FREE = ('out_dir', 'data', 'image_dir', 'labels', 'labels_image_dir', 'quality_images',
+         'quality_split', 'workers', 'device', 'resume', 'max_minutes', 'keep_states')
+_MIN_SIZE, _SMALL_SIZE = 32, 96
+
+
+def build_parser():
+    views, d = ViewConfig(), MocoConfig()
+    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    g = p.add_argument_group('required')
+    g.add_argument('--data', type=Path, required=True, metavar='DIR|ZIP|CSV',
+                   help='training photographs')
+    g.add_argument('--out_dir', type=Path, required=True, metavar='DIR', help='run folder')
+    g = p.add_argument_group('data')
+    g.add_argument('--image_dir', type=Path, metavar='DIR',
+                   help='where the files of a table given as --data are (default: images/ '
+                        'beside it, or its folder)')
+    g.add_argument('--split', metavar='NAME', help='only rows of that split of the table')
+    g.add_argument('--labels', type=Path, metavar='CSV',
+                   help='table of photographs for the quality report (default: --data when that '
+                        'is a table)')
+    g.add_argument('--labels_image_dir', type=Path, metavar='DIR',
+                   help='where the files of --labels are')
+    g.add_argument('--quality_split', metavar='NAME',
+                   help='only rows of that split in the quality report')
+    g.add_argument('--quality_images', type=cli.positive_int, default=5000, metavar='N',
+                   help='most images in the quality report, whole patients drawn at random')
+    g.add_argument('--workers', type=cli.nonnegative_int, default=4, metavar='N',
+                   help='loading processes (sets that fit 2 GB are kept in memory instead)')
+    g = p.add_argument_group('network')
+    g.add_argument('--arch', choices=ARCHS, default=d.arch, help='network')
+    g.add_argument('--input_size', type=cli.positive_int, default=d.input_size, metavar='PX',
+                   help='side of the pictures the network sees')
+    g.add_argument('--small_stem', type=cli.boolean, nargs='?', const=True, default=False,
+                   metavar='BOOL', help='for inputs below about 100 px: one 3x3 convolution of '
+                   'stride 2 in place of the 7x7 convolution and the max-pool (4x slower)')
+    g = p.add_argument_group('views')
+    for name, kind, text in (
+            ('min_area', cli.fraction, 'smallest crop, share of the picture'),
+            ('rotation', cli.nonnegative_float, 'largest rotation, degrees'),
+            ('mirror', cli.fraction, 'probability of a left-right flip'),
+            ('upend', cli.fraction, 'probability of an up-down flip'),
+            ('brightness', cli.fraction, 'largest relative change'),
+            ('contrast', cli.fraction, 'largest relative change'),
+            ('saturation', cli.fraction, 'largest relative change'),
+            ('hue', cli.fraction, 'largest turn of the hue, in full turns'),
+            ('blur', cli.fraction, 'largest blur (sigma), share of the side')):
+        g.add_argument(f'--{name}', type=kind, default=getattr(views, name), metavar='NUMBER',
+                       help=text)
+    g = p.add_argument_group('training')
+    g.add_argument('--max_steps', type=cli.positive_int, default=d.max_steps, metavar='STEPS',
+                   help='optimiser steps')
+    g.add_argument('--warmup_steps', type=cli.nonnegative_int, default=d.warmup_steps,
+                   metavar='STEPS', help='linear rise of the learning rate')
+    g.add_argument('--batch_size', type=cli.positive_int, default=d.batch_size, metavar='N',
+                   help='images per step, all processes together')
+    g.add_argument('--queue_size', type=cli.positive_int, metavar='N',
+                   help='remembered keys, a multiple of the batch (default: half of the images, '
+                        'at most 65536)')
+    g.add_argument('--learning_rate', type=cli.positive_float, default=d.learning_rate,
+                   metavar='RATE', help='for batches of 256; scaled with the batch')
+    g.add_argument('--weight_decay', type=cli.nonnegative_float, default=d.weight_decay,
+                   metavar='NUMBER', help='weight decay')
+    g.add_argument('--key_momentum', type=cli.fraction, default=d.key_momentum, metavar='NUMBER',
+                   help='how slowly the key network follows; 0.99 suits runs below 5000 steps')
+    g.add_argument('--temperature', type=cli.positive_float, default=d.temperature,
+                   metavar='NUMBER', help='of the InfoNCE loss')
+    g.add_argument('--amp', choices=('no', 'bf16'), default=d.amp, help='mixed precision')
+    cli.add_common(g)
+    g = p.add_argument_group('records')
+    g.add_argument('--log_interval', type=cli.positive_int, default=d.log_interval,
+                   metavar='STEPS', help='progress lines and stats.jsonl')
+    g.add_argument('--save_interval', type=cli.positive_int, default=d.save_interval,
+                   metavar='STEPS', help='resumable states and content_encoder.pt')
+    g.add_argument('--keep_states', type=cli.positive_int, default=2, metavar='N',
+                   help='resumable states kept')
+    g.add_argument('--resume', action='store_true', help='go on from the newest state')
+    g.add_argument('--max_minutes', type=cli.positive_float, metavar='MIN',
+                   help='stop in good order after that time; go on with --resume')
+    return p
+
+
+def is_table(path):
+    return path.suffix.lower() == '.csv'
+
+
+def check_options(opts):
+    if opts.input_size < _MIN_SIZE:
+        raise UserError(f'--input_size {opts.input_size}: at least {_MIN_SIZE} px are needed')
+    if not opts.small_stem and opts.input_size < 2 * _MIN_SIZE:
+        raise UserError(f'--input_size {opts.input_size} needs --small_stem')
+    if opts.small_stem and opts.input_size > _SMALL_SIZE:
+        log.warning('--small_stem is meant for at most %d px; it makes %d px slow', _SMALL_SIZE,
+                    opts.input_size)
+    if not opts.min_area:
+        raise UserError('--min_area must be above 0')
+    for flag in ('image_dir', 'split'):
+        if getattr(opts, flag) is not None and not is_table(opts.data):
+            raise UserError(f'--{flag} goes with a table (CSV) as --data')
+    if opts.labels is None and is_table(opts.data):
+        opts.labels, opts.labels_image_dir = opts.data, opts.image_dir
+    for flag in ('labels_image_dir', 'quality_split'):
+        if getattr(opts, flag) is not None and opts.labels is None:
+            raise UserError(f'--{flag} goes with --labels')
+
+
+def training_set(opts):
+    if is_table(opts.data):
+        return TableImages(read_table(opts.data, opts.image_dir, split=opts.split),
+                           opts.input_size)
+    return ImagesDataset(opts.data, opts.input_size)
+
+
+def quality_table(opts):
+    """The rows to report on, or None without grades and patients."""
+    if opts.labels is None:
+        return None
+    table = read_table(opts.labels, opts.labels_image_dir, split=opts.quality_split)
+    if table.labels is None and table.patients is None:
+        log.info('%s has neither grades nor patients: no quality report', opts.labels)
+        return None
+    if len(table) < 2:
+        raise UserError(f'{opts.labels}: a quality report needs at least 2 images')
+    people = np.asarray(table.ids if table.patients is None else table.patients)
+    order = numpy_generator(opts.seed, 'quality').permutation(np.unique(people))
+    rank = {person: i for i, person in enumerate(order)}
+    chosen = np.argsort([rank[v] for v in people], kind='stable')[:opts.quality_images]
+    return table.subset(np.sort(chosen))
+
+
+@torch.no_grad()
+def image_features(net, dataset, device, *, amp, batch=64):
+    """[n, F] unit vectors of all pictures of a dataset."""
+    net, found = net.to(device), []
+    for start in progress(range(0, len(dataset), batch), desc='features', unit='batch'):
+        img = torch.stack([dataset[i] for i in range(start, min(start + batch, len(dataset)))])
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == 'bf16'):
+            found.append(net.features(from_uint8(img.to(device))).cpu())
+    return torch.cat(found).numpy()
+
+
+def report_quality(opts, trainer, table, device):
+    """Writes quality.json (the trained network beside an untrained one) and logs its numbers."""
+    pictures, result = TableImages(table, opts.input_size), {}
+    trained = trainer.export()
+    untrained = {**trained, 'state_dict': build_resnet(
+        opts.arch, small_stem=opts.small_stem).state_dict()}
+    for name, file in (('untrained', untrained), ('trained', trained)):
+        net = content_network_from_state(file, source=name)
+        result[name] = feature_quality(
+            image_features(net, pictures, device, amp=opts.amp), labels=table.labels,
+            patients=table.patients, eyes=table.eyes, seed=opts.seed)
+        log.info('%s features of %d images:\n  %s', name, len(table),
+                 '\n  '.join(describe_quality(result[name])))
+    write_json(opts.out_dir / 'quality.json', result)
+
+
+def main(argv=None):
+    opts = build_parser().parse_args(argv)
+    setup_logging()
+    check_options(opts)
+    device = distributed.init(cli.resolve_device(opts.device))
+    table = quality_table(opts)
+    images = training_set(opts)
+    given = vars(opts)
+    views = ViewConfig(**{f.name: given[f.name] for f in dataclasses.fields(ViewConfig)})
+    config = MocoConfig(views=views, **{f.name: given[f.name]
+                                        for f in dataclasses.fields(MocoConfig)
+                                        if f.name in given})
+    trainer = MocoTrainer(images, config, run_dir=opts.out_dir, device=device,
+                          workers=0 if images.cached else opts.workers,
+                          keep_states=opts.keep_states)
+    if distributed.is_main():
+        names = sha256_bytes('\n'.join(images.names).encode())[:16]
+        record = run_record({**given, 'images': f'{len(images)} images, names {names}'},
+                            seed=opts.seed)
+        start_run(opts.out_dir, record, resume=opts.resume, free_options=_FREE)
+        setup_logging(opts.out_dir / 'log.txt')
+    distributed.barrier()
+    if opts.resume:
+        trainer.resume()
+    log.info('%d images of %d px, %s%s, batch %d on %d process(es), queue %d, %s', len(images),
+             opts.input_size, opts.arch, ' with the small stem' if opts.small_stem else '',
+             opts.batch_size, distributed.world_size(), trainer.queue_size, device)
+    done = trainer.train(max_minutes=opts.max_minutes)
+    log.info('%s after %d steps; the encoder is %s', 'finished' if done else 'stopped',
+             trainer.step_count, opts.out_dir / EXPORT_NAME)
+    if table is not None and distributed.is_main():
+        report_quality(opts, trainer, table, device)
+    distributed.shutdown()
+    return 0
+
+
+if __name__ == '__main__':
+    cli.run(main)
