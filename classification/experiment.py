@@ -1,0 +1,116 @@
+"""Grader runs over several seeds: train, test, record, draw."""
+import json
+import logging
+
+import numpy as np
+
+from classification.data import split_validation
+from classification.grader import metric_options, train_grader
+from classification.metrics import (
+    REFERABLE_FROM,
+    bootstrap_intervals,
+    grading_metrics,
+    referable_roc,
+    summarise,
+)
+from classification.plots import plot_confusion, plot_history, plot_roc
+from utils.io import save_torch, write_json
+from utils.seeds import numpy_generator
+
+log = logging.getLogger(__name__)
+
+SCORES = ('accuracy', 'balanced_accuracy', 'kappa', 'auc_referable', 'auc')
+WEIGHTS = {'best': 'best_validation_weights.pt', 'final': 'final_weights.pt'}
+_RESULT = 'result.json'
+
+
+def run_seeds(data, pictures, test, test_pictures, *, config, out_dir, device, n_draw=None,
+              imagenet_weights=None):
+    """Trains one grader per seed of `config` and tests each; returns the JSON-able results.
+
+    data: TrainingSet with its pictures uint8 [n, 3, S, S]. test: labelled Table with its
+    pictures [m, 3, S, S]. n_draw: train each seed on that many pictures, drawn by the seed.
+    `out_dir`/seed_<s> holds the weights, pictures and checkpoint of a seed; finished seeds are
+    read, an interrupted one goes on from its checkpoint.
+    """
+    records = []
+    for seed in config.seeds:
+        folder = out_dir / f'seed_{seed}'
+        if (folder / _RESULT).exists():
+            log.info('seed %d is finished', seed)
+            records.append(json.loads((folder / _RESULT).read_text(encoding='utf-8')))
+            continue
+        records.append(_run_seed(seed, folder, data, pictures, test, test_pictures,
+                                 config=config, device=device, n_draw=n_draw,
+                                 imagenet_weights=imagenet_weights))
+    _draw(records, test, config, out_dir)
+    return {
+        'n_test': len(test), 'n_test_people': len(set(test.patients)) if test.patients else None,
+        'summary': summarise_seeds(records, 'test_best'),
+        'summary_final_epoch': summarise_seeds(records, 'test_final'),
+        'seeds': [{k: v for k, v in r.items() if k not in ('test_score', 'history')}
+                  for r in records],
+    }
+
+
+def summarise_seeds(records, part):
+    """{score: {'mean', 'std', 'values'}} of the scores that are there."""
+    return {name: summarise([r[part][name] for r in records]) for name in SCORES
+            if name in records[0][part]}
+
+
+def _run_seed(seed, folder, data, pictures, test, test_pictures, *, config, device, n_draw,
+              imagenet_weights):
+    settings = config.settings
+    rows = np.arange(len(data))
+    if n_draw is not None:
+        draw = numpy_generator(seed, 'same number of photographs')
+        rows = np.sort(draw.choice(len(data), n_draw, replace=False))
+    groups = None if data.groups is None else [data.groups[i] for i in rows]
+    train, val = split_validation(data.labels[rows], fraction=config.validation_fraction,
+                                  seed=seed, groups=groups)
+    train, val = rows[train], rows[val]
+
+    def report(record):
+        log.info('seed %d  epoch %d/%d  %s', seed, record['epoch'], settings.epochs,
+                 '  '.join(f'{k} {v:.4g}' for k, v in record.items()
+                           if k not in ('epoch', 'learning_rate') and v is not None))
+
+    checkpoint = folder / 'checkpoint.pt'
+    result = train_grader(pictures[train], data.targets(config.labels)[train], pictures[val],
+                          data.labels[val], settings=settings, seed=seed, device=device,
+                          imagenet_weights=imagenet_weights, checkpoint=checkpoint,
+                          on_epoch=report)
+    record = {'seed': seed, 'n_train': len(train), 'n_validation': len(val),
+              'best_epoch': result.best_epoch,
+              'validation_kappa': result.history[result.best_epoch - 1]['kappa'],
+              'channel_mean': result.mean.tolist(), 'channel_std': result.std.tolist()}
+    options = metric_options(settings)
+    for which in ('final', 'best'):
+        found = result.use(which).predict(test_pictures)
+        record[f'test_{which}'] = grading_metrics(test.labels, found.grades, found.score,
+                                                  **options)
+        save_torch(folder / WEIGHTS[which], getattr(result, f'{which}_state'))
+    record['test_best']['interval_95'] = bootstrap_intervals(
+        test.labels, found.grades, found.score, groups=test.patients, **options)
+    record['test_score'] = found.score.tolist()
+    record['history'] = result.history
+    write_json(folder / _RESULT, record)
+    checkpoint.unlink()
+    return record
+
+
+def _draw(records, test, config, out_dir):
+    settings = config.settings
+    binary = settings.target == 'binary'
+    threshold = settings.positive_from if binary else REFERABLE_FROM
+    auc = 'auc' if binary else 'auc_referable'
+    plot_roc([(f'seed {r["seed"]}: AUC {r["test_best"][auc]:.3f}',
+               *referable_roc(test.labels, r['test_score'], positive_from=threshold))
+              for r in records], out_dir / 'roc.png',
+             title=f'grade {threshold} and more, test set')
+    names = [f'< {threshold}', f'{threshold} and more'] if binary else None
+    total = np.sum([r['test_best']['confusion'] for r in records], axis=0)
+    plot_confusion(total, out_dir / 'confusion.png', names=names,
+                   title=f'test set, sum of {len(records)} seeds')
+    plot_history({f'seed {r["seed"]}': r['history'] for r in records}, out_dir / 'training.png')

@@ -1,0 +1,55 @@
+"""Confusion matrix, ROC and training curves as PNG files."""
+import numpy as np
+from matplotlib.figure import Figure
+
+from utils.io import atomic_path
+
+
+def _save(figure, path):
+    figure.set_layout_engine('constrained')
+    with atomic_path(path) as temp:
+        figure.savefig(temp, format='png', dpi=120, metadata={'Software': None})
+
+
+def plot_confusion(confusion, path, *, names=None, title=''):
+    """A confusion matrix [C, C] (row: truth) with counts, coloured by the share of its row."""
+    confusion = np.asarray(confusion)
+    names = names or [str(i) for i in range(len(confusion))]
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    figure = Figure(figsize=(4.6, 4.0))
+    axes = figure.add_subplot()
+    image = axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    for (row, column), value in np.ndenumerate(confusion):
+        axes.text(column, row, str(value), ha='center', va='center', fontsize=9,
+                  color='white' if share[row, column] > 0.5 else 'black')
+    axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names,
+             yticklabels=names, xlabel='predicted', ylabel='true', title=title)
+    figure.colorbar(image, label='share of the true grade')
+    _save(figure, path)
+
+
+def plot_roc(curves, path, *, title=''):
+    """ROC curves: list of (label, false positive rates, true positive rates)."""
+    figure = Figure(figsize=(4.4, 4.2))
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color='0.7', linestyle='--', linewidth=1)
+    for label, fpr, tpr in curves:
+        axes.plot(fpr, tpr, label=label, linewidth=1.5)
+    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel='false positive rate',
+             ylabel='true positive rate', title=title, aspect='equal')
+    axes.legend(loc='lower right', fontsize=8)
+    _save(figure, path)
+
+
+def plot_history(histories, path):
+    """Training loss and validation kappa per epoch; {label: list of history records}."""
+    figure = Figure(figsize=(7.2, 3.2))
+    loss, kappa = figure.subplots(1, 2)
+    for label, history in histories.items():
+        loss.plot([r['epoch'] for r in history], [r['loss'] for r in history], label=label)
+        scored = [r for r in history if 'kappa' in r]
+        kappa.plot([r['epoch'] for r in scored], [r['kappa'] for r in scored], label=label)
+    loss.set(xlabel='epoch', ylabel='training loss')
+    kappa.set(xlabel='epoch', ylabel='validation kappa')
+    loss.legend(fontsize=8)
+    _save(figure, path)
