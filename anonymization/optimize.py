@@ -137,7 +137,8 @@ class GroupOptimizer:
     def run(self, groups, *, on_step=None):
         """Optimises a list of Group together; returns a Result on the CPU.
 
-        on_step: called without arguments after each step. UserError when a loss is not finite.
+        on_step: called with the number of groups after each step. UserError when a loss is not
+        finite.
         """
         cfg = self.config
         with matmul_precision(self.precision):
@@ -157,7 +158,7 @@ class GroupOptimizer:
                 if centroid is None:
                     centroid = image.detach()
                 if on_step is not None:
-                    on_step()
+                    on_step(len(groups))
             with torch.no_grad():
                 if centroid is None:
                     centroid = self.psp.decode(start)

@@ -1,0 +1,430 @@
+"""From a table of photographs to a release: invert, group, optimise, write.
+
+Every stage leaves its result in `exp_dir/private/` before the next begins, so a run that was
+killed goes on where it stopped and ends with the same bytes. With torchrun, inversion chunks and
+batches of groups are shared out among the processes; process 0 groups and writes.
+
+Shapes: n photographs, L styles, D style dimension, S side of the encoder, R of the generator.
+"""
+import dataclasses
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from anonymization.grouping import assign_groups, check_groups
+from anonymization.optimize import Group, GroupOptimizer, OptimizeConfig, batch_that_fits
+from anonymization.release import GroupFacts, release_names, write_release
+from models.psp import invert
+from utils import distributed
+from utils.errors import PrivacyError, UserError
+from utils.images import grid, load_rgb, pil_to_tensor, resize, save_png, to_uint8
+from utils.io import load_weights, save_npy, save_torch, write_csv, write_text
+from utils.logs import progress
+
+log = logging.getLogger(__name__)
+
+GROUP_TABLE = 'groups.csv'
+N_GRADES = 5
+SHEET_GROUPS = 6
+_README = """This folder holds what must never leave: which photographs stand behind which picture
+(groups.csv), every patient's latent (latents.npy: it reconstructs the photograph), losses, options
+with paths, and contact_sheet.png, which shows photographs. Publish ../release/ only.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What shapes a release; paper settings are the defaults.
+
+    strata: names of table columns ('eyes', 'labels') that groups never cross. group_batch: groups
+    optimised together, None takes what memory allows. reduce_dim: group on that many principal
+    components. mirror_left: left eyes are mirrored, so that optic discs align.
+    """
+
+    k: int = 5
+    clustering: str = 'default'
+    policy: str = 'distinct'
+    strata: tuple = ()
+    reduce_dim: int | None = None
+    mirror_left: bool = False
+    n_iters: int = 5
+    batch_size: int = 8
+    group_batch: int | None = None
+    precision: str = 'fp32'
+    optimize: OptimizeConfig = OptimizeConfig()
+    resize_outputs: bool = False
+    soft_labels: bool = False
+    centroids: bool = False
+    save_reconstructions: bool = False
+    seed: int = 0
+
+
+class _Photographs(Dataset):
+    """uint8 [3, S, S] per row of a table."""
+
+    def __init__(self, table, size, mirror_left):
+        self.table, self.size, self.mirror_left = table, size, mirror_left
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, i):
+        picture = resize(load_rgb(self.table.paths[i]), self.size)
+        u8 = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        if self.mirror_left and self.table.eyes[i] == 'left':
+            u8 = u8.flip(2)
+        return u8
+
+
+def merge_duplicates(patients, digests):
+    """Person numbers [n] under which images with equal digests belong to one person.
+
+    patients: strings or None (every image its own person); digests: one per image. Photographs
+    with the same bytes are one photograph, whatever the table says of them.
+    """
+    n = len(digests)
+    parent = {}
+
+    def find(x):
+        while parent.setdefault(x, x) != x:
+            x = parent[x]
+        return x
+
+    for i in range(n):
+        person = ('image', i) if patients is None else ('patient', patients[i])
+        a, b = find(person), find(('file', digests[i]))
+        if a != b:
+            parent[a] = b
+    numbers = {}
+    return [numbers.setdefault(find(('file', d)), len(numbers)) for d in digests]
+
+
+class Pipeline:
+    """One run in `exp_dir`.
+
+    table: datasets.table.Table with files; digests: SHA-256 of each file. psp, content_net,
+    style_net: loaded networks. facts: plain dict for the manifest ('networks', 'versions').
+    workers: loading processes. Raises UserError when a stratum column is missing.
+    """
+
+    def __init__(self, exp_dir, table, digests, *, psp, content_net, style_net, settings, device,
+                 facts, workers=0):
+        self.exp_dir, self.private = Path(exp_dir), Path(exp_dir) / 'private'
+        self.work = self.private / 'work'
+        self.table, self.settings, self.facts = table, settings, facts
+        self.device, self.workers = torch.device(device), workers
+        self.psp, self.content_net, self.style_net = psp, content_net, style_net
+        self.photos = _Photographs(table, psp.input_size, settings.mirror_left)
+        self.people = merge_duplicates(table.patients, digests)
+        self.unit = 'images' if table.patients is None else 'patients'
+        n_double = len(table) - len(set(digests))
+        if n_double:
+            log.warning('%d photographs are byte-identical copies of others; each counts as the '
+                        'same person as its copy', n_double)
+        if settings.mirror_left and not table.eyes:
+            raise UserError('--mirror_left needs an eye column in the table')
+        self.strata = self._strata()
+
+    def _strata(self):
+        if not self.settings.strata:
+            return None
+        columns = []
+        for name in self.settings.strata:
+            values = getattr(self.table, name)
+            if values is None:
+                raise UserError(f'--strata {name}: the table has no such column')
+            columns.append([str(v) for v in values])
+        return ['/'.join(parts) for parts in zip(*columns)]
+
+    # -- 1: inversion -----------------------------------------------------------------------
+
+    def _chunks(self):
+        size = self.settings.batch_size
+        return [range(i, min(i + size, len(self.table)))
+                for i in range(0, len(self.table), size)]
+
+    def _chunk_file(self, i):
+        return self.work / f'inversion_{i:06d}.pt'
+
+    def invert(self):
+        """Latents of all photographs [n, L, D], content features [n, F] of their pictures.
+
+        Both as memory-mapped files in private/, computed once.
+        """
+        latents, content = self.private / 'latents.npy', self.private / 'content.npy'
+        if not content.exists():
+            self._invert_chunks()
+            distributed.barrier()
+            if distributed.is_main():
+                self._collect(latents, content)
+        distributed.barrier()
+        return np.load(latents, mmap_mode='r'), np.load(content, mmap_mode='r')
+
+    def _invert_chunks(self):
+        chunks = self._chunks()
+        mine = [i for i in range(distributed.rank(), len(chunks), distributed.world_size())
+                if not self._chunk_file(i).exists()]
+        psp, net = self.psp.to(self.device), self.content_net.to(self.device)
+        loader = DataLoader(self.photos, batch_sampler=[list(chunks[i]) for i in mine],
+                            num_workers=min(self.workers, len(mine)))
+        log.info('inverting %d photographs, %d refinements', len(self.table),
+                 self.settings.n_iters)
+        bar = progress(total=sum(len(chunks[i]) for i in mine), desc='inversion', unit='img')
+        for i, u8 in zip(mine, loader):
+            x = u8.to(self.device).float().div(127.5).sub(1)
+            found = invert(psp, x, n_iters=self.settings.n_iters)
+            if not torch.isfinite(found.ws).all():
+                raise UserError('the inversion gives numbers that are not finite; is the '
+                                'checkpoint of --checkpoint_path a trained one?')
+            if self.settings.save_reconstructions:
+                for j, y in zip(chunks[i], found.recon):
+                    name = f'{Path(self.table.ids[j]).stem}.png'
+                    save_png(y.cpu(), self.private / 'reconstructions' / name)
+            # One by one, so that a picture's features do not depend on the chunk.
+            save_torch(self._chunk_file(i), {
+                'ws': found.ws.cpu(), 'content': net.features(found.recon).cpu(),
+                'error': (found.recon - x).square().mean((1, 2, 3)).cpu()})
+            bar.update(len(u8))
+        bar.close()
+
+    def _collect(self, latents, content):
+        parts = [load_weights(self._chunk_file(i), what='inversion chunk')
+                 for i in range(len(self._chunks()))]
+        errors = torch.cat([p['error'] for p in parts])
+        log.info('reconstruction error (mean square, range [-1, 1]): median %.4f, worst %.4f',
+                 errors.median(), errors.max())
+        save_npy(self.private / 'inversion_error.npy', errors.numpy())
+        save_npy(latents, torch.cat([p['ws'] for p in parts]).numpy())
+        save_npy(content, torch.cat([p['content'] for p in parts]).numpy())
+        for i in range(len(parts)):
+            self._chunk_file(i).unlink()
+
+    # -- 2: grouping ------------------------------------------------------------------------
+
+    def group(self, latents):
+        """Group numbers [n] (1 to C; 0: left out), checked again from the written table."""
+        path = self.private / GROUP_TABLE
+        if distributed.is_main() and not path.exists():
+            self._write_groups(path, self._assign(latents))
+        distributed.barrier()
+        table = pd.read_csv(path, dtype={'id_code': str, 'release_name': str, 'patient_id': str},
+                            keep_default_na=False)
+        if list(table['id_code']) != self.table.ids:
+            raise UserError(f'{path} does not belong to the table of this run')
+        labels = table['centers'].to_numpy()
+        self._check(labels)
+        names = {int(c): n for c, n in zip(table['centers'], table['release_name']) if c}
+        return labels, [names[c] for c in range(1, len(names) + 1)]
+
+    def _assign(self, latents):
+        s = self.settings
+        found = assign_groups(latents.reshape(len(latents), -1), s.k, patients=self.people,
+                              strata=self.strata, method=s.clustering, policy=s.policy,
+                              seed=s.seed, reduce=s.reduce_dim or 'auto', device=self.device)
+        log.info('%d groups of %s; squared error within groups %.1f %% of the total',
+                 found.labels.max(), _sizes(found.labels),
+                 100 * found.info['sse_ratio'])
+        for reason in sorted({r for _, r in found.suppressed}):
+            log.warning('left out %d photographs: %s',
+                        sum(r == reason for _, r in found.suppressed), reason)
+        return found.labels
+
+    def _check(self, labels):
+        check_groups(labels, self.settings.k, patients=self.people, strata=self.strata,
+                     policy=self.settings.policy)
+
+    def _write_groups(self, path, labels):
+        self._check(labels)
+        sizes = np.bincount(labels)
+        secret = '\n'.join(f'{i} {c}' for i, c in zip(self.table.ids, labels)).encode()
+        names = release_names(int(labels.max()), secret, self.settings.seed)
+        columns = {'id_code': self.table.ids, 'centers': labels,
+                   'count_centers': [int(sizes[c]) if c else 0 for c in labels],
+                   'release_name': [names[c - 1] if c else '' for c in labels],
+                   'patient_id': self.table.patients or [f'person-{p}' for p in self.people]}
+        if self.table.labels is not None:
+            columns['diagnosis'] = self.table.labels
+        write_csv(path, pd.DataFrame(columns))
+
+    # -- 3: optimisation --------------------------------------------------------------------
+
+    def _batch_file(self, i):
+        return self.work / f'groups_{i:06d}.pt'
+
+    def optimise(self, latents, content, labels):
+        """Runs every batch of groups that has no result yet; returns the number of batches."""
+        n_groups = int(labels.max())
+        members = [np.flatnonzero(labels == c) for c in range(1, n_groups + 1)]
+        size = self._group_batch(n_groups)
+        batches = [members[i:i + size] for i in range(0, n_groups, size)]
+        mine = [i for i in range(distributed.rank(), len(batches), distributed.world_size())
+                if not self._batch_file(i).exists()]
+        if mine:
+            engine = GroupOptimizer(self.psp, self.content_net, self.style_net,
+                                    config=self.settings.optimize, device=self.device,
+                                    precision=self.settings.precision)
+            steps = self.settings.optimize.n_steps
+            log.info('optimising %d groups, %d at a time, %d steps', n_groups, size, steps)
+            bar = progress(total=steps * sum(len(batches[i]) for i in mine), desc='optimisation',
+                           unit='step')
+            for i in mine:
+                groups = [self._group(m, latents, content) for m in batches[i]]
+                result = run_within_memory(engine, groups, on_step=bar.update)
+                save_torch(self._batch_file(i), {
+                    'ws': result.ws, 'losses': result.losses,
+                    'image': to_uint8(self._output(result.image)),
+                    'centroid': to_uint8(self._output(result.centroid))})
+            bar.close()
+        distributed.barrier()
+        return len(batches)
+
+    def _group_batch(self, n_groups):
+        """Groups per batch; decided once per run, since a resumed run must cut the same way."""
+        path = self.private / 'group_batch.txt'
+        if distributed.is_main() and not path.exists():
+            size = self.settings.group_batch
+            if size is None:
+                free = free_memory(self.device) // (
+                    1 if self.device.type == 'cuda' else distributed.world_size())
+                most = max(1, -(-n_groups // distributed.world_size()))
+                size = batch_that_fits(self.psp, 102, self.settings.precision, free,
+                                       most=min(most, 8 if self.device.type == 'cpu' else 64))
+            write_text(path, f'{size}\n')
+        distributed.barrier()
+        return int(path.read_text())
+
+    def _group(self, members, latents, content):
+        return Group(torch.from_numpy(np.array(latents[members])),
+                     torch.stack([self.photos[int(i)] for i in members]),
+                     torch.from_numpy(np.array(content[members])))
+
+    def _output(self, image):
+        if self.settings.resize_outputs:
+            return self.psp.pool(image)
+        return image
+
+    # -- 4: what leaves, and what stays -----------------------------------------------------
+
+    def write(self, labels, names, n_batches, staging):
+        """Writes the release into the new folder `staging`, and the private records."""
+        images, centroids, losses = {}, {}, []
+        for i in range(n_batches):
+            part = load_weights(self._batch_file(i), what='group results')
+            for j in range(len(part['ws'])):
+                name = names[len(losses)]
+                images[name], centroids[name] = part['image'][j], part['centroid'][j]
+                losses.append(part['losses'][:, j].numpy())
+        if len(losses) != len(names):
+            raise PrivacyError(f'{len(losses)} optimised groups for {len(names)} groups in the '
+                               f'group table; remove {self.private} and run again')
+        groups = [self._facts(labels, c + 1, name) for c, name in enumerate(names)]
+        size = next(iter(images.values())).shape[-1]
+        manifest = write_release(staging, groups, lambda name: _picture(images[name]),
+                                 facts=self._manifest_facts(labels, size),
+                                 soft_labels=self.settings.soft_labels)
+        if self.settings.centroids:
+            for name, u8 in centroids.items():
+                save_png(_picture(u8), self.private / 'centroids' / f'{name}.png')
+        save_npy(self.private / 'losses.npy', np.stack(losses))
+        self._contact_sheet(labels, names, images, centroids)
+        write_text(self.private / 'README.txt', _README)
+        return manifest
+
+    def _facts(self, labels, number, name):
+        rows = np.flatnonzero(labels == number)
+        grades = None
+        if self.table.labels is not None:
+            grades = tuple(np.bincount(self.table.labels[rows], minlength=N_GRADES).tolist())
+        return GroupFacts(name, len(rows), len({self.people[i] for i in rows}), grades)
+
+    def _manifest_facts(self, labels, size):
+        s = self.settings
+        settings = {'n_iters': s.n_iters, **dataclasses.asdict(s.optimize),
+                    'precision': s.precision, 'mirror_left': s.mirror_left, 'seed': s.seed}
+        return {'k': s.k, 'unit': self.unit, 'policy': s.policy, 'clustering': s.clustering,
+                'strata': list(s.strata), 'n_suppressed': int((labels == 0).sum()),
+                'image_size': size, 'settings': settings, **self.facts}
+
+    def _contact_sheet(self, labels, names, images, centroids):
+        """Rows of members, centroid, k-SALSA image. Shows photographs: private."""
+        rows, most = [], 0
+        step = max(1, len(names) // SHEET_GROUPS)
+        for number in range(0, len(names), step)[:SHEET_GROUPS]:
+            members = np.flatnonzero(labels == number + 1)
+            shown = [self.photos[int(i)] for i in members]
+            rows.append((shown, centroids[names[number]], images[names[number]]))
+            most = max(most, len(shown))
+        side = max(128, min(256, self.psp.input_size))
+        cells = []
+        for shown, centroid, image in rows:
+            blank = [torch.full_like(shown[0], 255)] * (most - len(shown))
+            cells += [*shown, *blank, centroid, image]
+        cells = [pil_to_tensor(_picture(c).resize((side, side), Image.Resampling.BICUBIC))
+                 for c in cells]
+        save_png(grid(torch.stack(cells), most + 2, fill=1.0),
+                 self.private / 'contact_sheet.png')
+
+    def run(self, staging):
+        """All stages; returns the manifest of the release in `staging`, on process 0."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        if distributed.is_main():
+            for torn in [*self.private.glob('.*.tmp'), *self.work.glob('.*.tmp')]:
+                torn.unlink()
+        distributed.barrier()
+        latents, content = self.invert()
+        labels, names = self.group(latents)
+        n_batches = self.optimise(latents, content, labels)
+        if not distributed.is_main():
+            return None
+        shutil.rmtree(staging, ignore_errors=True)
+        return self.write(labels, names, n_batches, staging)
+
+
+def run_within_memory(engine, groups, *, on_step=None):
+    """engine.run(groups), in halves where the card's memory does not suffice."""
+    try:
+        return engine.run(groups, on_step=on_step)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        if len(groups) == 1:
+            raise UserError('one group does not fit the memory of the card; use --precision '
+                            'bf16, or --device cpu') from None
+    half = len(groups) // 2
+    log.warning('out of memory with %d groups; going on in halves', len(groups))
+    parts = [run_within_memory(engine, part, on_step=on_step)
+             for part in (groups[:half], groups[half:])]
+    return type(parts[0])(torch.cat([p.ws for p in parts]), torch.cat([p.image for p in parts]),
+                          torch.cat([p.losses for p in parts], 1),
+                          torch.cat([p.centroid for p in parts]))
+
+
+def free_memory(device):
+    """Bytes free on the device (main memory for the CPU)."""
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # needed on the CPU only
+    return psutil.virtual_memory().available
+
+
+def hash_files(paths):
+    """(SHA-256 of each file, one digest over all of them)."""
+    digests = []
+    for path in progress(paths, total=len(paths), desc='reading', unit='img'):
+        digests.append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    return digests, hashlib.sha256('\n'.join(digests).encode()).hexdigest()
+
+
+def _picture(u8):
+    return Image.fromarray(u8.permute(1, 2, 0).numpy())
+
+
+def _sizes(labels):
+    sizes, counts = np.unique(np.bincount(labels)[1:], return_counts=True)
+    return ', '.join(f'{s} images ({c}x)' for s, c in zip(sizes, counts))

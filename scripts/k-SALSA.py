@@ -1,0 +1,235 @@
+"""Makes a k-anonymous set of synthetic fundus photographs from private ones.
+
+    python scripts/k-SALSA.py --exp_dir=runs/aptos_k5 --checkpoint_path=restyle.pt \\
+        --data_path=photos/ --df=labels.csv --same_k=5 --num_steps=100 --num_crop=4 \\
+        --content_weight=1e2 --style_weight=1e-6
+
+Stages: read the table and check every image; invert; group; optimise one latent per group; write;
+verify. The same command goes on where a run stopped. In --exp_dir:
+
+    release/   images/, labels.csv, manifest.json, DATASHEET.md, report.html: what may be shared
+    private/   group table, latents, losses, contact sheet of members and results: never share
+
+Several processes or machines: torchrun --nproc_per_node=N scripts/k-SALSA.py ...
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import logging
+import shutil
+
+from matplotlib.figure import Figure
+
+from anonymization.audit import audit_release, plot_distances, report_dict, report_text
+from anonymization.grouping import METHODS, POLICIES
+from anonymization.optimize import PRECISIONS, OptimizeConfig
+from anonymization.pipeline import Pipeline, Settings, hash_files
+from configs.paths_config import model_paths
+from criteria.content import load_content_network
+from criteria.local_style import FILTERS, load_style_network
+from datasets.table import check_table_images, read_table
+from models.psp import load_psp
+from utils import cli, distributed
+from utils.errors import PrivacyError, UserError
+from utils.io import atomic_path, sha256_file, write_json
+from utils.logs import setup_logging
+from utils.runs import run_record, start_run, versions
+
+log = logging.getLogger(__name__)
+
+STRATA = {'eye': 'eyes', 'label': 'labels', 'visit': 'visits', 'split': 'splits'}
+_NO_EFFECT = ('label_path', 'model_1_checkpoint_path', 'model_2_checkpoint_path',
+              'edit_directions', 'factor_ranges', 'layer_idx')
+# Flags that may differ when a run goes on: they do not change what is computed, or the content of
+# the files they name is compared instead.
+_FREE = ('exp_dir', 'checkpoint_path', 'data_path', 'df', 'content_weights', 'style_weights',
+         'test_workers', 'device')
+
+
+def build_parser():
+    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    g = p.add_argument_group('required')
+    g.add_argument('--exp_dir', type=Path, required=True, metavar='DIR', help='output folder')
+    g.add_argument('--checkpoint_path', type=Path, required=True, metavar='FILE',
+                   help='ReStyle-pSp checkpoint, from scripts/train_restyle_psp.py')
+    g.add_argument('--data_path', type=Path, required=True, metavar='DIR',
+                   help='folder of photographs, <id> with any usual image suffix')
+    g.add_argument('--df', type=Path, required=True, metavar='CSV',
+                   help='table of ids (id_code or image), optionally with diagnosis or level, '
+                        'patient_id, eye, split')
+    g = p.add_argument_group('groups')
+    g.add_argument('--same_k', type=cli.positive_int, default=5, metavar='K',
+                   help='fewest distinct patients in a group')
+    g.add_argument('--clustering', choices=METHODS, default='default',
+                   help='how groups are found; published: the paper\'s greedy')
+    g.add_argument('--policy', choices=POLICIES, default='distinct',
+                   help='distinct: no patient twice in a group; together: all of a patient\'s '
+                        'images in one group')
+    g.add_argument('--strata', nargs='+', choices=sorted(STRATA), default=[],
+                   help='columns that groups never cross')
+    g.add_argument('--reduce_dim', type=cli.positive_int, metavar='D',
+                   help='group on the first D principal components (default: as needed)')
+    g.add_argument('--mirror_left', action='store_true',
+                   help='mirror left eyes, so that optic discs align')
+    g.add_argument('--split', metavar='NAME', help='use these rows of the table only')
+    g.add_argument('--n_images', type=cli.positive_int, metavar='N',
+                   help='use the first N rows of the table only, for a trial')
+    g = p.add_argument_group('optimisation')
+    g.add_argument('--num_steps', type=cli.nonnegative_int, default=100, metavar='STEPS',
+                   help='optimisation steps per group; 0 gives the centroid')
+    g.add_argument('--num_crop', type=cli.positive_int, default=4, metavar='N',
+                   help='patch grid is N x N')
+    g.add_argument('--content_weight', type=cli.nonnegative_float, default=1e2, metavar='FLOAT',
+                   help='weight of the content loss')
+    g.add_argument('--style_weight', type=cli.nonnegative_float, default=1e-6, metavar='FLOAT',
+                   help='weight of the local style loss')
+    g.add_argument('--n_iters_per_batch', type=cli.positive_int, default=5, metavar='N',
+                   help='refinements of the inversion')
+    g.add_argument('--content_weights', type=Path, metavar='FILE',
+                   help='content network: MoCo v2, or from scripts/train_content_encoder.py '
+                        '(default: "moco" in configs/paths_config.py)')
+    g.add_argument('--style_weights', metavar='FILE',
+                   help=f'VGG19 file, or {FILTERS!r} for the built-in filter bank, which needs no '
+                        'file (default: "vgg19" in configs/paths_config.py)')
+    g = p.add_argument_group('output')
+    g.add_argument('--resize_outputs', action='store_true',
+                   help='write pictures at the encoder\'s size instead of the generator\'s')
+    g.add_argument('--soft_labels', action='store_true',
+                   help='labels.csv also gives the share of each grade')
+    g.add_argument('--centroids', action='store_true',
+                   help='also write the plain latent-mean pictures to private/centroids/')
+    g.add_argument('--save_reconstructions', action='store_true',
+                   help='also write every inverted photograph to private/reconstructions/')
+    g.add_argument('--data', default='aptos', metavar='NAME',
+                   help='name of the data set, kept in private/options.json')
+    g = p.add_argument_group('machine')
+    g.add_argument('--test_batch_size', type=cli.positive_int, default=8, metavar='N',
+                   help='photographs inverted together (memory only, not tied to k)')
+    g.add_argument('--group_batch', type=cli.positive_int, metavar='N',
+                   help='groups optimised together (default: what memory allows)')
+    g.add_argument('--test_workers', type=cli.nonnegative_int, default=2, metavar='N',
+                   help='loading processes')
+    g.add_argument('--precision', choices=PRECISIONS, default='fp32',
+                   help='arithmetic of the optimisation')
+    cli.add_common(g)
+    g = p.add_argument_group('published flags without effect')
+    for name in _NO_EFFECT:
+        g.add_argument(f'--{name}', metavar='X', help='accepted, never used')
+    return p
+
+
+def check_options(opts):
+    """Everything that can be said without opening a weight file."""
+    if opts.same_k < 2:
+        raise UserError('--same_k 1: a group of one is the patient\'s own picture; use 2 or more')
+    table = read_table(opts.df, opts.data_path, split=opts.split)
+    if opts.n_images:
+        table = table.subset(range(min(opts.n_images, len(table))))
+    people = len(set(table.patients)) if table.patients else len(table)
+    if people < opts.same_k:
+        kind = 'patients' if table.patients else 'images'
+        raise UserError(f'--same_k {opts.same_k}: the table has only {people} {kind}')
+    if not table.patients:
+        log.warning('%s has no patient column: images are counted, not people; two photographs '
+                    'of one person may stand for two', opts.df)
+    for name in _NO_EFFECT:
+        if getattr(opts, name) is not None:
+            log.warning('--%s has no effect (it had none in the published code)', name)
+    check_table_images(table)
+    return table
+
+
+def style_path(opts):
+    """'filters', or the VGG19 file of the flag or of paths_config."""
+    return opts.style_weights or model_paths['vgg19']
+
+
+def network_inputs(opts):
+    """Weight files by role, for the run record."""
+    files = {'checkpoint': opts.checkpoint_path,
+             'content network': opts.content_weights or model_paths['moco']}
+    if style_path(opts) != FILTERS:
+        files['style network'] = style_path(opts)
+    return files
+
+
+def publish(staging, release, opts, table):
+    """Verifies the staged release and moves it into place; PrivacyError when it fails."""
+    private = opts.exp_dir / 'private'
+    audit = audit_release(staging, private=private, source_table=table)
+    write_json(private / 'audit.json', report_dict(audit))
+    if audit.distances is not None:
+        figure = Figure(figsize=(8, 4), layout='constrained')
+        plot_distances(audit, figure.subplots())
+        with atomic_path(private / 'audit_distances.png') as temp:
+            figure.savefig(temp, format='png')
+    log.info('verification:\n%s', report_text(audit))
+    if not audit.passed:
+        raise PrivacyError(f'the release fails its verification and is not published (it is in '
+                           f'{staging}): ' + '; '.join(f'{c.name}: {c.detail}'
+                                                       for c in audit.checks if not c.passed))
+    staging.rename(release)
+
+
+def main(argv=None):
+    opts = build_parser().parse_args(argv)
+    device = distributed.init(cli.resolve_device(opts.device))
+    setup_logging(level=logging.INFO if distributed.is_main() else logging.WARNING)
+    table = check_options(opts)
+    files = network_inputs(opts)
+    psp = load_psp(opts.checkpoint_path)
+    content_net = load_content_network(files['content network'])
+    style_net = load_style_network(style_path(opts))
+    if psp.input_size // opts.num_crop < 1:
+        raise UserError(f'--num_crop {opts.num_crop}: more than the {psp.input_size} px of the '
+                        'encoder')
+    private, release = opts.exp_dir / 'private', opts.exp_dir / 'release'
+    digests, joint = hash_files(table.paths)
+    if distributed.is_main():
+        opts.exp_dir.mkdir(parents=True, exist_ok=True)
+        private.mkdir(mode=0o700, exist_ok=True)
+        private.chmod(0o700)
+        record = run_record({k: v for k, v in vars(opts).items() if k not in _NO_EFFECT},
+                            inputs={**files, 'table': opts.df}, seed=opts.seed)
+        record['inputs']['photographs'] = joint
+        start_run(private, record, resume=True, free_options=_FREE)
+    distributed.barrier()
+    if (release / 'manifest.json').exists():
+        log.info('%s is complete; choose another --exp_dir for another run', release)
+        return 0
+    networks = {'generator and encoder': sha256_file(opts.checkpoint_path),
+                'content': f'{content_net.name} {sha256_file(files["content network"])}',
+                'style': style_net.name + (f' {sha256_file(files["style network"])}'
+                                           if 'style network' in files else '')}
+    pipeline = Pipeline(
+        opts.exp_dir, table, digests, psp=psp, content_net=content_net, style_net=style_net,
+        settings=Settings(
+            k=opts.same_k, clustering=opts.clustering, policy=opts.policy,
+            strata=tuple(STRATA[s] for s in opts.strata), reduce_dim=opts.reduce_dim,
+            mirror_left=opts.mirror_left, n_iters=opts.n_iters_per_batch,
+            batch_size=opts.test_batch_size, group_batch=opts.group_batch,
+            precision=opts.precision,
+            optimize=OptimizeConfig(n_steps=opts.num_steps, n_crop=opts.num_crop,
+                                    content_weight=opts.content_weight,
+                                    style_weight=opts.style_weight),
+            resize_outputs=opts.resize_outputs, soft_labels=opts.soft_labels,
+            centroids=opts.centroids, save_reconstructions=opts.save_reconstructions,
+            seed=opts.seed),
+        device=device, facts={'networks': networks, 'versions': versions()},
+        workers=opts.test_workers)
+    staging = private / 'staging'
+    pipeline.run(staging)
+    if distributed.is_main():
+        publish(staging, release, opts, table)
+        shutil.rmtree(private / 'work')
+        log.info('release to share:        %s', release)
+        log.info('report:                  %s', release / 'report.html')
+        log.info('contact sheet (private): %s', private / 'contact_sheet.png')
+    distributed.shutdown()
+    return 0
+
+
+if __name__ == '__main__':
+    cli.run(main)
