@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 METHODS = ('default', 'published', 'mdav', 'kmeans-constrained')
 POLICIES = ('distinct', 'together')
+SURPLUS = ('error', 'suppress')
 AUTO_REDUCE_ELEMENTS = 2 ** 28    # features above 1 GiB of float32 are reduced by 'auto'
 AUTO_REDUCE_DIMS = 256
 LAP_BLOCK = 640                   # groups per assignment problem; its cost grows as their cube
@@ -193,8 +194,8 @@ def _check_options(k, method, policy, surplus, reduce, rounds):
         raise UserError(f'unknown clustering {method!r}; choose from {", ".join(METHODS)}')
     if policy not in POLICIES:
         raise UserError(f'unknown patient policy {policy!r}; choose from {", ".join(POLICIES)}')
-    if surplus not in ('error', 'suppress'):
-        raise UserError(f"surplus must be 'error' or 'suppress', got {surplus!r}")
+    if surplus not in SURPLUS:
+        raise UserError(f'surplus must be one of {SURPLUS}, got {surplus!r}')
     if not (reduce in (None, 'auto') or (isinstance(reduce, int) and reduce > 0)):
         raise UserError(f"reduce must be None, 'auto' or a positive number, got {reduce!r}")
     if rounds < 0:

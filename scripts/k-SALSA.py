@@ -23,7 +23,7 @@ import shutil
 from matplotlib.figure import Figure
 
 from anonymization.audit import audit_release, plot_distances, report_dict, report_text
-from anonymization.grouping import METHODS, POLICIES
+from anonymization.grouping import METHODS, POLICIES, SURPLUS
 from anonymization.optimize import PRECISIONS, OptimizeConfig
 from anonymization.pipeline import Pipeline, Settings, hash_files
 from configs.paths_config import model_paths
@@ -67,6 +67,9 @@ def build_parser():
     g.add_argument('--policy', choices=POLICIES, default='distinct',
                    help='distinct: no patient twice in a group; together: all of a patient\'s '
                         'images in one group')
+    g.add_argument('--surplus', choices=SURPLUS, default='error',
+                   help='a patient with more images than there are groups: stop, or leave out '
+                        'the images that fit nowhere')
     g.add_argument('--strata', nargs='+', choices=sorted(STRATA), default=[],
                    help='columns that groups never cross')
     g.add_argument('--reduce_dim', type=cli.positive_int, metavar='D',
@@ -207,7 +210,7 @@ def main(argv=None):
         opts.exp_dir, table, digests, psp=psp, content_net=content_net, style_net=style_net,
         settings=Settings(
             k=opts.same_k, clustering=opts.clustering, policy=opts.policy,
-            strata=tuple(STRATA[s] for s in opts.strata), reduce_dim=opts.reduce_dim,
+            surplus=opts.surplus, strata=tuple(STRATA[s] for s in opts.strata), reduce_dim=opts.reduce_dim,
             mirror_left=opts.mirror_left, n_iters=opts.n_iters_per_batch,
             batch_size=opts.test_batch_size, group_batch=opts.group_batch,
             precision=opts.precision,

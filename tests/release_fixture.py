@@ -1,0 +1,59 @@
+"""Tiny networks and photographs for end-to-end runs of the main job."""
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from criteria.content import content_checkpoint
+from models.encoders import build_encoder
+from models.psp import PSP, psp_checkpoint
+from models.resnet import build_resnet
+from models.stylegan2 import Generator
+from utils.io import save_torch
+
+CHANNELS = {4: 8, 8: 8, 16: 8, 32: 8}
+
+
+def save_networks(folder):
+    """psp.pt (32 px) and content.pt with seeded random weights."""
+    torch.manual_seed(0)
+    decoder = Generator(32, style_dim=16, n_mlp=2, channels=CHANNELS)
+    encoder = build_encoder('LightEncoder', n_styles=8, input_size=32, style_dim=16, width=8)
+    psp = PSP(encoder, decoder, 0.1 * torch.randn(16), 32)
+    save_torch(folder / 'psp.pt', psp_checkpoint(psp, {}))
+    net = build_resnet('resnet18', small_stem=True)
+    save_torch(folder / 'content.pt', content_checkpoint(net, arch='resnet18', input_size=32,
+                                                         small_stem=True))
+
+
+def save_photographs(folder, n, *, patients=None, seed=0):
+    """Smooth random pictures images/eye<i>x.png and labels.csv."""
+    rng = np.random.default_rng(seed)
+    (folder / 'images').mkdir(parents=True)
+    ids = [f'eye{i:03d}x' for i in range(n)]
+    for name in ids:
+        noise = gaussian_filter(rng.standard_normal((40, 40, 3)), (4, 4, 0))
+        u8 = np.clip(128 + 900 * noise, 0, 255).astype(np.uint8)
+        Image.fromarray(u8).save(folder / 'images' / f'{name}.png')
+    table = pd.DataFrame({'id_code': ids, 'diagnosis': rng.integers(0, 5, n)})
+    if patients is not None:
+        table['patient_id'] = patients
+    table.to_csv(folder / 'labels.csv', index=False)
+    return table
+
+
+def arguments(folder, data, exp_dir, **options):
+    """The command line of a small run of scripts/k-SALSA.py."""
+    flags = {'exp_dir': exp_dir, 'checkpoint_path': folder / 'psp.pt',
+             'content_weights': folder / 'content.pt', 'style_weights': 'filters',
+             'data_path': data / 'images', 'df': data / 'labels.csv', 'same_k': 5,
+             'num_steps': 4, 'num_crop': 2, 'test_workers': 0, 'group_batch': 2,
+             'device': 'cpu', **options}
+    return [f'--{name}={value}' for name, value in flags.items()]
+
+
+def tree_bytes(folder):
+    """{relative path: bytes} of all files below a folder."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes()
+            for p in sorted(folder.rglob('*')) if p.is_file()}
