@@ -1,0 +1,125 @@
+"""Compares synthetic with real pictures: FID, KID, precision, coverage, sharpness.
+
+    python scripts/calc_metrics.py REAL SYNTHETIC --content_weights content.pt
+    python scripts/calc_metrics.py real.zip RUN/release/images --metrics fundus,inception \\
+        --content_weights content.pt --inception_weights pt_inception-2015-12-05-6726825d.pth
+
+REAL and SYNTHETIC are folders (searched recursively) or ZIP archives. `fundus` takes the features
+of the project's content encoder (FD-fundus), `inception` those of FID; `spectrum` compares radial
+power spectra. Every number comes with a bootstrap interval, and with the same statistic of real
+against real pictures as the yardstick.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import json
+import logging
+
+from datasets.archive import FileStore
+from training.fidelity import compare_pictures, load_feature_network, read_pictures, sharpness
+from utils.cli import add_common, parser, positive_int, resolve_device, run
+from utils.errors import UserError
+from utils.logs import setup_logging
+from utils.runs import versions
+
+log = logging.getLogger(__name__)
+
+KINDS = ('fundus', 'inception', 'spectrum')
+LABELS = {'fundus': ('FD-fundus', 'KID-fundus'), 'inception': ('FID', 'KID')}
+
+
+def build_parser():
+    p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
+    p.add_argument('real', type=Path, metavar='REAL', help='real pictures')
+    p.add_argument('synthetic', type=Path, metavar='SYNTHETIC', help='synthetic pictures')
+    p.add_argument('--metrics', metavar='LIST',
+                   help='comma-separated: fundus, inception, spectrum (default: spectrum, and '
+                        'what weights are given for)')
+    p.add_argument('--content_weights', type=Path, metavar='FILE',
+                   help='content encoder (scripts/train_content_encoder.py) or MoCo weights')
+    p.add_argument('--inception_weights', type=Path, metavar='FILE',
+                   help='pt_inception-2015-12-05-6726825d.pth; nothing is downloaded')
+    p.add_argument('--n_bootstrap', type=positive_int, default=100, metavar='INT',
+                   help='draws for the intervals')
+    p.add_argument('--batch_size', '--batch-size', type=positive_int, default=32, metavar='INT',
+                   help='pictures per pass')
+    p.add_argument('--out', type=Path, metavar='FILE',
+                   help='append the numbers as one line to this JSON-lines file')
+    return add_common(p)
+
+
+def chosen(opts):
+    """The kinds of statistics to compute."""
+    if opts.metrics is None:
+        return [k for k in KINDS if k == 'spectrum' or (
+            opts.content_weights if k == 'fundus' else opts.inception_weights)]
+    kinds = [k for k in opts.metrics.split(',') if k]
+    unknown = [k for k in kinds if k not in KINDS]
+    if unknown or not kinds:
+        raise UserError(f'--metrics {opts.metrics}: choose from {", ".join(KINDS)}')
+    return kinds
+
+
+def picture_side(path):
+    """Side of the first picture of a folder or ZIP."""
+    store = FileStore(path)
+    names = store.image_names()
+    if not names:
+        raise UserError(f'no images in {path}')
+    return min(store.image(names[0]).size)
+
+
+def table(results):
+    """Printable rows: statistic, value, interval, real against real."""
+    lines = [f'{"statistic":<24}{"value":>10}  {"95 % interval":<22}{"real split":>10}']
+    for kind, found in results.items():
+        if kind == 'spectrum':
+            for name in ('high_frequency_ratio', 'log_spectrum_rmse'):
+                lines.append(f'{name:<24}{found[name]:>10.4f}')
+            continue
+        split = found['real_split'] or {}
+        names = {'fd': LABELS[kind][0], 'kid': LABELS[kind][1],
+                 **{n: f'{n} ({kind})' for n in ('precision', 'recall', 'density', 'coverage')}}
+        for key, name in names.items():
+            score = found[key]
+            yardstick = f'{split[key]:.4f}' if key in split else ''
+            interval = f'{score["low"]:.4f} to {score["high"]:.4f}'
+            lines.append(f'{name:<24}{score["value"]:>10.4f}  {interval:<22}{yardstick:>10}')
+        lines.append(f'  n = {found["n_real"]} real, {found["n_fake"]} synthetic, '
+                     f'{found["dim"]} dimensions'
+                     + (', fewer pictures than dimensions' if found['rank_deficient'] else ''))
+        if split:
+            lines.append(f'  real split: {split["n_reference"]} against {split["n_sample"]}')
+    return '\n'.join(lines)
+
+
+def main(argv=None):
+    opts = build_parser().parse_args(argv)
+    setup_logging()
+    kinds = chosen(opts)
+    device = resolve_device(opts.device)
+    networks = {kind: load_feature_network(
+        metric='fd_fundus' if kind == 'fundus' else 'fid',
+        content_weights=opts.content_weights, inception_weights=opts.inception_weights)
+        for kind in kinds if kind != 'spectrum'}
+    side = min(picture_side(opts.real), picture_side(opts.synthetic))
+    results = {kind: compare_pictures(opts.real, opts.synthetic, network, device=device,
+                                      n_bootstrap=opts.n_bootstrap, seed=opts.seed,
+                                      batch_size=opts.batch_size)
+               for kind, network in networks.items()}
+    if 'spectrum' in kinds:
+        results['spectrum'] = sharpness(read_pictures(opts.real, side),
+                                        read_pictures(opts.synthetic, side))
+    print(table(results))
+    if opts.out is not None:
+        opts.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(opts.out, 'a', encoding='utf-8') as file:
+            file.write(json.dumps({'real': str(opts.real), 'synthetic': str(opts.synthetic),
+                                   'seed': opts.seed, 'versions': versions(), **results}) + '\n')
+    return 0
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,385 @@
+"""How much synthetic pictures look like real ones: Fréchet distance, KID, precision, coverage.
+
+Two kinds of features: Inception's ('fid', as torch-fidelity extracts them, Heusel et al. 2017)
+and those of the project's content encoder ('fd_fundus', which needs no download). Pictures are
+resized with antialiasing before either network sees them (Parmar et al. 2022).
+
+Shapes: n_r real and n_f synthetic pictures, feature dimension d.
+"""
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from criteria.content import load_content_network
+from datasets.archive import FileStore
+from utils.errors import UserError
+from utils.images import from_uint8, to_uint8
+from utils.io import load_weights
+from utils.logs import progress
+from utils.seeds import numpy_generator, torch_generator
+
+log = logging.getLogger(__name__)
+
+INCEPTION_FILE = 'pt_inception-2015-12-05-6726825d.pth'
+METRICS = ('fd_fundus', 'kid_fundus', 'fid', 'kid')
+PR_NEIGHBOURS = 3     # Kynkäänniemi et al. 2019
+DC_NEIGHBOURS = 5     # Naeem et al. 2020
+N_SPLITS = 5
+_MAX_LISTED = 20
+_WHERE = (f'It is {INCEPTION_FILE} of the releases of github.com/mseitzer/pytorch-fid '
+          '(torch-fidelity ships the same file as weights-inception-2015-12-05-6726825d.pth); '
+          'give its path with --inception_weights.')
+
+
+class InceptionNetwork(nn.Module):
+    """torch-fidelity's Inception v3 with the interface of a content network."""
+
+    input_size = 299
+    feature_dim = 2048
+    name = 'inception'
+
+    def __init__(self, path):
+        super().__init__()
+        # Read here first: torch-fidelity would download a missing file and run any pickle.
+        load_weights(path, what='Inception weights', hint=_WHERE)
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        try:
+            self.net = FeatureExtractorInceptionV3('inception', ['2048'],
+                                                   feature_extractor_weights_path=str(path))
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise UserError(f'{path} does not hold the Inception network of FID. {_WHERE}'
+                            ) from error
+
+    @torch.no_grad()
+    def features(self, img):
+        """Pictures [n, 3, 299, 299] in [-1, 1] -> pool features [n, 2048], float32."""
+        return self.net(to_uint8(img))[0].float()
+
+
+def load_feature_network(*, content_weights=None, inception_weights=None, metric):
+    """The network a metric name needs; UserError naming the flag when its file is not given."""
+    if metric.endswith('_fundus'):
+        if content_weights is None:
+            raise UserError(f'{metric} needs a content encoder file (--content_weights; '
+                            '--metric_network when training a generator); make one with '
+                            'scripts/train_content_encoder.py')
+        return load_content_network(content_weights)
+    if inception_weights is None:
+        raise UserError(f'{metric} needs the Inception weights. {_WHERE}')
+    return InceptionNetwork(inception_weights)
+
+
+def read_pictures(path, size, *, threads=4):
+    """All images of a folder (searched recursively) or ZIP, uint8 [n, 3, size, size].
+
+    Antialiased bicubic, aspect ratio not kept; in the order of their names. UserError that lists
+    all unreadable files.
+    """
+    store = FileStore(path)
+    names = store.image_names()
+    if not names:
+        raise UserError(f'no images in {path}')
+    pictures = np.empty((len(names), 3, size, size), np.uint8)
+
+    def read(i):
+        try:
+            image = store.image(names[i])
+        except UserError as error:
+            return str(error)
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        pictures[i] = np.asarray(image).transpose(2, 0, 1)
+        return None
+
+    # A ZIP handle cannot be read from several threads at once.
+    with ThreadPoolExecutor(1 if store.is_zip else threads) as pool:
+        answers = list(progress(pool.map(read, range(len(names))), total=len(names),
+                                desc='reading images', unit='img'))
+    bad = [a for a in answers if a is not None]
+    if bad:
+        more = [f'... and {len(bad) - _MAX_LISTED} more'] if len(bad) > _MAX_LISTED else []
+        raise UserError('\n  '.join([f'{len(bad)} of {len(names)} images of {path} cannot be '
+                                     'read:', *bad[:_MAX_LISTED], *more]))
+    return pictures
+
+
+def resize_pictures(pictures, size):
+    """uint8 [n, 3, H, W] -> uint8 [n, 3, size, size], antialiased bicubic."""
+    if tuple(pictures.shape[-2:]) == (size, size):
+        return pictures
+    img = F.interpolate(pictures.float(), size=(size, size), mode='bicubic', antialias=True,
+                        align_corners=False)
+    return img.round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def extract_features(network, pictures, *, device='cpu', batch_size=32):
+    """Features of uint8 pictures [n, 3, H, W] of any size: float64 numpy [n, d].
+
+    Each picture is resized and seen on its own, so neither the order nor the batch size matters
+    (beyond the rounding of the device's matrix products).
+    """
+    network = network.to(device)
+    found = []
+    for start in progress(range(0, len(pictures), batch_size), desc='features', unit='batch'):
+        batch = torch.as_tensor(pictures[start:start + batch_size]).to(device)
+        batch = from_uint8(resize_pictures(batch, network.input_size))
+        found.append(network.features(batch).double().cpu())
+    return torch.cat(found).numpy()
+
+
+def feature_statistics(features):
+    """Mean [d] and covariance [d, d] (n - 1) of features [n, d], float64."""
+    features = np.asarray(features, dtype=np.float64)
+    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
+def frechet_distance(mu1, cov1, mu2, cov2):
+    """Squared Fréchet distance of two Gaussians (Heusel et al. 2017).
+
+    |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the last trace from the eigenvalues of the
+    symmetric C1^(1/2) C2 C1^(1/2), which stays exact for rank-deficient covariances.
+    """
+    mu1, mu2 = np.asarray(mu1, np.float64), np.asarray(mu2, np.float64)
+    values, vectors = np.linalg.eigh(np.asarray(cov1, np.float64))
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    inner = np.linalg.eigvalsh(root @ np.asarray(cov2, np.float64) @ root)
+    shared = np.sqrt(np.clip(inner, 0, None)).sum()
+    return float(np.sum((mu1 - mu2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * shared)
+
+
+def _distance_of_samples(real, fake):
+    """`frechet_distance` of the statistics of two samples, the faster way round.
+
+    With centred rows X, Y the trace of (C1 C2)^(1/2) is the sum of the singular values of X Y^T,
+    so few samples need no d x d matrices.
+    """
+    if min(len(real), len(fake)) > real.shape[1]:
+        return frechet_distance(*feature_statistics(real), *feature_statistics(fake))
+    x, y = real - real.mean(0), fake - fake.mean(0)
+    x, y = x / np.sqrt(len(x) - 1), y / np.sqrt(len(y) - 1)
+    shared = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    shift = np.sum((real.mean(0) - fake.mean(0)) ** 2)
+    return float(shift + np.sum(x ** 2) + np.sum(y ** 2) - 2 * shared)
+
+
+def _kernel(a, b):
+    """The polynomial kernel of KID (Bińkowski et al. 2018)."""
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def kernel_distance(real, fake):
+    """KID on given features: unbiased squared maximum mean discrepancy, cubic kernel."""
+    return float(_kernel_distances(real, fake, np.ones((1, len(real))),
+                                   np.ones((1, len(fake))))[0])
+
+
+def _kernel_distances(real, fake, weights_real, weights_fake):
+    """Unbiased MMD^2 with rows counted [b, n] times; a row is never paired with itself."""
+    def within(x, w):
+        kernel = _kernel(x, x)
+        pairs = np.einsum('bi,ij,bj->b', w, kernel, w, optimize=True) - (w ** 2) @ kernel.diagonal()
+        return pairs / (w.sum(1) ** 2 - (w ** 2).sum(1))
+    between = np.einsum('bi,ij,bj->b', weights_real, _kernel(real, fake), weights_fake,
+                        optimize=True)
+    between /= weights_real.sum(1) * weights_fake.sum(1)
+    return within(real, weights_real) + within(fake, weights_fake) - 2 * between
+
+
+def _distances(a, b):
+    return torch.cdist(torch.from_numpy(a), torch.from_numpy(b),
+                       compute_mode='donot_use_mm_for_euclid_dist').numpy()
+
+
+def neighbourhood_scores(real, fake):
+    """Per-picture terms of precision, recall, density and coverage.
+
+    Returns {'precision': [n_f], 'recall': [n_r], 'density': [n_f], 'coverage': [n_r]}; a score is
+    the mean of its terms. Precision and recall after Kynkäänniemi et al. 2019 (3 neighbours),
+    density and coverage after Naeem et al. 2020 (5). UserError with too few pictures.
+    """
+    if min(len(real), len(fake)) <= DC_NEIGHBOURS:
+        raise UserError(f'{len(real)} real and {len(fake)} synthetic pictures are too few for '
+                        f'precision and coverage; give at least {DC_NEIGHBOURS + 1} of each')
+    radius_real = np.sort(_distances(real, real), axis=1)     # column 0 is the picture itself
+    radius_fake = np.sort(_distances(fake, fake), axis=1)[:, PR_NEIGHBOURS]
+    between = _distances(real, fake)
+    wide = radius_real[:, DC_NEIGHBOURS, None]
+    return {
+        'precision': (between <= radius_real[:, PR_NEIGHBOURS, None]).any(0).astype(float),
+        'recall': (between <= radius_fake).any(1).astype(float),
+        'density': (between <= wide).sum(0) / DC_NEIGHBOURS,
+        'coverage': (between.min(1) <= wide[:, 0]).astype(float),
+    }
+
+
+def _canonical(features):
+    """Rows in an order that depends on their values only."""
+    features = np.asarray(features, dtype=np.float64)
+    return features[np.lexsort(features[:, :8].T[::-1])]
+
+
+def _interval(value, draws, level):
+    """Bootstrap interval around `value`.
+
+    Resampling repeats pictures, which shifts Fréchet distances upward; the spread of the draws
+    is therefore centred on the estimate.
+    """
+    low, high = np.quantile(np.asarray(draws) - np.mean(draws), [(1 - level) / 2,
+                                                                 (1 + level) / 2])
+    return {'value': float(value), 'low': float(value + low), 'high': float(value + high)}
+
+
+def fidelity(real_features, fake_features, *, n_bootstrap=100, seed=0, level=0.95):
+    """All statistics of two feature sets [n_r, d] and [n_f, d], with bootstrap intervals.
+
+    Returns n_real, n_fake, dim, rank_deficient (fewer pictures than dimensions: the Fréchet
+    distance is biased upward, prefer KID), fd, kid, precision, recall, density and coverage as
+    {'value', 'low', 'high'}, and real_split: {'n_reference', 'n_sample', 'fd', 'kid'} of real
+    pictures against other real ones, the best that could be reached at those sizes (None with
+    fewer than 12 real pictures). The neighbourhood scores are resampled over the scored pictures,
+    at fixed neighbourhoods.
+    """
+    real, fake = _canonical(real_features), _canonical(fake_features)
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f'features {real.shape} and {fake.shape} differ in dimension')
+    terms = neighbourhood_scores(real, fake)
+    n_real, n_fake, dim = len(real), len(fake), real.shape[1]
+    deficient = min(n_real, n_fake) <= dim
+    if deficient:
+        log.warning('%d real and %d synthetic pictures for %d feature dimensions: the Fréchet '
+                    'distance is biased upward; read it beside the real-against-real split, and '
+                    'prefer KID', n_real, n_fake, dim)
+    rng = numpy_generator(seed, 'bootstrap')
+    picks = [(rng.integers(n_real, size=n_real), rng.integers(n_fake, size=n_fake))
+             for _ in range(n_bootstrap)]
+    counts_real = np.stack([np.bincount(r, minlength=n_real) for r, _ in picks]).astype(float)
+    counts_fake = np.stack([np.bincount(f, minlength=n_fake) for _, f in picks]).astype(float)
+    result = {'n_real': n_real, 'n_fake': n_fake, 'dim': dim, 'rank_deficient': bool(deficient)}
+    result['fd'] = _interval(_distance_of_samples(real, fake), [
+        _distance_of_samples(real[r], fake[f]) for r, f in picks], level)
+    result['kid'] = _interval(kernel_distance(real, fake),
+                              _kernel_distances(real, fake, counts_real, counts_fake), level)
+    for name, term in terms.items():
+        counts = counts_real if name in ('recall', 'coverage') else counts_fake
+        result[name] = _interval(term.mean(), counts @ term / len(term), level)
+    result['real_split'] = _real_split(real, n_fake, seed)
+    return result
+
+
+def _real_split(real, n_fake, seed):
+    """Mean statistics of random real-against-real splits at the synthetic sample's size."""
+    n_sample = min(n_fake, len(real) // 2)
+    if n_sample <= DC_NEIGHBOURS:
+        return None
+    rng = numpy_generator(seed, 'real split')
+    orders = [rng.permutation(len(real)) for _ in range(N_SPLITS)]
+    parts = [(real[o[n_sample:]], real[o[:n_sample]]) for o in orders]
+    return {'n_reference': len(real) - n_sample, 'n_sample': n_sample,
+            'fd': float(np.mean([_distance_of_samples(a, b) for a, b in parts])),
+            'kid': float(np.mean([kernel_distance(a, b) for a, b in parts]))}
+
+
+def radial_spectrum(pictures, *, batch_size=256):
+    """Mean power of the luminance per spatial frequency: float64 [S // 2], whole cycles per side.
+
+    pictures: uint8 [n, 3, S, S]. A Hann window keeps the frame's edges out of the spectrum.
+    """
+    size = pictures.shape[-1]
+    window = torch.hann_window(size, periodic=False, dtype=torch.float64)
+    window = window[:, None] * window
+    frequency = torch.fft.fftfreq(size, dtype=torch.float64) * size
+    radius = (frequency[:, None] ** 2 + frequency ** 2).sqrt().round().long().flatten()
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(1, 3, 1, 1)
+    power = torch.zeros(size, size, dtype=torch.float64)
+    for start in range(0, len(pictures), batch_size):
+        batch = torch.as_tensor(pictures[start:start + batch_size]).double() / 255
+        luma = (batch * weights).sum(1)
+        luma = (luma - luma.mean((1, 2), keepdim=True)) * window
+        power += torch.fft.fft2(luma).abs().square().sum(0)
+    total = torch.zeros(int(radius.max()) + 1, dtype=torch.float64)
+    count = total.clone()
+    total.index_add_(0, radius, power.flatten() / len(pictures))
+    count.index_add_(0, radius, torch.ones_like(power).flatten())
+    return (total / count)[:size // 2].numpy()
+
+
+def sharpness(real_pictures, fake_pictures):
+    """Compares radial power spectra of uint8 pictures [n, 3, S, S] of one size S.
+
+    high_frequency_ratio: power of the synthetic over that of the real pictures in the upper half
+    of the frequencies (below 1: blurrier than real). log_spectrum_rmse: root mean square
+    difference of log10 power over all frequencies. Also both spectra.
+    """
+    if real_pictures.shape[-2:] != fake_pictures.shape[-2:]:
+        raise ValueError(f'pictures of {tuple(real_pictures.shape[-2:])} and '
+                         f'{tuple(fake_pictures.shape[-2:])} px cannot be compared')
+    real, fake = radial_spectrum(real_pictures), radial_spectrum(fake_pictures)
+    upper = slice(len(real) // 2, None)
+    floor = 1e-12
+    gap = np.log10(fake[1:] + floor) - np.log10(real[1:] + floor)
+    return {'high_frequency_ratio': float(fake[upper].sum() / max(real[upper].sum(), floor)),
+            'log_spectrum_rmse': float(np.sqrt(np.mean(gap ** 2))),
+            'real_spectrum': real.tolist(), 'fake_spectrum': fake.tolist()}
+
+
+def check_metric_names(names):
+    """UserError that lists unknown metric names."""
+    unknown = [n for n in names if n not in METRICS]
+    if unknown:
+        raise UserError(f'unknown metric {", ".join(unknown)}; known are {", ".join(METRICS)}')
+
+
+def training_metric(names, dataset, *, n_images, content_weights=None, inception_weights=None,
+                    seed=0, batch_size=32):
+    """A function (generator, device) -> {name: number}, for snapshots during GAN training.
+
+    names: of METRICS. dataset: ImageArchive with the real pictures, all of which are used.
+    n_images generated pictures from fixed seeds, stored noise. Networks are read here, so that
+    missing files fail before training; real features are computed on the first call and kept.
+    """
+    check_metric_names(names)
+    kinds = {name: 'fundus' if name.endswith('_fundus') else 'inception' for name in names}
+    networks = {kind: load_feature_network(
+        metric=name, content_weights=content_weights, inception_weights=inception_weights)
+        for name, kind in kinds.items()}
+    real = {}
+
+    @torch.no_grad()
+    def generate(generator, device):
+        z = torch.randn(n_images, generator.style_dim,
+                        generator=torch_generator(seed, 'metric images'))
+        return torch.cat([to_uint8(generator(part.to(device))).cpu()
+                          for part in z.split(batch_size)])
+
+    def metric(generator, device):
+        pictures = generate(generator, device)
+        fake = {}
+        for kind, network in networks.items():
+            if kind not in real:
+                found = [extract_features(network, dataset.images(part), device=device,
+                                          batch_size=batch_size)
+                         for part in np.array_split(np.arange(len(dataset)),
+                                                    -(-len(dataset) // 512))]
+                real[kind] = np.concatenate(found)
+            fake[kind] = extract_features(network, pictures, device=device,
+                                          batch_size=batch_size)
+            network.cpu()
+        return {name: (_distance_of_samples if name.startswith('f') else kernel_distance)(
+            real[kind], fake[kind]) for name, kind in kinds.items()}
+
+    return metric
+
+
+def compare_pictures(real, fake, network, *, n_bootstrap=100, seed=0, device='cpu',
+                     batch_size=32):
+    """`fidelity` of two folders or ZIPs of pictures under one network."""
+    features = [extract_features(network, read_pictures(Path(path), network.input_size),
+                                 device=device, batch_size=batch_size) for path in (real, fake)]
+    return fidelity(*features, n_bootstrap=n_bootstrap, seed=seed)
