@@ -29,7 +29,6 @@ POLICIES = ('distinct', 'together')
 SURPLUS = ('error', 'suppress')
 AUTO_REDUCE_ELEMENTS = 2 ** 28    # features above 1 GiB of float32 are reduced by 'auto'
 AUTO_REDUCE_DIMS = 256
-LAP_BLOCK = 640                   # groups per assignment problem; its cost grows as their cube
 TIE = 1e-11                       # relative difference of two distance sums that counts as a tie
 
 
@@ -50,7 +49,8 @@ class Grouping:
 
 
 def assign_groups(features, k, *, patients=None, strata=None, method='default', policy='distinct',
-                  seed=0, surplus='error', reduce='auto', rounds=300, restarts=None, device='cpu'):
+                  seed=0, surplus='error', reduce='auto', rounds=300, block=320, restarts=None,
+                  device='cpu'):
     """Groups `n` images so that every group holds at least `k` distinct patients.
 
     features: [n, d] floating array, np.memmap or tensor; larger shapes are flattened to [n, d].
@@ -60,13 +60,14 @@ def assign_groups(features, k, *, patients=None, strata=None, method='default', 
     one group). surplus: what happens to a patient with more images than there are groups under
     'distinct': 'error', or 'suppress' the images that fit nowhere.
     reduce: None (exact), a number of principal directions, or 'auto' (256 above 1 GiB).
-    rounds, restarts: effort of the default method (restarts None: several below 2000 units).
+    rounds, block, restarts: effort of the default method: refinement rounds, groups per
+    assignment problem, and starts (None: several below 2000 units).
     The result depends on the features, ids and seed, not on the order of the rows; only exact
     ties of the method 'published' go to the lowest row, as in the paper's code.
     Raises UserError for input that cannot be grouped, PrivacyError if a promise were broken.
     """
     n, k = len(features), int(k)
-    _check_options(k, method, policy, surplus, reduce, rounds)
+    _check_options(k, method, policy, surplus, reduce, rounds, block, restarts)
     patients = _ids(patients, n, 'patient')
     strata = _ids(strata, n, 'stratum')
     if policy == 'together' and patients is not None and strata is not None:
@@ -89,7 +90,7 @@ def assign_groups(features, k, *, patients=None, strata=None, method='default', 
         groups = 0
         if len(keep):
             units = _units(x, keep, patients, hashes, policy, method, device)
-            assignment = _solve(units, k, method, seed, rounds, restarts)
+            assignment = _solve(units, k, method, seed, rounds, block, restarts)
             for unit_rows, group in zip(units.rows, assignment):
                 labels[unit_rows] = count + 1 + group
             groups = int(assignment.max()) + 1
@@ -187,7 +188,7 @@ def squared_errors(features, labels):
 # ---------------------------------------------------------------------------------------------
 # Input
 
-def _check_options(k, method, policy, surplus, reduce, rounds):
+def _check_options(k, method, policy, surplus, reduce, rounds, block, restarts):
     if k < 2:
         raise UserError(f'k must be at least 2, got {k}: a group of one hides nobody')
     if method not in METHODS:
@@ -200,6 +201,9 @@ def _check_options(k, method, policy, surplus, reduce, rounds):
         raise UserError(f"reduce must be None, 'auto' or a positive number, got {reduce!r}")
     if rounds < 0:
         raise UserError(f'rounds must not be negative, got {rounds}')
+    if block < 2 or (restarts is not None and restarts < 1):
+        raise UserError(f'block must be at least 2 and restarts at least 1, got {block} and '
+                        f'{restarts}')
 
 
 def _ids(values, n, what):
@@ -402,7 +406,7 @@ def _units(x, rows, patients, hashes, policy, method, device):
 # ---------------------------------------------------------------------------------------------
 # Methods
 
-def _solve(units, k, method, seed, rounds, restarts):
+def _solve(units, k, method, seed, rounds, block, restarts):
     """Group numbers 0..C-1 of the units."""
     if method == 'published':
         return _published(units, k)
@@ -416,10 +420,10 @@ def _solve(units, k, method, seed, rounds, restarts):
     if restarts is None:
         restarts = int(np.clip(2000 // len(units), 1, 8))
     best, best_value = start, -np.inf
-    for attempt in range(max(1, restarts)):
+    for attempt in range(restarts):
         rng = numpy_generator(seed, 'grouping', attempt)
         groups = _Groups(units, start if attempt == 0 else _deal(units, k, rng), k)
-        groups.refine(rng, rounds)
+        groups.refine(rng, rounds, block)
         value = groups.between()
         if value > best_value * (1 + 1e-9):
             best, best_value = groups.assignment(), value
@@ -640,7 +644,7 @@ class _Groups:
         self.sums = torch.zeros(shape, device=self.x.device).index_add_(0, home, self.x_weighted)
         self.mass = torch.zeros(shape[0], device=self.x.device).index_add_(0, home, self.weight)
 
-    def refine(self, rng, rounds):
+    def refine(self, rng, rounds, block):
         """Ejects a random member of every group and puts all back by an optimal assignment.
 
         Sending everybody home is among the candidates, so the error never grows. Stops after
@@ -655,7 +659,7 @@ class _Groups:
         for step in range(rounds):
             if step % 20 == 0:
                 error = spread - self.between()
-            gain = sum(self._reassign(block, rng) for block in self._blocks(rng))
+            gain = sum(self._reassign(near, rng) for near in self._blocks(rng, block))
             if step % 10 == 0:
                 gain += self._move_leftovers()
             gains.append(gain)
@@ -664,13 +668,13 @@ class _Groups:
                 break
         bar.close()
 
-    def _blocks(self, rng):
-        """Sets of at most LAP_BLOCK groups near each other, different in every round."""
+    def _blocks(self, rng, limit):
+        """Sets of at most `limit` groups near each other, different in every round."""
         means = self.sums / self.mass[:, None]
         pending, done = [np.arange(len(self.size))], []
         while pending:
             block = pending.pop()
-            if len(block) <= LAP_BLOCK:
+            if len(block) <= limit:
                 done.append(block)
                 continue
             a, b = rng.choice(block, 2, replace=False)
