@@ -29,6 +29,7 @@ POLICIES = ('distinct', 'together')
 SURPLUS = ('error', 'suppress')
 AUTO_REDUCE_ELEMENTS = 2 ** 28    # features above 1 GiB of float32 are reduced by 'auto'
 AUTO_REDUCE_DIMS = 256
+CELL = 8192                       # units among which the start of the default is sought
 TIE = 1e-11                       # relative difference of two distance sums that counts as a tie
 
 
@@ -50,7 +51,7 @@ class Grouping:
 
 def assign_groups(features, k, *, patients=None, strata=None, method='default', policy='distinct',
                   seed=0, surplus='error', reduce='auto', rounds=300, block=320, restarts=None,
-                  device='cpu'):
+                  tolerance=1e-4, device='cpu'):
     """Groups `n` images so that every group holds at least `k` distinct patients.
 
     features: [n, d] floating array, np.memmap or tensor; larger shapes are flattened to [n, d].
@@ -61,7 +62,8 @@ def assign_groups(features, k, *, patients=None, strata=None, method='default', 
     'distinct': 'error', or 'suppress' the images that fit nowhere.
     reduce: None (exact), a number of principal directions, or 'auto' (256 above 1 GiB).
     rounds, block, restarts: effort of the default method: refinement rounds, groups per
-    assignment problem, and starts (None: several below 2000 units).
+    assignment problem, and starts (None: several below 2000 units); refinement ends early when
+    many rounds together lower the error by less than the share `tolerance`.
     The result depends on the features, ids and seed, not on the order of the rows; only exact
     ties of the method 'published' go to the lowest row, as in the paper's code.
     Raises UserError for input that cannot be grouped, PrivacyError if a promise were broken.
@@ -90,7 +92,7 @@ def assign_groups(features, k, *, patients=None, strata=None, method='default', 
         groups = 0
         if len(keep):
             units = _units(x, keep, patients, hashes, policy, method, device)
-            assignment = _solve(units, k, method, seed, rounds, block, restarts)
+            assignment = _solve(units, k, method, seed, rounds, block, restarts, tolerance)
             for unit_rows, group in zip(units.rows, assignment):
                 labels[unit_rows] = count + 1 + group
             groups = int(assignment.max()) + 1
@@ -406,7 +408,7 @@ def _units(x, rows, patients, hashes, policy, method, device):
 # ---------------------------------------------------------------------------------------------
 # Methods
 
-def _solve(units, k, method, seed, rounds, block, restarts):
+def _solve(units, k, method, seed, rounds, block, restarts, tolerance):
     """Group numbers 0..C-1 of the units."""
     if method == 'published':
         return _published(units, k)
@@ -414,8 +416,10 @@ def _solve(units, k, method, seed, rounds, block, restarts):
     units.x -= units.x.mean(0)
     if method == 'kmeans-constrained':
         return _kmeans_constrained(units, k, seed)
-    start = _mdav(units, k)
-    if method == 'mdav' or len(units) < 2 * k:
+    if method == 'mdav':
+        return _mdav(units, k)
+    start = _start(units, k)
+    if len(units) < 2 * k:
         return start
     if restarts is None:
         restarts = int(np.clip(2000 // len(units), 1, 8))
@@ -423,7 +427,7 @@ def _solve(units, k, method, seed, rounds, block, restarts):
     for attempt in range(restarts):
         rng = numpy_generator(seed, 'grouping', attempt)
         groups = _Groups(units, start if attempt == 0 else _deal(units, k, rng), k)
-        groups.refine(rng, rounds, block)
+        groups.refine(rng, rounds, block, tolerance)
         value = groups.between()
         if value > best_value * (1 + 1e-9):
             best, best_value = groups.assignment(), value
@@ -450,6 +454,7 @@ class _Pool:
         self.to_come = len(units) // k
         self.formed = 0
         self.index, self.x = np.arange(len(units)), units.x
+        self.squares = units.x.square().sum(1)
         self.free = np.ones(len(units), bool)
         self.assignment = np.full(len(units), -1)
         if self.person is not None:
@@ -462,7 +467,8 @@ class _Pool:
         if self.free.sum() > 0.75 * len(self.free):
             return None
         kept = self.free
-        self.index, self.x = self.index[kept], self.x[torch.from_numpy(kept).to(self.x.device)]
+        places = torch.from_numpy(np.flatnonzero(kept)).to(self.x.device)
+        self.index, self.x, self.squares = self.index[kept], self.x[places], self.squares[places]
         self.free = np.ones(len(self.index), bool)
         return kept
 
@@ -471,13 +477,17 @@ class _Pool:
 
         Returns the places of the members. Ties go to the lowest unit.
         """
-        distance = (self.x - self.x[seed]).square().sum(1).cpu().numpy()
+        distance = self.distances(self.x[seed]).cpu().numpy()
         distance[~self.free] = np.inf
-        distance[seed] = -1.0
         if self.person is None:
-            limit = np.partition(distance, self.k - 1)[self.k - 1]
-            near = np.flatnonzero(distance <= limit)
-            chosen = near[np.argsort(distance[near], kind='stable')[:self.k]]
+            # The differences themselves decide among all that rounding may have put in disorder.
+            slack = 8 * torch.finfo(self.x.dtype).eps * float(self.squares.max())
+            near = np.flatnonzero(distance <= np.partition(distance, self.k - 1)[self.k - 1]
+                                  + slack)
+            exact = self.x[torch.from_numpy(near).to(self.x.device)] - self.x[seed]
+            exact = exact.square().sum(1).cpu().numpy()
+            exact[np.searchsorted(near, seed)] = -1.0
+            chosen = near[np.argsort(exact, kind='stable')[:self.k]]
         else:
             chosen = self._distinct(seed, distance)
         self.free[chosen] = False
@@ -487,6 +497,10 @@ class _Pool:
         if self.person is not None:
             self.left[self.person[self.index[chosen]]] -= 1
         return chosen
+
+    def distances(self, point):
+        """[len(index)] squared distances to `point`, up to rounding."""
+        return torch.addmv(self.squares + point @ point, self.x, point, alpha=-2)
 
     def _distinct(self, seed, distance):
         owner = self.person[self.index[seed]]
@@ -533,15 +547,17 @@ def _join_leftovers(units, pool):
     return assignment
 
 
-def _distance_sums(x, others):
-    """[len(x)] sums of the Euclidean distances to all rows of `others`, in blocks."""
-    squares, target_squares = x.square().sum(1), others.square().sum(1)
-    result = torch.empty_like(squares)
+def _distance_sums(pool, places=None):
+    """[len(pool.x)] sums of the Euclidean distances to the rows at `places` (None: all)."""
+    others, other_squares = pool.x, pool.squares
+    if places is not None:
+        others, other_squares = others[places], other_squares[places]
+    result = torch.empty_like(pool.squares)
     step = max(1, 2 ** 23 // len(others))
-    for start in range(0, len(x), step):
+    for start in range(0, len(result), step):
         part = slice(start, start + step)
-        scale = squares[part, None] + target_squares
-        d2 = torch.addmm(scale, x[part], others.T, alpha=-2)
+        scale = pool.squares[part, None] + other_squares
+        d2 = torch.addmm(scale, pool.x[part], others.T, alpha=-2)
         # Below the rounding of the difference the two rows are copies of each other.
         d2[d2 < 1e-13 * scale] = 0
         result[part] = d2.sqrt_().sum(1)
@@ -555,19 +571,19 @@ def _published(units, k):
     computed afresh whenever half of the units are gone, so that rounding does not pile up.
     """
     pool = _Pool(units, k)
-    sums = _distance_sums(pool.x, pool.x)
+    sums = _distance_sums(pool)
     fresh = len(units)
     bar = progress(total=pool.to_come, desc='grouping')
     while pool.to_come:
         kept = pool.shrink()
         if kept is not None and len(pool.index) <= fresh // 2:
-            sums = _distance_sums(pool.x, pool.x)
+            sums = _distance_sums(pool)
             fresh = len(pool.index)
         elif kept is not None:
             sums = sums[torch.from_numpy(kept).to(sums.device)]
         chosen = pool.group(int((sums >= sums.max() * (1 - TIE)).nonzero()[0, 0]))
         place = torch.from_numpy(chosen).to(sums.device)
-        sums -= _distance_sums(pool.x, pool.x[place])
+        sums -= _distance_sums(pool, place)
         sums[place] = -torch.inf
         bar.update()
     bar.close()
@@ -581,8 +597,8 @@ def _mdav(units, k):
     weight = torch.from_numpy(units.weight).to(units.x)
 
     def farthest(point):
-        gap = (pool.x - point).square().sum(1)
-        gap[torch.from_numpy(~pool.free).to(gap.device)] = -1
+        gap = pool.distances(point)
+        gap[torch.from_numpy(~pool.free).to(gap.device)] = -torch.inf
         return int(gap.argmax())
 
     total, mass = weight @ units.x, weight.sum()
@@ -599,6 +615,37 @@ def _mdav(units, k):
             bar.update()
     bar.close()
     return _join_leftovers(units, pool)
+
+
+def _start(units, k):
+    """MDAV within cells of nearby units, whose number keeps the whole below quadratic time."""
+    cells = [np.arange(len(units))]
+    while max(map(len, cells)) > max(CELL, 4 * k):
+        cells = [part for cell in cells for part in _halves(units.x, cell, k)]
+    result = np.empty(len(units), int)
+    count = 0
+    for cell in cells:
+        person = None if units.person is None else units.person[cell]
+        if person is not None and np.bincount(person).max() > len(cell) // k:
+            return _mdav(units, k)    # one patient fills a cell; the whole has room for them
+        part = _Units(cell, units.x[torch.from_numpy(cell).to(units.x.device)],
+                      units.weight[cell], person)
+        result[cell] = count + _mdav(part, k)
+        count += len(cell) // k
+    return result
+
+
+def _halves(x, cell, k):
+    """Two halves of a cell along its principal direction, the first a multiple of k in size."""
+    here = x[torch.from_numpy(cell).to(x.device)]
+    here = here - here.mean(0)
+    direction = here[here.square().sum(1).argmax()]
+    for _ in range(8):
+        direction = here.T @ (here @ direction)
+        direction /= direction.norm() + 1e-30
+    order = np.argsort((here @ direction).cpu().numpy(), kind='stable')
+    middle = len(cell) // 2 // k * k
+    return np.sort(cell[order[:middle]]), np.sort(cell[order[middle:]])
 
 
 def _deal(units, k, rng):
@@ -644,11 +691,11 @@ class _Groups:
         self.sums = torch.zeros(shape, device=self.x.device).index_add_(0, home, self.x_weighted)
         self.mass = torch.zeros(shape[0], device=self.x.device).index_add_(0, home, self.weight)
 
-    def refine(self, rng, rounds, block):
+    def refine(self, rng, rounds, block, tolerance):
         """Ejects a random member of every group and puts all back by an optimal assignment.
 
         Sending everybody home is among the candidates, so the error never grows. Stops after
-        `rounds`, or when many rounds in a row have gained less than 1e-4 of the error.
+        `rounds`, or when many rounds in a row have gained less than `tolerance` of the error.
         """
         if len(self.size) < 2:
             return
@@ -664,7 +711,7 @@ class _Groups:
                 gain += self._move_leftovers()
             gains.append(gain)
             bar.update()
-            if step >= patience and sum(gains[-patience:]) <= 1e-4 * max(error, 0):
+            if step >= patience and sum(gains[-patience:]) <= tolerance * max(error, 0):
                 break
         bar.close()
 
