@@ -45,7 +45,7 @@ from utils.images import from_uint8
 from utils.io import sha256_bytes, write_json
 from utils.logs import progress, setup_logging
 from utils.runs import run_record, start_run
-from utils.seeds import numpy_generator
+from utils.seeds import numpy_generator, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +194,7 @@ def report_quality(opts, trainer, table, device):
     """Writes quality.json (the trained network beside an untrained one) and logs its numbers."""
     pictures, result = TableImages(table, opts.input_size), {}
     trained = trainer.export()
+    seed_everything(opts.seed, 'untrained')
     untrained = {**trained, 'state_dict': build_resnet(
         opts.arch, small_stem=opts.small_stem).state_dict()}
     for name, file in (('untrained', untrained), ('trained', trained)):

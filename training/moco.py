@@ -11,8 +11,9 @@ Differences from the original:
   the query's statistics taken over all processes, N processes compute what one does.
 - Fundus photographs are so alike that an untrained network maps all of them to one point, from
   where it can tell new keys from old ones by drifting instead of looking. Three things prevent
-  that: the batch's own keys are among the candidates, the projection head has a batch
-  normalisation, and the key network follows faster in the first steps.
+  that: the batch's own keys are among the candidates, both layers of the projection head are
+  batch-normalised (Chen et al. 2021, MoCo v3), and the key network follows faster in the first
+  steps.
 
 Shapes: N images of one process's share, B of the whole batch, S side, F features, D projection,
 K queue. Random numbers are a function of (seed, step) and belong to the whole batch.
@@ -65,14 +66,14 @@ class ViewConfig:
     largest sigma of a Gaussian, as a share of the side; half of the views are blurred.
     """
 
-    min_area: float = 0.5
-    rotation: float = 30.0
+    min_area: float = 0.6
+    rotation: float = 20.0
     mirror: float = 0.5
-    upend: float = 0.5
-    brightness: float = 0.3
-    contrast: float = 0.3
-    saturation: float = 0.2
-    hue: float = 0.03
+    upend: float = 0.0
+    brightness: float = 0.15
+    contrast: float = 0.15
+    saturation: float = 0.1
+    hue: float = 0.01
     blur: float = 0.012
 
 
@@ -164,7 +165,8 @@ class _Network(nn.Module):
         # 1x1 convolutions, so that the normalisation is one that processes can share.
         self.head = nn.Sequential(
             nn.Unflatten(1, (width, 1, 1)), nn.Conv2d(width, width, 1, bias=False),
-            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, dim, 1), nn.Flatten())
+            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, dim, 1, bias=False),
+            nn.BatchNorm2d(dim), nn.Flatten())
 
     def forward(self, img):
         return F.normalize(self.head(self.backbone(img)).float(), dim=1)

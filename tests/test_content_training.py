@@ -1,0 +1,466 @@
+"""Content encoder training: views, InfoNCE, queue, key network, resume, processes, quality."""
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, relative_error
+from PIL import Image
+
+from criteria.content import load_content_network
+from datasets.table import read_table
+from datasets.table_images import TableImages
+from scripts import train_content_encoder as script
+from training.feature_quality import (
+    chance_to_share,
+    describe_quality,
+    feature_quality,
+    linear_probe,
+    nearest_neighbours,
+    neighbour_quality,
+)
+from training.moco import (
+    EXPORT_NAME,
+    PROJECTION_DIM,
+    MoCo,
+    MocoConfig,
+    MocoTrainer,
+    ViewConfig,
+    apply_views,
+    automatic_queue,
+    draw_views,
+    info_nce,
+    key_momentum,
+    learning_rate,
+)
+from utils.errors import UserError
+from utils.images import from_uint8
+from utils.io import load_weights
+from utils.logs import read_jsonl
+
+STILL = ViewConfig(min_area=1.0, rotation=0, mirror=0, upend=0, brightness=0, contrast=0,
+                   saturation=0, hue=0, blur=0)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(n=8, size=32):
+    """Smooth pictures within [-1, 1]."""
+    coarse = torch.rand(n, 3, 4, 4, generator=generator(1)) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=size, mode='bilinear')
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Random uint8 pictures as a dataset of (index, mirrored) items."""
+
+    cached = True
+
+    def __init__(self, n=16, size=32):
+        self.names = [str(i) for i in range(n)]
+        self.pixels = torch.randint(256, (n, 3, size, size), generator=generator(2),
+                                    dtype=torch.uint8)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, item):
+        return self.pixels[item[0]]
+
+
+def make_trainer(run_dir, n=16, **settings):
+    settings = {'arch': 'resnet18', 'small_stem': True, 'input_size': 32, 'batch_size': 4,
+                'queue_size': 8, 'max_steps': 4, 'log_interval': 1, 'save_interval': 2,
+                'learning_rate': 0.5, 'key_momentum': 0.9, **settings}
+    return MocoTrainer(Pictures(n), MocoConfig(**settings), run_dir=run_dir, device='cpu')
+
+
+def units(n, d=PROJECTION_DIM, seed=0):
+    return torch.nn.functional.normalize(torch.randn(n, d, generator=generator(seed)), dim=1)
+
+
+# --- views ------------------------------------------------------------------------------------
+
+
+def test_views_that_change_nothing():
+    img = pictures()
+    views = draw_views(8, STILL, generator())
+    # The aspect ratio is drawn too; whole pictures have none to give away.
+    views['grid'] = torch.eye(2, 3).expand(8, 2, 3)
+    assert (apply_views(img, views) - img).abs().max() < 1e-4
+
+
+def test_views_stay_in_range_and_depend_on_the_seed_alone():
+    img = pictures()
+    one = apply_views(img, draw_views(8, ViewConfig(), generator(3)))
+    assert one.shape == img.shape and one.min() >= -1 and one.max() <= 1
+    assert torch.equal(one, apply_views(img, draw_views(8, ViewConfig(), generator(3))))
+    assert not torch.equal(one, apply_views(img, draw_views(8, ViewConfig(), generator(4))))
+
+
+def test_flips_are_exact():
+    img = pictures()
+    for options, axis in (({'mirror': 1.0}, 3), ({'upend': 1.0}, 2)):
+        views = draw_views(8, ViewConfig(**{**vars(STILL), **options}), generator())
+        sign = views['grid'][:, [0, 1], [0, 1]].sign()
+        views['grid'] = torch.diag_embed(sign)
+        views['grid'] = torch.cat([views['grid'], torch.zeros(8, 2, 1)], 2)
+        assert (apply_views(img, views) - img.flip(axis)).abs().max() < 1e-4
+
+
+def test_crops_keep_their_share_of_the_area():
+    views = draw_views(2000, ViewConfig(min_area=0.5), generator())
+    area = torch.linalg.det(views['grid'][:, :, :2]).abs()
+    assert area.min() >= 0.49 and area.max() <= 1 and area.std() > 0.1
+    corners = views['grid'] @ torch.tensor([[-1., 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
+    straight = draw_views(2000, ViewConfig(rotation=0), generator())['grid']
+    inside = straight @ torch.tensor([[-1., 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
+    assert inside.abs().max() <= 1 + 1e-5 < corners.abs().max()
+
+
+def test_colour_survives_and_grey_stays_grey():
+    red = torch.full((64, 3, 16, 16), -0.6)
+    red[:, 0] = 0.2
+    img = apply_views(red, {**draw_views(64, ViewConfig(rotation=0), generator())})
+    mean = img.mean((2, 3))
+    assert (mean[:, 0] > mean[:, 1] + 0.25).all() and (mean[:, 0] > mean[:, 2] + 0.25).all()
+    grey = apply_views(torch.full_like(red, 0.1), draw_views(64, ViewConfig(rotation=0),
+                                                             generator()))
+    assert (grey.amax(1) - grey.amin(1)).max() < 1e-5
+
+
+def test_small_lesions_survive_the_blur():
+    img = torch.zeros(1, 3, 64, 64)
+    img[:, 1:, 31:33, 31:33] = -0.5
+    views = draw_views(1, STILL, generator())
+    views['grid'] = torch.eye(2, 3)[None]
+    views['blur'] = torch.tensor([ViewConfig().blur])
+    seen = apply_views(img, views)
+    assert seen[0, 1].min() < -0.2
+    assert seen[0, 1].sum() == pytest.approx(img[0, 1].sum().item(), abs=1e-2)
+
+
+# --- loss, queue, key network ---------------------------------------------------------------
+
+
+def test_info_nce_is_the_plain_sum():
+    q, keys, own = units(5), units(12, seed=1), torch.tensor([3, 0, 11, 7, 7])
+    losses, logits = info_nce(q, keys, own, 0.2)
+    for i in range(5):
+        e = [np.exp(float(q[i] @ keys[j]) / 0.2) for j in range(12)]
+        assert losses[i].item() == pytest.approx(-np.log(e[own[i]] / sum(e)), abs=1e-5)
+        assert logits[i, 2].item() == pytest.approx(float(q[i] @ keys[2]) / 0.2, abs=1e-5)
+
+
+def test_queue_replaces_the_oldest():
+    moco = MoCo('resnet18', small_stem=True, queue_size=8, generator=generator())
+    before = moco.queue.clone()
+    assert moco.queue.shape == (8, PROJECTION_DIM)
+    assert torch.allclose(before.norm(dim=1), torch.ones(8))
+    batches = [units(4, seed=s) for s in (1, 2, 3)]
+    assert moco.enqueue(batches[0]).tolist() == [0, 1, 2, 3]
+    assert torch.equal(moco.queue, torch.cat([batches[0], before[4:]]))
+    assert moco.enqueue(batches[1]).tolist() == [4, 5, 6, 7]
+    assert moco.enqueue(batches[2]).tolist() == [0, 1, 2, 3]
+    assert torch.equal(moco.queue, torch.cat([batches[2], batches[1]]))
+
+
+def test_key_network_follows_weights_and_statistics():
+    moco = MoCo('resnet18', small_stem=True, queue_size=8, generator=generator()).train()
+    assert moco.query.training and not moco.key.training
+    assert all(torch.equal(a, b) for a, b in zip(moco.key.state_dict().values(),
+                                                 moco.query.state_dict().values()))
+    moco.query(pictures(4))    # moves the running statistics
+    with torch.no_grad():
+        moco.query.backbone.conv1.weight.add_(1.0)
+    old = {k: v.clone() for k, v in moco.key.state_dict().items()}
+    moco.follow(0.75)
+    for k, q in moco.query.state_dict().items():
+        want = 0.75 * old[k] + 0.25 * q if q.dtype.is_floating_point else q
+        assert torch.allclose(moco.key.state_dict()[k], want, atol=1e-6), k
+    assert not any(p.requires_grad for p in moco.key.parameters())
+
+
+def test_one_step_by_hand(tmp_path):
+    """The step's loss and update from plain calls on a copy of the networks."""
+    trainer, other = make_trainer(tmp_path / 'a'), make_trainer(tmp_path / 'b')
+    img = from_uint8(Pictures().pixels[:4])
+    views = other.views(img, 0), other.views(img, 1)
+    values = trainer.step(img)
+
+    moco = other.moco.train()    # at step 0 the key network equals the query
+    with torch.no_grad():
+        k = moco.key(views[1])
+    q = moco.query(views[0])
+    keys = torch.cat([k, moco.queue[4:]])
+    logits = q @ keys.T / 0.2
+    loss = (logits.logsumexp(1) - logits[range(4), range(4)]).mean()
+    assert values['loss'].item() == pytest.approx(loss.item(), rel=1e-5)
+    loss.backward()
+    name, weight = 'backbone.layer1.0.conv1.weight', moco.query.backbone.layer1[0].conv1.weight
+    want = weight - learning_rate(other.config, 0) * (weight.grad + 1e-4 * weight)
+    assert learning_rate(other.config, 0) == 0.5 * 4 / 256
+    got = dict(trainer.moco.query.named_parameters())[name]
+    assert relative_error(got - weight, want - weight) < 1e-3
+    assert torch.equal(trainer.moco.queue[:4], k)
+
+
+def test_schedules():
+    cfg = MocoConfig(batch_size=128, learning_rate=0.06, max_steps=100, warmup_steps=4,
+                     key_momentum=0.99)
+    assert learning_rate(cfg, 0) == pytest.approx(0.03 / 4)
+    assert learning_rate(cfg, 50) == pytest.approx(0.015)
+    assert learning_rate(cfg, 99) < 1e-4
+    assert [key_momentum(cfg, s) for s in (0, 90, 5000)] == [0.1, 0.91, 0.99]
+    assert automatic_queue(4000, 64) == 1984
+    assert automatic_queue(10 ** 6, 256) == 65536
+    assert automatic_queue(70, 64) == 64
+
+
+# --- runs -------------------------------------------------------------------------------------
+
+
+def states_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(states_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(states_equal, a, b))
+    return a == b
+
+
+def test_resume_is_exact_and_survives_damage(tmp_path, caplog):
+    whole = make_trainer(tmp_path / 'whole', max_steps=3, save_interval=9)
+    assert whole.train()
+    # Stopped by the clock after one step, then gone on from there.
+    def part():
+        return make_trainer(tmp_path / 'parts', max_steps=3, save_interval=2)
+    first = part()
+    assert not first.train(max_minutes=1e-9) and first.step_count == 1
+    second = part()
+    assert second.resume() and second.train()
+    assert states_equal(whole.state(), second.state())
+    for field in ('loss', 'top1', 'learning_rate'):
+        one, two = ([r[field] for r in read_jsonl(tmp_path / run / 'stats.jsonl')]
+                    for run in ('whole', 'parts'))
+        assert one == two and len(one) == 3
+    # The last file is damaged: the one before it serves.
+    last = tmp_path / 'parts' / 'checkpoints' / 'state_3.pt'
+    last.write_bytes(last.read_bytes()[:1000])
+    third = part()
+    assert third.resume() and third.step_count == 2
+    assert 'falling back' in caplog.text
+    with pytest.raises(UserError, match='does not fit'):
+        make_trainer(tmp_path / 'other', queue_size=12).load_state(whole.state(), source='x.pt')
+    with pytest.raises(UserError, match='not a state'):
+        whole.load_state({'format': 7})
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    """The same global batches under torchrun with gloo; weights agree to 2e-3 of their update
+    (float32 sums in another order, through two steps)."""
+    program = tmp_path / 'run.py'
+    program.write_text(f'''
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import torch
+from pathlib import Path
+from test_content_training import make_trainer
+from utils import distributed
+distributed.init('cpu')
+trainer = make_trainer(Path(sys.argv[1]), batch_size=8, queue_size=16, max_steps=2,
+                       learning_rate=0.1)
+trainer.train()
+distributed.shutdown()
+''')
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
+    jobs = [subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                              f'--nproc_per_node={n}', str(program), str(tmp_path / str(n))],
+                             env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for n in (1, 2)]
+    for job in jobs:
+        output = job.communicate(timeout=120)[0]
+        assert job.returncode == 0, output.decode()
+    one, two = (load_weights(tmp_path / n / 'checkpoints' / 'state_2.pt')['moco'] for n in '12')
+    start = make_trainer(tmp_path / 'start', batch_size=8, queue_size=16).moco.state_dict()
+    def distance(a, b):
+        return sum(float((a[k].double() - b[k].double()).square().sum())
+                   for k in start if k.startswith('query.')) ** 0.5
+    assert distance(one, two) < 2e-3 * distance(one, start)
+    assert (one['queue'] - two['queue']).abs().max() < 1e-3
+    assert one['queue_at'] == two['queue_at'] == 0
+    losses = [[r['loss'] for r in read_jsonl(tmp_path / n / 'stats.jsonl')] for n in '12']
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize('settings,words', [
+    ({'batch_size': 32, 'queue_size': 32}, 'fewer than one batch'),
+    ({'queue_size': 10}, 'no multiple of --batch_size'),
+    ({'batch_size': 1, 'queue_size': 8}, '2 images per process'),
+])
+def test_bad_settings(settings, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        make_trainer(tmp_path, **settings)
+
+
+# --- what the features carry ------------------------------------------------------------------
+
+
+def people(n=60):
+    """Two images of each patient, who has one grade."""
+    patients = [f'p{i // 2}' for i in range(n)]
+    return patients, np.array([(i // 2) % 3 for i in range(n)]), ['left', 'right'] * (n // 2)
+
+
+def test_neighbours_by_hand():
+    x = np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2]]
+    x[1] = [0.9, 0.1, 0]
+    assert nearest_neighbours(x, block=2)[:4].tolist() == [1, 0, 3, 2]
+    groups = np.array([0, 0, 1, 1, 1])
+    assert nearest_neighbours(x, groups=groups)[[0, 1]].tolist() == [2, 2]
+    assert nearest_neighbours(x, groups=np.zeros(5)).tolist() == [-1] * 5
+    assert chance_to_share(['a', 'a', 'b']) == pytest.approx(1 / 3)
+
+
+def test_features_of_identity_and_of_disease_are_told_apart():
+    patients, labels, eyes = people()
+    rng = np.random.default_rng(0)
+    person = units(30, 16).numpy()[np.arange(60) // 2]
+    disease = units(3, 16).numpy()[labels]
+    noise = 0.1 * rng.standard_normal((60, 16)) / 4
+    of_person = neighbour_quality(person + noise, labels=labels, patients=patients,
+                                  eyes=eyes)
+    assert of_person['patient']['share'] == 1 and of_person['patient']['chance'] < 0.02
+    assert of_person['grade']['share'] == 1    # which says nothing: the same patient
+    assert of_person['grade_other_patients']['share'] < 0.7
+    assert of_person['eye_of_patient']['share'] == 0
+    of_disease = feature_quality(disease + noise, labels=labels, patients=patients)
+    assert of_disease['neighbours']['grade_other_patients']['share'] == 1
+    assert of_disease['neighbours']['patient']['share'] < 0.3
+    assert of_disease['linear_probe']['accuracy'] == 1
+    assert of_disease['linear_probe']['auc'] == of_disease['linear_probe']['referable_auc'] == 1
+    text = '\n'.join(describe_quality(of_disease))
+    assert 'kappa 1.000' in text and 'among other patients has the same grade: 100.0%' in text
+
+
+def test_chance_among_other_patients_is_the_plain_count():
+    patients, labels, _ = people(20)
+    labels[3] = 2    # a patient with two grades
+    pairs = [(labels[i] == labels[j]) for i in range(20) for j in range(20)
+             if patients[i] != patients[j]]
+    got = neighbour_quality(np.eye(20), labels=labels, patients=patients)
+    assert got['grade_other_patients']['chance'] == pytest.approx(np.mean(pairs))
+
+
+def test_probe_does_not_know_the_patient():
+    """Features that name the patient predict nothing about patients never seen."""
+    patients, labels, _ = people(120)
+    person = np.random.default_rng(1).standard_normal((60, 64))[np.arange(120) // 2]
+    probe = linear_probe(person.astype(np.float32), labels, patients=patients)
+    assert probe['accuracy'] < 0.6 and probe['kappa'] < 0.4
+    assert linear_probe(person, np.zeros(120, int), patients=patients) == {}
+    rare = labels.copy()
+    rare[:2] = 4    # a single patient of grade 4 cannot be in every fold
+    assert linear_probe(person, rare, patients=patients)['images'] == 118
+
+
+# --- the script -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('photographs')
+    (folder / 'images').mkdir()
+    rng = np.random.default_rng(0)
+    patients, labels, eyes = people(36)
+    ids = [f'{p}_{e}' for p, e in zip(patients, eyes)]
+    for name in ids:
+        pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / 'images' / f'{name}.png')
+    pd.DataFrame({'id_code': ids, 'diagnosis': labels, 'patient_id': patients, 'eye': eyes,
+                  'split': ['train'] * 30 + ['test'] * 6}
+                 ).to_csv(folder / 'labels.csv', index=False)
+    return folder
+
+
+def arguments(data, out_dir, *more):
+    return ['--data', str(data), '--out_dir', str(out_dir), '--arch', 'resnet18', '--small_stem',
+            '--input_size', '32', '--batch_size', '8', '--max_steps', '2', '--device', 'cpu',
+            '--log_interval', '1', *more]
+
+
+def test_script_end_to_end(photographs, tmp_path):
+    out = tmp_path / 'run'
+    command = arguments(photographs / 'labels.csv', out, '--split', 'train', '--amp', 'bf16')
+    assert script.main(command) == 0
+    for name in ('curves.png', 'views.png', 'log.txt', 'options.json'):
+        assert (out / name).stat().st_size > 0
+    quality = json.loads((out / 'quality.json').read_text())
+    assert quality['trained']['images'] == quality['untrained']['images'] == 36
+    assert 0 <= quality['trained']['neighbours']['patient']['share'] <= 1
+    assert 'auc' in quality['trained']['linear_probe']
+
+    file = load_weights(out / EXPORT_NAME)
+    assert (file['format'], file['arch'], file['input_size'], file['small_stem']) == \
+        ('k-salsa-content-encoder', 'resnet18', 32, True)
+    assert file['state_dict']['layer1.0.conv1.weight'].dtype == torch.float16
+    assert not any(k.startswith(('fc.', 'backbone.', 'head.')) for k in file['state_dict'])
+    state = load_weights(out / 'checkpoints' / 'state_2.pt')['moco']
+    net = load_content_network(out / EXPORT_NAME)
+    for name, value in net.net.state_dict().items():
+        want = state[f'key.backbone.{name}']
+        assert torch.allclose(value.float(), want.float(), atol=1e-6, rtol=2e-3), name
+    features = net.features(pictures(3, 48))
+    assert features.shape == (3, 512)
+    assert torch.allclose(features.norm(dim=1), torch.ones(3), atol=1e-5)
+
+    with pytest.raises(UserError, match='resume it'):
+        script.main(command)
+    with pytest.raises(UserError, match='hue: was 0.03, now 0.01'):
+        script.main([*command, '--resume', '--hue', '0.01'])
+    assert script.main([*command, '--resume']) == 0    # finished: only reports again
+
+
+def test_script_takes_folders_with_labels_beside_them(photographs, tmp_path):
+    out = tmp_path / 'run'
+    assert script.main(arguments(
+        photographs / 'images', out, '--labels', str(photographs / 'labels.csv'),
+        '--quality_images', '9', '--max_steps', '1')) == 0
+    quality = json.loads((out / 'quality.json').read_text())
+    assert quality['trained']['images'] == 9
+
+
+def test_table_images(photographs, tmp_path):
+    table = read_table(photographs / 'labels.csv')
+    data = TableImages(table, 16)
+    assert len(data) == 36 and data[3].shape == (3, 16, 16) and data.names == table.ids
+    assert torch.equal(data[3, True], data[3].flip(2))
+    broken = tmp_path / 'images'
+    broken.mkdir()
+    for name in ('a', 'b'):
+        (broken / f'{name}.png').write_bytes(b'nothing')
+    (tmp_path / 'labels.csv').write_text('image\na\nb\n')
+    with pytest.raises(UserError, match='2 of 2 images') as caught:
+        TableImages(read_table(tmp_path / 'labels.csv'), 16)
+    assert 'a.png' in str(caught.value) and 'b.png' in str(caught.value)
+
+
+@pytest.mark.parametrize('more,words', [
+    (['--input_size', '16'], 'at least 32 px'),
+    (['--small_stem', '0'], 'needs --small_stem'),
+    (['--min_area', '0'], '--min_area'),
+    (['--split', 'train'], 'goes with a table'),
+    (['--labels_image_dir', '.'], 'goes with --labels'),
+    (['--batch_size', '64'], 'fewer than one batch'),
+    (['--data', 'nowhere'], 'nowhere'),
+])
+def test_script_refuses(more, words, photographs, tmp_path):
+    with pytest.raises(UserError, match=words):
+        script.main(arguments(photographs / 'images', tmp_path / 'run', *more))
+    assert not (tmp_path / 'run').exists()
