@@ -96,7 +96,7 @@ def _run_seed(seed, folder, data, pictures, test, test_pictures, *, config, devi
     record['test_score'] = found.score.tolist()
     record['history'] = result.history
     write_json(folder / _RESULT, record)
-    checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)
     return record
 
 

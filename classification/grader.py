@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+import time
 import zlib
 
 import numpy as np
@@ -214,7 +215,7 @@ def _fingerprint(images, targets, settings, seed, imagenet_weights):
 
 def train_grader(train_images, train_targets, val_images=None, val_labels=None, *,
                  settings=None, seed=0, device='cpu', imagenet_weights=None, checkpoint=None,
-                 on_epoch=None):
+                 checkpoint_seconds=30.0, on_epoch=None):
     """Trains a grader; returns a GraderResult that predicts with its best epoch.
 
     train_images: uint8 [n, 3, S, S] with S = settings.image_size (numpy or CPU tensor).
@@ -222,8 +223,9 @@ def train_grader(train_images, train_targets, val_images=None, val_labels=None, 
     val_images, val_labels: pictures and grades the best epoch is chosen on (highest quadratic
     kappa, then lowest loss); without them the last epoch is the best.
     settings: `Settings`; None takes the published ones. Everything random is a function of
-    (seed, epoch), so a run resumed from `checkpoint` (written after every epoch) ends as an
-    uninterrupted one. on_epoch: called with each history record.
+    (seed, epoch), so a run resumed from `checkpoint` (a file written after an epoch, at most
+    every checkpoint_seconds) ends as an uninterrupted one. on_epoch: called with each history
+    record.
 
     Raises UserError for an unfit checkpoint or weight file and when training diverges.
     """
@@ -269,6 +271,7 @@ def train_grader(train_images, train_targets, val_images=None, val_labels=None, 
 
     batch_size = min(settings.batch_size, len(train_images))
     result = GraderResult(net, settings, mean, std, device=device)
+    written = time.monotonic()
     for epoch in range(len(history), settings.epochs):
         rate = learning_rate(epoch, settings)
         for group in optimiser.param_groups:
@@ -278,12 +281,15 @@ def train_grader(train_images, train_targets, val_images=None, val_labels=None, 
                             settings, batch_size=batch_size, device=device,
                             generator=torch_generator(seed, 'augment', epoch))
         if not math.isfinite(loss):
-            raise UserError(f'training diverged in epoch {epoch + 1}; lower the learning rate')
+            raise _diverged(epoch)
         record = {'epoch': epoch + 1, 'loss': loss, 'learning_rate': rate}
         last = epoch + 1 == settings.epochs
         due = (epoch + 1) % settings.eval_interval == 0 or last
         if val_images is not None and due:
-            record |= _validate(result, val_images, val_labels)
+            raw = result.raw_outputs(val_images)
+            if not raw.isfinite().all():
+                raise _diverged(epoch)
+            record |= _validation_scores(raw, val_labels, settings)
             rank = [record['kappa'], -record['val_loss']]
         else:
             rank = None
@@ -291,10 +297,11 @@ def train_grader(train_images, train_targets, val_images=None, val_labels=None, 
         if (rank and (best['rank'] is None or rank > best['rank'])) or (val_images is None
                                                                         and last):
             best = {'epoch': epoch + 1, 'rank': rank, 'state': _cpu_state(net)}
-        if checkpoint is not None:
+        if checkpoint is not None and time.monotonic() - written >= checkpoint_seconds:
             save_torch(checkpoint, {
                 'fingerprint': mark, 'net': _cpu_state(net), 'optimiser': optimiser.state_dict(),
                 'scaler': scaler.state_dict(), 'history': history, 'best': best})
+            written = time.monotonic()
         if on_epoch is not None:
             on_epoch(record)
     return GraderResult(net, settings, mean, std, device=device, history=history,
@@ -325,9 +332,12 @@ def _train_epoch(net, optimiser, scaler, images, targets, order, mean, std, sett
     return float(total) / n_steps
 
 
-def _validate(result, images, labels):
-    settings = result.settings
-    raw = result.raw_outputs(images)
+def _diverged(epoch):
+    return UserError(f'training diverged in epoch {epoch + 1}; lower learning_rate in the '
+                     'configuration')
+
+
+def _validation_scores(raw, labels, settings):
     loss = loss_function(raw, training_targets(labels, settings), settings)
     found = interpret(raw, settings)
     values = grading_metrics(labels, found.grades, found.score, **metric_options(settings))

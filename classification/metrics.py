@@ -1,20 +1,16 @@
-"""Scores of a grader on labelled photographs."""
-import warnings
+"""Scores of a grader on labelled photographs.
 
+One implementation serves single scores and bootstrap intervals: everything is computed for many
+weightings of the photographs at once.
+"""
 import numpy as np
-from sklearn.metrics import (
-    accuracy_score,
-    cohen_kappa_score,
-    confusion_matrix,
-    recall_score,
-    roc_auc_score,
-    roc_curve,
-)
+from sklearn.metrics import roc_curve
 
 from utils.errors import UserError
 from utils.seeds import numpy_generator
 
 REFERABLE_FROM = 2    # referable diabetic retinopathy: moderate (grade 2) and worse
+_WEIGHTS_AT_ONCE = 1_000_000
 
 
 def check_test_labels(labels, *, positive_from=REFERABLE_FROM):
@@ -30,44 +26,65 @@ def check_test_labels(labels, *, positive_from=REFERABLE_FROM):
                             'photographs of the other side')
 
 
-def quadratic_kappa(labels, predicted, *, n_classes):
-    """Quadratic weighted kappa; 0 where it is undefined (both constant and equal)."""
-    with warnings.catch_warnings(), np.errstate(invalid='ignore', divide='ignore'):
-        warnings.simplefilter('ignore')
-        value = cohen_kappa_score(labels, predicted, labels=range(n_classes),
-                                  weights='quadratic')
-    return float(value) if np.isfinite(value) else 0.0
-
-
 def grading_metrics(labels, predicted, score, *, n_classes=5, positive_from=None):
     """Scores of predictions on grades.
 
     labels: true grades [n]. predicted: predicted grades [n]; with `positive_from`, 0 or 1 for
     grade >= positive_from. score: any number [n] that grows with the severity. Returns accuracy,
-    balanced_accuracy (mean recall of the grades that occur), kappa (quadratic), auc_referable
-    (grade >= 2), with `positive_from` also auc (grade >= positive_from), n and confusion (row:
-    truth). An AUC is None where the labels hold one side only.
+    balanced_accuracy (mean recall of the grades that occur), kappa (quadratic, 0 where it is
+    undefined), auc_referable (grade >= 2), with `positive_from` also auc (grade >=
+    positive_from), n and confusion (row: truth). An AUC is None where the labels hold one side
+    only.
     """
+    found, confusion = _weighted_scores(labels, predicted, score, np.ones((1, len(labels))),
+                                        n_classes, positive_from)
+    values = {name: float(v[0]) if np.isfinite(v[0]) else None for name, v in found.items()}
+    return {'n': len(labels), **values, 'confusion': confusion[0].astype(int).tolist()}
+
+
+def _weighted_scores(labels, predicted, score, weights, n_classes, positive_from):
+    """Scores {name: [b]} and confusion [b, C, C] with photograph i counted weights[b, i] times."""
     labels, predicted = np.asarray(labels), np.asarray(predicted)
     score = np.asarray(score, dtype=np.float64)
     truth = labels if positive_from is None else (labels >= positive_from).astype(np.int64)
     classes = n_classes if positive_from is None else 2
-    values = {
-        'n': len(labels),
-        'accuracy': float(accuracy_score(truth, predicted)),
-        'balanced_accuracy': float(recall_score(truth, predicted, labels=np.unique(truth),
-                                                average='macro', zero_division=0)),
-        'kappa': quadratic_kappa(truth, predicted, n_classes=classes),
-        'auc_referable': _auc(labels >= REFERABLE_FROM, score),
+    cells = np.eye(classes ** 2)[truth * classes + predicted]
+    confusion = (weights @ cells).reshape(-1, classes, classes)
+    total, true = confusion.sum((1, 2)), confusion.sum(2)
+    right = np.diagonal(confusion, axis1=1, axis2=2)
+    recall = np.divide(right, true, out=np.full_like(right, np.nan), where=true > 0)
+    found = {
+        'accuracy': right.sum(1) / total,
+        'balanced_accuracy': np.nanmean(recall, axis=1),
+        'kappa': _quadratic_kappa(confusion),
+        'auc_referable': _weighted_auc(labels >= REFERABLE_FROM, score, weights),
     }
     if positive_from is not None:
-        values['auc'] = _auc(truth == 1, score)
-    values['confusion'] = confusion_matrix(truth, predicted, labels=range(classes)).tolist()
-    return values
+        found['auc'] = _weighted_auc(truth == 1, score, weights)
+    return found, confusion
 
 
-def _auc(positive, score):
-    return float(roc_auc_score(positive, score)) if 0 < positive.sum() < len(positive) else None
+def _quadratic_kappa(confusion):
+    """Quadratic weighted kappa of confusion matrices [b, C, C]; 0 where it is undefined."""
+    grade = np.arange(confusion.shape[1])
+    penalty = np.subtract.outer(grade, grade) ** 2
+    total = confusion.sum((1, 2))
+    chance = np.einsum('bi,bj->bij', confusion.sum(2), confusion.sum(1))
+    seen, expected = ((penalty * m).sum((1, 2)) for m in (confusion, chance))
+    # No penalty is possible by chance when truth and prediction are one and the same grade.
+    return 1 - np.divide(seen * total, expected, out=np.ones_like(total), where=expected > 0)
+
+
+def _weighted_auc(positive, score, weights):
+    """Area under the ROC curve per weighting [b], ties counted half; NaN with one side only."""
+    order = np.argsort(score, kind='stable')
+    starts = np.flatnonzero(np.diff(score[order], prepend=-np.inf))
+    pos, neg = (np.add.reduceat((weights * side)[:, order], starts, axis=1)
+                for side in (positive, ~positive))
+    below = np.cumsum(neg, axis=1) - neg / 2
+    pairs = pos.sum(1) * neg.sum(1)
+    return np.divide((pos * below).sum(1), pairs, out=np.full(len(pairs), np.nan),
+                     where=pairs > 0)
 
 
 def referable_roc(labels, score, *, positive_from=REFERABLE_FROM):
@@ -76,30 +93,30 @@ def referable_roc(labels, score, *, positive_from=REFERABLE_FROM):
     return fpr, tpr
 
 
-def bootstrap_intervals(labels, predicted, score, *, groups=None, n_bootstrap=500, seed=0,
-                        level=0.95, **options):
+def bootstrap_intervals(labels, predicted, score, *, groups=None, n_bootstrap=1000, seed=0,
+                        level=0.95, n_classes=5, positive_from=None):
     """Percentile intervals {metric: [low, high]} of `grading_metrics`, resampling people.
 
     groups: one hashable per image (the patient); whole groups are drawn, so that two eyes of a
-    person are not counted as two independent observations. Draws with one class only are
-    skipped for the AUC.
+    person are not counted as two independent observations. Draws in which a score is undefined
+    are left out of its interval.
     """
-    labels, predicted, score = np.asarray(labels), np.asarray(predicted), np.asarray(score)
-    members = [np.array([i]) for i in range(len(labels))]
+    person = np.arange(len(labels))
     if groups is not None:
-        _, inverse = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-        members = [np.flatnonzero(inverse == g) for g in range(inverse.max() + 1)]
+        _, person = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    n_people = person.max() + 1
     rng = numpy_generator(seed, 'bootstrap')
+    counts = rng.multinomial(n_people, np.full(n_people, 1 / n_people), size=n_bootstrap)
     draws = {}
-    for _ in range(n_bootstrap):
-        pick = np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
-        found = grading_metrics(labels[pick], predicted[pick], score[pick], **options)
-        for name, value in found.items():
-            if isinstance(value, float):
-                draws.setdefault(name, []).append(value)
+    for part in np.array_split(counts, -(-counts.size // _WEIGHTS_AT_ONCE)):
+        found, _ = _weighted_scores(labels, predicted, score,
+                                    part[:, person].astype(np.float64), n_classes, positive_from)
+        for name, values in found.items():
+            draws.setdefault(name, []).append(values)
     tail = (1 - level) / 2
-    return {name: [float(v) for v in np.quantile(values, [tail, 1 - tail])]
-            for name, values in draws.items()}
+    draws = {name: np.concatenate(values) for name, values in draws.items()}
+    return {name: [float(v) for v in np.nanquantile(values, [tail, 1 - tail])]
+            for name, values in draws.items() if np.isfinite(values).any()}
 
 
 def summarise(values):

@@ -6,7 +6,6 @@ from utils.io import atomic_path
 
 
 def _save(figure, path):
-    figure.set_layout_engine('constrained')
     with atomic_path(path) as temp:
         figure.savefig(temp, format='png', dpi=120, metadata={'Software': None})
 
@@ -16,7 +15,7 @@ def plot_confusion(confusion, path, *, names=None, title=''):
     confusion = np.asarray(confusion)
     names = names or [str(i) for i in range(len(confusion))]
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    figure = Figure(figsize=(4.6, 4.0))
+    figure = Figure(figsize=(4.6, 4.0), layout='constrained')
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
     for (row, column), value in np.ndenumerate(confusion):
@@ -30,7 +29,7 @@ def plot_confusion(confusion, path, *, names=None, title=''):
 
 def plot_roc(curves, path, *, title=''):
     """ROC curves: list of (label, false positive rates, true positive rates)."""
-    figure = Figure(figsize=(4.4, 4.2))
+    figure = Figure(figsize=(4.4, 4.2), layout='constrained')
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color='0.7', linestyle='--', linewidth=1)
     for label, fpr, tpr in curves:
@@ -43,7 +42,7 @@ def plot_roc(curves, path, *, title=''):
 
 def plot_history(histories, path):
     """Training loss and validation kappa per epoch; {label: list of history records}."""
-    figure = Figure(figsize=(7.2, 3.2))
+    figure = Figure(figsize=(7.2, 3.2), layout='constrained')
     loss, kappa = figure.subplots(1, 2)
     for label, history in histories.items():
         loss.plot([r['epoch'] for r in history], [r['loss'] for r in history], label=label)

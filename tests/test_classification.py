@@ -1,0 +1,431 @@
+"""The grader: metrics, augmentation, soft labels, resuming, and the published commands."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from conftest import ROOT
+from PIL import Image
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from torchvision.transforms import InterpolationMode
+
+from classification import data
+from classification.augment import apply_parameters, draw_parameters
+from classification.grader import (
+    interpret,
+    learning_rate,
+    loss_function,
+    train_grader,
+    training_targets,
+)
+from classification.main import main
+from classification.metrics import (
+    bootstrap_intervals,
+    check_test_labels,
+    grading_metrics,
+)
+from classification.settings import CONFIG_DIR, Settings, load_config
+from datasets.table import read_table
+from utils.errors import UserError
+from utils.io import save_torch
+
+TINY = Settings(arch='resnet18', small_stem=True, image_size=16, epochs=4, batch_size=8,
+                learning_rate=0.001, translation=0.05)
+CLI = ['-config', 'tiny.yaml', '--device', 'cpu', '--seed', '1', '2']
+
+
+def pictures(grades, size=16, seed=0):
+    """uint8 [n, 3, S, S]; the brightness of the green channel tells the grade."""
+    rng = np.random.default_rng(seed)
+    grades = np.asarray(grades)
+    base = rng.integers(0, 60, (len(grades), 3, size, size))
+    base[:, 1] += 40 * grades[:, None, None]
+    return base.astype(np.uint8)
+
+
+def write_pictures(folder, names, images):
+    folder.mkdir(parents=True)
+    for name, image in zip(names, images):
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f'{name}.png')
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Source photographs in groups of 2, both result layouts, and a test set, on disk."""
+    monkeypatch.chdir(tmp_path)
+    grades = np.arange(40) % 5
+    ids = [f'src{i:02d}' for i in range(40)]
+    write_pictures(tmp_path / 'source', ids, pictures(grades))
+    pd.DataFrame({'id_code': ids, 'diagnosis': grades}).to_csv('train.csv', index=False)
+    centers = np.concatenate([np.arange(20), np.arange(20)]) + 1
+    pd.DataFrame({'id_code': ids, 'centers': centers, 'count_centers': 2}).to_csv(
+        'k2_nearest_df.csv', index=False)
+    first = pictures(grades[:20], seed=1)
+    write_pictures(tmp_path / 'style_proj', ids[:20], first)
+    write_pictures(tmp_path / 'centroid', [f'{i}_centroids' for i in ids[:20]], first)
+    names = [f'synthetic_{i:05d}' for i in range(20)]
+    write_pictures(tmp_path / 'release' / 'images', names, first)
+    shares = np.eye(5)[grades[:20]]
+    pd.DataFrame({'image': names, 'label': grades[:20],
+                  **{f'p{c}': shares[:, c] for c in range(5)}}).to_csv('release/labels.csv',
+                                                                      index=False)
+    test = np.arange(15) % 5
+    write_pictures(tmp_path / 'test', [f't{i}' for i in range(15)], pictures(test, seed=2))
+    pd.DataFrame({'id_code': [f't{i}' for i in range(15)], 'diagnosis': test}).to_csv(
+        'test.csv', index=False)
+    (tmp_path / 'tiny.yaml').write_text(
+        'arch: resnet18\nsmall_stem: true\nimage_size: 16\nepochs: 2\nbatch_size: 8\n'
+        'learning_rate: 1e-3\nsave_path: runs/tiny\n')
+    return tmp_path
+
+
+class TinyNet(torch.nn.Module):
+    """Stands in for a ResNet where the test is about what surrounds the network."""
+
+    feature_dim = 8
+
+    def __init__(self, *_, **__):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.BatchNorm2d(8),
+                                        torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+                                        torch.nn.Flatten())
+
+    def forward(self, x):
+        return self.fc(self.body(x))
+
+
+@pytest.fixture
+def tiny_net(monkeypatch):
+    monkeypatch.setattr('classification.grader.build_resnet', TinyNet)
+
+
+TEST_FLAGS = ['--labels_test', 'test.csv', '--test_images_path', 'test']
+
+
+# metrics
+
+def test_metrics_against_their_definitions():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, 300)
+    predicted = np.clip(labels + rng.integers(-2, 3, 300), 0, 4)
+    score = labels + rng.normal(size=300)
+    found = grading_metrics(labels, predicted, score)
+    counts = np.zeros((5, 5))
+    np.add.at(counts, (labels, predicted), 1)
+    weight = np.subtract.outer(np.arange(5), np.arange(5)) ** 2
+    chance = np.outer(counts.sum(1), counts.sum(0)) / 300
+    positive = labels >= 2
+    ranks = (score[positive][:, None] > score[~positive]).mean()
+    assert found['kappa'] == pytest.approx(1 - (weight * counts).sum() / (weight * chance).sum())
+    assert found['kappa'] == pytest.approx(
+        cohen_kappa_score(labels, predicted, weights='quadratic'))
+    assert found['auc_referable'] == pytest.approx(ranks)
+    assert found['auc_referable'] == pytest.approx(roc_auc_score(positive, score))
+    assert found['accuracy'] == pytest.approx(np.trace(counts) / 300)
+    assert found['balanced_accuracy'] == pytest.approx(
+        np.mean(np.diag(counts) / counts.sum(1)))
+    assert found['confusion'] == counts.astype(int).tolist()
+
+
+def test_binary_metrics():
+    found = grading_metrics([0, 0, 1, 3], [0, 1, 1, 1], [0.1, 0.6, 0.5, 0.9], positive_from=1)
+    assert found['accuracy'] == 0.75 and found['auc'] == 0.75 and found['auc_referable'] == 1
+    assert found['confusion'] == [[1, 1], [0, 2]]
+
+
+def test_undefined_scores():
+    assert grading_metrics([0, 0], [0, 0], [0, 0])['kappa'] == 0
+    assert grading_metrics([0, 1], [0, 1], [0, 1])['auc_referable'] is None
+    with pytest.raises(UserError, match='only grade 2'):
+        check_test_labels([2, 2])
+    with pytest.raises(UserError, match='one side of grade 2'):
+        check_test_labels([0, 1])
+
+
+def test_bootstrap_counts_people_not_eyes():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, 60)
+    score = labels + rng.normal(size=60) * 2
+    predicted = np.clip(np.rint(score), 0, 4).astype(int)
+    low, high = bootstrap_intervals(labels, predicted, score)['auc_referable']
+    assert low < roc_auc_score(labels >= 2, score) < high
+    # Every eye four times: the same information, so the same interval when people are drawn.
+    four = [np.tile(v, 4) for v in (labels, predicted, score)]
+    width = [np.subtract(*found['kappa'][::-1]) for found in (
+        bootstrap_intervals(labels, predicted, score, n_bootstrap=300),
+        bootstrap_intervals(*four, groups=np.tile(np.arange(60), 4), n_bootstrap=300),
+        bootstrap_intervals(*four, n_bootstrap=300))]
+    assert width[1] == pytest.approx(width[0], rel=0.4) and width[2] < 0.7 * width[0]
+
+
+# augmentation and schedule
+
+def test_augmentation_equals_torchvision_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    img = torch.rand(6, 3, 32, 32, generator=generator)
+    p = draw_parameters(6, 32, Settings(), generator)
+    for i, got in enumerate(apply_parameters(img, p)):
+        want = img[i]
+        want = TF.horizontal_flip(want) if p['flip_x'][i] else want
+        want = TF.vertical_flip(want) if p['flip_y'][i] else want
+        steps = [lambda x, i=i: TF.adjust_brightness(x, float(p['brightness'][i])),
+                 lambda x, i=i: TF.adjust_contrast(x, float(p['contrast'][i]))]
+        for step in steps[::-1] if p['contrast_first'][i] else steps:
+            want = step(want)
+        want = TF.rotate(want, float(p['angle'][i]), InterpolationMode.NEAREST)
+        want = TF.affine(want, angle=0, translate=[int(v) for v in p['shift'][i]], scale=1,
+                         shear=[0, 0], interpolation=InterpolationMode.NEAREST)
+        # A coordinate halfway between two pixels may round either way.
+        assert ((got - want).abs() > 1e-4).float().mean() < 0.01
+
+
+def test_published_schedule():
+    rates = [learning_rate(e, Settings()) for e in range(61)]
+    assert rates[0] == 1e-3 and rates[19] > 1e-4 and rates[20] == 1e-4 == rates[60]
+
+
+# targets
+
+def test_soft_labels_change_the_targets_and_the_gradient():
+    shares = np.array([[0.6, 0, 0, 0, 0.4]])
+    for target, soft, hard in (('regression', 1.6, 0), ('binary', 0.4, 0)):
+        settings = Settings(target=target)
+        assert training_targets(shares, settings).item() == pytest.approx(soft)
+        assert training_targets(np.array([0]), settings).item() == hard
+    settings = Settings(target='5-class')
+    raw = torch.zeros(1, 5, requires_grad=True)
+    loss_function(raw, training_targets(shares, settings), settings).backward()
+    np.testing.assert_allclose(raw.grad[0], 0.2 - shares[0], atol=1e-6)
+
+
+def test_soft_labels_train_another_grader(tiny_net):
+    grades = np.arange(20) % 5
+    soft = np.eye(5)[grades] * 0.6 + 0.08
+    settings = Settings(**{**vars(TINY), 'epochs': 1})
+    hard_result, soft_result = (train_grader(pictures(grades), t, settings=settings)
+                                for t in (grades, soft))
+    assert hard_result.history[0]['loss'] != soft_result.history[0]['loss']
+
+
+def test_regression_rounds_and_clips_as_published():
+    found = interpret(torch.tensor([[-2.0], [0.49], [0.5], [3.6], [9.0]]), Settings())
+    assert found.grades.tolist() == [0, 0, 1, 4, 4]
+
+
+# training
+
+@pytest.mark.parametrize('target', ['regression', '5-class', 'binary'])
+def test_grader_learns(tiny_net, target):
+    grades = np.arange(60) % 5
+    settings = Settings(**{**vars(TINY), 'target': target, 'epochs': 40, 'brightness': 0.0,
+                           'learning_rate': 0.02})
+    result = train_grader(pictures(grades), grades, pictures(grades, seed=1), grades,
+                          settings=settings)
+    assert result.evaluate(pictures(grades, seed=2), grades)['auc_referable'] > 0.9
+
+
+def test_resumed_training_equals_an_uninterrupted_one(tiny_net, tmp_path):
+    grades = np.arange(24) % 5
+    images = pictures(grades)
+    arguments = dict(settings=TINY, seed=3)
+    whole = train_grader(images, grades, images[:8], grades[:8], **arguments)
+
+    class Stop(Exception):
+        pass
+
+    def stop(record):
+        if record['epoch'] == 2:
+            raise Stop
+
+    checkpoint = tmp_path / 'checkpoint.pt'
+    with pytest.raises(Stop):
+        train_grader(images, grades, images[:8], grades[:8], checkpoint=checkpoint,
+                     checkpoint_seconds=0, on_epoch=stop, **arguments)
+    rest = []
+    resumed = train_grader(images, grades, images[:8], grades[:8], checkpoint=checkpoint,
+                           on_epoch=rest.append, **arguments)
+    assert [r['epoch'] for r in rest] == [3, 4]
+    assert resumed.history == whole.history and resumed.best_epoch == whole.best_epoch
+    for which in ('best', 'final'):
+        np.testing.assert_array_equal(resumed.use(which).predict(images).outputs,
+                                      whole.use(which).predict(images).outputs)
+    with pytest.raises(UserError, match='other pictures, labels or settings'):
+        train_grader(images, (grades + 1) % 5, checkpoint=checkpoint, **arguments)
+
+
+def test_imagenet_weights_by_path(tmp_path):
+    import torchvision
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    state['conv1.weight'].fill_(0.25)
+    save_torch(tmp_path / 'resnet18.pth', state)
+    grades = np.arange(10) % 5
+    settings = Settings(**{**vars(TINY), 'small_stem': False, 'epochs': 1,
+                           'learning_rate': 1e-9, 'image_size': 32})
+    result = train_grader(pictures(grades, 32), grades, settings=settings,
+                          imagenet_weights=tmp_path / 'resnet18.pth')
+    assert (result.final_state['conv1.weight'] - 0.25).abs().max() < 1e-3
+    with pytest.raises(UserError, match='is a resnet18, the grader a resnet50'):
+        train_grader(pictures(grades, 32), grades, imagenet_weights=tmp_path / 'resnet18.pth',
+                     settings=Settings(image_size=32))
+
+
+def test_divergence_is_reported(tiny_net):
+    grades = np.arange(24) % 5
+    settings = Settings(**{**vars(TINY), 'learning_rate': 1e6})
+    with pytest.raises(UserError, match='diverged in epoch 1'):
+        train_grader(pictures(grades), grades, pictures(grades), grades, settings=settings)
+
+
+# data
+
+def test_validation_split_keeps_people_together_and_grades_in_proportion():
+    grades = np.repeat([0, 1, 2, 3, 4], [60, 20, 60, 20, 40])
+    people = np.arange(200) // 2
+    train, val = data.split_validation(grades, fraction=0.2, seed=0, groups=people)
+    assert not set(people[train]) & set(people[val])
+    assert sorted([*train, *val]) == list(range(200)) and len(val) == pytest.approx(40, abs=4)
+    assert set(grades[val]) == {0, 1, 2, 3, 4}
+    assert not np.array_equal(val, data.split_validation(grades, fraction=0.2, seed=1)[1])
+    with pytest.raises(UserError, match='only 5 training pictures'):
+        data.split_validation(grades[:5], fraction=0.2, seed=0)
+    with pytest.raises(UserError, match='one patient'):
+        data.split_validation(grades, fraction=0.2, seed=0, groups=np.zeros(200))
+
+
+def test_group_labels(study):
+    table = read_table('train.csv', ids_only=True)
+    grades = dict(zip(table.ids, table.labels)) | {'src20': 3}
+    groups = data.read_groups(study / 'k2_nearest_df.csv', grades)
+    found = data.published_set(groups, grades, study / 'style_proj')
+    assert found.labels[0] == 0    # grades 0 and 3: a tie goes to the lowest
+    np.testing.assert_array_equal(found.shares[0], [0.5, 0, 0, 0.5, 0])
+
+
+def test_pixel_average(study):
+    table = read_table('train.csv', study / 'source', require_label=True)
+    grades = dict(zip(table.ids, table.labels))
+    found = data.pixel_average_set(data.read_groups('k2_nearest_df.csv', grades), grades,
+                                   dict(zip(table.ids, table.paths)))
+    single = data.load_pictures([[p] for p in table.paths], 16).astype(float)
+    got = data.load_pictures(found.sources, 16)
+    np.testing.assert_array_equal(got, np.rint((single[:20] + single[20:]) / 2))
+
+
+def test_test_photographs_of_training_people_are_left_out(tmp_path):
+    pd.DataFrame({'image': ['1_left', '2_left'], 'level': [0, 1]}).to_csv(
+        tmp_path / 'train.csv', index=False)
+    pd.DataFrame({'image': ['1_right', '3_left'], 'level': [0, 1]}).to_csv(
+        tmp_path / 'test.csv', index=False)
+    train, test = (read_table(tmp_path / f'{n}.csv', ids_only=True) for n in ('train', 'test'))
+    kept, dropped = data.without_known_patients(test, train)
+    assert kept.ids == ['3_left'] and dropped == 1
+    with pytest.raises(UserError, match='nothing is held out'):
+        data.without_known_patients(train, train)
+
+
+# configuration and command
+
+def test_all_configurations_load():
+    names = sorted(p.name for p in CONFIG_DIR.glob('*.yaml'))
+    assert names == ['aptos.yaml', 'eyepacs.yaml', 'eyepacs_2cls.yaml', 'small.yaml']
+    assert load_config('./configs/aptos.yaml').settings == Settings()
+    for name in names:
+        load_config(name)
+
+
+@pytest.mark.parametrize('text,message', [
+    ('epocs: 3', 'did you mean epochs'), ('epochs: many', 'epochs must be of type int'),
+    ('target: 4-class', 'none of regression'), ('mean: [1, 2]', 'three numbers'),
+    ('- 1', 'name: value'), ('a: [', 'not readable YAML')])
+def test_bad_configuration(tmp_path, text, message):
+    (tmp_path / 'bad.yaml').write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / 'bad.yaml')
+
+
+PUBLISHED = ['-overwrite', '--k', 'k2', '--crop', 'crop4', '--lambda1', '1e2', '--lambda2',
+             '1e-6', '--df', 'k2_nearest_df.csv', '--labels_train', 'train.csv', *TEST_FLAGS]
+
+
+@pytest.mark.parametrize('kind', ['style_proj', 'centroid', 'release'])
+def test_command_on_every_release_kind(study, tiny_net, kind, capsys):
+    flags = ['--release', 'release', *TEST_FLAGS] if kind == 'release' else [
+        *PUBLISHED, '--images_path', kind, '--is_centroid', str(kind == 'centroid')]
+    assert main([*CLI, *flags, '--out_dir', 'out']) == 0
+    out = study / 'out'
+    results = json.loads((out / 'results.json').read_text())
+    assert len(results['summary']['kappa']['values']) == 2
+    assert results['summary']['auc_referable']['std'] is not None
+    assert results['n_test'] == 15 and results['initial_weights'] == 'random'
+    assert results['seeds'][0]['n_train'] + results['seeds'][0]['n_validation'] == 20
+    for name in ('roc.png', 'confusion.png', 'training.png'):
+        Image.open(out / name).verify()
+    assert {'best_validation_weights.pt', 'final_weights.pt', 'result.json'} == {
+        p.name for p in (out / 'seed_1').iterdir()}
+    assert 'auc_referable' in capsys.readouterr().out
+
+
+def test_published_output_folder_and_finished_seeds(study, tiny_net, monkeypatch):
+    arguments = [*CLI, *PUBLISHED, '--images_path', 'style_proj', '-print_config']
+    assert main(arguments) == 0
+    folder = study / 'runs' / 'tiny_k2_crop4_1e2_1e-6'
+    first = (folder / 'results.json').read_text()
+    monkeypatch.setattr('classification.experiment.train_grader', None)    # must not be needed
+    assert main([a for a in arguments if a != '-overwrite']) == 0
+    assert (folder / 'results.json').read_text() == first
+    with pytest.raises(UserError, match='other settings'):
+        main([*[a for a in arguments if a != '-overwrite'], '--epochs', '3'])
+    (study / 'mine').mkdir()
+    (study / 'mine' / 'file').touch()
+    with pytest.raises(UserError, match='left alone'):
+        main([*arguments, '--out_dir', 'mine'])
+
+
+@pytest.mark.parametrize('baseline,n', [('real', 40), ('real-same-n', 20), ('pixel-average', 20),
+                                        ('source', 40), ('release', 20)])
+def test_baselines(study, tiny_net, baseline, n):
+    assert main([*CLI, *PUBLISHED, '--baseline', baseline, '--train_images_path', 'source',
+                 '--out_dir', 'out', '--seed', '0', '--epochs', '1', '--labels', 'soft']) == 0
+    seed = json.loads((study / 'out' / 'results.json').read_text())['seeds'][0]
+    assert seed['n_train'] + seed['n_validation'] == n
+
+
+def test_two_class_command(study):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'classification' / 'main_ours_2cls.py'), *PUBLISHED,
+         '--images_path', 'style_proj', '--device', 'cpu', '--seed', '0', '--epochs', '1',
+         '--arch', 'resnet18', '--image_size', '32', '--out_dir', 'out'],
+        capture_output=True, text=True, cwd=study, timeout=120)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((study / 'out' / 'results.json').read_text())['summary']
+    assert summary['auc']['mean'] is not None and 'labels: soft' in (
+        study / 'out' / 'config.yaml').read_text()
+
+
+def test_bad_input_is_named(study, tiny_net):
+    def fails(match, *flags):
+        with pytest.raises(UserError, match=match):
+            main([*CLI, *flags])
+    images = ['--images_path', 'style_proj']
+    frame = pd.read_csv('train.csv')
+    frame[frame.index >= 2].to_csv('short.csv', index=False)
+    fails('(?s)2 of 40 ids.*src00.*src01', *PUBLISHED, *images, '--labels_train', 'short.csv')
+    fails('(?s)20 of 20 groups have no picture.*src00_centroids', *PUBLISHED, *images,
+          '--is_centroid', 'True')
+    pd.DataFrame({'id_code': ['t0', 't5'], 'diagnosis': [0, 0]}).to_csv('one.csv', index=False)
+    fails('only grade 0', *PUBLISHED, *images, '--labels_test', 'one.csv')
+    small = pd.read_csv('k2_nearest_df.csv').query('centers <= 4')
+    small.to_csv('few.csv', index=False)
+    fails('only 4 training pictures', *PUBLISHED, *images, '--df', 'few.csv', '--out_dir', 'few')
+    labels = pd.read_csv('release/labels.csv')
+    labels.assign(p0=0.7).to_csv('release/labels.csv', index=False)
+    fails('(?s)sum to 1.*row 2', '--release', 'release', *TEST_FLAGS)
+    labels[['image', 'label']].to_csv('release/labels.csv', index=False)
+    fails('needs the columns p0', '--release', 'release', *TEST_FLAGS, '--labels', 'soft')
+    fails('--labels_test needed', '--release', 'release')
+    fails('give --release', '--labels_train', 'train.csv', *TEST_FLAGS)
+    fails('neither real', *PUBLISHED, '--baseline', 'nothing')
