@@ -269,34 +269,38 @@ def test_two_processes_compute_what_one_does(tmp_path):
     program.write_text(f'''
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
-import torch
-from pathlib import Path
-from test_content_training import make_trainer
+from test_content_training import two_steps
 from utils import distributed
 distributed.init('cpu')
-trainer = make_trainer(Path(sys.argv[1]), batch_size=8, queue_size=16, max_steps=2,
-                       learning_rate=0.1)
-trainer.train()
+two_steps(sys.argv[1])
 distributed.shutdown()
 ''')
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
-    jobs = [subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                              f'--nproc_per_node={n}', str(program), str(tmp_path / str(n))],
-                             env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            for n in (1, 2)]
-    for job in jobs:
-        output = job.communicate(timeout=120)[0]
-        assert job.returncode == 0, output.decode()
-    one, two = (load_weights(tmp_path / n / 'checkpoints' / 'state_2.pt')['moco'] for n in '12')
-    start = make_trainer(tmp_path / 'start', batch_size=8, queue_size=16).moco.state_dict()
+    job = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                            '--nproc_per_node=2', str(program), str(tmp_path / 'two')],
+                           env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'},
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    start = two_steps(tmp_path / 'start', max_steps=0).moco.state_dict()
+    one = two_steps(tmp_path / 'one').moco.state_dict()
+    output = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, output.decode()
+    two = load_weights(tmp_path / 'two' / 'checkpoints' / 'state_2.pt')['moco']
+
     def distance(a, b):
         return sum(float((a[k].double() - b[k].double()).square().sum())
                    for k in start if k.startswith('query.')) ** 0.5
     assert distance(one, two) < 2e-3 * distance(one, start)
     assert (one['queue'] - two['queue']).abs().max() < 1e-3
     assert one['queue_at'] == two['queue_at'] == 0
-    losses = [[r['loss'] for r in read_jsonl(tmp_path / n / 'stats.jsonl')] for n in '12']
+    losses = [[r['loss'] for r in read_jsonl(tmp_path / n / 'stats.jsonl')]
+              for n in ('one', 'two')]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def two_steps(run_dir, max_steps=2):
+    trainer = make_trainer(run_dir, batch_size=8, queue_size=16, max_steps=max_steps,
+                           learning_rate=0.1)
+    trainer.train()
+    return trainer
 
 
 @pytest.mark.parametrize('settings,words', [
@@ -422,8 +426,8 @@ def test_script_end_to_end(photographs, tmp_path):
 
     with pytest.raises(UserError, match='resume it'):
         script.main(command)
-    with pytest.raises(UserError, match='hue: was 0.03, now 0.01'):
-        script.main([*command, '--resume', '--hue', '0.01'])
+    with pytest.raises(UserError, match='hue: was 0.01, now 0.02'):
+        script.main([*command, '--resume', '--hue', '0.02'])
     assert script.main([*command, '--resume']) == 0    # finished: only reports again
 
 
