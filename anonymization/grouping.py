@@ -525,21 +525,24 @@ class _Pool:
 
 def _join_leftovers(units, pool):
     """Lets the units that are still free join the group whose squared error grows least."""
-    x, weight = units.x, torch.from_numpy(units.weight).to(units.x)
     assignment = pool.assignment
     free = assignment < 0
-    taken = torch.from_numpy(np.flatnonzero(~free)).to(x.device)
-    home = torch.from_numpy(assignment[~free]).to(x.device)
-    sums = torch.zeros(pool.formed, x.shape[1], dtype=x.dtype, device=x.device)
+    if not free.any():
+        return assignment
+    x = units.x.cpu()    # sums in a fixed order, which a GPU does not promise
+    weight = torch.from_numpy(units.weight).to(x)
+    taken = torch.from_numpy(np.flatnonzero(~free))
+    home = torch.from_numpy(assignment[~free])
+    sums = torch.zeros(pool.formed, x.shape[1], dtype=x.dtype)
     sums.index_add_(0, home, x[taken] * weight[taken, None])
-    mass = torch.zeros(pool.formed, dtype=x.dtype, device=x.device)
+    mass = torch.zeros(pool.formed, dtype=x.dtype)
     mass.index_add_(0, home, weight[taken])
     for unit in np.flatnonzero(free):
         gap = (sums / mass[:, None] - x[unit]).square().sum(1)
         growth = gap * mass * weight[unit] / (mass + weight[unit])
         if units.person is not None:
             mine = assignment[pool.owned[units.person[unit]]]
-            growth[torch.from_numpy(mine[mine >= 0]).to(x.device)] = torch.inf
+            growth[torch.from_numpy(mine[mine >= 0])] = torch.inf
         group = int(growth.argmin())
         assignment[unit] = group
         sums[group] += x[unit] * weight[unit]
@@ -686,10 +689,14 @@ class _Groups:
         return (self.sums.double().square().sum(1) / self.mass.double()).sum().item()
 
     def _sum_up(self):
-        home = torch.from_numpy(self.assignment()).to(self.x.device)
-        shape = len(self.size), self.x.shape[1]
-        self.sums = torch.zeros(shape, device=self.x.device).index_add_(0, home, self.x_weighted)
-        self.mass = torch.zeros(shape[0], device=self.x.device).index_add_(0, home, self.weight)
+        self.sums = torch.zeros(len(self.size), self.x.shape[1], device=self.x.device)
+        self.mass = torch.zeros(len(self.size), device=self.x.device)
+        for column in self.members.T:    # no group twice in a column: the same sums on any device
+            group = np.flatnonzero(column >= 0)
+            index = torch.from_numpy(column[group]).to(self.x.device)
+            group = torch.from_numpy(group).to(self.x.device)
+            self.sums[group] += self.x_weighted[index]
+            self.mass[group] += self.weight[index]
 
     def refine(self, rng, rounds, block, tolerance):
         """Ejects a random member of every group and puts all back by an optimal assignment.

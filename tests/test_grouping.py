@@ -341,3 +341,14 @@ def test_reduction_of_a_file_on_disk(tmp_path):
     order = rng.permutation(400)
     moved = assign_groups(stored[order], 5, reduce=6, restarts=1)
     assert np.array_equal(moved.labels, found.labels[order])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('method', METHODS)
+def test_groups_on_a_gpu(method):
+    x = normal(600, 24)
+    on_cpu = assign_groups(x, 5, method=method)
+    on_gpu = assign_groups(x, 5, method=method, device='cuda')
+    again = assign_groups(x, 5, method=method, device='cuda')
+    assert np.array_equal(on_gpu.labels, again.labels)
+    assert on_gpu.sse == pytest.approx(on_cpu.sse, rel=0.01)
