@@ -169,6 +169,7 @@ def test_older_numpy_names_and_protocols(content, tmp_path):
         assert type(gain) is float and gain == pytest.approx(2 ** 0.5)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize('n_mlp', [2, 8])
 def test_mapping_depth_and_standard_channels(n_mlp, tmp_path):
     net = make_generator(n_mlp=n_mlp, channels={4: 8, 8: 8, 16: 8, 32: 8, 64: 4})
@@ -177,6 +178,33 @@ def test_mapping_depth_and_standard_channels(n_mlp, tmp_path):
     assert sorted(weights) == ['g_ema', 'latent_avg']
     ours = generator_from_state(weights['g_ema'])
     assert (ours.size, ours.n_mlp) == (64, n_mlp)
+    z = latents()
+    w = map_latents(truth(net), z)
+    assert (ours.mapping(z) - w).abs().max() < 1e-4
+    ws = ours.broadcast(w)
+    assert (ours.synthesis(ws) - synthesise(truth(net), ws)).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_pickles_converted_from_tensorflow(tmp_path):
+    """They hold the same modules beside empty settings, in the pickle protocol of Python 3.7."""
+    content = {**make_content(), 'training_set_kwargs': None, 'augment_pipe': None}
+    path = write_pickle(tmp_path / 'converted.pkl', content, protocol=3)
+    weights = convert(read_pickle(path))
+    assert sorted(weights) == ['d', 'g', 'g_ema', 'latent_avg']
+    net, source = generator_from_state(weights['g_ema']), truth(content['G_ema'])
+    ws = net.broadcast(map_latents(source, latents()))
+    assert (net.synthesis(ws) - synthesise(source, ws)).abs().max() < 1e-4
+
+
+def test_settings_that_get_lost_are_named(tmp_path, caplog):
+    content = make_content()
+    content['G_ema'].synthesis.b32.conv1.conv_clamp = 256
+    content['D'].b4.mbstd.group_size = 8
+    path = write_pickle(tmp_path / 'clamped.pkl', content)
+    with caplog.at_level('INFO'):
+        convert(read_pickle(path))
+    assert 'clamped to +-256' in caplog.text and 'minibatch groups of 8' in caplog.text
 
 
 def test_frozen_layers_are_buffers(tmp_path):
