@@ -7,7 +7,7 @@ A small run on a CPU, with a report on what the features carry:
 
     python scripts/train_content_encoder.py --data=phantoms/labels.csv --out_dir=runs/content64 \\
         --arch=resnet18 --small_stem --input_size=64 --batch_size=64 --max_steps=2000 \\
-        --learning_rate=0.24 --key_momentum=0.99 --amp=bf16 --device=cpu
+        --learning_rate=0.12 --warmup_steps=40 --key_momentum=0.99 --amp=bf16
 
 --data is a folder, a ZIP archive or a table (CSV) of photographs; sets may be pooled. With a
 table (or one given as --labels) of grades, patients and eyes, the run ends with a linear probe and
