@@ -26,10 +26,11 @@ log = logging.getLogger(__name__)
 MANIFEST, LABELS = 'manifest.json', 'labels.csv'
 PAGES = {MANIFEST, LABELS, 'DATASHEET.md', 'report.html'}
 PNG_CHUNKS = {b'IHDR', b'PLTE', b'IDAT', b'IEND'}
-SIDE = 64              # pictures are compared at this size
-NEAR_RMSE = 6.0        # grey levels of 255; re-encoding a photograph moves it by 1 to 4
-NEAR_HASH = 24         # of 256 bits of the perceptual hash
-NEAR_HASH_RMSE = 16.0  # a close hash only counts when the pixels are not far either
+SIDE = 32           # pictures are compared at this size: what re-encoding spoils is left out
+NEAR = 2.5          # grey levels of 255 below which a picture is a copy, whatever else is near
+NEAR_RATIO = 0.65   # nearest over nearest of another person; copies stay below, averages don't
+NEAR_BITS = 10      # of 256 bits of the perceptual hash
+ALIKE = 8.0         # ratio and hash only count within this difference
 _MAX_LISTED = 10
 
 
@@ -312,64 +313,71 @@ def _check_grades(groups, release, facts):
 # -- copies of sources ----------------------------------------------------------------------
 
 
-def _small(path):
-    """A picture at SIDE x SIDE, float32 [SIDE * SIDE * 3], and the hashes of it and its mirrors."""
+def _small(path, side):
+    """A picture at side x side, float32 [side, side, 3], and its perceptual hash."""
     image = load_rgb(path)
-    size = (SIDE, SIDE)
-    pixels = np.asarray(image.resize(size, Image.Resampling.BOX), dtype=np.float32)
+    pixels = np.asarray(image.resize((side, side), Image.Resampling.BOX), dtype=np.float32)
     return pixels, np.packbits(imagehash.phash(image, hash_size=16).hash)
 
 
 def _views(pixels):
-    """The picture and its three mirror images, [4, SIDE * SIDE * 3]."""
+    """The picture and its three mirror images, [4, side * side * 3]."""
     return np.stack([pixels, pixels[:, ::-1], pixels[::-1], pixels[::-1, ::-1]]).reshape(4, -1)
 
 
-def _nearest(queries, pool, skip=None):
-    """(RMSE, index) of each query's nearest pool picture under mirroring; skip[i]: set to avoid."""
-    pool_flat = pool.reshape(len(pool), -1)
-    squared = np.einsum('ij,ij->i', pool_flat, pool_flat)
-    distance, index = np.empty(len(queries)), np.empty(len(queries), dtype=int)
-    for i, query in enumerate(queries):
-        views = _views(query)
-        d = ((views ** 2).sum(1)[:, None] + squared - 2 * views @ pool_flat.T).min(0)
-        if skip is not None:
-            d[skip[i]] = np.inf
-        index[i] = d.argmin()
-        distance[i] = np.sqrt(max(d[index[i]], 0) / pool_flat.shape[1])
-    return distance, index
+def _difference(query, pool):
+    """RMSE [n] of a picture to each of a pool under mirroring, in grey levels.
+
+    Brightness and contrast are fitted first, so that a copy that was only toned is near.
+    query [side, side, 3]; pool: rows as _centred makes them, and their squared lengths.
+    """
+    rows, squared = pool
+    views = _views(query)
+    views = views - views.mean(1, keepdims=True)
+    explained = np.maximum(views @ rows.T, 0) ** 2 / squared      # [4, n]
+    left = (views ** 2).sum(1, keepdims=True) - explained
+    return np.sqrt(np.maximum(left.min(0), 0) / rows.shape[1])
+
+
+def _centred(pixels):
+    rows = pixels.reshape(len(pixels), -1)
+    rows = rows - rows.mean(1, keepdims=True)
+    return rows, np.maximum(np.einsum('ij,ij->i', rows, rows), 1e-6)
 
 
 def _check_copies(pictures, groups, source_table, audit):
     name = 'no release picture is a source picture'
     try:
+        side = min([SIDE, *(min(load_rgb(p).size) for p in pictures[:1])])
         with ThreadPoolExecutor(4) as pool:
-            sources = list(progress(pool.map(_small, source_table.paths),
+            sources = list(progress(pool.map(lambda p: _small(p, side), source_table.paths),
                                     total=len(source_table), desc='comparing', unit='img'))
-            released = list(pool.map(_small, pictures))
+            released = list(pool.map(lambda p: _small(p, side), pictures))
     except UserError as error:
         return Check(name, False, str(error))
     pixels = np.stack([p for p, _ in sources])
     hashes = np.stack([h for _, h in sources])
-    mine = [p for p, _ in released]
-    distances, nearest = _nearest(mine, pixels)
-    people = source_table.patients or source_table.ids
-    same = {}
-    for i, person in enumerate(people):
-        same.setdefault(person, []).append(i)
-    some = np.linspace(0, len(pixels) - 1, min(500, len(pixels))).astype(int)
-    yardstick, _ = _nearest(pixels[some], pixels, [same[people[i]] for i in some])
-    faults = []
-    for i, (path, (_, code)) in enumerate(zip(pictures, released)):
+    pool = _centred(pixels)
+    people = np.array(source_table.patients or source_table.ids)
+    yardstick = []
+    for i in np.linspace(0, len(pixels) - 1, min(300, len(pixels))).astype(int):
+        others = _difference(pixels[i], pool)[people != people[i]]
+        yardstick.append(others.min(initial=np.inf))
+    yardstick = np.array(yardstick)
+    faults, distances = [], []
+    for path, (picture, code) in zip(pictures, released):
+        far = _difference(picture, pool)
         bits = np.unpackbits(hashes ^ code, axis=1).sum(1)
-        closest = int(bits.argmin())
-        far = np.sqrt(((_views(mine[i]) - pixels[closest].reshape(-1)) ** 2).mean(1)).min()
-        if distances[i] < NEAR_RMSE:
-            faults.append(f'{path.name} equals {source_table.ids[nearest[i]]} (difference '
-                          f'{distances[i]:.1f} of 255)')
-        elif bits[closest] <= NEAR_HASH and far < NEAR_HASH_RMSE:
-            faults.append(f'{path.name} looks like {source_table.ids[closest]} (hash differs in '
-                          f'{bits[closest]} of 256 bits)')
+        nearest, alike = int(far.argmin()), int(np.where(far < ALIKE, bits, 999).argmin())
+        distances.append(far[nearest])
+        second = far[people != people[nearest]].min(initial=np.inf)
+        if far[nearest] < max(NEAR, min(ALIKE, NEAR_RATIO * second)):
+            faults.append(f'{path.name} equals {source_table.ids[nearest]} (difference '
+                          f'{far[nearest]:.1f} of 255, to the next person {second:.1f})')
+        elif bits[alike] <= NEAR_BITS and far[alike] < ALIKE:
+            faults.append(f'{path.name} looks like {source_table.ids[alike]} (hash differs in '
+                          f'{bits[alike]} of 256 bits)')
+    distances = np.array(distances)
     audit.distances, audit.yardstick = distances, yardstick
     audit.facts['nearest_source_rmse'] = _quantiles(distances)
     audit.facts['nearest_other_patient_rmse'] = _quantiles(yardstick)
@@ -404,6 +412,7 @@ def plot_distances(audit, axes):
     bins = np.linspace(0, max(v.max() for v in values) * 1.02, 40)
     axes.hist(values, bins=bins, density=True, histtype='stepfilled', alpha=0.6,
               label=['release picture to nearest source', 'source to nearest other patient'])
-    axes.axvline(NEAR_RMSE, color='black', linestyle=':', label='taken for a copy')
-    axes.set(xlabel='root mean square difference at 64 px, grey levels of 255', ylabel='density')
+    axes.axvline(NEAR, color='black', linestyle=':', label='taken for a copy')
+    axes.set(xlabel='difference after the best brightness and contrast, grey levels of 255',
+             ylabel='density')
     axes.legend()

@@ -228,7 +228,8 @@ class Pipeline:
         s = self.settings
         found = assign_groups(latents.reshape(len(latents), -1), s.k, patients=self.people,
                               strata=self.strata, method=s.clustering, policy=s.policy,
-                              surplus=s.surplus, seed=s.seed, reduce=s.reduce_dim or 'auto', device=self.device)
+                              surplus=s.surplus, seed=s.seed, reduce=s.reduce_dim or 'auto',
+                              device=self.device)
         log.info('%d groups of %s; squared error within groups %.1f %% of the total',
                  found.labels.max(), _sizes(found.labels),
                  100 * found.info['sse_ratio'])
