@@ -1,0 +1,35 @@
+"""Commands in the documentation: every script exists and knows the flags it is shown with."""
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, load_script
+
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')),
+         *sorted((ROOT / 'pretrained_models').rglob('*.md'))]
+COMMAND = re.compile(r'python (?:-m \S+ )?((?:scripts|benchmarks|MIA|classification)/[\w-]+\.py)(.*)')
+
+
+def commands():
+    for page in PAGES:
+        text = re.sub(r'\\\n\s*', ' ', page.read_text(encoding='utf-8'))
+        for script, rest in COMMAND.findall(text):
+            yield pytest.param(script, rest.split('`')[0], id=f'{page.stem}: {script}{rest[:30]}')
+
+
+@pytest.mark.parametrize(('script', 'rest'), list(commands()))
+def test_documented_command(script, rest):
+    folder, name = script.removesuffix('.py').split('/')
+    parser = load_script(name, folder).build_parser()
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    used = {word.split('=')[0] for word in shlex.split(rest, comments=True)
+            if word.startswith('-')}
+    assert used <= known, f'{script} does not know {sorted(used - known)}'
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding='utf-8')
+    for target in re.findall(r'\]\(([^)#]+)\)', text):
+        if not target.startswith('http'):
+            assert (page.parent / target).exists(), f'{page.name}: {target}'
