@@ -4,6 +4,7 @@ Shapes: N images, L styles, D style dimension, S side the encoder sees, R side o
 Images are float32 in [-1, 1] nominally; generated ones are not clamped.
 Source: Alaluf et al. 2021, 'ReStyle', section 3.
 """
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,6 +80,28 @@ def invert(psp, x, *, n_iters=5, keep_iterations=False):
         if keep_iterations:
             kept.append(ws)
     return Inversion(ws, y, torch.stack(kept) if keep_iterations else None)
+
+
+def refine(psp, x, ws, *, n_steps, lr=0.02):
+    """Goes on from latents ws [N, L, D] by gradient descent on the pixels of x [N, 3, S, S].
+
+    Adam, cosine learning rate, mean squared error; every image for itself. Returns the latents
+    of the lowest error met, so no image gets worse, and these errors [N].
+    """
+    best_ws = ws.detach().clone()
+    best = torch.full((len(x),), float('inf'), device=x.device)
+    ws = best_ws.clone().requires_grad_(True)
+    adam = torch.optim.Adam([ws], lr=lr)
+    for step in range(n_steps + 1):
+        error = (psp.pool(psp.decode(ws)) - x).square().mean((1, 2, 3))
+        better = error.detach() < best
+        best = torch.where(better, error.detach(), best)
+        best_ws = torch.where(better[:, None, None], ws.detach(), best_ws)
+        if step < n_steps:
+            adam.param_groups[0]['lr'] = lr * (0.5 + 0.5 * math.cos(math.pi * step / n_steps))
+            ws.grad, = torch.autograd.grad(error.sum(), ws)
+            adam.step()
+    return best_ws, best
 
 
 def psp_checkpoint(psp, opts):

@@ -210,8 +210,9 @@ def main(argv=None):
         opts.exp_dir, table, digests, psp=psp, content_net=content_net, style_net=style_net,
         settings=Settings(
             k=opts.same_k, clustering=opts.clustering, policy=opts.policy,
-            surplus=opts.surplus, strata=tuple(STRATA[s] for s in opts.strata), reduce_dim=opts.reduce_dim,
-            mirror_left=opts.mirror_left, n_iters=opts.n_iters_per_batch,
+            surplus=opts.surplus, strata=tuple(STRATA[s] for s in opts.strata),
+            reduce_dim=opts.reduce_dim, mirror_left=opts.mirror_left,
+            n_iters=opts.n_iters_per_batch,
             batch_size=opts.test_batch_size, group_batch=opts.group_batch,
             precision=opts.precision,
             optimize=OptimizeConfig(n_steps=opts.num_steps, n_crop=opts.num_crop,

@@ -7,7 +7,7 @@ from conftest import ROOT, load_script
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')),
          *sorted((ROOT / 'pretrained_models').rglob('*.md'))]
-COMMAND = re.compile(r'python (?:-m \S+ )?((?:scripts|benchmarks|MIA|classification)/[\w-]+\.py)(.*)')
+COMMAND = re.compile(r'python ((?:scripts|benchmarks|MIA|classification)/[\w-]+\.py)(.*)')
 
 
 def commands():
