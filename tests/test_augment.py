@@ -1,16 +1,12 @@
 """ADA's transformations against the reference's percentile cases, and the strength heuristic."""
 import pytest
-import torch
 from conftest import relative_error
 
 from training.augment import (
-    MAX_STRENGTH,
     PIPES,
-    AdaptiveStrength,
     AugmentPipe,
     PercentileDraws,
 )
-from utils.seeds import torch_generator
 
 
 def _percentile(x, names, q):
