@@ -1,7 +1,7 @@
 """Compares the groupings: squared error, time against n, and peak memory.
 
     python benchmarks/cluster.py                       # error of every method
-    python benchmarks/cluster.py --long                # ... and of many long runs
+    python benchmarks/cluster.py --long                # ... and of long runs
     python benchmarks/cluster.py --scaling --plot docs/grouping_time.png
     python benchmarks/cluster.py --memory              # 88,702 x 8192 features from disk
 
@@ -91,7 +91,7 @@ def compare(args):
         name: draw(name, args.n) for name in DATA}
     methods = {m: {'method': m} for m in ('published', 'mdav', 'kmeans-constrained', 'default')}
     if args.long:
-        methods['long runs'] = dict(rounds=1500, block=640, tolerance=1e-6, restarts=2)
+        methods['long runs'] = dict(rounds=1000, block=640, tolerance=1e-6, restarts=2)
     rows = []
     for name, features in kinds.items():
         features = features.reshape(len(features), -1)
@@ -193,7 +193,7 @@ def build_parser():
     mode = p.add_mutually_exclusive_group()
     mode.add_argument('--scaling', action='store_true', help='time against n')
     mode.add_argument('--memory', action='store_true', help='features from disk')
-    p.add_argument('--long', action='store_true', help='also many long runs')
+    p.add_argument('--long', action='store_true', help='also the best of two long runs')
     p.add_argument('--features', metavar='NPY', help='file of [n, ...] features to compare on')
     p.add_argument('--n', type=positive_int, default=3000, metavar='INT', help='images')
     p.add_argument('--k', type=positive_int, default=5, metavar='INT', help='group size')

@@ -137,9 +137,10 @@ def learning_rate(epoch, settings):
 
 
 def build_grader(settings, *, seed, imagenet_weights=None):
-    """An untrained ResNet with its head, or one with the body of a torchvision weight file.
+    """An untrained ResNet with its head, or one with the body of a weight file.
 
-    UserError when the file holds another architecture.
+    The file is torchvision's, or a content encoder of this project. UserError when it holds
+    another architecture.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, 'grader'))
@@ -151,9 +152,10 @@ def build_grader(settings, *, seed, imagenet_weights=None):
                              hint='Take the file from the torchvision model page and give its '
                                   'path with --imagenet_weights.')
         try:
+            state = state.get('state_dict', state)
             arch, small_stem = describe_resnet(state)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'--imagenet_weights {imagenet_weights}: not a torchvision ResNet'
+            raise UserError(f'--imagenet_weights {imagenet_weights}: not a ResNet-18, -34 or -50'
                             ) from error
         if (arch, small_stem) != (settings.arch, settings.small_stem):
             raise UserError(f'--imagenet_weights {imagenet_weights} is a {arch}, the grader a '
@@ -193,14 +195,15 @@ def _forward(net, batch, mean, std, settings):
 
 
 def _epoch_order(classes, settings, seed, epoch):
-    """Indices of one epoch's pictures in training order."""
+    """Indices of one epoch's pictures in training order, several rounds of small sets."""
     rng = numpy_generator(seed, 'epoch', epoch)
     n = len(classes)
+    rounds = max(1, -(-settings.min_steps_per_epoch * settings.batch_size // n))
     if settings.sampling == 'instance':
-        return rng.permutation(n)
+        return np.concatenate([rng.permutation(n) for _ in range(rounds)])
     _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
     weight = 1 / counts[inverse]
-    return rng.choice(n, size=n, p=weight / weight.sum())
+    return rng.choice(n, size=rounds * n, p=weight / weight.sum())
 
 
 def _fingerprint(images, targets, settings, seed, imagenet_weights):

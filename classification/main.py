@@ -92,7 +92,8 @@ def build_parser():
     g.add_argument('--seed', '--seeds', dest='seeds', type=nonnegative_int, nargs='+',
                    metavar='INT', help='one training per seed')
     g.add_argument('--imagenet_weights', type=Path, metavar='FILE',
-                   help='torchvision ResNet weights to start from (default: random weights)')
+                   help='ResNet weights to start from: torchvision\'s, or a content encoder '
+                        '(default: random weights)')
     g = p.add_argument_group('general')
     g.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
     g.add_argument('--out_dir', type=Path, metavar='DIR',

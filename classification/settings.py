@@ -25,6 +25,8 @@ class Settings:
     small_stem: a 3x3 first convolution and no max-pool, for pictures below about 100 px.
     schedule: cosine over cosine_epochs until min_learning_rate, constant from there on.
     sampling: 'instance' draws every picture once per epoch; 'class' draws grades evenly.
+    min_steps_per_epoch: sets too small for that many batches are gone through several times per
+    epoch, so that small and large sets get comparable numbers of steps.
     mean, std: of the colour channels in [0, 1]; None computes them from the training pictures.
     Augmentation: probabilities of the mirrorings; brightness and contrast factors from
     1 - x to 1 + x; rotation up to that many degrees; translation up to that share of the side.
@@ -38,6 +40,7 @@ class Settings:
     image_size: int = 512
     epochs: int = 61
     batch_size: int = 32
+    min_steps_per_epoch: int = 0
     learning_rate: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 5e-4

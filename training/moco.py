@@ -167,6 +167,8 @@ class _Network(nn.Module):
             nn.Unflatten(1, (width, 1, 1)), nn.Conv2d(width, width, 1, bias=False),
             nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, dim, 1, bias=False),
             nn.BatchNorm2d(dim), nn.Flatten())
+        # A learned offset would bring back the common direction that is normalised away.
+        self.head[-2].requires_grad_(False)
 
     def forward(self, img):
         return F.normalize(self.head(self.backbone(img)).float(), dim=1)
@@ -292,7 +294,7 @@ class MocoTrainer:
         if distributed.world_size() > 1:
             share_batch_statistics(moco.query)
         self.moco = moco.to(self.device, memory_format=torch.channels_last)
-        self.parameters = list(self.moco.query.parameters())
+        self.parameters = [p for p in self.moco.query.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(self.parameters, lr=0.0, momentum=config.sgd_momentum,
                                          weight_decay=config.weight_decay)
 
