@@ -18,7 +18,7 @@ import torch
 
 from criteria.content import content_loss
 from criteria.local_style import local_style_loss, patch_grams
-from models.stylegan2.model import set_low_precision
+from models.stylegan2.frozen import FrozenSynthesis
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,10 @@ class GroupOptimizer:
     """Holds the frozen networks and optimises batches of groups.
 
     psp: models.psp.PSP; content_net: criteria.content.ContentNetwork; style_net with
-    `features(img)`. precision: 'fp32', 'tf32', or 'bf16' (generator from 8 px on and feature
-    networks in bfloat16; latents, Adam, Gram matrices and losses stay float32). The networks are
-    moved to `device` and converted in place.
+    `features(img)`. precision: 'fp32', 'tf32', or 'bf16' (generator and feature networks in
+    bfloat16; latents, styles, Adam, Gram matrices and losses stay float32). The networks are
+    moved to `device`, the feature networks are converted in place, and the generator's weights
+    are copied: later changes to it have no effect.
     """
 
     def __init__(self, psp, content_net, style_net, *, config, device, precision='fp32'):
@@ -99,11 +100,11 @@ class GroupOptimizer:
             raise ValueError(f'precision={precision!r}, want one of {PRECISIONS}')
         self.config, self.device, self.precision = config, torch.device(device), precision
         self.psp = psp.to(self.device).eval().requires_grad_(False)
-        low = torch.bfloat16 if precision == 'bf16' else None
-        set_low_precision(self.psp.decoder, low, n_resolutions=99)
-        dtype = low or torch.float32
-        self.content_net = content_net.to(device=self.device, dtype=dtype)
-        self.style_net = style_net.to(device=self.device, dtype=dtype)
+        dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
+        self.synthesis = FrozenSynthesis(self.psp.decoder, dtype=dtype)
+        layout = {'device': self.device, 'dtype': dtype, 'memory_format': torch.channels_last}
+        self.content_net = content_net.to(**layout)
+        self.style_net = style_net.to(**layout)
 
     @torch.no_grad()
     def targets(self, groups):
@@ -128,7 +129,7 @@ class GroupOptimizer:
 
     def losses(self, ws, targets):
         """(L_c [G], L_s [G], pictures [G, 3, R, R]) of latents ws [G, L, D]."""
-        image = self.psp.decode(ws)
+        image = self.synthesis(ws)
         y = self.psp.pool(image)
         content = content_loss(self.content_net.features(y), targets.content)
         grams = patch_grams(self.style_net.features(y), self.config.n_crop)
@@ -161,8 +162,8 @@ class GroupOptimizer:
                     on_step(len(groups))
             with torch.no_grad():
                 if centroid is None:
-                    centroid = self.psp.decode(start)
-                image = self.psp.decode(ws.detach())
+                    centroid = self.synthesis(start)
+                image = self.synthesis(ws.detach())
         history = history.cpu()
         if not (torch.isfinite(history).all() and torch.isfinite(image).all()):
             raise UserError('the optimisation diverged: a loss is not a number; lower '
@@ -171,12 +172,11 @@ class GroupOptimizer:
 
 
 def group_memory(psp, style_channels, precision):
-    """Rough bytes one group needs during a step: activations kept for the gradient."""
+    """Rough bytes one group needs during a step: maps kept for the gradient and working copies."""
     item = 2 if precision == 'bf16' else 4
-    maps = sum(channels * side ** 2 * (9 if side > 4 else 3)
-               for side, channels in psp.decoder.channels.items())
+    maps = [channels * side ** 2 for side, channels in psp.decoder.channels.items()]
     features = psp.input_size ** 2 * style_channels * 4
-    return (maps + features) * item
+    return (2 * sum(maps) + 6 * max(maps) + features) * item
 
 
 def batch_that_fits(psp, style_channels, precision, free_bytes, *, most):
