@@ -24,17 +24,17 @@ import logging
 import yaml
 
 from classification.data import (
-    load_pictures,
+    graded_groups,
     photograph_set,
     pixel_average_set,
     published_set,
-    read_groups,
     release_set,
     without_known_patients,
 )
 from classification.experiment import run_seeds
 from classification.metrics import check_test_labels
 from classification.settings import LABELS, PRECISIONS, TARGETS, load_config
+from datasets.pictures import load_pictures
 from datasets.table import read_table
 from models.resnet import ARCHS
 from utils.cli import boolean, nonnegative_int, parser, positive_int, resolve_device, run
@@ -126,7 +126,7 @@ def training_set(opts):
         required(opts, 'df')
         table = source_table(opts)
         grades = dict(zip(table.ids, table.labels))
-        return published_set(read_groups(opts.df, grades), grades, opts.images_path,
+        return published_set(graded_groups(opts.df, grades), grades, opts.images_path,
                              centroid=opts.is_centroid), table, None
     if opts.baseline in ('real', 'real-same-n'):
         table = source_table(opts, ids_only=False)
@@ -136,7 +136,7 @@ def training_set(opts):
         required(opts, 'df')
         table = source_table(opts, ids_only=False)
         grades = dict(zip(table.ids, table.labels))
-        return pixel_average_set(read_groups(opts.df, grades), grades,
+        return pixel_average_set(graded_groups(opts.df, grades), grades,
                                  dict(zip(table.ids, table.paths))), table, None
     folder = Path(opts.baseline)
     if not folder.is_dir():
@@ -154,7 +154,7 @@ def number_of_groups(opts, table):
     else:
         if opts.df is None:
             raise UserError('--baseline real-same-n needs --n_train, or --df to count groups')
-        n = len(read_groups(opts.df, dict(zip(table.ids, table.labels))))
+        n = len(graded_groups(opts.df, dict(zip(table.ids, table.labels))))
     if n > len(table):
         raise UserError(f'--n_train {n}: {opts.labels_train} has only {len(table)} photographs')
     return n

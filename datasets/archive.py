@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.errors import UserError
+from utils.errors import UserError, listing
 from utils.images import IMAGE_SUFFIXES, as_rgb
 from utils.io import atomic_path
 
-_MAX_LISTED = 20
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, zipfile.BadZipFile, EOFError,
                   Image.DecompressionBombError)
 
@@ -148,12 +147,10 @@ class ImageArchive(torch.utils.data.Dataset):
             elif (w, h) != common:
                 bad[name] = f'{w}x{h}, the others are {common[0]}x{common[1]}'
         if bad:
-            listed = [f'  {name}: {bad[name]}' for name in sorted(bad)[:_MAX_LISTED]]
-            if len(bad) > _MAX_LISTED:
-                listed.append(f'  ... and {len(bad) - _MAX_LISTED} more')
-            raise UserError('\n'.join([
+            raise UserError(listing(
                 f'{self.store.path}: {len(bad)} of {len(self.names)} images cannot be used; '
-                'prepare them with scripts/dataset_tool.py --width N --height N', *listed]))
+                'prepare them with scripts/dataset_tool.py --width N --height N',
+                [f'{name}: {bad[name]}' for name in sorted(bad)]))
         return common[0]
 
     def _read_labels(self):

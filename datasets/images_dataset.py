@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from datasets.archive import FileStore
-from utils.errors import UserError
+from utils.errors import UserError, listing
 from utils.images import resize
 from utils.logs import progress
 from utils.seeds import numpy_generator
@@ -18,7 +18,6 @@ from utils.seeds import numpy_generator
 log = logging.getLogger(__name__)
 
 _CACHE_LIMIT = 2 << 30    # bytes of decoded pictures kept in memory
-_MAX_LISTED = 20
 
 
 class ImagesDataset(torch.utils.data.Dataset):
@@ -50,9 +49,8 @@ class ImagesDataset(torch.utils.data.Dataset):
                                     total=len(self.names), desc='reading images', unit='img'))
         bad = [r for r in results if r is not None]
         if bad:
-            more = [f'  ... and {len(bad) - _MAX_LISTED} more'] if len(bad) > _MAX_LISTED else []
-            raise UserError('\n'.join([f'{len(bad)} of {len(results)} images cannot be read; '
-                                       'replace or remove them', *bad[:_MAX_LISTED], *more]))
+            raise UserError(listing(f'{len(bad)} of {len(results)} images cannot be read; '
+                                    'replace or remove them', bad))
 
     def _read_one(self, i):
         """Caches picture i, or opens its header; returns a complaint or None."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils.errors import UserError
+from utils.errors import UserError, listing
 from utils.images import IMAGE_SUFFIXES, check_image_files
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,6 @@ LABEL_COLUMNS = ('diagnosis', 'level', 'label', 'grade')
 PATIENT_COLUMNS = ('patient_id', 'patient', 'subject_id', 'subject')
 MAX_GRADE = 4
 _EYEPACS_ID = re.compile(r'(.+)_(left|right)', re.IGNORECASE)
-_MAX_LISTED = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +73,9 @@ def check_table_images(table):
     """Decodes every image of the table; UserError that lists all unreadable ones."""
     bad = check_image_files(table.paths)
     if bad:
-        raise UserError(_listing(f'{len(bad)} of {len(table)} images cannot be read; replace '
+        raise UserError(listing(f'{len(bad)} of {len(table)} images cannot be read; replace '
                                  'them or remove their rows',
                                  [f'{path}: {reason}' for path, reason in bad]))
-
-
-def _listing(head, lines):
-    more = [f'... and {len(lines) - _MAX_LISTED} more'] if len(lines) > _MAX_LISTED else []
-    return '\n  '.join([head + ':', *lines[:_MAX_LISTED], *more])
 
 
 def _read_csv(csv):
@@ -106,14 +100,14 @@ def _ids(frame, csv):
     ids = [v.strip() for v in frame[column]]
     empty = [f'row {i + 2}' for i, v in enumerate(ids) if not v]
     if empty:
-        raise UserError(_listing(f'{csv}: empty ids in column {column}', empty))
+        raise UserError(listing(f'{csv}: empty ids in column {column}', empty))
     seen, double = {}, []
     for i, v in enumerate(ids):
         if v in seen:
             double.append(f'{v}: rows {seen[v] + 2} and {i + 2}')
         seen.setdefault(v, i)
     if double:
-        raise UserError(_listing(f'{csv}: duplicate ids; keep one row of each', double))
+        raise UserError(listing(f'{csv}: duplicate ids; keep one row of each', double))
     return ids
 
 
@@ -126,7 +120,7 @@ def _labels(frame, csv, required):
     values = pd.to_numeric(frame[column], errors='coerce')
     good = values.between(0, MAX_GRADE) & (values == values.round())
     if not good.all():
-        raise UserError(_listing(
+        raise UserError(listing(
             f'{csv}: column {column} must hold grades from 0 to {MAX_GRADE}',
             [f'row {i + 2}: {frame[column].iloc[i]!r}' for i in np.flatnonzero(~good)]))
     return values.to_numpy().astype(np.int64)
@@ -147,7 +141,7 @@ def _patients(frame, ids, csv):
     patients = _strings(frame, column)
     empty = [f'row {i + 2} ({ids[i]})' for i, v in enumerate(patients) if not v]
     if empty:
-        raise UserError(_listing(f'{csv}: column {column} is empty in some rows; fill it, or '
+        raise UserError(listing(f'{csv}: column {column} is empty in some rows; fill it, or '
                                  'remove the column if every image is another person', empty))
     return patients
 
@@ -193,9 +187,9 @@ def _find_files(ids, csv, image_dir):
         else:
             missing.append(v)
     if missing:
-        raise UserError(_listing(f'{len(missing)} of {len(ids)} ids of {csv} have no image in '
+        raise UserError(listing(f'{len(missing)} of {len(ids)} ids of {csv} have no image in '
                                  f'{image_dir}; add the files or remove the rows', missing))
     if unclear:
-        raise UserError(_listing(f'ids of {csv} with more than one image in {image_dir}; keep '
+        raise UserError(listing(f'ids of {csv} with more than one image in {image_dir}; keep '
                                  'one file of each', unclear))
     return paths

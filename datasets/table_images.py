@@ -4,12 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, listing
 from utils.images import load_rgb, resize
 from utils.logs import progress
 
 _CACHE_LIMIT = 2 << 30    # bytes of decoded pictures kept in memory
-_MAX_LISTED = 20
 
 
 class TableImages(torch.utils.data.Dataset):
@@ -29,9 +28,8 @@ class TableImages(torch.utils.data.Dataset):
                                        total=len(self.paths), desc='reading images', unit='img')
                    if r is not None]
         if bad:
-            more = [f'... and {len(bad) - _MAX_LISTED} more'] if len(bad) > _MAX_LISTED else []
-            raise UserError('\n  '.join([f'{len(bad)} of {len(self.paths)} images cannot be read:',
-                                         *bad[:_MAX_LISTED], *more]))
+            raise UserError(listing(f'{len(bad)} of {len(self.paths)} images cannot be read',
+                                    bad))
 
     def _read_one(self, i):
         """Decodes (and caches) picture i; returns a complaint or None."""

@@ -40,6 +40,7 @@ from criteria.content import load_content_network
 from datasets.table import read_table
 from MIA.attacks import closest_release_scores, reidentification_ranks
 from MIA.metrics import attack_metrics, plot_roc, reidentification_rates
+from MIA.splits import MEMBER, OTHER, check_roles, split_by_patient, split_table
 from MIA.vessels import vessel_scores
 from models.psp import load_psp
 from training.fidelity import extract_features, fidelity, sharpness
@@ -148,27 +149,19 @@ def prepare_data(config, out_dir, seed):
     if config['split_column']:
         if table.splits is None:
             raise UserError('split_column: the table has no split column')
-        role = ['member' if s == config['split_column']['members'] else
-                'other' if s == config['split_column']['others'] else '' for s in table.splits]
+        value = {config['split_column'][r + 's']: r for r in (MEMBER, OTHER)}
+        role = [value.get(s, '') for s in table.splits]
     else:
-        names = sorted(set(people))
-        drawn = numpy_generator(seed, 'members').permutation(len(names))
-        chosen = {names[i] for i in drawn[:round(config['members'] * len(names))]}
-        role = ['member' if p in chosen else 'other' for p in people]
-    both = {p for p, r in zip(people, role) if r == 'member'} & {
-        p for p, r in zip(people, role) if r == 'other'}
-    if both:
-        raise UserError(f'{len(both)} patients are members and others at once, e.g. '
-                        f'{min(both)}; split by patient')
-    write_csv(out_dir / 'split.csv', pd.DataFrame({'id_code': table.ids, 'patient_id': people,
-                                                   'role': role}))
+        role = split_by_patient(people, config['members'], seed=seed)
+    check_roles(people, role)
+    write_csv(out_dir / 'split.csv', split_table(table, role))
     first = [v in ('', '0') for v in table.visits] if table.visits else [True] * len(table)
     rows = {r: [i for i in range(len(table)) if role[i] == r and first[i]]
-            for r in ('member', 'other')}
-    again = [i for i in range(len(table)) if role[i] == 'member' and not first[i]]
+            for r in (MEMBER, OTHER)}
+    again = [i for i in range(len(table)) if role[i] == MEMBER and not first[i]]
     eye_of = {(people[i], (table.eyes or [''] * len(table))[i]): n
-              for n, i in enumerate(rows['member'])}
-    return Population(table.subset(rows['member']), table.subset(rows['other']),
+              for n, i in enumerate(rows[MEMBER])}
+    return Population(table.subset(rows[MEMBER]), table.subset(rows[OTHER]),
                       table.subset(again) if again else None,
                       np.array([eye_of[people[i], table.eyes[i]] for i in again], dtype=int))
 

@@ -29,6 +29,7 @@ from classification.metrics import (
     grading_metrics,
 )
 from classification.settings import CONFIG_DIR, Settings, load_config
+from datasets.pictures import load_pictures
 from datasets.table import read_table
 from utils.errors import UserError
 from utils.io import save_torch
@@ -299,7 +300,7 @@ def test_validation_split_keeps_people_together_and_grades_in_proportion():
 def test_group_labels(study):
     table = read_table('train.csv', ids_only=True)
     grades = dict(zip(table.ids, table.labels)) | {'src20': 3}
-    groups = data.read_groups(study / 'k2_nearest_df.csv', grades)
+    groups = data.graded_groups(study / 'k2_nearest_df.csv', grades)
     found = data.published_set(groups, grades, study / 'style_proj')
     assert found.labels[0] == 0    # grades 0 and 3: a tie goes to the lowest
     np.testing.assert_array_equal(found.shares[0], [0.5, 0, 0, 0.5, 0])
@@ -308,10 +309,10 @@ def test_group_labels(study):
 def test_pixel_average(study):
     table = read_table('train.csv', study / 'source', require_label=True)
     grades = dict(zip(table.ids, table.labels))
-    found = data.pixel_average_set(data.read_groups('k2_nearest_df.csv', grades), grades,
+    found = data.pixel_average_set(data.graded_groups('k2_nearest_df.csv', grades), grades,
                                    dict(zip(table.ids, table.paths)))
-    single = data.load_pictures([[p] for p in table.paths], 16).astype(float)
-    got = data.load_pictures(found.sources, 16)
+    single = load_pictures([[p] for p in table.paths], 16).astype(float)
+    got = load_pictures(found.sources, 16)
     np.testing.assert_array_equal(got, np.rint((single[:20] + single[20:]) / 2))
 
 

@@ -3,6 +3,8 @@ import pytest
 import torch
 from conftest import relative_error
 
+from models.encoders import build_encoder
+from models.psp import PSP, FrozenPSP, invert, refine
 from models.stylegan2 import Generator
 from models.stylegan2.frozen import FrozenSynthesis
 
@@ -73,6 +75,25 @@ def test_refuses_latents_of_another_generator():
     frozen = FrozenSynthesis(small_generator())
     with pytest.raises(ValueError, match=r'want \[N, 10, 24\]'):
         frozen(torch.zeros(1, 12, 24))
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_frozen_inversion_equals_inversion(dtype, tolerance):
+    torch.manual_seed(0)
+    decoder = Generator(32, style_dim=16, n_mlp=2, channels={4: 8, 8: 8, 16: 8, 32: 8})
+    encoder = build_encoder('LightEncoder', n_styles=8, input_size=32, style_dim=16, width=8)
+    psp = PSP(encoder, decoder, 0.1 * torch.randn(16), 32).eval().requires_grad_(False)
+    x = torch.rand(3, 3, 32, 32) * 2 - 1
+    want = invert(psp, x, n_iters=3, keep_iterations=True)
+    got = invert(FrozenPSP(psp, dtype), x, n_iters=3, keep_iterations=True)
+    for a, b in zip(got, want):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() / b.norm() < tolerance
+    assert next(psp.parameters()).dtype == torch.float32
+    refined, error = refine(FrozenPSP(psp), x, want.ws, n_steps=2)
+    expected = refine(psp, x, want.ws, n_steps=2)
+    assert relative_error(refined, expected[0]) < 1e-3
+    assert relative_error(error, expected[1]) < 1e-3
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from torch import nn
 
 from criteria.content import load_content_network
 from datasets.archive import FileStore
-from utils.errors import UserError
+from utils.errors import UserError, listing
 from utils.images import from_uint8, to_uint8
 from utils.io import load_weights
 from utils.logs import progress
@@ -31,7 +31,6 @@ METRICS = ('fd_fundus', 'kid_fundus', 'fid', 'kid')
 PR_NEIGHBOURS = 3     # Kynkäänniemi et al. 2019
 DC_NEIGHBOURS = 5     # Naeem et al. 2020
 N_SPLITS = 5
-_MAX_LISTED = 20
 _WHERE = (f'It is {INCEPTION_FILE} of the releases of github.com/mseitzer/pytorch-fid '
           '(torch-fidelity ships the same file as weights-inception-2015-12-05-6726825d.pth); '
           'give its path with --inception_weights.')
@@ -103,9 +102,8 @@ def read_pictures(path, size, *, threads=4):
                                 desc='reading images', unit='img'))
     bad = [a for a in answers if a is not None]
     if bad:
-        more = [f'... and {len(bad) - _MAX_LISTED} more'] if len(bad) > _MAX_LISTED else []
-        raise UserError('\n  '.join([f'{len(bad)} of {len(names)} images of {path} cannot be '
-                                     'read:', *bad[:_MAX_LISTED], *more]))
+        raise UserError(listing(f'{len(bad)} of {len(names)} images of {path} cannot be read',
+                                bad))
     return pictures
 
 

@@ -1,5 +1,7 @@
 """The two errors a user can meet; everything else is a bug."""
 
+MAX_LISTED = 20
+
 
 class UserError(Exception):
     """Bad input or a missing file: the message names the flag, file or row and the remedy."""
@@ -7,3 +9,9 @@ class UserError(Exception):
 
 class PrivacyError(UserError):
     """A privacy promise would be broken; the run stops instead of releasing anything."""
+
+
+def listing(head, lines):
+    """The text of an error over many files or rows: the head, then the first 20 of them."""
+    more = [f'... and {len(lines) - MAX_LISTED} more'] if len(lines) > MAX_LISTED else []
+    return '\n  '.join([f'{head}:', *map(str, lines[:MAX_LISTED]), *more])

@@ -1,0 +1,87 @@
+"""The vessel attack: is somebody's vascular tree to be seen in a release picture?
+
+Vessel maps (multi-scale ridges of the green channel, Sato's filter) are compared by normalised
+cross-correlation over all small shifts and a few rotations, which registers two photographs of
+the same eye that differ in gaze. Pictures are uint8 [n, 3, S, S].
+"""
+import numpy as np
+import torch
+from skimage.filters import gaussian, sato
+
+from utils.errors import UserError
+
+ROTATIONS = (-6.0, -3.0, 0.0, 3.0, 6.0)    # degrees that a head tilts between photographs
+MAX_SHIFT = 0.12                           # of the side: how far gaze moves the picture
+_BATCH = 64
+
+
+def vessel_maps(pictures):
+    """Vessel strength, float32 [n, S, S], each with mean 0 and unit norm inside the field of view.
+
+    A picture without any structure gives zeros.
+    """
+    maps = np.empty((len(pictures), *pictures.shape[2:]), np.float32)
+    side = pictures.shape[-1]
+    sigmas = np.array([1 / 160, 1 / 80]) * side
+    for i, picture in enumerate(pictures):
+        green = picture[1].astype(np.float64) / 255
+        inside = picture.max(0) > 12
+        # Illumination differs between visits: divide by the local brightness.
+        weight = gaussian(inside.astype(np.float64), side / 16) + 1e-3
+        green = np.where(inside, green, 0)
+        level = gaussian(green, side / 16) / weight
+        flat = np.where(inside, green / (level + 1e-3), 1.0)
+        ridges = sato(flat, sigmas=np.maximum(sigmas, 0.6), black_ridges=True, mode='nearest')
+        # The rim of the field of view is an edge of its own.
+        ridges *= gaussian(inside.astype(np.float64), side / 32) > 0.98
+        ridges -= ridges.mean()
+        norm = np.linalg.norm(ridges)
+        maps[i] = ridges / norm if norm > 0 else 0
+    return maps
+
+
+def best_correlations(queries, pool, *, device='cpu'):
+    """Highest correlation of maps [n, S, S] with maps [m, S, S] over shifts and rotations: [n, m].
+
+    Computed with FFTs; zero padding keeps shifts from wrapping round.
+    """
+    side = queries.shape[-1]
+    size, reach = 2 * side, int(MAX_SHIFT * side)
+    near = torch.tensor([*range(reach + 1), *range(size - reach, size)], device=device)
+    pool = torch.fft.rfft2(torch.from_numpy(pool).to(device), s=(size, size)).conj()
+    found = torch.full((len(queries), len(pool)), -1.0, device=device)
+    for start in range(0, len(queries), _BATCH):
+        part = torch.from_numpy(queries[start:start + _BATCH]).to(device)
+        for angle in ROTATIONS:
+            spectra = torch.fft.rfft2(_rotated(part, angle), s=(size, size))
+            for i, spectrum in enumerate(spectra):
+                surface = torch.fft.irfft2(spectrum * pool, s=(size, size))
+                best = surface[:, near[:, None], near].amax((1, 2))
+                row = found[start + i]
+                torch.maximum(row, best, out=row)
+    return found.cpu().numpy()
+
+
+def _rotated(maps, degrees):
+    """maps [n, S, S] turned about their centre; what comes from outside is 0."""
+    angle = np.deg2rad(degrees)
+    grid = torch.tensor([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0]],
+                        dtype=torch.float32, device=maps.device)
+    where = torch.nn.functional.affine_grid(grid.expand(len(maps), 2, 3),
+                                            [len(maps), 1, *maps.shape[1:]], align_corners=False)
+    return torch.nn.functional.grid_sample(maps[:, None], where, align_corners=False)[:, 0]
+
+
+def vessel_scores(members, nonmembers, release, reference, *, device='cpu'):
+    """Scores of members [m] and others [n]: best match in the release minus that in the reference.
+
+    UserError when a set is empty.
+    """
+    sets = {'members': members, 'nonmembers': nonmembers, 'release': release,
+            'reference': reference}
+    if empty := [name for name, pictures in sets.items() if len(pictures) == 0]:
+        raise UserError(f'nothing to attack: no {", ".join(empty)}')
+    maps = {name: vessel_maps(pictures) for name, pictures in sets.items()}
+    return tuple(best_correlations(maps[people], maps['release'], device=device).max(1)
+                 - best_correlations(maps[people], maps['reference'], device=device).max(1)
+                 for people in ('members', 'nonmembers'))

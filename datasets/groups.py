@@ -1,0 +1,79 @@
+"""Group tables (id_code, centers, release_name) and the pictures that stand for the groups."""
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from utils.errors import UserError, listing
+from utils.images import IMAGE_SUFFIXES
+
+
+class Group(NamedTuple):
+    """Number from 1, ids of the members in table order, release name if the table has one."""
+
+    number: int
+    members: list
+    release_name: str | None
+
+
+def find_group_table(path, names, *, flag='--df'):
+    """`path` itself, or the first of `names` in the folder `path`; UserError when there is none."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f'{flag} {path}: no group table there; looked for {", ".join(names)}')
+
+
+def read_groups(path, *, flag='--df'):
+    """The groups of a published cluster table or a run's private groups.csv: list of Group.
+
+    In ascending number; rows of group 0 (suppressed) are left out. UserError for a missing
+    table, missing columns, and numbers that are none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'{flag} {path}: no such table')
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if not {'id_code', 'centers'} <= set(frame.columns):
+        raise UserError(f'{flag} {path}: it needs the columns id_code and centers, and has '
+                        f'{", ".join(frame.columns)}')
+    centers = pd.to_numeric(frame['centers'], errors='coerce')
+    if centers.isna().any():
+        raise UserError(listing(f'{flag} {path}: centers must be numbers', [
+            f'row {i + 2}: {frame["centers"].iloc[i]!r}' for i in np.flatnonzero(centers.isna())]))
+    frame = frame.assign(centers=centers.astype(int))
+    frame = frame[frame['centers'] != 0]
+    return [Group(int(number), list(rows['id_code']),
+                  rows['release_name'].iloc[0] if 'release_name' in rows else None)
+            for number, rows in frame.groupby('centers', sort=True)]
+
+
+def group_pictures(groups, folder, *, centroid=False, flag='--images_path'):
+    """The file of every group in `folder`: by release name, or named after the first member.
+
+    centroid: `<id>_centroids` files, the plain latent averages of published runs. UserError that
+    lists all groups without a picture.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f'{flag} {folder}: no such folder')
+    files = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+    paths, missing = [], []
+    for group in groups:
+        first = group.members[0]
+        # Published runs on .jpeg ids cut four characters off and left `<id>._centroids.png`.
+        names = [f'{first}_centroids', f'{first}._centroids'] if centroid else [first]
+        names += [group.release_name] if group.release_name else []
+        found = next((files[n] for n in names if n in files), None)
+        if found is None:
+            missing.append(names[0])
+        paths.append(found)
+    if missing:
+        raise UserError(listing(f'{len(missing)} of {len(groups)} groups have no picture in '
+                                f'{flag} {folder}; check the folder, the group table and whether '
+                                'centroids are meant', missing))
+    return paths

@@ -1,0 +1,276 @@
+"""Membership attacks: metrics against scikit-learn, controls, the published commands."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import beta
+from sklearn.metrics import roc_auc_score
+
+from datasets.phantoms import render_phantom
+from MIA import MIA_test, MIA_train
+from MIA.attacks import closest_release_scores, reidentification_ranks
+from MIA.metrics import attack_metrics, auc, precision_at_k, reidentification_rates, roc
+from MIA.MIA_split import main as split_main
+from MIA.pair_attack import PairAttack, PairConfig, draw_pairs, standardisation
+from MIA.splits import check_roles, split_by_patient
+from MIA.vessels import best_correlations, vessel_maps, vessel_scores
+from utils.errors import UserError
+
+
+def phantoms(patients, size, visit=0):
+    return np.stack([np.asarray(render_phantom(seed=3, patient=p, eye='left', visit=visit,
+                                               grade=p % 3, size=size).image).transpose(2, 0, 1)
+                     for p in patients])
+
+
+@pytest.fixture(scope='module')
+def people():
+    """64-px phantoms of 90 people."""
+    return phantoms(range(90), 64)
+
+
+def pixels(u8):
+    return u8.reshape(len(u8), -1).astype(np.float32)
+
+
+# -- metrics ------------------------------------------------------------------------------------
+
+
+def test_metrics_equal_independent_implementations():
+    rng = np.random.default_rng(0)
+    member, other = rng.normal(0.7, 1, 300).round(1), rng.normal(0, 1, 500).round(1)
+    truth, scores = np.r_[np.ones(300), np.zeros(500)], np.r_[member, other]
+    assert auc(member, other) == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
+    found = attack_metrics(member, other)
+    assert found['auc']['low'] < found['auc']['value'] < found['auc']['high']
+    # The threshold of 1 % lets 5 of 500 others through, and not 6.
+    tpr = found['tpr_at_1pct_fpr']
+    best = max((member >= t).mean() for t in np.unique(scores) if (other >= t).sum() <= 5)
+    assert tpr['value'] == pytest.approx(best)
+    hits = round(tpr['value'] * 300)
+    assert tpr['low'] == pytest.approx(beta.ppf(0.025, hits, 300 - hits + 1))
+    assert tpr['high'] == pytest.approx(beta.ppf(0.975, hits + 1, 300 - hits))
+    assert tpr['resolved'] and not found['tpr_at_0.1pct_fpr']['resolved']
+    fpr, rate = roc(member, other)
+    assert np.trapezoid(rate, fpr) == pytest.approx(auc(member, other), abs=1e-9)
+    assert abs(found['balanced_accuracy']['value'] - 0.63) < 0.06
+
+
+def test_the_interval_covers_chance():
+    rng = np.random.default_rng(1)
+    inside = [v['auc']['low'] <= 0.5 <= v['auc']['high'] for v in (
+        attack_metrics(rng.normal(size=60), rng.normal(size=60), n_bootstrap=200)
+        for _ in range(40))]
+    assert sum(inside) >= 34
+
+
+def test_precision_and_ranks():
+    scores = np.array([[0.9, 0.8, 0.1, 0.2], [0.5, 0.5, 0.5, 0.5]])
+    same = np.array([[True, False, True, False], [False, False, True, True]])
+    assert precision_at_k(scores, same, 2) == 0.25    # ties of the second go against the attacker
+    rates = reidentification_rates([1, 1, 4, 9], 20)
+    assert rates['rank_1'] == 0.5 and rates['rank_5'] == 0.75 and rates['chance_rank_5'] == 0.25
+
+
+def test_too_few_people():
+    with pytest.raises(UserError, match='too few'):
+        attack_metrics([1, 2, 3], [1, 2, 3, 4])
+
+
+# -- attacks without training -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('attack', ['pixel', 'vessel'])
+def test_controls(people, attack):
+    """A release of reconstructions is caught; one of other people gives nothing away."""
+    members, others, reference, strangers = np.split(people, [25, 50, 70])
+    blurred = np.stack([np.asarray(Image.fromarray(p.transpose(1, 2, 0)).resize((40, 40)).resize(
+        (64, 64))).transpose(2, 0, 1) for p in members])
+
+    def run(release):
+        if attack == 'vessel':
+            scores = vessel_scores(members, others, release, reference)
+        else:
+            scores = closest_release_scores(members, others, release, reference, pixels)
+        return attack_metrics(*scores, level=0.99)['auc']
+    leaking, clean = run(blurred), run(strangers)
+    assert leaking['value'] > 0.95 and leaking['low'] > 0.8
+    assert clean['low'] <= 0.5 <= clean['high']
+    assert abs(clean['value'] - 0.5) < 0.2
+
+
+def test_later_photographs_lead_to_the_release_of_one_person():
+    first, later = phantoms(range(16), 96), phantoms(range(16), 96, visit=1)
+    ranks = reidentification_ranks(later, np.arange(16), first, vessel_features)
+    assert np.median(ranks) <= 8    # a plain distance of unregistered maps is a weak attack
+    similarity = best_correlations(vessel_maps(later), vessel_maps(first))
+    assert (similarity.argmax(1) == np.arange(16)).mean() >= 0.8    # registration finds them
+
+
+def vessel_features(u8):
+    return vessel_maps(u8).reshape(len(u8), -1)
+
+
+def test_nothing_to_attack(people):
+    with pytest.raises(UserError, match='no release'):
+        closest_release_scores(people[:5], people[5:9], people[:0], people[9:], pixels)
+    flat = np.full((2, 3, 64, 64), 90, np.uint8)
+    assert np.isfinite(vessel_scores(flat, flat, flat, flat)[0]).all()
+
+
+# -- splits -------------------------------------------------------------------------------------
+
+
+def test_split_keeps_patients_together():
+    patients = [f'p{i // 3}' for i in range(60)]
+    roles = split_by_patient(patients, 0.5, seed=4)
+    assert roles.count('member') == 30
+    check_roles(patients, roles)
+    assert roles == split_by_patient(patients, 0.5, seed=4) != split_by_patient(patients, 0.5)
+    roles[0] = 'other' if roles[0] == 'member' else 'member'
+    with pytest.raises(UserError, match='1 patients are members and others'):
+        check_roles(patients, roles)
+    with pytest.raises(UserError, match='empty'):
+        split_by_patient(patients, 0.0)
+
+
+# -- the pair attack ----------------------------------------------------------------------------
+
+
+def test_pairs_of_a_step():
+    group_of = np.repeat(np.arange(6), 3)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        rows, shown, same = draw_pairs(group_of, PairConfig(k=3, mult_batch=2, pairs='published'),
+                                       rng)
+        anchor = shown[0]
+        assert (shown == anchor).all() and len(set(rows)) == len(rows)    # nobody twice
+        assert set(rows[same == 1]) == set(np.flatnonzero(group_of == anchor))
+        rows, shown, same = draw_pairs(group_of, PairConfig(k=3, mult_batch=2), rng)
+        assert ((group_of[rows] == shown) == (same == 1)).all()
+        assert same.sum() == 6 and len(rows) == 12 and (np.bincount(rows)[rows] == 2).all()
+
+
+def make_study(folder, *, published=False, n_groups=8, k=2, start=0):
+    """Groups of coloured discs; each release picture is its group's mean (a release that leaks)."""
+    rng = np.random.default_rng(start)
+    (folder / 'photos').mkdir(parents=True)
+    rows = []
+    for c in range(n_groups):
+        colours = rng.uniform(40, 230, (1, 3)) + rng.normal(0, 4, (k, 3))
+        ids = [f'{start}_{c}_{j}' for j in range(k)]
+        for i, colour in zip(ids, colours):
+            Image.fromarray(np.broadcast_to(colour, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+                            ).save(folder / f'photos/{i}.png')
+        mean = Image.fromarray(np.broadcast_to(colours.mean(0), (32, 32, 3)).astype(np.uint8))
+        names = {'ours': ids[0] if published else f'ksalsa_{c:03d}',
+                 'centroids': f'{ids[0]}_centroids' if published else f'ksalsa_{c:03d}'}
+        for kind, name in names.items():
+            (folder / kind).mkdir(exist_ok=True)
+            mean.save(folder / kind / f'{name}.png')
+        rows += [(i, c + 1, k) + (() if published else (names['ours'],)) for i in ids]
+    columns = ['id_code', 'centers', 'count_centers'] + ([] if published else ['release_name'])
+    table = f'k{k}_nearest_df.csv' if published else 'groups.csv'
+    pd.DataFrame(rows, columns=columns).to_csv(folder / table, index=False)
+    return folder
+
+
+def train_flags(study, kind, out, *extra):
+    return [f'--train_df_path={study}', f'--train_image_path={study / "photos"}',
+            f'--centroid_image_path={study / ("ours" if kind == "centroid_ours" else "centroids")}',
+            f'--centroid_type={kind}', '--samek=2', f'--out_dir={out}', '--image_size=32',
+            '--device=cpu', *extra]
+
+
+@pytest.mark.parametrize('published', [True, False])
+@pytest.mark.parametrize('kind', ['centroid_ours', 'centroid'])
+def test_published_commands(tmp_path, kind, published, capsys):
+    train = make_study(tmp_path / 'train', published=published, n_groups=6)
+    test = make_study(tmp_path / 'test', published=published, n_groups=6, start=100)
+    assert MIA_train.main(train_flags(train, kind, tmp_path / 'ck', '--epochs=2')) == 0
+    checkpoint = tmp_path / 'ck' / f'{kind}_aptos_k2_1.pth'
+    flags = [f'--test_df_path={test}', f'--test_image_path={test / "photos"}', '--samek=2',
+             f'--centroid_image_path={test / ("ours" if kind == "centroid_ours" else "centroids")}',
+             f'--centroid_type={kind}', f'--ckpt_path={checkpoint}', '--topk=2',
+             f'--out_dir={tmp_path / "out"}', '--device=cpu']
+    assert MIA_test.main(flags) == 0
+    assert 'precision at 2' in capsys.readouterr().out
+    name = f'{kind}k2_aptos_val_score_matrices49'
+    scores = np.load(tmp_path / 'out' / f'{name}.npy')
+    assert scores.shape == (3, 12, 2) and np.allclose(scores.sum(2), 1, atol=1e-5)
+    found = json.loads((tmp_path / 'out' / f'{name}.json').read_text())
+    assert found['membership']['n_members'] == 6 and found['pairs']['n_members'] == 6
+    assert (tmp_path / 'out' / f'{name}_roc.png').stat().st_size > 0
+    with pytest.raises(UserError, match='exists'):
+        MIA_test.main(flags)
+
+
+def test_the_pair_attack_learns_and_resumes_exactly(tmp_path):
+    """It learns which colours belong together, also of photographs it has not seen."""
+    rng = np.random.default_rng(0)
+    colours = rng.uniform(40, 230, (6, 3))
+
+    def draw(n):
+        u8 = np.repeat(colours, n, 0) + rng.normal(0, 3, (n * 6, 3))
+        return np.broadcast_to(u8[..., None, None], (*u8.shape, 32, 32)).astype(np.uint8)
+    photos, pictures, group_of = draw(3), draw(1), np.repeat(np.arange(6), 3)
+    config = PairConfig(k=3, mult_batch=4, lr=1e-3, epochs=20, image_size=32, precision='bf16')
+
+    def new():
+        mean, std = standardisation(photos)
+        return PairAttack(config, mean=mean, std=std, device='cpu')
+    attack = new()
+    for _ in range(config.epochs):
+        attack.train_epoch(photos, pictures, group_of)
+        if attack.epoch == 2:
+            torch.save(attack.state(), tmp_path / 'state.pt')
+        if attack.epoch == 3:
+            again = new()
+            again.load_state(torch.load(tmp_path / 'state.pt', weights_only=True))
+            again.train_epoch(photos, pictures, group_of)
+            for a, b in zip(attack.net.state_dict().values(), again.net.state_dict().values()):
+                assert torch.equal(a, b)
+    scores = attack.scores(draw(3), pictures)[..., 1]
+    own = group_of[None] == np.arange(6)[:, None]
+    assert attack_metrics(scores[own], scores[~own], n_bootstrap=50)['auc']['value'] > 0.8
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda s: (s / 'photos/0_0_1.png').unlink(), 'have no image'),
+    (lambda s: (s / 'ours/ksalsa_001.png').unlink(), 'have no picture'),
+    (lambda s: (s / 'groups.csv').unlink(), 'no group table'),
+    (lambda s: pd.read_csv(s / 'groups.csv').iloc[:2].to_csv(s / 'groups.csv', index=False),
+     'at least 2'),
+])
+def test_bad_input(tmp_path, change, message):
+    study = make_study(tmp_path / 'train', n_groups=3)
+    change(study)
+    with pytest.raises(UserError, match=message):
+        MIA_train.main(train_flags(study, 'centroid_ours', tmp_path / 'ck'))
+    assert not (tmp_path / 'ck').exists()
+
+
+def test_split_command(tmp_path):
+    (tmp_path / 'images').mkdir()
+    frame = pd.DataFrame({'id_code': [f'a{i}' for i in range(12)],
+                          'patient_id': [f'p{i // 2}' for i in range(12)]})
+    for i in frame.id_code:
+        Image.new('RGB', (8, 8)).save(tmp_path / f'images/{i}.png')
+    frame.to_csv(tmp_path / 'labels.csv', index=False)
+    flags = [f'--df={tmp_path / "labels.csv"}', f'--out_dir={tmp_path / "split"}']
+    assert split_main(flags) == 0
+    parts = [pd.read_csv(tmp_path / 'split' / f'{r}.csv') for r in ('members', 'others')]
+    assert sorted(pd.concat(parts).id_code) == sorted(frame.id_code)
+    assert not set(parts[0].patient_id) & set(parts[1].patient_id)
+    with pytest.raises(UserError, match='already'):
+        split_main(flags)
+
+
+@pytest.mark.parametrize('module', [MIA_train, MIA_test])
+def test_help_reads_well(module, capsys):
+    with pytest.raises(SystemExit):
+        module.main(['--help'])
+    assert '(default: centroid_ours)' in capsys.readouterr().out
