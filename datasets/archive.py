@@ -243,10 +243,13 @@ class ArchiveWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
 
-    def add(self, image, label=None):
-        """Appends a PIL picture (uncompressed PNG) and returns its name in the archive."""
+    def add(self, image, label=None, *, name=None):
+        """Appends a PIL picture (uncompressed PNG) and returns its name in the archive.
+
+        name: in place of the next number.
+        """
         number = f'{len(self._labels):08d}'
-        name = f'{number[:5]}/img{number}.png'
+        name = name or f'{number[:5]}/img{number}.png'
         buffer = io.BytesIO()
         Image.fromarray(np.array(image)).save(buffer, format='PNG', compress_level=0)
         self._write(name, buffer.getvalue())

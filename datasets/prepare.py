@@ -3,6 +3,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import logging
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +12,7 @@ from PIL import Image
 from datasets.archive import ArchiveWriter, FileStore
 from datasets.fov import UnusableFrame, crop_fov, find_fov
 from datasets.table import read_table
-from utils.errors import UserError
+from utils.errors import UserError, listing
 from utils.images import load_rgb
 from utils.logs import progress
 
@@ -128,13 +129,18 @@ def check_options(transform, width, height, *, mask=False, unsqueeze=False):
 
 
 def build_archive(images, dest, *, transform='none', width=None, height=None, resample='lanczos',
-                  mask=False, unsqueeze=False, max_images=None, workers=1):
+                  mask=False, unsqueeze=False, max_images=None, workers=1, keep_names=False):
     """Writes `images` (SourceImage list) to the archive `dest`; returns the report, a DataFrame.
 
     Its columns: source, name, kept, reason (why not), archive_name, label. Damaged files and
-    unusable frames are left out. UserError when nothing is left, or when the results are not
-    squares of one power of two (listed together).
+    unusable frames are left out. keep_names: files keep their names (as .png) instead of being
+    numbered. UserError when nothing is left, when names to be kept are not unique, or when the
+    results are not squares of one power of two (listed together).
     """
+    if keep_names:
+        names = [f'{Path(item.name).stem}.png' for item in images]
+        if double := sorted(n for n, times in Counter(names).items() if times > 1):
+            raise UserError(listing('--keep_names: several images of one name', double))
     width, height = check_options(transform, width, height, mask=mask, unsqueeze=unsqueeze)
 
     def prepare(item):
@@ -162,20 +168,20 @@ def build_archive(images, dest, *, transform='none', width=None, height=None, re
                 size = size or image.size
                 w, h = image.size
                 if w != h or w & (w - 1) or image.size != size:
-                    misfits.append(f'  {item.source}: {item.name}: {w}x{h}')
+                    misfits.append(f'{item.source}: {item.name}: {w}x{h}')
                 else:
-                    name = writer.add(image, item.label)
+                    own = f'{Path(item.name).stem}.png' if keep_names else None
+                    name = writer.add(image, item.label, name=own)
                     n_kept += 1
             else:
                 log.warning('left out %s: %s (%s)', item.name, reason, item.source)
             rows.append({'source': item.source, 'name': item.name, 'kept': name is not None,
                          'reason': reason or '', 'archive_name': name or '', 'label': item.label})
         if misfits:
-            more = [f'  ... and {len(misfits) - 20} more'] if len(misfits) > 20 else []
-            raise UserError('\n'.join([
+            raise UserError(listing(
                 f'{len(misfits)} of {len(images)} images are not squares of one power of two '
                 'after the transform; give --width and --height (e.g. --width 256 --height 256)',
-                *misfits[:20], *more]))
+                misfits))
         if not n_kept:
             raise UserError(f'none of the {len(images)} images can be used: '
                             + '; '.join(sorted({r['reason'] for r in rows})[:5]))

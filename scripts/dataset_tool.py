@@ -4,6 +4,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pandas as pd
+
 from datasets.prepare import FILTERS, TRANSFORMS, build_archive, check_options, list_source
 from utils import cli
 from utils.errors import UserError
@@ -44,9 +46,22 @@ def build_parser():
                    help='blacken everything outside the field of view (text, notches, glare)')
     p.add_argument('--unsqueeze', action='store_true',
                    help='stretch an elliptical field of view back to the circle the camera saw')
+    p.add_argument('--keep_names', '--keep-names', action='store_true',
+                   help='keep the file names, in a folder; with a CSV table its rows are copied '
+                        'to labels.csv beside the images, so that the folder replaces the '
+                        'photographs for the other scripts')
     p.add_argument('--workers', type=cli.positive_int, default=4, metavar='N',
                    help='decoding threads')
     return p
+
+
+def copy_table(source, split, kept, dest):
+    """The rows of the table `source` whose images were kept, in a new table."""
+    rows = pd.read_csv(source, dtype=str, keep_default_na=False, encoding='utf-8-sig')
+    rows.columns = [c.strip() for c in rows.columns]
+    if split is not None:
+        rows = rows[rows['split'].str.strip() == split]
+    write_csv(dest, rows.iloc[:len(kept)][kept.to_numpy()])
 
 
 def main(argv=None):
@@ -59,11 +74,16 @@ def main(argv=None):
         raise UserError(f'--width {side}: the generator takes powers of two (64, 128, 256, ...)')
     if args.image_dir and not any(s.lower().endswith('.csv') for s in args.source):
         raise UserError('--image_dir belongs to a CSV table; none is among --source')
+    if args.keep_names and args.dest.lower().endswith('.zip'):
+        raise UserError('--keep_names makes a folder; give a --dest that does not end in .zip')
     images = [item for source in args.source
               for item in list_source(source, image_dir=args.image_dir, split=args.split)]
     report = build_archive(images, args.dest, transform=args.transform, width=width, height=height,
                            resample=args.resize_filter, mask=args.mask, unsqueeze=args.unsqueeze,
-                           max_images=args.max_images, workers=args.workers)
+                           max_images=args.max_images, workers=args.workers,
+                           keep_names=args.keep_names)
+    if args.keep_names and len(args.source) == 1 and args.source[0].lower().endswith('.csv'):
+        copy_table(args.source[0], args.split, report['kept'], Path(args.dest) / 'labels.csv')
     left_out = report[~report['kept']]
     beside = Path(args.dest)
     summary = {'options': vars(args), 'images_listed': len(images), 'images_read': len(report),

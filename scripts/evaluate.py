@@ -69,7 +69,7 @@ ATTACKS = {'pixel': 'nearest in pixels', 'content': 'nearest in content features
 _REQUIRED = ('checkpoint', 'content_weights', 'k', 'methods', 'grader', 'seeds')
 _DEFAULTS = {'name': '', 'phantoms': None, 'table': None, 'image_dir': None,
              'split_column': None, 'members': 0.5, 'style_weights': 'filters',
-             'style_weight': 1e-6, 'content_weight': 1e2, 'num_steps': 100, 'crop': False}
+             'style_weight': 1e-6, 'content_weight': 1e2, 'num_steps': 100}
 _EXAMPLES = 8
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from models.psp import invert, load_psp, refine
+from models.psp import FrozenPSP, invert, load_psp, refine
 from utils import cli
 from utils.errors import UserError
 from utils.images import check_image_files, find_images, grid, load_tensor, save_png
@@ -109,7 +109,7 @@ def main(argv=None):
     if bad := check_image_files(paths):
         raise UserError('\n  '.join([f'{len(bad)} of {len(paths)} images cannot be read; replace '
                                      'or remove them:', *(f'{p}: {r}' for p, r in bad[:20])]))
-    psp = load_psp(opts.checkpoint_path, device)
+    psp = FrozenPSP(load_psp(opts.checkpoint_path, device))
     names = [p.relative_to(opts.data_path).as_posix() for p in paths]
     options = {**vars(opts), 'images': sha256_bytes('\n'.join(names).encode())}
     start_run(opts.out_dir, run_record(options, inputs={'checkpoint': opts.checkpoint_path},

@@ -12,6 +12,7 @@ from test_fov import photograph
 
 from datasets.archive import ImageArchive
 from datasets.prepare import transform_image
+from datasets.table import read_table
 from scripts import dataset_tool
 from utils.errors import UserError
 
@@ -103,6 +104,22 @@ def test_csv_finds_the_images_beside_it(photos, tmp_path):
     (tmp_path / 'labels.csv').write_text('id_code\na\n')
     run('--source', tmp_path / 'labels.csv', '--dest', tmp_path / 'out.zip', '--width', 32)
     assert len(ImageArchive(tmp_path / 'out.zip')) == 1
+
+
+def test_kept_names_replace_the_photographs(photos, tmp_path):
+    (photos / 'labels.csv').write_text('id_code,diagnosis,patient_id\nc,2,p1\ndark,1,p2\na,0,p3\n')
+    dest = tmp_path / 'cropped'
+    run('--source', photos / 'labels.csv', '--dest', dest, '--transform=fundus', '--width=32',
+        '--keep_names')
+    table = read_table(dest / 'labels.csv', require_label=True)
+    assert table.ids == ['c', 'a'] and table.patients == ['p1', 'p3']
+    assert [p.name for p in table.paths] == ['c.png', 'a.png']
+    assert Image.open(table.paths[0]).size == (32, 32)
+    with pytest.raises(UserError, match='makes a folder'):
+        run('--source', photos, '--dest', tmp_path / 'x.zip', '--width=32', '--keep_names')
+    shutil.copy(photos / 'a.png', photos / 'sub' / 'a.png')
+    with pytest.raises(UserError, match='several images of one name.*\n.*a.png'):
+        run('--source', photos, '--dest', tmp_path / 'x', '--width=32', '--keep_names')
 
 
 def test_partial_labels_become_null(photos, tmp_path):
