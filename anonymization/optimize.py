@@ -23,7 +23,8 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ('fp32', 'tf32', 'bf16')
+ACTIVATIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16}
+PRECISIONS = tuple(ACTIVATIONS)
 _FEATURE_BATCH = 8    # member photographs per pass through the style network
 
 
@@ -100,7 +101,7 @@ class GroupOptimizer:
             raise ValueError(f'precision={precision!r}, want one of {PRECISIONS}')
         self.config, self.device, self.precision = config, torch.device(device), precision
         self.psp = psp.to(self.device).eval().requires_grad_(False)
-        dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
+        dtype = ACTIVATIONS[precision]
         self.synthesis = FrozenSynthesis(self.psp.decoder, dtype=dtype)
         layout = {'device': self.device, 'dtype': dtype, 'memory_format': torch.channels_last}
         self.content_net = content_net.to(**layout)

@@ -19,9 +19,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from anonymization.grouping import assign_groups, check_groups
-from anonymization.optimize import Group, GroupOptimizer, OptimizeConfig, batch_that_fits
+from anonymization.optimize import (
+    ACTIVATIONS,
+    Group,
+    GroupOptimizer,
+    OptimizeConfig,
+    batch_that_fits,
+    matmul_precision,
+)
 from anonymization.release import GroupFacts, release_names, write_release
-from models.psp import invert
+from models.psp import FrozenPSP, invert
 from utils import distributed
 from utils.errors import PrivacyError, UserError
 from utils.images import grid, load_rgb, pil_to_tensor, resize, save_png, to_uint8
@@ -172,7 +179,8 @@ class Pipeline:
         chunks = self._chunks()
         mine = [i for i in range(distributed.rank(), len(chunks), distributed.world_size())
                 if not self._chunk_file(i).exists()]
-        psp, net = self.psp.to(self.device), self.content_net.to(self.device)
+        psp = FrozenPSP(self.psp.to(self.device), ACTIVATIONS[self.settings.precision])
+        net = self.content_net.to(device=self.device, memory_format=torch.channels_last)
         loader = DataLoader(self.photos, batch_sampler=[list(chunks[i]) for i in mine],
                             num_workers=min(self.workers, len(mine)))
         log.info('inverting %d photographs, %d refinements', len(self.table),
@@ -180,7 +188,8 @@ class Pipeline:
         bar = progress(total=sum(len(chunks[i]) for i in mine), desc='inversion', unit='img')
         for i, u8 in zip(mine, loader):
             x = u8.to(self.device).float().div(127.5).sub(1)
-            found = invert(psp, x, n_iters=self.settings.n_iters)
+            with matmul_precision(self.settings.precision):
+                found = invert(psp, x, n_iters=self.settings.n_iters)
             if not torch.isfinite(found.ws).all():
                 raise UserError('the inversion gives numbers that are not finite; is the '
                                 'checkpoint of --checkpoint_path a trained one?')

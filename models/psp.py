@@ -4,6 +4,7 @@ Shapes: N images, L styles, D style dimension, S side the encoder sees, R side o
 Images are float32 in [-1, 1] nominally; generated ones are not clamped.
 Source: Alaluf et al. 2021, 'ReStyle', section 3.
 """
+import copy
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch import nn
 
 from models.encoders import encoder_from_state
 from models.stylegan2 import generator_from_state
+from models.stylegan2.frozen import FrozenSynthesis
 from utils.errors import UserError
 from utils.io import load_weights
 
@@ -59,11 +61,41 @@ class PSP(nn.Module):
         return self.encoder(torch.cat([x, y], 1)) + ws
 
 
+class FrozenPSP:
+    """A PSP whose weights do not change: the same results for `invert` and `refine`, sooner.
+
+    Takes the present weights of `psp`, on its device. dtype: of the activations of both networks,
+    float32 or bfloat16; latents and pictures are float32. With bfloat16 the encoder is copied,
+    with float32 it is shared and put into channels-last memory.
+    """
+
+    training = False
+
+    def __init__(self, psp, dtype=torch.float32):
+        self.input_size, self.latent_avg, self.dtype = psp.input_size, psp.latent_avg, dtype
+        encoder = psp.encoder if dtype == torch.float32 else copy.deepcopy(psp.encoder).to(dtype)
+        self.encoder = encoder.to(memory_format=torch.channels_last)
+        self.synthesis = FrozenSynthesis(psp.decoder, dtype=dtype)
+
+    pool = PSP.pool
+    average_image = PSP.average_image
+
+    def decode(self, ws):
+        """ws [N, L, D] -> [N, 3, R, R], with stored noise."""
+        return self.synthesis(ws)
+
+    def step(self, x, y, ws):
+        """As PSP.step."""
+        pair = torch.cat([x, y], 1).to(dtype=self.dtype, memory_format=torch.channels_last)
+        return self.encoder(pair).float() + ws
+
+
 @torch.no_grad()
 def invert(psp, x, *, n_iters=5, keep_iterations=False):
     """Finds latents of photographs x [N, 3, S, S] by `n_iters` refinements.
 
-    Starts from the average latent and its picture; stored noise. `psp` must be in eval mode.
+    Starts from the average latent and its picture; stored noise. `psp`: a PSP in eval mode, or a
+    FrozenPSP.
     Raises ValueError for x of another size than the encoder's.
     """
     side = psp.input_size
