@@ -34,7 +34,8 @@ import yaml
 from matplotlib.figure import Figure
 
 from classification.data import TrainingSet, one_hot
-from classification.experiment import run_seeds
+from classification.experiment import WEIGHTS, run_seeds
+from classification.grader import GraderResult, build_grader
 from classification.settings import find_config, load_config
 from criteria.content import load_content_network
 from datasets.table import read_table
@@ -47,7 +48,7 @@ from training.fidelity import extract_features, fidelity, sharpness
 from utils import cli
 from utils.errors import UserError
 from utils.images import from_uint8, grid, load_rgb, resize, save_png, to_uint8
-from utils.io import atomic_path, save_npy, write_csv, write_json, write_text
+from utils.io import atomic_path, load_weights, save_npy, write_csv, write_json, write_text
 from utils.logs import setup_logging
 from utils.runs import run_record, start_run, versions
 from utils.seeds import numpy_generator, torch_generator
@@ -98,6 +99,17 @@ def read_config(path):
         raise UserError(f'--config {path}: unknown methods {strange}; choose from '
                         f'{", ".join(METHODS)}')
     config = {**_DEFAULTS, **config}
+    for name in ('k', 'seeds', 'methods'):
+        if not isinstance(config[name], list) or not config[name]:
+            raise UserError(f'--config {path}: {name}: want a list, not {config[name]!r}')
+    files = {n: config[n] for n in ('checkpoint', 'content_weights', 'style_weights')}
+    files = {n: v for n, v in files.items() if not (n == 'style_weights' and v == 'filters')}
+    if absent := [f'{n}: {v}' for n, v in files.items() if not Path(located(v)).is_file()]:
+        raise UserError(f'--config {path}: no such files (paths count from the project folder): '
+                        f'{"; ".join(absent)}')
+    if 'unconditional' in config['methods'] and 'real' not in config['methods']:
+        raise UserError(f'--config {path}: unconditional pictures are graded by a network that '
+                        'was trained on photographs; list real too')
     if (config['phantoms'] is None) == (config['table'] is None):
         raise UserError(f'--config {path}: give either phantoms or table')
     return config
@@ -284,14 +296,12 @@ def utility(candidate, config, grader, data, test_pictures, folder, device):
                      out_dir=folder, device=device)
 
 
-def grade_samples(candidate, grader_folder, grader, device):
+def grade_samples(candidate, grader_folder, grader, seed, device):
     """Grades of unconditional pictures by the first grader that was trained on photographs."""
-    from classification.grader import GraderResult, build_grader
-    from utils.io import load_weights
-    record = json.loads(next(grader_folder.glob('seed_*/result*.json')).read_text())
+    folder = grader_folder / f'seed_{seed}'
+    record = json.loads((folder / 'result.json').read_text(encoding='utf-8'))
     net = build_grader(grader.settings, seed=0)
-    net.load_state_dict(load_weights(next(grader_folder.glob('seed_*/best*.pt')),
-                                     what='grader weights'))
+    net.load_state_dict(load_weights(folder / WEIGHTS['best'], what='grader weights'))
     mean, std = (torch.tensor(record[f'channel_{name}']) for name in ('mean', 'std'))
     result = GraderResult(net.to(device), grader.settings, mean.to(device), std.to(device),
                           device=device)
@@ -335,11 +345,8 @@ def evaluate(candidates, config, grader, data, views, network, opts, device):
         name = f'{c.method}_k{c.k}' if c.method in GROUPED else c.method
         folder = opts.out_dir / 'methods' / name
         if c.labels is None:
-            trained = opts.out_dir / 'methods' / 'real' / 'grader'
-            if not trained.exists():
-                raise UserError('methods: unconditional pictures are graded by a network that '
-                                'was trained on photographs; list real before them')
-            grade_samples(c, trained, grader, device)
+            grade_samples(c, opts.out_dir / 'methods' / 'real' / 'grader', grader,
+                          config['seeds'][0], device)
         if not (folder / 'row.json').exists():
             log.info('evaluating %s', name)
             folder.mkdir(parents=True, exist_ok=True)
@@ -374,7 +381,7 @@ def privacy_utility_plot(rows, path):
     for row in rows:
         auc = max(row['attacks'][a]['auc']['value'] for a in ATTACKS)
         score = row['utility']['summary']['auc_referable']
-        axes.errorbar(auc, score['mean'], yerr=score['std'], marker='o', capsize=3)
+        axes.errorbar(auc, score['mean'], yerr=score['std'] or 0, marker='o', capsize=3)
         axes.annotate(row['name'], (auc, score['mean']), textcoords='offset points',
                       xytext=(6, 4))
     axes.axvline(0.5, color='grey', linestyle=':')
@@ -396,14 +403,19 @@ def markdown(rows, config):
         again = r['reidentification']
         cells = [r['method'], r['k'] or '-', r['n'], interval(r['fidelity']['fd'], 3),
                  interval(r['fidelity']['kid'], 4),
-                 *(f'{score[s]["mean"]:.3f} ± {score[s]["std"]:.3f}'
-                   for s in ('auc_referable', 'kappa')),
+                 *(spread(score[s]) for s in ('auc_referable', 'kappa')),
                  *(interval(r['attacks'][a]['auc'], 2) for a in ATTACKS),
                  interval(attack['tpr_at_1pct_fpr'], 2),
                  '-' if again is None else
                  f'{again["rank_1"]:.3f} (chance {again["chance_rank_1"]:.3f})']
         lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
     return '\n'.join(lines)
+
+
+def spread(score):
+    """'mean ± standard deviation', without the latter after a single seed."""
+    std = '' if score['std'] is None else f' ± {score["std"]:.3f}'
+    return f'{score["mean"]:.3f}{std}'
 
 
 def interval(value, digits):
