@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import dataclasses
+import itertools
 import json
 import logging
 import subprocess
@@ -376,18 +377,18 @@ def evaluate(candidates, config, grader, data, views, network, opts, device):
 
 def privacy_utility_plot(rows, path):
     """Utility against the strongest attack, one point per method and k."""
-    figure = Figure(figsize=(7, 5), layout='constrained')
+    figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
-    for row in rows:
+    for row, marker in zip(rows, itertools.cycle('osD^v<>Ph*X')):
         auc = max(row['attacks'][a]['auc']['value'] for a in ATTACKS)
         score = row['utility']['summary']['auc_referable']
-        axes.errorbar(auc, score['mean'], yerr=score['std'] or 0, marker='o', capsize=3)
-        axes.annotate(row['name'], (auc, score['mean']), textcoords='offset points',
-                      xytext=(6, 4))
+        axes.errorbar(auc, score['mean'], yerr=score['std'] or 0, marker=marker, capsize=3,
+                      linestyle='', label=row['name'])
     axes.axvline(0.5, color='grey', linestyle=':')
     axes.axhline(0.5, color='grey', linestyle=':')
     axes.set(xlabel='membership attack, AUC of the strongest (0.5: learns nothing)',
              ylabel='grader on real eyes, AUC of referable DR')
+    axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5))
     with atomic_path(path) as temp:
         figure.savefig(temp, format='png')
 
