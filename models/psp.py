@@ -136,14 +136,18 @@ def refine(psp, x, ws, *, n_steps, lr=0.02):
     return best_ws, best
 
 
-def psp_checkpoint(psp, opts):
+def psp_checkpoint(psp, opts, *, half_encoder=False):
     """The published checkpoint layout for inference: {state_dict, opts, latent_avg}.
 
     opts: plain dict; what describes the networks is added under the published names.
+    half_encoder: store the encoder's matrices and kernels as float16.
     """
     described = {'encoder_type': type(psp.encoder).__name__, 'output_size': psp.decoder.size,
                  'input_nc': 6, 'encoder_size': psp.input_size}
     state = {k: v.detach().cpu() for k, v in psp.state_dict().items()}
+    if half_encoder:
+        state = {k: v.half() if k.startswith('encoder.') and v.dim() > 1 else v
+                 for k, v in state.items()}
     return {'state_dict': state, 'opts': {**opts, **described},
             'latent_avg': psp.latent_avg.cpu()}
 

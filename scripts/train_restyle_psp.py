@@ -137,6 +137,9 @@ def build_parser():
                    help='validation, best_model.pt and resumable state')
     g.add_argument('--save_interval', type=cli.positive_int, metavar='STEPS',
                    help='iteration_<step>.pt (default: only the last step)')
+    g.add_argument('--half_export', action='store_true',
+                   help='store the encoder\'s weights in best_model.pt and iteration_<step>.pt '
+                        'as float16')
     g.add_argument('--keep_states', type=cli.positive_int, default=2, metavar='N',
                    help='resumable states kept')
     g.add_argument('--resume', nargs='?', const='newest', metavar='FILE',
@@ -260,7 +263,7 @@ def main(argv=None):
         max_steps=opts.max_steps, image_interval=opts.image_interval,
         board_interval=opts.board_interval, val_interval=opts.val_interval,
         save_interval=opts.save_interval, accumulate=opts.accumulate, amp=opts.amp,
-        mirror=opts.mirror, seed=opts.seed)
+        mirror=opts.mirror, half_export=opts.half_export, seed=opts.seed)
     penalty = None
     if opts.w_norm_lambda:
         average = psp.latent_avg.to(device) if opts.start_from_latent_avg else None

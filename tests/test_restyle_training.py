@@ -16,7 +16,7 @@ from PIL import Image
 from criteria.w_norm import latent_norm
 from datasets.images_dataset import ImagesDataset, StepSampler
 from models.encoders import build_encoder
-from models.psp import PSP, invert, load_psp
+from models.psp import PSP, invert, load_psp, psp_checkpoint
 from models.stylegan2 import Generator
 from scripts import train_restyle_psp
 from training.coach_restyle_psp import Coach, CoachConfig, build_optimizer
@@ -195,6 +195,15 @@ def test_training_learns_and_refinement_helps(tmp_path):
         assert (tmp_path / name).stat().st_size > 0
     sheet = Image.open(tmp_path / 'logs/images/test/000120.png')
     assert sheet.size == (4 * 34 + 2, 8 * 34 + 2)
+
+
+def test_half_export(tmp_path):
+    psp = make_psp()
+    torch.save(psp_checkpoint(psp, {}, half_encoder=True), tmp_path / 'half.pt')
+    again, x = load_psp(tmp_path / 'half.pt'), fill_image('psp/source', (2, 3, 32, 32))
+    assert all(v.dtype == torch.float32 for v in again.parameters())
+    whole, half = invert(psp.eval(), x, n_iters=2).recon, invert(again, x, n_iters=2).recon
+    assert float((whole - half).abs().max()) < 0.02
 
 
 def same_state(a, b):

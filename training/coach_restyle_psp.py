@@ -43,6 +43,7 @@ class CoachConfig:
 
     batch_size counts the images of one step over all processes; `accumulate` splits a process's
     share into that many passes. save_interval None: only the last step is exported.
+    half_export: the exported encoder's weights as float16, which halves its size.
     """
 
     batch_size: int = 8
@@ -59,6 +60,7 @@ class CoachConfig:
     accumulate: int = 1
     amp: str = 'no'
     mirror: bool = True
+    half_export: bool = False
     seed: int = 0
 
 
@@ -257,7 +259,7 @@ class Coach:
 
     def export(self):
         """Inference checkpoint {state_dict, opts, latent_avg}, without optimiser state."""
-        return psp_checkpoint(self.psp, self.meta)
+        return psp_checkpoint(self.psp, self.meta, half_encoder=self.config.half_export)
 
     def state(self):
         """Everything a resumed run needs besides data, options and the frozen generator."""

@@ -120,8 +120,8 @@ class _ToRGB:
     def __call__(self, x, style, skip):
         n, _, h, w = x.shape
         weight = (self.weight * style[:, None]).to(x.dtype)               # [N, 3, Cin]
-        # Colours first: three long rows, which is also the layout of the result.
-        rgb = (weight @ _positions(x).mT).view(n, 3, h, w).to(style.dtype).add_(self.bias)
+        # The long matrix comes first: the other order would copy it in bfloat16.
+        rgb = (_positions(x) @ weight.mT).mT.reshape(n, 3, h, w).to(style.dtype).add_(self.bias)
         return rgb if skip is None else rgb.add_(upfirdn2d(skip, self.kernel, up=2, pad=(2, 1)))
 
     def skip_adjoint(self, grad):
@@ -145,7 +145,7 @@ def _filter(x, kernel, pad):
 
 def _sum_of_product(a, b):
     """Sum over positions of a * b, [N, C]."""
-    return (a * b).sum((2, 3), dtype=torch.promote_types(a.dtype, torch.float32))
+    return (a * b).sum((2, 3))
 
 
 def _columns(factor, like):
@@ -205,12 +205,12 @@ class _Synthesis(torch.autograd.Function):
                 product = product + style * grads[2 * n_layers + i // 2]
                 if i:
                     grad_image = rgb.skip_adjoint(grad_image)
-            grad = torch.ops.aten.leaky_relu_backward(grad, x, _SLOPE, True)
+            torch.ops.aten.leaky_relu_backward.grad_input(grad, x, _SLOPE, True, grad_input=grad)
             # `product` is the sum of gradient times map, after and, as the activation is
             # homogeneous, before the activation; less the offset's part it is the convolution's.
             grads[2 * i + 1] = (product - layer.offset_product(grad) / factor) / factor
             grad_x = layer.convolve_adjoint(grad)
-            grads[2 * i] = _sum_of_product(grad_x, maps[i])
+            grads[2 * i] = _sum_of_product(grad_x, maps[i]).to(factor.dtype)
         return None, *grads
 
 
