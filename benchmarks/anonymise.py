@@ -1,0 +1,255 @@
+"""Groups per minute: the published way of computing against this project's, in one run.
+
+    python benchmarks/anonymise.py --size=256 --precision=fp32 --markdown
+    python benchmarks/anonymise.py --size=256 --precision=bf16 --steps=100    # nothing extrapolated
+
+Both sides get the same networks (published sizes, random weights), photographs, losses and
+settings. Each side's steps are timed over --steps steps of an optimisation of that length, the
+first left out as warm-up, and extrapolated to --n_steps. The two inversions of the published way
+do the same work; one is timed and counted twice. Loading files, grouping and writing pictures are
+left out on both sides. The floor is the operations of this project's way, as counted by
+torch.utils.flop_counter, over the matrix rate measured in the same run. TF32 is on for both sides
+or for none. Exit code 1 when the losses of the two sides disagree.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import copy
+import time
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.utils.flop_counter import FlopCounterMode
+
+from anonymization.optimize import (
+    ACTIVATIONS,
+    PRECISIONS,
+    Group,
+    GroupOptimizer,
+    OptimizeConfig,
+    matmul_precision,
+)
+from benchmarks.machine import describe, matrix_rate, synchronize
+from benchmarks.published import PublishedWay, synthesis
+from criteria.content import content_network_from_state
+from criteria.local_style import VGGStyle
+from models.encoders import build_encoder
+from models.psp import PSP, FrozenPSP, invert
+from models.stylegan2 import Generator
+from utils.cli import parser, positive_int, power_of_two, resolve_device, run
+
+ENCODER_SIZE = 256
+# Relative differences of the total loss allowed over the first steps and at the last one.
+AGREEMENT = {'fp32': (1e-3, 0.01), 'tf32': (0.02, 0.05), 'bf16': (0.1, 0.1)}
+FIRST_STEPS = 3
+
+
+def build_parser():
+    lines = __doc__.splitlines()
+    p = parser(lines[0], epilog='\n'.join(lines[1:]))
+    p.add_argument('--size', type=power_of_two, default=256, metavar='PX',
+                   help='side of the generated pictures')
+    p.add_argument('--k', type=positive_int, default=5, metavar='INT', help='group size')
+    p.add_argument('--groups', type=positive_int, default=1, metavar='INT',
+                   help='groups optimised together by this project')
+    p.add_argument('--steps', type=positive_int, default=6, metavar='INT',
+                   help='timed steps of each side')
+    p.add_argument('--n_steps', type=positive_int, default=100, metavar='INT',
+                   help='steps of a group, extrapolated to')
+    p.add_argument('--batch_size', type=positive_int, default=8, metavar='INT',
+                   help='photographs inverted together by this project')
+    p.add_argument('--precision', choices=PRECISIONS, default='fp32', help='of this project')
+    p.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
+    p.add_argument('--seed', type=int, default=0, help='of weights and photographs')
+    p.add_argument('--markdown', action='store_true', help='print a Markdown table')
+    return p
+
+
+def random_networks(size, seed):
+    """(PSP, content network, style network): published sizes, random weights.
+
+    Batch statistics are those of random pictures and the latents are scaled to a usual spread,
+    so that activations and losses have ordinary sizes.
+    """
+    torch.manual_seed(seed)
+    generator = Generator(size)
+    with torch.no_grad():
+        for layer in (generator.conv1, *generator.convs):
+            layer.noise.weight.fill_(0.1)
+    pictures = photographs(4, seed + 1).float().div(127.5).sub(1)
+    encoder = build_encoder('ResNetBackboneEncoder', n_styles=generator.n_latent,
+                            input_size=ENCODER_SIZE)
+    offsets = set_statistics(encoder, torch.cat([pictures, pictures.flip(0)], 1))
+    with torch.no_grad():
+        for style in encoder.styles:
+            style.linear.weight.mul_(0.2 / offsets.std())
+    resnet = torchvision.models.resnet50(weights=None)
+    set_statistics(resnet, pictures[..., :224, :224])
+    psp = PSP(encoder, generator, generator.mean_latent(1000), ENCODER_SIZE)
+    content = content_network_from_state(resnet.state_dict(), source='random weights')
+    return psp.eval().requires_grad_(False), content, VGGStyle()
+
+
+@torch.no_grad()
+def set_statistics(net, x):
+    """Sets the running statistics of batch normalisation to those of x; returns net(x)."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    return net.train()(x)
+
+
+def photographs(n, seed):
+    """[n, 3, S, S] uint8: coarse coloured shapes and a little grain."""
+    draw = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 8, 8, generator=draw)
+    picture = F.interpolate(coarse, size=ENCODER_SIZE, mode='bicubic', align_corners=False)
+    grain = torch.randn(picture.shape, generator=draw)
+    return (255 * picture + 8 * grain).clamp(0, 255).to(torch.uint8)
+
+
+class Clock:
+    """Seconds of named phases, after waiting for the device."""
+
+    def __init__(self, device):
+        self.device, self.seconds = device, {}
+
+    def time(self, name, function):
+        synchronize(self.device)
+        begin = time.perf_counter()
+        result = function()
+        synchronize(self.device)
+        self.seconds[name] = time.perf_counter() - begin
+        return result
+
+
+def run_published(psp, content, style, photos, config, opts, device):
+    """(seconds per group and phase, losses [steps, 2]) for the first group."""
+    way, clock = PublishedWay(psp, content, style, config), Clock(device)
+    x = photos[:opts.k].to(device).float().div(127.5).sub(1)
+    if device.type == 'cuda':
+        way.invert(x, 1)    # loads kernels
+    ws, recon = clock.time('first inversion', lambda: way.invert(x))
+    clock.seconds['second inversion'] = clock.seconds['first inversion']
+    features = clock.time('targets', lambda: way.targets(x))
+    losses, seconds = way.steps(ws, recon, features, opts.steps)
+    clock.seconds['steps'] = per_step(seconds) * opts.n_steps
+    with torch.no_grad():
+        clock.time('final picture', lambda: synthesis(psp.decoder, ws[:1]))
+    return clock.seconds, losses
+
+
+def run_ours(psp, content, style, photos, config, opts, device):
+    """(seconds, operations) per group and phase, and the losses [steps, 2] of the first group."""
+    frozen, clock = FrozenPSP(psp, ACTIVATIONS[opts.precision]), Clock(device)
+    work = {}
+    batches = photos.to(device).float().div(127.5).sub(1).split(opts.batch_size)
+    with matmul_precision(opts.precision):
+        if device.type == 'cuda':
+            invert(frozen, batches[0], n_iters=1)
+        found = clock.time('first inversion', lambda: [invert(frozen, x) for x in batches])
+        work['first inversion'] = operations(lambda: invert(frozen, batches[0])) * len(
+            photos) / len(batches[0])
+    latents = torch.cat([f.ws for f in found]).split(opts.k)
+    features = torch.cat([content.features(f.recon) for f in found]).split(opts.k)
+    groups = [Group(*parts) for parts in zip(latents, photos.split(opts.k), features)]
+    engine = GroupOptimizer(psp, content, style, config=config, device=device,
+                            precision=opts.precision)
+    with matmul_precision(opts.precision):
+        targets = clock.time('targets', lambda: engine.targets(groups))
+        start = torch.stack([g.ws.mean(0) for g in groups])
+        work['steps'] = opts.n_steps * operations(lambda: one_step(engine, start, targets))
+    ticks = []
+
+    def tick(_):
+        synchronize(device)
+        ticks.append(time.perf_counter())
+
+    begin = time.perf_counter()
+    result = engine.run(groups, on_step=tick)
+    # The time before the first step's end includes the targets, which are timed above.
+    seconds = [ticks[0] - begin] + [b - a for a, b in zip(ticks, ticks[1:])]
+    clock.seconds['steps'] = per_step(seconds) * opts.n_steps
+    with torch.no_grad(), matmul_precision(opts.precision):
+        clock.time('final picture', lambda: engine.synthesis(start))
+        work['final picture'] = operations(lambda: engine.synthesis(start))
+        work['targets'] = operations(lambda: engine.targets(groups))
+    share = {phase: took / len(groups) for phase, took in clock.seconds.items()}
+    return share, {phase: w / len(groups) for phase, w in work.items()}, result.losses[:, 0]
+
+
+def one_step(engine, start, targets):
+    ws = start.clone().requires_grad_(True)
+    content, style, _ = engine.losses(ws, targets)
+    torch.autograd.grad((content + style).sum(), ws)
+
+
+def operations(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def per_step(seconds):
+    """Mean seconds of a step, without the first where there are more."""
+    kept = seconds[1:] or seconds
+    return sum(kept) / len(kept)
+
+
+def print_table(published, ours, work, rate, opts):
+    rows = [['phase', 'published, s', 'ours, s', 'ratio', 'floor, s']]
+    for phase, old in published.items():
+        new = ours.get(phase, 0.0)
+        rows.append([phase, f'{old:.2f}', f'{new:.2f}', f'{old / new:.1f}' if new else '',
+                     f'{work.get(phase, 0) / rate:.2f}'])
+    old, new = sum(published.values()), sum(ours.values())
+    floor = sum(work.values()) / rate
+    rows.append(['one group', f'{old:.2f}', f'{new:.2f}', f'{old / new:.1f}', f'{floor:.2f}'])
+    rows.append(['groups per minute', *(f'{60 / v:.3g}' for v in (old, new)), '',
+                 f'{60 / floor:.3g}'])
+    for i, row in enumerate(rows):
+        print('| ' + ' | '.join(row) + ' |' if opts.markdown else '\t'.join(row))
+        if i == 0 and opts.markdown:
+            print('|' + '---|' * len(row))
+    return old / new, new / floor
+
+
+def loss_differences(published, ours, config):
+    """Relative differences of the total loss at every step."""
+    weights = torch.tensor([config.content_weight, config.style_weight])
+    old, new = (losses.cpu().float() @ weights for losses in (published, ours))
+    return (new - old).abs() / old
+
+
+def main(argv=None):
+    opts = build_parser().parse_args(argv)
+    device = resolve_device(opts.device)
+    torch.backends.cudnn.benchmark = True
+    config = OptimizeConfig(n_steps=opts.steps)
+    psp, content, style = (net.to(device) for net in random_networks(opts.size, opts.seed))
+    photos = photographs(opts.k * opts.groups, opts.seed + 2)
+    with matmul_precision(opts.precision):
+        published, old_losses = run_published(*copy.deepcopy((psp, content, style)), photos,
+                                              config, opts, device)
+        rate = matrix_rate(device, ACTIVATIONS[opts.precision])
+    ours, work, losses = run_ours(psp, content, style, photos, config, opts, device)
+    print(f'{describe(device)}; {opts.precision} matrix rate {rate / 1e9:.0f} GFLOP/s')
+    print(f'{opts.size} px, k = {opts.k}, {opts.groups} groups at a time, {opts.steps} steps '
+          f'timed, {opts.n_steps} counted; seconds per group')
+    ratio, distance = print_table(published, ours, work, rate, opts)
+    print(f'{ratio:.1f} times the published way; {distance:.1f} times the floor')
+    if device.type == 'cuda':
+        print(f'peak memory {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB')
+    differences = loss_differences(old_losses, losses, config)
+    first, last = AGREEMENT[opts.precision]
+    print(f'total loss: {float(differences[:FIRST_STEPS].max()):.1e} apart over the first '
+          f'{min(FIRST_STEPS, opts.steps)} steps (allowed {first:g}), '
+          f'{float(differences[-1]):.1e} at the last (allowed {last:g})')
+    return int(bool(differences[:FIRST_STEPS].max() > first or differences[-1] > last))
+
+
+if __name__ == '__main__':
+    run(main)
