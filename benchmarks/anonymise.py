@@ -1,7 +1,7 @@
 """Groups per minute: the published way of computing against this project's, in one run.
 
     python benchmarks/anonymise.py --size=256 --precision=fp32 --markdown
-    python benchmarks/anonymise.py --size=256 --precision=bf16 --steps=100    # nothing extrapolated
+    python benchmarks/anonymise.py --size=256 --precision=bf16 --steps=100    # not extrapolated
 
 Both sides get the same networks (published sizes, random weights), photographs, losses and
 settings. Each side's steps are timed over --steps steps of an optimisation of that length, the
@@ -54,7 +54,9 @@ def build_parser():
                    help='side of the generated pictures')
     p.add_argument('--k', type=positive_int, default=5, metavar='INT', help='group size')
     p.add_argument('--groups', type=positive_int, default=1, metavar='INT',
-                   help='groups optimised together by this project')
+                   help='groups anonymised by this project')
+    p.add_argument('--group_batch', type=positive_int, metavar='INT',
+                   help='of them optimised together (default: all)')
     p.add_argument('--steps', type=positive_int, default=6, metavar='INT',
                    help='timed steps of each side')
     p.add_argument('--n_steps', type=positive_int, default=100, metavar='INT',
@@ -146,39 +148,48 @@ def run_ours(psp, content, style, photos, config, opts, device):
     """(seconds, operations) per group and phase, and the losses [steps, 2] of the first group."""
     frozen, clock = FrozenPSP(psp, ACTIVATIONS[opts.precision]), Clock(device)
     work = {}
-    batches = photos.to(device).float().div(127.5).sub(1).split(opts.batch_size)
+    x_batches = photos.to(device).float().div(127.5).sub(1).split(opts.batch_size)
     with matmul_precision(opts.precision):
         if device.type == 'cuda':
-            invert(frozen, batches[0], n_iters=1)
-        found = clock.time('first inversion', lambda: [invert(frozen, x) for x in batches])
-        work['first inversion'] = operations(lambda: invert(frozen, batches[0])) * len(
-            photos) / len(batches[0])
+            invert(frozen, x_batches[0], n_iters=1)
+        found = clock.time('first inversion', lambda: [invert(frozen, x) for x in x_batches])
+        work['first inversion'] = operations(lambda: invert(frozen, x_batches[0])) * len(
+            photos) / len(x_batches[0])
     latents = torch.cat([f.ws for f in found]).split(opts.k)
     features = torch.cat([content.features(f.recon) for f in found]).split(opts.k)
     groups = [Group(*parts) for parts in zip(latents, photos.split(opts.k), features)]
     engine = GroupOptimizer(psp, content, style, config=config, device=device,
                             precision=opts.precision)
+    size = opts.group_batch or opts.groups
+    batches = [groups[i:i + size] for i in range(0, len(groups), size)]
     with matmul_precision(opts.precision):
-        targets = clock.time('targets', lambda: engine.targets(groups))
-        start = torch.stack([g.ws.mean(0) for g in groups])
-        work['steps'] = opts.n_steps * operations(lambda: one_step(engine, start, targets))
-    ticks = []
+        targets = clock.time('targets', lambda: [engine.targets(b) for b in batches])[0]
+        start = torch.stack([g.ws.mean(0) for g in batches[0]])
+        scale = len(groups) / len(batches[0])
+        work['targets'] = scale * operations(lambda: engine.targets(batches[0]))
+        work['steps'] = scale * opts.n_steps * operations(
+            lambda: one_step(engine, start, targets))
+    timed = [timed_run(engine, batch, device) for batch in batches]
+    clock.seconds['steps'] = opts.n_steps * sum(per_step(seconds) for _, seconds in timed)
+    with torch.no_grad(), matmul_precision(opts.precision):
+        clock.time('final picture', lambda: engine.synthesis(start))
+        clock.seconds['final picture'] *= scale
+        work['final picture'] = scale * operations(lambda: engine.synthesis(start))
+    share = {phase: took / len(groups) for phase, took in clock.seconds.items()}
+    work = {phase: w / len(groups) for phase, w in work.items()}
+    return share, work, timed[0][0].losses[:, 0]
+
+
+def timed_run(engine, groups, device):
+    """(result, seconds of each step) of a batch; the first step's hold the targets too."""
+    ticks = [time.perf_counter()]
 
     def tick(_):
         synchronize(device)
         ticks.append(time.perf_counter())
 
-    begin = time.perf_counter()
     result = engine.run(groups, on_step=tick)
-    # The time before the first step's end includes the targets, which are timed above.
-    seconds = [ticks[0] - begin] + [b - a for a, b in zip(ticks, ticks[1:])]
-    clock.seconds['steps'] = per_step(seconds) * opts.n_steps
-    with torch.no_grad(), matmul_precision(opts.precision):
-        clock.time('final picture', lambda: engine.synthesis(start))
-        work['final picture'] = operations(lambda: engine.synthesis(start))
-        work['targets'] = operations(lambda: engine.targets(groups))
-    share = {phase: took / len(groups) for phase, took in clock.seconds.items()}
-    return share, {phase: w / len(groups) for phase, w in work.items()}, result.losses[:, 0]
+    return result, [b - a for a, b in zip(ticks, ticks[1:])]
 
 
 def one_step(engine, start, targets):
@@ -237,8 +248,9 @@ def main(argv=None):
         rate = matrix_rate(device, ACTIVATIONS[opts.precision])
     ours, work, losses = run_ours(psp, content, style, photos, config, opts, device)
     print(f'{describe(device)}; {opts.precision} matrix rate {rate / 1e9:.0f} GFLOP/s')
-    print(f'{opts.size} px, k = {opts.k}, {opts.groups} groups at a time, {opts.steps} steps '
-          f'timed, {opts.n_steps} counted; seconds per group')
+    print(f'{opts.size} px, k = {opts.k}, {opts.groups} group(s), '
+          f'{opts.group_batch or opts.groups} at a time, {opts.steps} steps timed, '
+          f'{opts.n_steps} counted; seconds per group')
     ratio, distance = print_table(published, ours, work, rate, opts)
     print(f'{ratio:.1f} times the published way; {distance:.1f} times the floor')
     if device.type == 'cuda':

@@ -1,26 +1,39 @@
-"""Times generator training steps: images per second, seconds per kimg, and where the time goes.
+"""Times training steps: images per second, share of the matrix rate, and where the time goes.
 
     python benchmarks/train_step.py --size=256 --cfg=auto --precision=fp16 --breakdown
+    python benchmarks/train_step.py --net=encoder --size=512 --precision=bf16
 
-Random images stand in for photographs; they cost the same. The matrix rate of the machine is
-measured in the same run, so that the fraction of it that the convolutions reach can be given.
+`--net=generator` is one step of the StyleGAN2-ADA training (generator and discriminator, with
+their regularisation in its true share), `--net=encoder` one step of the ReStyle training with the
+published networks, losses (pixels, LPIPS, content) and five refinements. Random images and weights
+stand in for real ones; they cost the same. The matrix rate of the machine is measured in the same
+run, so that the fraction of it that a step reaches can be given.
 """
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tempfile
 import time
 
 import torch
+import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.machine import describe, matrix_rate, synchronize
+from models.encoders import build_encoder
+from models.psp import PSP
+from models.stylegan2 import Generator
 from training.augment import PIPES
+from training.coach_restyle_psp import Coach, CoachConfig
+from training.reconstruction import ContentTerm, L2Term, LpipsTerm
 from training.stylegan2_config import PRESETS, make_config
 from training.stylegan2_loop import Trainer
 from utils.cli import fraction, parser, positive_int, power_of_two, resolve_device, run
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+ENCODER_SIZE, ENCODER_BATCH = 256, 8
 
 
 class RandomImages(torch.utils.data.Dataset):
@@ -37,12 +50,17 @@ class RandomImages(torch.utils.data.Dataset):
 
 
 def build_parser():
-    p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
-    p.add_argument('--size', type=power_of_two, default=256, metavar='PX', help='image size')
-    p.add_argument('--cfg', choices=PRESETS, default='auto', help='configuration')
-    p.add_argument('--batch', type=positive_int, metavar='INT', help='images per step')
+    lines = __doc__.splitlines()
+    p = parser(lines[0], epilog='\n'.join(lines[1:]))
+    p.add_argument('--net', choices=('generator', 'encoder'), default='generator',
+                   help='what is trained')
+    p.add_argument('--size', type=power_of_two, default=256, metavar='PX',
+                   help='side of the generated images')
+    p.add_argument('--cfg', choices=PRESETS, default='auto', help='configuration of generators')
+    p.add_argument('--batch', type=positive_int, metavar='INT',
+                   help='images per step (default: the configuration\'s; 8 for encoders)')
     p.add_argument('--precision', choices=sorted(DTYPES), default='fp32',
-                   help='of the four highest resolutions')
+                   help='of the four highest resolutions, or of encoder and losses')
     p.add_argument('--p', type=fraction, default=0.3, metavar='FLOAT',
                    help='augmentation strength')
     p.add_argument('--steps', type=positive_int, default=16, metavar='INT',
@@ -52,51 +70,60 @@ def build_parser():
     return p
 
 
-def matrix_rate(device, dtype, n=4096):
-    """Operations per second of an n x n matrix product, best of ten."""
-    n = n if device.type == 'cuda' else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = float('inf')
-    for _ in range(10):
-        synchronize(device)
-        begin = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * n ** 3 / best
+def generator_step(opts, device):
+    """(function that takes one step, images per step, steps of a whole round of regularisation)."""
+    config = make_config(opts.cfg, opts.size, 1, batch=opts.batch)
+    trainer = Trainer(RandomImages(2 * config.batch, opts.size), config, device=device,
+                      augment='fixed', augment_names=PIPES['bgc'], augment_p=opts.p,
+                      precision=None if opts.precision == 'fp32' else opts.precision)
+    return trainer.step, config.batch, config.d_reg_interval
 
 
-def synchronize(device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+def encoder_step(opts, device):
+    """As generator_step; every step is alike."""
+    batch = opts.batch or ENCODER_BATCH
+    generator = Generator(opts.size)
+    encoder = build_encoder('ResNetBackboneEncoder', n_styles=generator.n_latent,
+                            input_size=ENCODER_SIZE)
+    psp = PSP(encoder, generator, generator.mean_latent(1000), ENCODER_SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        losses = {'l2': (L2Term(), 1.0)}
+        for name, term, net, weight in (('lpips', LpipsTerm, torchvision.models.alexnet, 0.8),
+                                        ('moco', ContentTerm, torchvision.models.resnet50, 0.5)):
+            path = Path(folder) / f'{name}.pt'
+            torch.save(net(weights=None).state_dict(), path)
+            losses[name] = term(path, device), weight
+        amp = 'no' if opts.precision == 'fp32' else opts.precision
+        images = RandomImages(batch, ENCODER_SIZE)
+        coach = Coach(psp, images, images, CoachConfig(batch_size=batch, amp=amp),
+                      run_dir=folder, losses=losses, device=device)
+    x = images.images.to(device).float().div(127.5).sub(1)
+    return lambda: coach.step(x), batch, 1
 
 
 def main(argv=None):
     opts = build_parser().parse_args(argv)
     device = resolve_device(opts.device)
     torch.backends.cudnn.benchmark = True
-    config = make_config(opts.cfg, opts.size, 1, batch=opts.batch)
-    trainer = Trainer(RandomImages(2 * config.batch, opts.size), config, device=device,
-                      augment='fixed', augment_names=PIPES['bgc'], augment_p=opts.p,
-                      precision=None if opts.precision == 'fp32' else opts.precision)
-    for _ in range(3):
-        trainer.step()
+    prepare = generator_step if opts.net == 'generator' else encoder_step
+    step, batch, period = prepare(opts, device)
+    for _ in range(3 if device.type == 'cuda' else 1):
+        step()
     with FlopCounterMode(display=False) as counter:
-        for _ in range(config.d_reg_interval):
-            trainer.step()
-    work = counter.get_total_flops() / config.d_reg_interval
+        for _ in range(period):
+            step()
+    work = counter.get_total_flops() / period
     synchronize(device)
     begin = time.perf_counter()
     for _ in range(opts.steps):
-        trainer.step()
+        step()
     synchronize(device)
     took = (time.perf_counter() - begin) / opts.steps
     rate = matrix_rate(device, DTYPES[opts.precision])
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else (
-        f'CPU, {torch.get_num_threads()} threads')
-    print(f'{name}, torch {torch.__version__}')
-    print(f'{opts.cfg} {opts.size} px, batch {config.batch}, {opts.precision}, p {opts.p}: '
-          f'{config.batch / took:.1f} images/s, {1000 * took / config.batch:.1f} s/kimg')
+    print(describe(device))
+    setting = f', {opts.cfg}, p {opts.p}' if opts.net == 'generator' else ''
+    print(f'{opts.net} {opts.size} px{setting}, batch {batch}, {opts.precision}: '
+          f'{took:.2f} s a step, {batch / took:.2f} images/s, {1000 * took / batch:.1f} s/kimg')
     print(f'{work / 1e12:.3f} TFLOP a step, {work / took / 1e12:.2f} TFLOP/s, '
           f'{work / took / rate:.1%} of the measured {opts.precision} matrix rate '
           f'({rate / 1e12:.2f} TFLOP/s)')
@@ -105,7 +132,7 @@ def main(argv=None):
     if opts.breakdown:
         with torch.profiler.profile() as profiler:
             for _ in range(4):
-                trainer.step()
+                step()
             synchronize(device)
         key = 'self_cuda_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
         print(profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60))
