@@ -72,16 +72,30 @@ def _rotated(maps, degrees):
     return torch.nn.functional.grid_sample(maps[:, None], where, align_corners=False)[:, 0]
 
 
-def vessel_scores(members, nonmembers, release, reference, *, device='cpu'):
-    """Scores of members [m] and others [n]: best match in the release minus that in the reference.
+class VesselAttack:
+    """The attack on any number of releases of the same people.
 
-    UserError when a set is empty.
+    members, nonmembers, reference: pictures of members, of people who are in no release, and of
+    people the attacker knows not to be. UserError when a set is empty.
     """
-    sets = {'members': members, 'nonmembers': nonmembers, 'release': release,
-            'reference': reference}
+
+    def __init__(self, members, nonmembers, reference, *, device='cpu'):
+        self.device = device
+        _not_empty(members=members, nonmembers=nonmembers, reference=reference)
+        self.people = [vessel_maps(p) for p in (members, nonmembers)]
+        reference = vessel_maps(reference)
+        self.usual = [self._best(p, reference) for p in self.people]
+
+    def _best(self, people, pool):
+        return best_correlations(people, pool, device=self.device).max(1)
+
+    def scores(self, release):
+        """Of members [m] and others [n]: best match in the release minus that in the reference."""
+        _not_empty(release=release)
+        pool = vessel_maps(release)
+        return tuple(self._best(p, pool) - usual for p, usual in zip(self.people, self.usual))
+
+
+def _not_empty(**sets):
     if empty := [name for name, pictures in sets.items() if len(pictures) == 0]:
         raise UserError(f'nothing to attack: no {", ".join(empty)}')
-    maps = {name: vessel_maps(pictures) for name, pictures in sets.items()}
-    return tuple(best_correlations(maps[people], maps['release'], device=device).max(1)
-                 - best_correlations(maps[people], maps['reference'], device=device).max(1)
-                 for people in ('members', 'nonmembers'))

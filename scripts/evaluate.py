@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -43,7 +44,7 @@ from datasets.table import read_table
 from MIA.attacks import closest_release_scores, reidentification_ranks
 from MIA.metrics import attack_metrics, plot_roc, reidentification_rates
 from MIA.splits import MEMBER, OTHER, check_roles, split_by_patient, split_table
-from MIA.vessels import vessel_scores
+from MIA.vessels import VesselAttack
 from models.psp import load_psp
 from training.fidelity import extract_features, fidelity, sharpness
 from utils import cli
@@ -310,15 +311,18 @@ def grade_samples(candidate, grader_folder, grader, seed, device):
     candidate.shares = one_hot(candidate.labels)
 
 
-def privacy(candidate, data, views, embed):
+def halves(others):
+    """The non-members and the reference people of the attacks."""
+    return others[:len(others) // 2], others[len(others) // 2:]
+
+
+def privacy(candidate, data, views, embed, vessels):
     """Attack results of a candidate: {attack: metrics}, raw scores, and re-identification."""
-    half = len(views['others']) // 2
-    nonmembers, reference = views['others'][:half], views['others'][half:]
+    nonmembers, reference = halves(views['others'])
     found, raw = {}, {}
     for attack in ATTACKS:
         if attack == 'vessel':
-            member, other = vessel_scores(views['members'], nonmembers, candidate.pictures,
-                                          reference)
+            member, other = vessels().scores(candidate.pictures)
         else:
             member, other = closest_release_scores(
                 views['members'], nonmembers, candidate.pictures, reference,
@@ -341,6 +345,8 @@ def evaluate(candidates, config, grader, data, views, network, opts, device):
     embed = {'pixel': lambda u8: u8.reshape(len(u8), -1).astype(np.float32) / 255,
              'content': lambda u8: extract_features(network, u8, device=device)}
     real_features = embed['content'](views['others'])
+    # Made when the first candidate needs it, not when all is cached.
+    vessels = functools.cache(lambda: VesselAttack(views['members'], *halves(views['others'])))
     curves, rows = {}, []
     for c in sorted(candidates, key=lambda c: list(METHODS).index(c.method)):
         name = f'{c.method}_k{c.k}' if c.method in GROUPED else c.method
@@ -351,7 +357,7 @@ def evaluate(candidates, config, grader, data, views, network, opts, device):
         if not (folder / 'row.json').exists():
             log.info('evaluating %s', name)
             folder.mkdir(parents=True, exist_ok=True)
-            attacks, raw, again = privacy(c, data, views, embed)
+            attacks, raw, again = privacy(c, data, views, embed, vessels)
             for attack, (member, other) in raw.items():
                 save_npy(folder / f'{attack}_member.npy', member)
                 save_npy(folder / f'{attack}_other.npy', other)

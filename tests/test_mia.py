@@ -16,7 +16,7 @@ from MIA.metrics import attack_metrics, auc, precision_at_k, reidentification_ra
 from MIA.MIA_split import main as split_main
 from MIA.pair_attack import PairAttack, PairConfig, draw_pairs, standardisation
 from MIA.splits import check_roles, split_by_patient
-from MIA.vessels import best_correlations, vessel_maps, vessel_scores
+from MIA.vessels import VesselAttack, best_correlations, vessel_maps
 from utils.errors import UserError
 
 
@@ -92,7 +92,7 @@ def test_controls(people, attack):
 
     def run(release):
         if attack == 'vessel':
-            scores = vessel_scores(members, others, release, reference)
+            scores = VesselAttack(members, others, reference).scores(release)
         else:
             scores = closest_release_scores(members, others, release, reference, pixels)
         return attack_metrics(*scores, level=0.99)['auc']
@@ -118,7 +118,7 @@ def test_nothing_to_attack(people):
     with pytest.raises(UserError, match='no release'):
         closest_release_scores(people[:5], people[5:9], people[:0], people[9:], pixels)
     flat = np.full((2, 3, 64, 64), 90, np.uint8)
-    assert np.isfinite(vessel_scores(flat, flat, flat, flat)[0]).all()
+    assert np.isfinite(VesselAttack(flat, flat, flat).scores(flat)[0]).all()
 
 
 # -- splits -------------------------------------------------------------------------------------
