@@ -44,6 +44,8 @@ for size in 256 512; do
             --net=encoder --batch=8 --size=$size --precision=$precision --device=cuda --breakdown
     done
     for precision in fp32 tf32 bf16; do
+        check "step_${size}_${precision}" "$python" benchmarks/step.py --size=$size --groups=32 \
+            --precision=$precision --device=cuda --markdown
         check "anonymise_${size}_${precision}" "$python" benchmarks/anonymise.py --size=$size \
             --groups=32 --steps=20 --precision=$precision --device=cuda --markdown
     done

@@ -1,0 +1,101 @@
+"""Where one optimisation step of this project spends its time.
+
+    python benchmarks/step.py --size=256 --precision=bf16 --markdown
+
+Networks of published sizes with random weights; seconds for one batch of groups, the best of
+--repeats, operations as counted by torch.utils.flop_counter, and both related by the matrix rate
+measured in the same run. Gradients are those with respect to the part's input.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from anonymization.optimize import (
+    ACTIVATIONS,
+    PRECISIONS,
+    Group,
+    GroupOptimizer,
+    OptimizeConfig,
+    matmul_precision,
+)
+from benchmarks.anonymise import one_step, operations, photographs, random_networks
+from benchmarks.layers import best_ms
+from benchmarks.machine import describe, matrix_rate
+from criteria.content import content_loss
+from criteria.local_style import local_style_loss, patch_grams
+from utils.cli import parser, positive_int, power_of_two, resolve_device, run
+
+
+def build_parser():
+    lines = __doc__.splitlines()
+    p = parser(lines[0], epilog='\n'.join(lines[1:]))
+    p.add_argument('--size', type=power_of_two, default=256, metavar='PX',
+                   help='side of the generated pictures')
+    p.add_argument('--k', type=positive_int, default=5, metavar='INT', help='group size')
+    p.add_argument('--groups', type=positive_int, default=1, metavar='INT',
+                   help='groups optimised together')
+    p.add_argument('--precision', choices=PRECISIONS, default='fp32', help='of the networks')
+    p.add_argument('--repeats', type=positive_int, default=3, metavar='INT', help='timed calls')
+    p.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
+    p.add_argument('--markdown', action='store_true', help='print a Markdown table')
+    return p
+
+
+def parts_of_a_step(engine, groups):
+    """{name: function that does this part of a step, with its gradient}."""
+    targets = engine.targets(groups)
+    start = torch.stack([g.ws.to(engine.device).mean(0) for g in groups])
+    with torch.no_grad():
+        picture = engine.psp.pool(engine.synthesis(start))
+
+    def gradient(function, x):
+        leaf = x.clone().requires_grad_(True)
+        torch.autograd.grad(function(leaf).sum(), leaf)
+
+    def content(y):
+        return content_loss(engine.content_net.features(y), targets.content)
+
+    def style(y):
+        grams = patch_grams(engine.style_net.features(y), engine.config.n_crop)
+        return local_style_loss(grams, targets.grams, targets.weights)
+
+    return {'generator': lambda: gradient(engine.synthesis, start),
+            'content loss': lambda: gradient(content, picture),
+            'local style loss': lambda: gradient(style, picture),
+            'whole step': lambda: one_step(engine, start, targets)}
+
+
+def main(argv=None):
+    opts = build_parser().parse_args(argv)
+    device = resolve_device(opts.device)
+    torch.backends.cudnn.benchmark = True
+    psp, content, style = random_networks(opts.size, 0)
+    photos = photographs(opts.k * opts.groups, 2).split(opts.k)
+    engine = GroupOptimizer(psp, content, style, config=OptimizeConfig(), device=device,
+                            precision=opts.precision)
+    rows = [['part, with gradient', 'GFLOP', 's', 'floor, s', 'times the floor']]
+    with matmul_precision(opts.precision):
+        rate = matrix_rate(device, ACTIVATIONS[opts.precision])
+        # Seen as content features, so that a photograph stands for its reconstruction.
+        with torch.no_grad():
+            features = [content.features(p.to(device).float().div(127.5).sub(1)) for p in photos]
+        latents = psp.latent_avg + 0.2 * torch.randn(opts.k, *psp.latent_avg.shape, device=device)
+        groups = [Group(latents, p, f) for p, f in zip(photos, features)]
+        for name, function in parts_of_a_step(engine, groups).items():
+            work, took = operations(function), best_ms(function, device, opts.repeats) / 1000
+            floor = work / rate
+            rows.append([name, f'{work / 1e9:.0f}', f'{took:.3f}', f'{floor:.3f}',
+                         f'{took / floor:.1f}'])
+    print(f'{describe(device)}; {opts.precision} matrix rate {rate / 1e9:.0f} GFLOP/s')
+    for i, row in enumerate(rows):
+        print('| ' + ' | '.join(row) + ' |' if opts.markdown else '\t'.join(row))
+        if i == 0 and opts.markdown:
+            print('|' + '---|' * len(row))
+    return 0
+
+
+if __name__ == '__main__':
+    run(main)
