@@ -43,10 +43,11 @@ from models.stylegan2 import Generator
 from utils.cli import parser, positive_int, power_of_two, resolve_device, run
 
 ENCODER_SIZE = 256
-# First steps compared, and relative differences of the total loss allowed over them and at the
-# last step. The learning rate is 0 at step 0, so two losses belong to the same latents; after that
-# low precision takes another path to a similar end.
-AGREEMENT = {'fp32': (3, 1e-3, 0.01), 'tf32': (2, 0.01, 0.05), 'bf16': (2, 0.05, 0.1)}
+# Relative differences of the total loss allowed over the first steps and at the last one. In low
+# precision the beginning is not judged: the best-matching patch of the style loss is a choice among
+# near equals, so the loss jumps where the pictures hardly differ.
+AGREEMENT = {'fp32': (1e-3, 0.01), 'tf32': (float('inf'), 0.05), 'bf16': (float('inf'), 0.1)}
+FIRST_STEPS = 3
 
 
 def build_parser():
@@ -266,12 +267,12 @@ def main(argv=None):
     if device.type == 'cuda':
         print(f'peak memory {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB')
     differences = loss_differences(old_losses, losses, config)
-    n_first, first, last = AGREEMENT[opts.precision]
-    start = differences[:n_first].max()
+    first, last = AGREEMENT[opts.precision]
+    start = differences[:FIRST_STEPS].max()
     apart = (latents - found[0]).norm() / (found[0] - psp.latent_avg).norm()
     print(f'latents: {float(apart):.1e} apart, relative to their distance from the average')
-    print(f'total loss: {float(start):.1e} apart over the first {min(n_first, opts.steps)} steps '
-          f'(allowed {first:g}), {float(differences[-1]):.1e} at the last (allowed {last:g})')
+    print(f'total loss: {float(start):.1e} apart over the first {min(FIRST_STEPS, opts.steps)} '
+          f'steps (allowed {first:g}), {float(differences[-1]):.1e} at the last (allowed {last:g})')
     return int(bool(start > first or differences[-1] > last))
 
 
