@@ -18,7 +18,7 @@ from utils import cli
 from utils.errors import UserError
 
 WEIGHTS = ROOT / 'pretrained_models' / 'demo'
-STYLE_WEIGHT = 3e-3    # of the filter bank at 64 px; see the model card
+STYLE_WEIGHT, LR = 3e-2, 0.02    # for these weights; see the model card
 
 
 def build_parser():
@@ -54,7 +54,7 @@ def main(argv=None):
              f'--seed={opts.seed + 2}')
     call('k-SALSA', f'--exp_dir={run}', f'--checkpoint_path={WEIGHTS / "restyle.pt"}',
          f'--content_weights={WEIGHTS / "content_encoder.pt"}', '--style_weights=filters',
-         f'--style_weight={STYLE_WEIGHT}', f'--data_path={data / "images"}',
+         f'--style_weight={STYLE_WEIGHT}', f'--lr={LR}', f'--data_path={data / "images"}',
          f'--df={data / "labels.csv"}', '--data=phantoms', f'--same_k={opts.same_k}',
          f'--num_steps={opts.num_steps}', f'--device={opts.device}', f'--seed={opts.seed}',
          '--centroids')

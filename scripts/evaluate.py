@@ -12,7 +12,7 @@ ROC curves), split.csv. Examples of `real` and `inverted` show photographs: keep
 
 Entries of the configuration: name; phantoms {n_patients, size, visits, seed}, or table, image_dir
 and optionally split_column {members, others} values; members (share of patients); checkpoint,
-content_weights, style_weights, style_weight, num_steps; k; methods; grader (a configuration of
+content_weights, style_weights, style_weight, lr, num_steps; k; methods; grader (a configuration of
 classification/configs); seeds.
 """
 import sys
@@ -72,7 +72,7 @@ ATTACKS = {'pixel': 'nearest in pixels', 'content': 'nearest in content features
 _REQUIRED = ('checkpoint', 'content_weights', 'k', 'methods', 'grader', 'seeds')
 _DEFAULTS = {'name': '', 'phantoms': None, 'table': None, 'image_dir': None,
              'split_column': None, 'members': 0.5, 'style_weights': 'filters',
-             'style_weight': 1e-6, 'content_weight': 1e2, 'num_steps': 100}
+             'style_weight': 1e-6, 'lr': 0.1, 'content_weight': 1e2, 'num_steps': 100}
 _EXAMPLES = 8
 
 
@@ -217,6 +217,7 @@ def make_release(config, data, k, opts):
          f'--data_path={data.members.paths[0].parent}', f'--df={table}', f'--same_k={k}',
          f'--content_weights={located(config["content_weights"])}',
          f'--style_weights={style_weights(config)}', f'--style_weight={config["style_weight"]}',
+         f'--lr={config["lr"]}',
          f'--content_weight={config["content_weight"]}', f'--num_steps={config["num_steps"]}',
          '--centroids', '--save_reconstructions', f'--device={opts.device}',
          f'--seed={opts.seed}')

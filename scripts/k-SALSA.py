@@ -88,6 +88,9 @@ def build_parser():
                    help='weight of the content loss')
     g.add_argument('--style_weight', type=cli.nonnegative_float, default=1e-6, metavar='FLOAT',
                    help='weight of the local style loss')
+    g.add_argument('--lr', type=cli.positive_float, default=0.1, metavar='FLOAT',
+                   help='peak learning rate of the latents; less for generators whose latents '
+                        'vary less')
     g.add_argument('--n_iters_per_batch', type=cli.positive_int, default=5, metavar='N',
                    help='refinements of the inversion')
     g.add_argument('--content_weights', type=Path, metavar='FILE',
@@ -217,7 +220,7 @@ def main(argv=None):
             precision=opts.precision,
             optimize=OptimizeConfig(n_steps=opts.num_steps, n_crop=opts.num_crop,
                                     content_weight=opts.content_weight,
-                                    style_weight=opts.style_weight),
+                                    style_weight=opts.style_weight, lr=opts.lr),
             resize_outputs=opts.resize_outputs, soft_labels=opts.soft_labels,
             centroids=opts.centroids, save_reconstructions=opts.save_reconstructions,
             seed=opts.seed),
