@@ -45,7 +45,7 @@ class ContentNetwork(nn.Module):
                 img = F.interpolate(img, size=self.input_size, mode='bilinear',
                                     align_corners=False)
         img = img.to(dtype=self.net.conv1.weight.dtype, memory_format=torch.channels_last)
-        return F.normalize(self.net(img).float(), dim=1)
+        return F.normalize(self.net(img).double(), dim=1).float()
 
 
 def content_network_from_state(checkpoint, *, source):
@@ -97,6 +97,7 @@ def content_loss(features, mean_targets):
     """1 - mean_i <phi(y), phi_i> of each group, [G].
 
     features: unit vectors of the synthetic images [G, F]; mean_targets: the members' unit
-    vectors, averaged [G, F] (the inner product is linear, so the mean suffices).
+    vectors, averaged [G, F] (the inner product is linear, so the mean suffices). Float32 out.
     """
-    return 1 - (features * mean_targets).sum(1)
+    # Near 0 the float32 rounding of a cosine near 1 would be a per cent of the loss.
+    return (1 - (features.double() * mean_targets).sum(1)).float()

@@ -41,7 +41,8 @@ def test_content_loss_golden(moco_file, golden):
     targets = net.features(fill_image('psp/source', (5, 3, 256, 256)))
     loss = content_loss(net.features(y), targets.mean(0, keepdim=True)).sum()
     grad, = torch.autograd.grad(loss, y)
-    assert abs(loss.item() - data['loss'].item()) < 1e-4 * data['loss'].item()
+    # The reference rounds 1 - cosine to whole units of 2^-24.
+    assert abs(loss.item() - data['loss'].item()) < 1e-4 * data['loss'].item() + 2 ** -24
     assert relative_error(grad, data['grad']) < 1e-3
 
 
