@@ -25,7 +25,7 @@ def build_parser():
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
     p.add_argument('--out_dir', type=Path, default=Path('demo_output'), metavar='DIR',
                    help='output folder')
-    p.add_argument('--n_patients', type=cli.positive_int, default=100, metavar='N',
+    p.add_argument('--n_patients', type=cli.positive_int, default=80, metavar='N',
                    help='patients to draw, two eyes each')
     p.add_argument('--same_k', type=cli.positive_int, default=5, metavar='K',
                    help='fewest distinct patients in a group')
