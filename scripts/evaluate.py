@@ -12,7 +12,8 @@ ROC curves), split.csv. Examples of `real` and `inverted` show photographs: keep
 
 Entries of the configuration: name; phantoms {n_patients, size, visits, seed}, or table, image_dir
 and optionally split_column {members, others} values; members (share of patients); checkpoint,
-content_weights, style_weights, style_weight, lr, num_steps; k; methods; grader (a configuration of
+content_weights, style_weights, style_weight, lr,
+num_steps, precision; k; methods; grader (a configuration of
 classification/configs); seeds.
 """
 import sys
@@ -72,7 +73,8 @@ ATTACKS = {'pixel': 'nearest in pixels', 'content': 'nearest in content features
 _REQUIRED = ('checkpoint', 'content_weights', 'k', 'methods', 'grader', 'seeds')
 _DEFAULTS = {'name': '', 'phantoms': None, 'table': None, 'image_dir': None,
              'split_column': None, 'members': 0.5, 'style_weights': 'filters',
-             'style_weight': 1e-6, 'lr': 0.1, 'content_weight': 1e2, 'num_steps': 100}
+             'style_weight': 1e-6, 'lr': 0.1, 'content_weight': 1e2, 'num_steps': 100,
+             'precision': 'fp32'}
 _EXAMPLES = 8
 
 
@@ -219,7 +221,8 @@ def make_release(config, data, k, opts):
          f'--style_weights={style_weights(config)}', f'--style_weight={config["style_weight"]}',
          f'--lr={config["lr"]}',
          f'--content_weight={config["content_weight"]}', f'--num_steps={config["num_steps"]}',
-         '--centroids', '--save_reconstructions', f'--device={opts.device}',
+         '--centroids', '--save_reconstructions', f'--precision={config["precision"]}',
+         f'--device={opts.device}',
          f'--seed={opts.seed}')
     return run
 
