@@ -12,9 +12,8 @@ ROC curves), split.csv. Examples of `real` and `inverted` show photographs: keep
 
 Entries of the configuration: name; phantoms {n_patients, size, visits, seed}, or table, image_dir
 and optionally split_column {members, others} values; members (share of patients); checkpoint,
-content_weights, style_weights, style_weight, lr,
-num_steps, precision; k; methods; grader (a configuration of
-classification/configs); seeds.
+content_weights, style_weights, style_weight, content_weight, lr, num_steps, precision; k; methods;
+grader (a configuration of classification/configs); seeds.
 """
 import sys
 from pathlib import Path
