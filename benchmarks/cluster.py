@@ -24,7 +24,7 @@ import torch
 from scipy.spatial.distance import pdist, squareform
 
 from anonymization.grouping import assign_groups, squared_errors
-from utils.cli import parser, positive_int, run
+from utils.cli import parser, positive_int, resolve_device, run
 
 DATA = {
     'gaussian': 'isotropic, 512-d',
@@ -98,7 +98,8 @@ def compare(args):
         reference = None
         for label, options in methods.items():
             begin = time.perf_counter()
-            found = assign_groups(features, args.k, reduce=args.reduce, **options)
+            found = assign_groups(features, args.k, reduce=args.reduce, device=args.device,
+                                  **options)
             seconds = time.perf_counter() - begin
             reference = reference or found.sse
             rows.append([name, DATA.get(name, ''), label, f'{found.sse:,.0f}',
@@ -116,9 +117,11 @@ def scaling(args):
         features = draw('low-rank', n).astype(np.float32)
         row = [f'{n:,}']
         for name, limit, call in (
-                ('default', None, lambda x: assign_groups(x, args.k, reduce=args.reduce)),
+                ('default', None, lambda x: assign_groups(
+                    x, args.k, reduce=args.reduce, device=args.device)),
                 ('greedy, O(n d) memory', args.greedy_max,
-                 lambda x: assign_groups(x, args.k, method='published', reduce=args.reduce)),
+                 lambda x: assign_groups(x, args.k, method='published', reduce=args.reduce,
+                                         device=args.device)),
                 ('greedy as published', args.plain_max, lambda x: plain_published(x, args.k))):
             if limit is not None and n > limit:
                 row.append('not run')
@@ -171,7 +174,8 @@ def memory(args):
             features.flush()
         del features
         begin, busy = time.perf_counter(), time.process_time()
-        found = assign_groups(np.load(path, mmap_mode='r'), args.k, reduce=args.reduce)
+        found = assign_groups(np.load(path, mmap_mode='r'), args.k, reduce=args.reduce,
+                              device=args.device)
         seconds, busy = time.perf_counter() - begin, time.process_time() - busy
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
         # A yardstick for the error: groups of neighbours along the file, which is random.
@@ -206,6 +210,7 @@ def build_parser():
                    help='largest n for the greedy with kept sums')
     p.add_argument('--reduce', type=positive_int, metavar='INT',
                    help='principal directions; by default all, above 1 GiB of features 256')
+    p.add_argument('--device', default='cpu', help='cpu, cuda, cuda:N or auto')
     p.add_argument('--plot', metavar='PNG', help='where --scaling draws its curves')
     p.add_argument('--temp_dir', metavar='DIR', help='for the file of --memory')
     return p
@@ -214,6 +219,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     args.reduce = args.reduce or 'auto'
+    args.device = resolve_device(args.device)
     (scaling if args.scaling else memory if args.memory else compare)(args)
     return 0
 
