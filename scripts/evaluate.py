@@ -411,11 +411,11 @@ def markdown(rows, config):
         score = r['utility']['summary']
         attack = max(r['attacks'].values(), key=lambda a: a['auc']['value'])
         again = r['reidentification']
-        cells = [r['method'], r['k'] or '-', r['n'], interval(r['fidelity']['fd'], 3),
-                 interval(r['fidelity']['kid'], 4),
+        cells = [r['method'], r['k'] or '-', r['n'], interval(r['fidelity']['fd'], '.3f'),
+                 interval(r['fidelity']['kid'], '.1e'),
                  *(spread(score[s]) for s in ('auc_referable', 'kappa')),
-                 *(interval(r['attacks'][a]['auc'], 2) for a in ATTACKS),
-                 interval(attack['tpr_at_1pct_fpr'], 2),
+                 *(interval(r['attacks'][a]['auc'], '.2f') for a in ATTACKS),
+                 interval(attack['tpr_at_1pct_fpr'], '.2f'),
                  '-' if again is None else
                  f'{again["rank_1"]:.3f} (chance {again["chance_rank_1"]:.3f})']
         lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
@@ -428,10 +428,9 @@ def spread(score):
     return f'{score["mean"]:.3f}{std}'
 
 
-def interval(value, digits):
-    """'value (low to high)'."""
-    return (f'{value["value"]:.{digits}f} ({value["low"]:.{digits}f} to '
-            f'{value["high"]:.{digits}f})')
+def interval(value, style):
+    """'value (low to high)', each in a format such as '.2f'."""
+    return f'{value["value"]:{style}} ({value["low"]:{style}} to {value["high"]:{style}})'
 
 
 def write_results(rows, curves, config, data, opts):
