@@ -6,6 +6,7 @@ the same eye that differ in gaze. Pictures are uint8 [n, 3, S, S].
 """
 import numpy as np
 import torch
+from scipy.fft import next_fast_len
 from skimage.filters import gaussian, sato
 
 from utils.errors import UserError
@@ -46,7 +47,8 @@ def best_correlations(queries, pool, *, device='cpu'):
     Computed with FFTs; zero padding keeps shifts from wrapping round.
     """
     side = queries.shape[-1]
-    size, reach = 2 * side, int(MAX_SHIFT * side)
+    reach = int(MAX_SHIFT * side)
+    size = next_fast_len(side + reach, real=True)    # wide enough for shifts up to `reach`
     near = torch.tensor([*range(reach + 1), *range(size - reach, size)], device=device)
     pool = torch.fft.rfft2(torch.from_numpy(pool).to(device), s=(size, size)).conj()
     found = torch.full((len(queries), len(pool)), -1.0, device=device)
