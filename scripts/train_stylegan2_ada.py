@@ -93,6 +93,8 @@ def build_parser():
                    metavar='INT', help='images per pass and process; lower to save memory')
     g.add_argument('--pl_weight', type=nonnegative_float, metavar='FLOAT',
                    help='path length weight')
+    g.add_argument('--use_noise', type=boolean, metavar='BOOL',
+                   help='noise injection in the generator (default: on, off in --cfg=small)')
     g.add_argument('--map-depth', '--map_depth', dest='n_mlp', type=int, choices=range(2, 9),
                    metavar='2..8', help='layers of the mapping network')
     g.add_argument('--max_minutes', type=positive_float, metavar='MIN',
@@ -200,7 +202,8 @@ def main(argv=None):
     try:
         config = make_config(opts.cfg, dataset.resolution, world, kimg=opts.kimg,
                              batch=opts.batch, batch_gpu=opts.batch_gpu, gamma=opts.gamma,
-                             pl_weight=opts.pl_weight, n_mlp=opts.n_mlp, freezed=opts.freezed)
+                             pl_weight=opts.pl_weight, n_mlp=opts.n_mlp, freezed=opts.freezed,
+                             use_noise=opts.use_noise)
     except ValueError as error:
         raise UserError(f'--batch/--cfg: {error}') from error
     if len(dataset) < config.batch:

@@ -30,7 +30,7 @@ CHANNELS = {4: 8, 8: 8, 16: 8, 32: 8}
 
 def tiny_config(**overrides):
     values = dict(batch=4, channels=CHANNELS, style_dim=16, g_reg_interval=2, d_reg_interval=2,
-                  pl_weight=2.0)
+                  pl_weight=2.0, use_noise=True)
     return make_config('small', 32, 1, **{**values, **overrides})
 
 
@@ -151,6 +151,21 @@ def test_adaptive_strength_rises_when_the_discriminator_overfits():
     assert strengths[2] == 0.0
     assert max(overfitting) > 0.6
     assert strengths[-1] > 0.2
+
+
+def test_training_without_noise_adds_none_even_to_a_transferred_network():
+    noisy = tiny_trainer()
+    for net in (noisy.g, noisy.g_ema):
+        for layer in [net.conv1, *net.convs]:
+            layer.noise.weight.data.fill_(0.5)
+    quiet = tiny_trainer(config=tiny_config(use_noise=False))
+    quiet.transfer(noisy.state())
+    for _ in range(3):
+        quiet.step()
+    z = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    for net in (quiet.g, quiet.g_ema):
+        assert torch.equal(net(z, noise='random'), net(z, noise='none'))
+    assert not torch.equal(noisy.g_ema(z, noise='random'), noisy.g_ema(z, noise='none'))
 
 
 def test_strength_heuristic():

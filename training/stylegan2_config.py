@@ -33,6 +33,7 @@ class TrainConfig:
     pl_batch_shrink: int = 2
     d_reg_interval: int = 16
     g_reg_interval: int = 4
+    use_noise: bool = True    # noise injection in the generator's layers
     freezed: int = 0      # discriminator layers kept frozen, from the image side
 
     def to_dict(self):
@@ -62,6 +63,8 @@ def make_config(preset, size, n_gpus, **overrides):
             values['channels'] = {r: c for r, c in _SMALL_CHANNELS.items() if r <= size}
             values['kimg'] = 200
             values['pl_weight'] = 0.0    # a tenth of the time, for a smoothness small nets have
+            # Small nets draw vessels as a texture of the noise and never learn their course.
+            values['use_noise'] = False
         batch_gpu = batch // n_gpus
     else:
         kimg, batch, mbstd, multiplier, lr, gamma, ema = {

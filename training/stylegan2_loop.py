@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from models.stylegan2 import Discriminator, Generator
-from models.stylegan2.model import set_low_precision
+from models.stylegan2.model import NoiseInjection, set_low_precision
 from training.augment import MAX_STRENGTH, AdaptiveStrength, AugmentPipe
 from utils import distributed
 from utils.errors import UserError
@@ -76,6 +76,7 @@ class Trainer:
         net = dict(channels=config.channels)
         self.g = Generator(config.size, style_dim=config.style_dim, n_mlp=config.n_mlp, **net)
         self.d = Discriminator(config.size, mbstd_group=config.mbstd_group, **net)
+        self.noise = 'random' if config.use_noise else 'none'
         self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
         for module in (self.g, self.d, self.g_ema):
             module.to(self.device)
@@ -152,7 +153,7 @@ class Trainer:
 
         self.d.requires_grad_(False)
         for draw in self._passes('g_main'):
-            fake = self.g.synthesis(self._latents(draw, cfg.batch_gpu), noise='random',
+            fake = self.g.synthesis(self._latents(draw, cfg.batch_gpu), noise=self.noise,
                                     generator=draw)
             loss = F.softplus(-self._judge(fake, draw)).mean()    # -log(sigmoid(D(G(z))))
             record('loss_g', loss)
@@ -174,7 +175,7 @@ class Trainer:
         reals = []
         for draw in self._passes('d_main'):
             with torch.no_grad():
-                fake = self.g.synthesis(self._latents(draw, cfg.batch_gpu), noise='random',
+                fake = self.g.synthesis(self._latents(draw, cfg.batch_gpu), noise=self.noise,
                                         generator=draw)
             loss_fake = F.softplus(self._judge(fake, draw)).mean()
             reals.append(self._next_reals())
@@ -207,7 +208,7 @@ class Trainer:
         return stats
 
     def _path_length(self, ws, draw):
-        images = self.g.synthesis(ws, noise='random', generator=draw)
+        images = self.g.synthesis(ws, noise=self.noise, generator=draw)
         noise = torch.randn(images.shape, device=self.device, generator=draw)
         noise = noise / math.sqrt(images.shape[2] * images.shape[3])
         grad, = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
@@ -291,6 +292,17 @@ class Trainer:
                 raise UserError('the weight file does not fit this configuration '
                                 f'({str(error).splitlines()[1].strip()}); choose --cfg and the '
                                 'image size it was trained with') from error
+        if not self.config.use_noise:
+            silence_noise(self.g)
+            silence_noise(self.g_ema)
+
+
+@torch.no_grad()
+def silence_noise(generator):
+    """Sets the strength of the noise to 0 in all layers; what uses the network adds none then."""
+    for module in generator.modules():
+        if isinstance(module, NoiseInjection):
+            module.weight.zero_()
 
 
 def freeze_discriminator(net, n_layers):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.stylegan2.op import fused_leaky_relu, upfirdn2d
+from models.stylegan2.op.fused_act import SQRT2
 
 MIN_SIZE, MAX_SIZE = 32, 1024
 FP16_CLAMP = 256.0    # keeps float16 activations finite; the published mixed-precision recipe
@@ -83,7 +84,7 @@ class EqualLinear(nn.Module):
 
 
 class EqualConv2d(nn.Module):
-    """Bias-free convolution with run-time weight scaling."""
+    """Convolution with run-time weight scaling; its bias, if any, belongs to the activation."""
 
     def __init__(self, in_ch, out_ch, kernel_size, *, stride=1, padding=0):
         super().__init__()
@@ -91,21 +92,30 @@ class EqualConv2d(nn.Module):
         self.scale = 1 / math.sqrt(in_ch * kernel_size ** 2)
         self.stride, self.padding = stride, padding
 
-    def forward(self, x):
-        return F.conv2d(x, (self.weight * self.scale).to(x.dtype), stride=self.stride,
-                        padding=self.padding)
+    def forward(self, x, *, gain=1.0, bias=None):
+        weight = (self.weight * (self.scale * gain)).to(x.dtype)
+        return F.conv2d(x, weight, bias, stride=self.stride, padding=self.padding)
 
 
 class FusedLeakyReLU(nn.Module):
-    """Bias [C] and scaled leaky ReLU."""
+    """Bias [C] and leaky ReLU, times `gain`.
 
-    def __init__(self, channels):
+    The activation is homogeneous, so the layer before it can carry the gain (and add the bias,
+    as the caller wishes) in passes over the map it makes anyway: x then comes with the gain in.
+    """
+
+    def __init__(self, channels, gain=SQRT2):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.gain = gain
 
-    def forward(self, x):
-        clamp = FP16_CLAMP if x.dtype == torch.float16 else None
-        return fused_leaky_relu(x, self.bias, clamp=clamp)
+    def scaled_bias(self, dtype):
+        return (self.bias * self.gain).to(dtype)
+
+    def forward(self, x, *, add_bias=True):
+        clamp = FP16_CLAMP * self.gain / SQRT2 if x.dtype == torch.float16 else None
+        bias = self.bias * self.gain if add_bias else None
+        return fused_leaky_relu(x, bias, gain=1.0, clamp=clamp)
 
 
 class ModulatedConv2d(nn.Module):
@@ -125,7 +135,8 @@ class ModulatedConv2d(nn.Module):
         if upsample:
             self.blur = Blur(gain=4.0)    # zero insertion quarters the mean; the gain restores it
 
-    def forward(self, x, w):
+    def forward(self, x, w, *, gain=1.0, bias=None):
+        """gain: factor of the demodulated map. bias [Cout]: added to it, in the same pass."""
         style = self.modulation(w)                                     # [N, Cin]
         weight = self.weight[0] * self.scale                           # [Cout, Cin, k, k]
         if self.demodulate and x.dtype == torch.float16:
@@ -140,7 +151,8 @@ class ModulatedConv2d(nn.Module):
             y = F.conv2d(y, weight.to(x.dtype), padding=self.padding)
         if self.demodulate:
             power = style.square() @ weight.square().sum((2, 3)).T     # [N, Cout]
-            y = y * torch.rsqrt(power + 1e-8).to(x.dtype)[:, :, None, None]
+            factor = (torch.rsqrt(power + 1e-8) * gain).to(x.dtype)[:, :, None, None]
+            y = y * factor if bias is None else torch.addcmul(bias[:, None, None], y, factor)
         return y
 
 
@@ -151,8 +163,8 @@ class NoiseInjection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x, noise):
-        return x if noise is None else x + (self.weight * noise).to(x.dtype)
+    def forward(self, x, noise, *, gain=1.0):
+        return x if noise is None else x + (self.weight * gain * noise).to(x.dtype)
 
 
 class StyledConv(nn.Module):
@@ -165,7 +177,11 @@ class StyledConv(nn.Module):
         self.activate = FusedLeakyReLU(out_ch)
 
     def forward(self, x, w, noise):
-        return self.activate(self.noise(self.conv(x, w), noise))
+        gain = self.activate.gain
+        if x.is_cuda:    # the activation kernel adds the bias
+            return self.activate(self.noise(self.conv(x, w, gain=gain), noise, gain=gain))
+        x = self.conv(x, w, gain=gain, bias=self.activate.scaled_bias(x.dtype))
+        return self.activate(self.noise(x, noise, gain=gain), add_bias=False)
 
 
 class ToRGB(nn.Module):
@@ -305,26 +321,36 @@ class Generator(nn.Module):
 
 
 class ConvLayer(nn.Sequential):
-    """[blur,] convolution [, bias + leaky ReLU] under the child numbers of the weight format."""
+    """[blur,] convolution [, bias + leaky ReLU] under the child numbers of the weight format.
 
-    def __init__(self, in_ch, out_ch, kernel_size, *, downsample=False, activate=True):
+    gain: a further factor of the output.
+    """
+
+    def __init__(self, in_ch, out_ch, kernel_size, *, downsample=False, activate=True, gain=1.0):
         layers = [Blur()] if downsample else []
         layers.append(EqualConv2d(in_ch, out_ch, kernel_size, stride=2 if downsample else 1,
                                   padding=0 if downsample else kernel_size // 2))
         if activate:
-            layers.append(FusedLeakyReLU(out_ch))
+            layers.append(FusedLeakyReLU(out_ch, SQRT2 * gain))
         super().__init__(*layers)
-        self.kernel_size = kernel_size
+        self.kernel_size, self.gain = kernel_size, gain
 
     def forward(self, x):
-        if isinstance(self[0], Blur) and self.kernel_size == 1:
+        blur, activate = isinstance(self[0], Blur), isinstance(self[-1], FusedLeakyReLU)
+        convolve = self[1] if blur else self[0]
+        if blur and self.kernel_size == 1:
             # Filter, decimation and 1x1 convolution as one dense 4x4 convolution: more
             # multiplications, but on matrix units, and no pass over the full resolution.
-            kernel = self[0].kernel.flip(0, 1) * self[1].scale
-            return F.conv2d(x, (self[1].weight * kernel).to(x.dtype), stride=2, padding=1)
-        for layer in self:
-            x = layer(x, pad=(2, 2)) if isinstance(layer, Blur) else layer(x)
-        return x
+            kernel = self[0].kernel.flip(0, 1) * (convolve.scale * self.gain)
+            return F.conv2d(x, (convolve.weight * kernel).to(x.dtype), stride=2, padding=1)
+        if blur:
+            x = self[0](x, pad=(2, 2))
+        if not activate:
+            return convolve(x, gain=self.gain)
+        if x.is_cuda:    # the activation kernel adds the bias
+            return self[-1](convolve(x, gain=self[-1].gain))
+        x = convolve(x, gain=self[-1].gain, bias=self[-1].scaled_bias(x.dtype))
+        return self[-1](x, add_bias=False)
 
 
 class ResBlock(nn.Module):
@@ -333,11 +359,12 @@ class ResBlock(nn.Module):
     def __init__(self, in_ch, out_ch):
         super().__init__()
         self.conv1 = ConvLayer(in_ch, in_ch, 3)
-        self.conv2 = ConvLayer(in_ch, out_ch, 3, downsample=True)
-        self.skip = ConvLayer(in_ch, out_ch, 1, downsample=True, activate=False)
+        half = math.sqrt(0.5)    # keeps the variance of the sum
+        self.conv2 = ConvLayer(in_ch, out_ch, 3, downsample=True, gain=half)
+        self.skip = ConvLayer(in_ch, out_ch, 1, downsample=True, activate=False, gain=half)
 
     def forward(self, x):
-        return (self.conv2(self.conv1(x)) + self.skip(x)) * math.sqrt(0.5)
+        return self.conv2(self.conv1(x)) + self.skip(x)
 
 
 class Discriminator(nn.Module):
