@@ -23,7 +23,6 @@ import time
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.utils.flop_counter import FlopCounterMode
 
 from anonymization.optimize import (
     ACTIVATIONS,
@@ -33,7 +32,7 @@ from anonymization.optimize import (
     OptimizeConfig,
     matmul_precision,
 )
-from benchmarks.machine import describe, matrix_rate, synchronize
+from benchmarks.machine import OperationCount, describe, matrix_rate, synchronize
 from benchmarks.published import PublishedWay, synthesis
 from criteria.content import content_network_from_state
 from criteria.local_style import VGGStyle
@@ -209,9 +208,9 @@ def one_step(engine, start, targets):
 
 
 def operations(function):
-    with FlopCounterMode(display=False) as counter:
+    with OperationCount() as counter:
         function()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def per_step(seconds):

@@ -2,6 +2,8 @@
 import time
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 def synchronize(device):
@@ -22,6 +24,31 @@ def matrix_rate(device, dtype, n=4096):
         synchronize(device)
         best = min(best, time.perf_counter() - begin)
     return 2 * n ** 3 / best
+
+
+class OperationCount(TorchDispatchMode):
+    """Counts the operations of matrix products and convolutions run within it, in `total`.
+
+    PyTorch's own counter also follows modules by hooks, which fail in a step that mixes passes
+    with and without gradients.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is None:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+                if parts is not NotImplemented:
+                    return parts
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
 
 
 def describe(device):

@@ -19,9 +19,8 @@ import time
 
 import torch
 import torchvision
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.machine import describe, matrix_rate, synchronize
+from benchmarks.machine import OperationCount, describe, matrix_rate, synchronize
 from models.encoders import build_encoder
 from models.psp import PSP
 from models.stylegan2 import Generator
@@ -109,10 +108,10 @@ def main(argv=None):
     step, batch, period = prepare(opts, device)
     for _ in range(3 if device.type == 'cuda' else 1):
         step()
-    with FlopCounterMode(display=False) as counter:
+    with OperationCount() as counter:
         for _ in range(period):
             step()
-    work = counter.get_total_flops() / period
+    work = counter.total / period
     synchronize(device)
     begin = time.perf_counter()
     for _ in range(opts.steps):
