@@ -1,4 +1,5 @@
 """One code path for one process and for `torchrun`: every function answers without a group."""
+import importlib
 import os
 
 import torch
@@ -17,6 +18,10 @@ def init(device):
     world = int(os.environ.get('WORLD_SIZE', '1'))
     if world == 1 or dist.is_initialized():
         return device
+    # This module takes the group as the default of its arguments. Imported later (the optimisers
+    # do), it would keep the group and its threads alive past `shutdown`, into the interpreter's
+    # end, where they abort now and then.
+    importlib.import_module('torch.distributed.nn.functional')
     if device.type == 'cuda':
         local = int(os.environ['LOCAL_RANK'])
         if local >= torch.cuda.device_count():
