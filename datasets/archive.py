@@ -68,6 +68,14 @@ class FileStore:
         except _DECODE_ERRORS as error:
             raise UserError(f'{self.path}: {name} is not a readable image ({error})') from error
 
+    def size(self, name):
+        """(width, height) of one image, from its header; UserError when it cannot be read."""
+        try:
+            with self.open(name) as file, Image.open(file) as image:
+                return image.size
+        except _DECODE_ERRORS as error:
+            raise UserError(f'{self.path}: {name} is not a readable image ({error})') from error
+
     def labels(self):
         """{name: label} from dataset.json, or None when there is none."""
         if 'dataset.json' not in self.names:
@@ -109,7 +117,7 @@ class ImageArchive(torch.utils.data.Dataset):
 
     labels: read dataset.json (UserError when it is absent or incomplete).
     mirror: doubles the set; item n + i is item i flipped left to right.
-    subset: keep that many images, drawn with `seed`.
+    subset: keep that many images, drawn with `seed` (UserError when there are fewer).
     cache: keep decoded images in memory (3*H*W bytes each); DataLoader workers have their own.
     The constructor reads every file's header and raises UserError naming all files that are
     damaged, not square, not a power of two wide, or of another size than the majority.
@@ -122,7 +130,9 @@ class ImageArchive(torch.utils.data.Dataset):
             raise UserError(f'{path} holds no images; make an archive with scripts/dataset_tool.py')
         self.resolution = self._check_headers()
         table = self._read_labels() if labels else np.zeros((len(self.names), 0), np.float32)
-        if subset is not None and subset < len(self.names):
+        if subset is not None and subset > len(self.names):
+            raise UserError(f'--subset {subset}: {path} holds {len(self.names)} images')
+        if subset is not None:
             keep = np.sort(np.random.default_rng(seed).permutation(len(self.names))[:subset])
             self.names, table = [self.names[i] for i in keep], table[keep]
         self._labels = torch.from_numpy(table)

@@ -4,23 +4,31 @@
     python scripts/calc_metrics.py real.zip RUN/release/images --metrics fundus,inception \\
         --content_weights content.pt --inception_weights pt_inception-2015-12-05-6726825d.pth
 
-REAL and SYNTHETIC are folders (searched recursively) or ZIP archives. `fundus` takes the features
-of the project's content encoder (FD-fundus), `inception` those of FID; `spectrum` compares radial
-power spectra. Every number comes with a bootstrap interval, and with the same statistic of real
-against real pictures as the yardstick.
+REAL and SYNTHETIC are folders (searched recursively) or ZIP archives; contact sheets (grid.png of
+scripts/generate.py) do not count. `fundus` takes the features of the project's content encoder
+(FD-fundus), `inception` those of FID; their statistics come with bootstrap intervals, and the
+distances with those of real against real pictures as the yardstick. `spectrum` compares radial
+power spectra.
 """
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import contextlib
 import json
 import logging
+from collections import Counter
 
-from datasets.archive import FileStore
-from training.fidelity import compare_pictures, load_feature_network, read_pictures, sharpness
+from training.fidelity import (
+    compare_pictures,
+    load_feature_network,
+    picture_names,
+    read_pictures,
+    sharpness,
+)
 from utils.cli import add_common, parser, positive_int, resolve_device, run
-from utils.errors import UserError
+from utils.errors import UserError, listing
 from utils.logs import setup_logging
 from utils.runs import versions
 
@@ -62,13 +70,27 @@ def chosen(opts):
     return kinds
 
 
-def picture_side(path):
-    """Side of the first picture of a folder or ZIP."""
-    store = FileStore(path)
-    names = store.image_names()
-    if not names:
-        raise UserError(f'no images in {path}')
-    return min(store.image(names[0]).size)
+def picture_side(path, *, one_size):
+    """Shorter side of the first picture of a folder or ZIP.
+
+    one_size: UserError when the pictures are not all of one size, as those of a generator or a
+    release are; something else lies among them then.
+    """
+    store, names = picture_names(path)
+    sizes = {}
+    for name in names:
+        with contextlib.suppress(UserError):    # unreadable ones are listed when all are read
+            sizes[name] = store.size(name)
+    if not sizes:
+        raise UserError(f'{path}: none of its {len(names)} images can be read')
+    if one_size:
+        common, _ = Counter(sizes.values()).most_common(1)[0]
+        others = [f'{name}: {w}x{h}' for name, (w, h) in sizes.items() if (w, h) != common]
+        if others:
+            raise UserError(listing(f'{path} holds {len(sizes) - len(others)} pictures of '
+                                    f'{common[0]}x{common[1]} and {len(others)} of another '
+                                    'size; give a folder of the synthetic pictures alone', others))
+    return min(next(iter(sizes.values())))
 
 
 def table(results):
@@ -104,7 +126,10 @@ def main(argv=None):
         metric='fd_fundus' if kind == 'fundus' else 'fid',
         content_weights=opts.content_weights, inception_weights=opts.inception_weights)
         for kind in kinds if kind != 'spectrum'}
-    side = min(picture_side(opts.real), picture_side(opts.synthetic))
+    side = min(picture_side(opts.real, one_size=False),
+               picture_side(opts.synthetic, one_size=True))
+    count = {name: len(picture_names(path)[1])
+             for name, path in (('n_real', opts.real), ('n_synthetic', opts.synthetic))}
     results = {kind: compare_pictures(opts.real, opts.synthetic, network, device=device,
                                       n_bootstrap=opts.n_bootstrap, seed=opts.seed,
                                       batch_size=opts.batch_size)
@@ -112,11 +137,13 @@ def main(argv=None):
     if 'spectrum' in kinds:
         results['spectrum'] = sharpness(read_pictures(opts.real, side),
                                         read_pictures(opts.synthetic, side))
+    print(f'{count["n_real"]} real and {count["n_synthetic"]} synthetic pictures')
     print(table(results))
     if opts.out is not None:
         opts.out.parent.mkdir(parents=True, exist_ok=True)
         with open(opts.out, 'a', encoding='utf-8') as file:
             file.write(json.dumps({'real': str(opts.real), 'synthetic': str(opts.synthetic),
+                                   **count,
                                    'seed': opts.seed, 'versions': versions(), **results}) + '\n')
     return 0
 

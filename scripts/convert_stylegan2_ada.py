@@ -19,6 +19,8 @@ from utils.io import load_weights, save_torch
 from utils.logs import setup_logging
 from utils.seeds import seed_everything, torch_generator
 
+_REMEDY = 'Give a .pt file that holds the weights of a StyleGAN2 under the usual key names.'
+
 EPILOG = """examples:
   python scripts/convert_stylegan2_ada.py --source network-snapshot.pkl --dest generator.pt
   python scripts/convert_stylegan2_ada.py --source 550000.pt --dest generator.pt --no_discriminator
@@ -44,13 +46,18 @@ def read_port(path):
         content = load_weights(path, what='generator file')
     if not isinstance(content, dict) or 'g_ema' not in content:
         raise UserError(f'{path} has no "g_ema" entry, so it is not a StyleGAN2 generator file')
-    weights = {'g_ema': generator_from_state(content['g_ema'], source=str(path)).state_dict()}
+    def generator(key):
+        net = generator_from_state(content[key], source=f'{path} ({key})', remedy=_REMEDY)
+        return net.state_dict()
+
+    weights = {'g_ema': generator('g_ema')}
     if content.get('latent_avg') is not None:
         weights['latent_avg'] = content['latent_avg'].float().cpu()
     if 'g' in content:
-        weights['g'] = generator_from_state(content['g'], source=f'{path} (g)').state_dict()
+        weights['g'] = generator('g')
     if 'd' in content:
-        weights['d'] = discriminator_from_state(content['d'], source=f'{path} (d)').state_dict()
+        weights['d'] = discriminator_from_state(content['d'], source=f'{path} (d)',
+                                                remedy=_REMEDY).state_dict()
     return weights
 
 

@@ -13,7 +13,7 @@ from models.stylegan2.checkpoint import load_generator
 from models.stylegan2.sampling import NOISE_MODES, loop_styles, mix_styles, render, seed_styles
 from utils import cli
 from utils.errors import UserError
-from utils.images import grid, save_png, tensor_to_pil
+from utils.images import CONTACT_SHEET, grid, save_png, tensor_to_pil
 from utils.io import atomic_path
 from utils.logs import progress, setup_logging
 
@@ -130,7 +130,7 @@ def save_samples(images, names, out, n_cols):
         if len(names) <= 400:
             kept.append(image.cpu())
     if kept:
-        save_png(grid(torch.stack(kept), n_cols), out / 'grid.png')
+        save_png(grid(torch.stack(kept), n_cols), out / CONTACT_SHEET)
 
 
 def sample(args, net, styles, out):
@@ -138,29 +138,29 @@ def sample(args, net, styles, out):
     one = len(args.trunc) == 1
     names = [f'seed{s:04d}.png' if one else f'seed{s:04d}-trunc{psi:.2f}.png'
              for s in args.seeds for psi in args.trunc]
-    guard([out / n for n in [*names, 'grid.png']], args.overwrite)
+    guard([out / n for n in [*names, CONTACT_SHEET]], args.overwrite)
     ws = torch.stack([styles(args.seeds, psi) for psi in args.trunc], 1).flatten(0, 1)
     seeds = [s for s in args.seeds for _ in args.trunc]
     images = render(net, ws, noise=args.noise_mode, seeds=seeds, batch=args.batch)
     save_samples(images, names, out, min(8, len(names)) if one else len(args.trunc))
-    return len(names)
+    return f'{len(names)} pictures'
 
 
 def project(args, net, device, out):
     """--projected_w: one picture per latent."""
     ws = read_latents(args.projected_w, net).to(device)
     names = [f'latent{i:04d}.png' for i in range(len(ws))]
-    guard([out / n for n in [*names, 'grid.png']], args.overwrite)
+    guard([out / n for n in [*names, CONTACT_SHEET]], args.overwrite)
     save_samples(render(net, ws, noise=args.noise_mode, batch=args.batch), names, out,
                  min(8, len(names)))
-    return len(names)
+    return f'{len(names)} pictures'
 
 
 def mix(args, net, styles, out):
     """--rows and --cols: a sheet with the sources on its rim."""
     if max(args.styles) >= net.n_latent:
         raise UserError(f'--styles: this generator has the layers 0-{net.n_latent - 1}')
-    guard([out / 'grid.png'], args.overwrite)
+    guard([out / CONTACT_SHEET], args.overwrite)
     psi = args.trunc[0]
     rows, cols = styles(args.rows, psi), styles(args.cols, psi)
     n_rows, n_cols = len(rows), len(cols)
@@ -173,8 +173,8 @@ def mix(args, net, styles, out):
     for i in range(n_rows):
         first = n_cols + n_rows + i * n_cols
         sheet += [images[n_cols + i], *images[first:first + n_cols]]
-    save_png(grid(torch.stack(sheet), n_cols + 1), out / 'grid.png')
-    return n_rows * n_cols
+    save_png(grid(torch.stack(sheet), n_cols + 1), out / CONTACT_SHEET)
+    return f'a grid of {n_rows} x {n_cols} mixtures'
 
 
 def interpolate(args, net, styles, out):
@@ -188,14 +188,14 @@ def interpolate(args, net, styles, out):
         guard(names, args.overwrite)
         for path, image in zip(names, images):
             save_png(image, path)
-        return len(ws)
+        return f'{len(ws)} frames'
     path = out / f'interpolation.{args.interpolate}'
     guard([path], args.overwrite)
     frames = (tensor_to_pil(image) for image in images)
     with atomic_path(path) as temp:
         next(frames).save(temp, format=args.interpolate.upper(), save_all=True,
                           append_images=frames, duration=round(1000 / args.fps), loop=0)
-    return len(ws)
+    return f'{path.name}, {len(ws)} frames,'
 
 
 def main(argv=None):
@@ -212,14 +212,14 @@ def main(argv=None):
         return seed_styles(net, seeds, psi=psi, latent_avg=latent_avg)
 
     if args.interpolate:
-        n = interpolate(args, net, styles, out)
+        made = interpolate(args, net, styles, out)
     elif args.rows is not None:
-        n = mix(args, net, styles, out)
+        made = mix(args, net, styles, out)
     elif args.projected_w is not None:
-        n = project(args, net, device, out)
+        made = project(args, net, device, out)
     else:
-        n = sample(args, net, styles, out)
-    print(f'{n} pictures of {net.size} px in {out}')
+        made = sample(args, net, styles, out)
+    print(f'{made} of {net.size} px in {out}')
     return 0
 
 

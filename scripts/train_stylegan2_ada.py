@@ -44,33 +44,39 @@ from utils.cli import (
 from utils.errors import UserError
 from utils.io import load_weights, sha256_file
 from utils.logs import setup_logging
-from utils.runs import run_record, start_run
+from utils.runs import add_continuation, run_lock, run_record, start_run
 
 log = logging.getLogger(__name__)
 
 TICK_KIMG = 4
 
+# Flags that may change when a run folder is gone on in: they do not touch what is learnt, or say
+# how long.
+_FREE = ('outdir', 'resume', 'kimg', 'snap', 'metrics', 'metric_network', 'inception_weights',
+         'metric_images', 'device', 'gpus', 'batch_gpu', 'precision', 'fp32', 'nhwc', 'nobench',
+         'allow_tf32', 'workers', 'max_minutes', 'dry_run', 'data')
+
 
 def build_parser():
     p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
-    g = p.add_argument_group('required')
-    g.add_argument('--outdir', required=True, type=Path, metavar='DIR',
-                   help='where the numbered run folders go')
+    g = p.add_argument_group('required, except with --resume RUN')
+    g.add_argument('--outdir', type=Path, metavar='DIR', help='where the numbered run folders go')
     g.add_argument('--data', type=Path, metavar='ZIP|DIR',
-                   help='archive made by scripts/dataset_tool.py (with --resume DIR: as before)')
+                   help='archive made by scripts/dataset_tool.py')
     g = p.add_argument_group('general')
     g.add_argument('--gpus', type=positive_int, default=1, metavar='INT',
                    help='processes on this machine, one per GPU (gloo processes on the CPU)')
-    g.add_argument('--snap', type=positive_int, default=50, metavar='TICKS',
-                   help=f'ticks of {TICK_KIMG} kimg between snapshots')
+    g.add_argument('--snap', type=positive_int, metavar='TICKS',
+                   help=f'ticks of {TICK_KIMG} kimg between snapshots (default: 50, in --cfg=small '
+                        '4)')
     g.add_argument('--metrics', default='none', metavar='LIST',
-                   help='none, or fd_fundus (needs --metric_network) and/or fid, kid (need '
+                   help='none, or fd_fundus, kid_fundus (need --metric_network) and fid, kid (need '
                         '--inception_weights), comma separated, at every snapshot')
     g.add_argument('--metric_network', type=Path, metavar='FILE',
                    help='content encoder file for fd_fundus (scripts/train_content_encoder.py)')
     g.add_argument('--inception_weights', type=Path, metavar='FILE',
                    help='Inception weights for fid and kid (pt_inception-2015-12-05-6726825d.pth, '
-                        'from the torch-fidelity releases)')
+                        'from the pytorch-fid releases)')
     g.add_argument('--metric_images', type=positive_int, default=2000, metavar='INT',
                    help='generated images per metric')
     g.add_argument('--seed', type=nonnegative_int, default=0, metavar='INT', help='random seed')
@@ -109,8 +115,12 @@ def build_parser():
     g.add_argument('--resume', type=Path, metavar='RUN|FILE',
                    help='a run folder: go on in it from its newest snapshot; a snapshot file: go '
                         'on from it in a new folder; a generator file: transfer learning')
+    g.add_argument('--transfer', type=boolean, default=False, metavar='BOOL',
+                   help='with --resume FILE, a snapshot: take its networks only and begin anew, '
+                        'as for other data')
     g.add_argument('--freezed', type=nonnegative_int, default=0, metavar='INT',
-                   help='discriminator layers kept frozen (FreezeD), from the image side')
+                   help='with --resume FILE that holds a discriminator (a snapshot, or a converted '
+                        '.pkl): its layers kept frozen (FreezeD), from the image side')
     g = p.add_argument_group('performance')
     g.add_argument('--precision', choices=('fp32', 'fp16', 'bf16'),
                    help='of the four highest resolutions (default: fp16 on a GPU, fp32 on a CPU; '
@@ -141,10 +151,19 @@ def check_options(opts):
     if opts.aug == 'fixed' and opts.p > MAX_STRENGTH:
         log.warning('--p %.2f: above %.1f augmentations leak into the images', opts.p,
                     MAX_STRENGTH)
-    if opts.data is None and not (opts.resume and opts.resume.is_dir()):
-        raise UserError('--data is required (except with --resume RUN)')
     if opts.resume and not opts.resume.exists():
         raise UserError(f'--resume {opts.resume}: no such file or run folder')
+    folder = opts.resume is not None and opts.resume.is_dir()
+    missing = [flag for flag in ('outdir', 'data') if getattr(opts, flag) is None]
+    if missing and not folder:
+        raise UserError(f'--{" and --".join(missing)} are required, except with --resume RUN')
+    if folder and opts.outdir and opts.outdir.resolve() != opts.resume.resolve().parent:
+        raise UserError(f'--resume {opts.resume} goes on in that folder; leave --outdir out')
+    if opts.transfer and (folder or opts.resume is None):
+        raise UserError('--transfer=1 goes with --resume FILE')
+    if opts.freezed and opts.resume is None:
+        raise UserError('--freezed would freeze an untrained discriminator; give a trained one '
+                        'with --resume FILE')
 
 
 def new_run_dir(outdir, name):
@@ -154,14 +173,53 @@ def new_run_dir(outdir, name):
 
 
 def resumed_options(opts, argv):
-    """Options of the run folder to go on in; flags given now may only repeat or extend them."""
+    """Options of the run folder to go on in; UserError when a flag given now contradicts them."""
     path = opts.resume / 'options.json'
     if not path.is_file():
         raise UserError(f'--resume {opts.resume}: not a run folder (no options.json)')
-    saved = json.loads(path.read_text(encoding='utf-8'))['options']['flags']
-    given = build_parser().parse_args([*saved, *argv])
-    given.resume = opts.resume
+    record = json.loads(path.read_text(encoding='utf-8'))
+    saved = build_parser().parse_args(record['options']['flags'])
+    given = build_parser().parse_args([*record['options']['flags'], *argv])
+    changes = [f'--{name}: was {value}, now {getattr(given, name)}'
+               for name, value in vars(saved).items()
+               if name not in _FREE and getattr(given, name) != value]
+    wanted = record['inputs'].get('data')
+    if not given.data.exists():
+        raise UserError(f'--data {given.data}: not there any more; say where it is now')
+    if wanted and (not given.data.is_file() or sha256_file(given.data) != wanted):
+        changes.append(f'--data {given.data}: not the archive the run began with')
+    elif not wanted and given.data.resolve() != saved.data.resolve():
+        changes.append(f'--data: was {saved.data}, now {given.data}')
+    if changes:
+        raise UserError(f'--resume {opts.resume} holds a run with other settings '
+                        f'({"; ".join(changes)}); leave those flags out, or begin a new run from '
+                        'its snapshot: --resume FILE --transfer=1')
+    given.resume, given.max_minutes = opts.resume, opts.max_minutes
     return given
+
+
+def load_resumed(trainer, opts):
+    """Fills `trainer` from the file --resume; UserError when it does not go with the options."""
+    weights = load_weights(opts.resume, what='generator file or training snapshot')
+    if not isinstance(weights, dict) or 'g_ema' not in weights:
+        raise UserError(f'--resume {opts.resume}: neither a training snapshot nor a generator file')
+    if 'g_optim' not in weights or 'n_img' not in weights or opts.transfer:
+        if opts.freezed and 'd' not in weights:
+            raise UserError(f'--freezed: {opts.resume} holds no discriminator; give a snapshot '
+                            f'({SNAPSHOT_PREFIX}*.pt) with --transfer=1, or a converted .pkl')
+        trainer.transfer(weights)
+        log.info('transfer learning from %s', opts.resume)
+        return
+    if weights['config']['freezed'] != opts.freezed:
+        raise UserError(f'--freezed {opts.freezed}: {opts.resume} was trained with '
+                        f'{weights["config"]["freezed"]} and would go on exactly; give '
+                        '--transfer=1 to begin anew from its networks')
+    if weights['n_img'] >= trainer.config.kimg * 1000:
+        raise UserError(f'{opts.resume} is at {weights["n_img"] / 1000:g} kimg already, and would '
+                        'go on exactly; raise --kimg, or give --transfer=1 to begin anew from its '
+                        'networks')
+    trainer.load_state(weights)
+    log.info('going on exactly from %s', opts.resume)
 
 
 def start_processes(n, argv):
@@ -205,21 +263,22 @@ def main(argv=None):
                              pl_weight=opts.pl_weight, n_mlp=opts.n_mlp, freezed=opts.freezed,
                              use_noise=opts.use_noise)
     except ValueError as error:
-        raise UserError(f'--batch/--cfg: {error}') from error
+        raise UserError(str(error)) from error
+    snap = opts.snap or (4 if opts.cfg == 'small' else 50)
     if len(dataset) < config.batch:
         raise UserError(f'{opts.data} holds {len(dataset)} images, fewer than one batch of '
                         f'{config.batch}; lower --batch or add images')
     precision = 'fp32' if opts.fp32 else opts.precision or ('fp16' if on_gpu else 'fp32')
-    resolved = {'flags': [a for a in argv if not a.startswith('--resume')], **config.to_dict(),
+    resolved = {'flags': argv, **config.to_dict(),
                 'data': opts.data, 'n_images': len(dataset), 'precision': precision,
                 'aug': opts.aug, 'augpipe': opts.augpipe, 'p': opts.p,
                 'target': opts.target or 0.6, 'mirror': opts.mirror, 'subset': opts.subset,
-                'world_size': world}
+                'snap': snap, 'metrics': opts.metrics, 'world_size': world}
+    metric = build_metric(opts, dataset)
     if opts.dry_run:
         print(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in resolved.items()},
                          indent=2))
         return 0
-    metric = build_metric(opts, dataset)
     torch.backends.cudnn.benchmark = not opts.nobench
     torch.backends.cuda.matmul.allow_tf32 = opts.allow_tf32
     torch.backends.cudnn.allow_tf32 = opts.allow_tf32
@@ -233,40 +292,36 @@ def main(argv=None):
         run_dir = opts.resume
         found = latest_snapshot(run_dir)
         if found is None:
-            raise UserError(f'--resume {run_dir}: no loadable {SNAPSHOT_PREFIX}*.pt in it')
+            raise UserError(f'--resume {run_dir}: no loadable {SNAPSHOT_PREFIX}*.pt in it; begin '
+                            'anew, with a lower --snap for snapshots more often')
         trainer.load_state(found[1])
-        log.info('going on from %s', found[0].name)
     else:
         if opts.resume:
-            weights = load_weights(opts.resume, what='generator file or training snapshot')
-            if 'g_optim' in weights and 'n_img' in weights:
-                trainer.load_state(weights)
-                log.info('going on exactly from %s', opts.resume)
-            elif 'g_ema' in weights:
-                trainer.transfer(weights)
-                log.info('transfer learning from %s', opts.resume)
-            else:
-                raise UserError(f'--resume {opts.resume}: neither a training snapshot nor a '
-                                'generator file')
+            load_resumed(trainer, opts)
         name = f'{opts.data.stem}{"-mirror" if opts.mirror else ""}-{opts.cfg}-batch{config.batch}'
         run_dir = distributed.broadcast_object(new_run_dir(opts.outdir, name))
+    with run_lock(run_dir, active=distributed.is_main()):
         if distributed.is_main():
-            inputs = {'resume': opts.resume}
-            if opts.data.is_file():
-                inputs['data'] = opts.data
-            start_run(run_dir, run_record(resolved, inputs=inputs, seed=opts.seed))
-    if distributed.is_main():
-        setup_logging(run_dir / 'log.txt')
-        log.info('run folder %s', run_dir)
-        log.info('%d images of %d px, batch %d, %s, %s, %.0f kimg', len(dataset), config.size,
-                 config.batch, precision, device, config.kimg)
-    last = train(trainer, run_dir, kimg=config.kimg, snapshot_kimg=opts.snap * TICK_KIMG,
-                 tick_kimg=min(TICK_KIMG, config.kimg / 10), metric=metric,
-                 max_minutes=opts.max_minutes)
-    if distributed.is_main():
-        export_inference(last, run_dir / 'generator.pt')
-        log.info('generator for the other scripts: %s (sha256 %s)', run_dir / 'generator.pt',
-                 sha256_file(run_dir / 'generator.pt')[:12])
+            if continuing:
+                add_continuation(run_dir, argv, from_snapshot=found[0].name)
+            else:
+                inputs = {'resume': opts.resume}
+                if opts.data.is_file():
+                    inputs['data'] = opts.data
+                start_run(run_dir, run_record(resolved, inputs=inputs, seed=opts.seed))
+            setup_logging(run_dir / 'log.txt')
+            log.info('run folder %s', run_dir)
+            if continuing:
+                log.info('going on from %s', found[0].name)
+            log.info('%d images of %d px, batch %d, %s, %s, %g kimg', len(dataset), config.size,
+                     config.batch, precision, device, config.kimg)
+        last = train(trainer, run_dir, kimg=config.kimg, snapshot_kimg=snap * TICK_KIMG,
+                     tick_kimg=min(TICK_KIMG, config.kimg / 10), metric=metric,
+                     max_minutes=opts.max_minutes)
+        if distributed.is_main():
+            export_inference(last, run_dir / 'generator.pt')
+            log.info('generator for the other scripts: %s (sha256 %s)', run_dir / 'generator.pt',
+                     sha256_file(run_dir / 'generator.pt')[:12])
     distributed.shutdown()
     return 0
 

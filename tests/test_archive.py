@@ -93,7 +93,9 @@ def test_mirror_subset_and_cache(archive):
         j = full.names.index(name)
         assert torch.equal(some[i][0], full[j][0]) and torch.equal(some[i][1], full[j][1])
     assert some.label_dim == 3    # one-hot over the classes of the whole archive
-    assert len(ImageArchive(archive, subset=99)) == 5
+    assert len(ImageArchive(archive, subset=5)) == 5
+    with pytest.raises(UserError, match='holds 5 images'):
+        ImageArchive(archive, subset=6)
 
 
 def test_workers_and_pickling(archive):

@@ -428,3 +428,11 @@ def test_script_runs_from_any_folder(pickle_path, tmp_path):
         [sys.executable, str(ROOT / 'scripts' / 'convert_stylegan2_ada.py'), '--source',
          str(pickle_path), '--dest', 'g.pt'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith('error: --dest g.pt already exists')
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'', 'empty or cut short'), (b'Pfile\n.', 'data outside itself'), (b'\x89PNG\r\n', 'refused')])
+def test_other_files_are_refused_in_a_sentence(content, message, tmp_path):
+    (tmp_path / 'net.pkl').write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_pickle(tmp_path / 'net.pkl')

@@ -1,6 +1,7 @@
 """Fidelity statistics against torch-fidelity's own functions, and the promises around them."""
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from training.fidelity import (
 )
 from utils.errors import UserError
 from utils.io import save_torch
+from utils.logs import read_jsonl
 
 
 def samples(n_real, n_fake, dim, shift=0.3):
@@ -155,6 +157,22 @@ def test_sharpness_tells_blur(folders):
     assert sharpness(real, real)['high_frequency_ratio'] == pytest.approx(1)
     assert sharpness(real, fake)['high_frequency_ratio'] < 0.1
     assert sharpness(real, real)['log_spectrum_rmse'] == 0
+
+
+def test_contact_sheets_do_not_count(folders, tmp_path):
+    command = load_script('calc_metrics').main
+    folders = [shutil.copytree(f, tmp_path / f.name) for f in folders]
+    out = tmp_path / 'scores.jsonl'
+    sheet = Image.new('RGB', (100, 100), 'red')
+    sheet.save(folders[1] / 'grid.png')
+    assert command([*map(str, folders), '--out', str(out)]) == 0
+    (folders[1] / 'grid.png').unlink()
+    assert command([*map(str, folders), '--out', str(out)]) == 0
+    first, second = read_jsonl(out)
+    assert first == second and first['n_synthetic'] == len(list(folders[1].iterdir()))
+    sheet.save(folders[1] / 'overview.png')
+    with pytest.raises(UserError, match='alone(.|\n)*overview.png: 100x100'):
+        command([*map(str, folders)])
 
 
 def test_spectrum_peaks_at_the_frequency_of_a_wave():

@@ -166,7 +166,7 @@ def test_bad_weight_files_are_user_errors(tmp_path):
                           ('absent.pt', 'not found')):
         with pytest.raises(UserError, match=message):
             load_generator(tmp_path / name)
-    with pytest.raises(UserError, match='do not hold a StyleGAN2 generator'):
+    with pytest.raises(UserError, match='no StyleGAN2 generator'):
         generator_from_state({'input.input': torch.zeros(1, 8, 4, 4)})
 
 

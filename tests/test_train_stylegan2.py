@@ -23,6 +23,7 @@ from training.stylegan2_loop import (
 from utils.errors import UserError
 from utils.io import load_weights
 from utils.logs import read_jsonl
+from utils.runs import run_lock
 from utils.seeds import torch_generator
 
 CHANNELS = {4: 8, 8: 8, 16: 8, 32: 8}
@@ -240,15 +241,100 @@ def test_command_trains_resumes_and_transfers(archive, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)['batch'] == 4
 
 
+@pytest.fixture
+def finished_run(archive, tmp_path):
+    """A run folder at 8 images, and the function that runs the command with the same settings."""
+    script = load_script('train_stylegan2_ada')
+
+    def command(*flags):
+        return script.main(['--outdir', str(tmp_path / 'runs'), '--data', str(archive),
+                            '--cfg=small', '--batch=4', '--device=cpu', '--aug=noaug', *flags])
+    command('--kimg=0.008')
+    run_dir, = (tmp_path / 'runs').iterdir()
+    return run_dir, command, script.main
+
+
+def test_snapshot_file_goes_on_or_is_transferred(finished_run):
+    run_dir, command, _ = finished_run
+    snapshot = str(run_dir / 'network-snapshot-00000.008.pt')
+    runs = run_dir.parent
+    for flags, message in (
+            (['--resume', snapshot, '--kimg=0.008'], 'at 0.008 kimg already'),
+            (['--resume', snapshot, '--kimg=0.1', '--freezed=2'], '--transfer=1'),
+            (['--resume', str(run_dir / 'generator.pt'), '--freezed=2'], 'no discriminator'),
+            (['--resume', snapshot, '--transfer=1', '--freezed=99'], '10 layers'),
+            (['--resume', snapshot, '--transfer=1', '--map-depth=3'], '3 mapping layers'),
+            (['--freezed=2'], 'untrained'), (['--transfer=1'], '--resume FILE')):
+        with pytest.raises(UserError, match=message):
+            command(*flags)
+    assert list(runs.iterdir()) == [run_dir]
+    command('--kimg=0.004', '--resume', snapshot, '--transfer=1', '--freezed=2')
+    new, = set(runs.iterdir()) - {run_dir}
+    state, old = load_weights(new / 'network-snapshot-00000.004.pt'), load_weights(snapshot)
+    assert state['n_img'] == 4 and state['ema_warm']
+    frozen, trained = 'convs.1.conv1.0.weight', 'convs.2.conv1.0.weight'
+    assert torch.equal(state['d'][frozen], old['d'][frozen])
+    assert not torch.equal(state['d'][trained], old['d'][trained])
+    again = tiny_trainer()
+    assert again.ada.adjust_kimg == 500
+    again.load_state({**again.state(), 'ema_warm': True})
+    assert again.ada.adjust_kimg == 100
+
+
+def test_run_folder_goes_on_only_as_it_began(finished_run, archive, tmp_path):
+    run_dir, _, main = finished_run
+    before = {p.name for p in run_dir.iterdir()}
+    other = tmp_path / 'other'
+    other.mkdir()
+    for file in archive.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    for flags in (['--batch=8'], ['--data', str(other)], ['--gamma=3'], ['--use_noise=1']):
+        with pytest.raises(UserError, match='other settings.*' + flags[0].split('=')[0]):
+            main(['--resume', str(run_dir), '--kimg=0.016', *flags])
+    with pytest.raises(UserError, match='leave --outdir out'):
+        main(['--resume', str(run_dir), '--outdir', str(other)])
+    with run_lock(run_dir), pytest.raises(UserError, match='another process'):
+        main(['--resume', str(run_dir), '--kimg=0.016'])
+    assert {p.name for p in run_dir.iterdir()} == before
+    main(['--resume', str(run_dir), '--kimg=0.016'])
+    record = json.loads((run_dir / 'options.json').read_text())
+    assert record['continued'][0]['flags'][-1] == '--kimg=0.016'
+    assert record['continued'][0]['from_snapshot'] == 'network-snapshot-00000.008.pt'
+
+
+def test_time_limit_is_told_and_not_inherited(archive, tmp_path, caplog):
+    main = load_script('train_stylegan2_ada').main
+    main(['--outdir', str(tmp_path / 'runs'), '--data', str(archive), '--cfg=small', '--batch=4',
+          '--device=cpu', '--aug=noaug', '--kimg=0.008', '--max_minutes', '1e-9'])
+    run_dir, = (tmp_path / 'runs').iterdir()
+    log = (run_dir / 'log.txt').read_text()
+    assert f'stopped by --max_minutes at 0 of 0.008 kimg; --resume={run_dir} goes on' in log
+    main(['--resume', str(run_dir)])
+    assert (run_dir / 'network-snapshot-00000.008.pt').is_file()
+
+
+def test_same_command_writes_the_same_bytes(finished_run):
+    run_dir, command, _ = finished_run
+    command('--kimg=0.008')
+    again, = set(run_dir.parent.iterdir()) - {run_dir}
+    for name in ('generator.pt', 'network-snapshot-00000.008.pt', 'fakes00000.008.png'):
+        assert (run_dir / name).read_bytes() == (again / name).read_bytes(), name
+
+
 def test_command_rejects_bad_input(archive, tmp_path):
     script = load_script('train_stylegan2_ada')
     base = ['--outdir', str(tmp_path / 'runs'), '--data', str(archive), '--device=cpu']
     for flags, message in ((['--cond=1'], 'no class input'), (['--aug=fixed'], 'needs --p'),
                            (['--batch=64'], 'fewer than one batch'),
-                           (['--resume', str(tmp_path / 'none')], 'no such'),
-                           (['--resume', str(tmp_path)], 'not a run folder')):
+                           (['--subset=99'], 'holds 12 images'),
+                           (['--metrics=bogus', '--dry-run', '--batch=4'], 'unknown metric bogus'),
+                           (['--resume', str(tmp_path / 'none')], 'no such')):
         with pytest.raises(UserError, match=message):
             script.main([*base, *flags])
+    with pytest.raises(UserError, match='not a run folder'):
+        script.main(['--resume', str(tmp_path)])
+    with pytest.raises(UserError, match='--outdir and --data are required'):
+        script.main([])
     assert not (tmp_path / 'runs').exists()
 
 

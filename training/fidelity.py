@@ -19,7 +19,7 @@ from torch import nn
 from criteria.content import load_content_network
 from datasets.archive import FileStore
 from utils.errors import UserError, listing
-from utils.images import from_uint8, to_uint8
+from utils.images import CONTACT_SHEET, from_uint8, to_uint8
 from utils.io import load_weights
 from utils.logs import progress
 from utils.seeds import numpy_generator, torch_generator
@@ -74,16 +74,25 @@ def load_feature_network(*, content_weights=None, inception_weights=None, metric
     return InceptionNetwork(inception_weights)
 
 
+def picture_names(path):
+    """(FileStore, image names) of a folder or ZIP; contact sheets of generate.py do not count.
+
+    UserError when there is none.
+    """
+    store = FileStore(path)
+    names = [n for n in store.image_names() if Path(n).name != CONTACT_SHEET]
+    if not names:
+        raise UserError(f'no images in {path}')
+    return store, names
+
+
 def read_pictures(path, size, *, threads=4):
     """All images of a folder (searched recursively) or ZIP, uint8 [n, 3, size, size].
 
     Antialiased bicubic, aspect ratio not kept; in the order of their names. UserError that lists
     all unreadable files.
     """
-    store = FileStore(path)
-    names = store.image_names()
-    if not names:
-        raise UserError(f'no images in {path}')
+    store, names = picture_names(path)
     pictures = np.empty((len(names), 3, size, size), np.uint8)
 
     def read(i):
@@ -223,15 +232,18 @@ def _canonical(features):
     return features[np.lexsort(features[:, :8].T[::-1])]
 
 
-def _interval(value, draws, level):
-    """Bootstrap interval around `value`.
+def _interval(value, draws, level, most=None):
+    """Bootstrap interval around `value`, within 0 to `most` where a `most` is given.
 
     Resampling repeats pictures, which shifts Fréchet distances upward; the spread of the draws
     is therefore centred on the estimate.
     """
     low, high = np.quantile(np.asarray(draws) - np.mean(draws), [(1 - level) / 2,
                                                                  (1 + level) / 2])
-    return {'value': float(value), 'low': float(value + low), 'high': float(value + high)}
+    low, high = value + low, value + high
+    if most is not None:
+        low, high = np.clip([low, high], 0, most)
+    return {'value': float(value), 'low': float(low), 'high': float(high)}
 
 
 def fidelity(real_features, fake_features, *, n_bootstrap=100, seed=0, level=0.95):
@@ -261,12 +273,13 @@ def fidelity(real_features, fake_features, *, n_bootstrap=100, seed=0, level=0.9
     counts_fake = np.stack([np.bincount(f, minlength=n_fake) for _, f in picks]).astype(float)
     result = {'n_real': n_real, 'n_fake': n_fake, 'dim': dim, 'rank_deficient': bool(deficient)}
     result['fd'] = _interval(_distance_of_samples(real, fake), [
-        _distance_of_samples(real[r], fake[f]) for r, f in picks], level)
+        _distance_of_samples(real[r], fake[f]) for r, f in picks], level, most=np.inf)
     result['kid'] = _interval(kernel_distance(real, fake),
                               _kernel_distances(real, fake, counts_real, counts_fake), level)
     for name, term in terms.items():
         counts = counts_real if name in ('recall', 'coverage') else counts_fake
-        result[name] = _interval(term.mean(), counts @ term / len(term), level)
+        result[name] = _interval(term.mean(), counts @ term / len(term), level,
+                                 most=np.inf if name == 'density' else 1)
     result['real_split'] = _real_split(real, n_fake, seed)
     return result
 

@@ -82,6 +82,7 @@ def make_config(preset, size, n_gpus, **overrides):
     values.update(given)
     config = TrainConfig(size=size, **values)
     if config.batch % (config.batch_gpu * n_gpus):
-        raise ValueError(f'batch {config.batch} is not a multiple of {n_gpus} process(es) x '
-                         f'{config.batch_gpu} images per pass')
+        raise ValueError(f'--batch {config.batch} is not a multiple of {n_gpus} process(es) x '
+                         f'{config.batch_gpu} images per pass; choose --batch, --gpus or '
+                         '--batch-gpu so that it is')
     return config

@@ -5,7 +5,6 @@ Sources: StyleGAN2 (Karras et al. 2020), section 3 (path length, lazy regularisa
 running state, so a resumed run draws what the uninterrupted one would have drawn.
 """
 import copy
-import json
 import logging
 import math
 import time
@@ -17,13 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from models.stylegan2 import Discriminator, Generator
+from models.stylegan2.checkpoint import generator_from_state
 from models.stylegan2.model import NoiseInjection, set_low_precision
 from training.augment import MAX_STRENGTH, AdaptiveStrength, AugmentPipe
 from utils import distributed
 from utils.errors import UserError
 from utils.images import from_uint8, grid, save_png
 from utils.io import load_weights, save_torch
-from utils.logs import ScalarLog
+from utils.logs import ScalarLog, read_jsonl
 from utils.seeds import derive, seed_everything, torch_generator
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ SNAPSHOT_FORMAT = 1
 SNAPSHOT_PREFIX = 'network-snapshot-'
 _ADA_INTERVAL = 4         # steps between two adjustments of the augmentation strength
 _MEAN_LATENT_SAMPLES = 20_000
+_TRANSFER_ADA_KIMG = 100  # the published value when training goes on from a network
 
 
 class EndlessSampler(torch.utils.data.Sampler):
@@ -270,14 +271,18 @@ class Trainer:
         self._signs.copy_(state['ada']['signs'])
         self.pl_mean.copy_(state['pl_mean'])
         self.n_steps, self.n_img = state['n_steps'], state['n_img']
-        self.ema_warm = state['ema_warm']
+        if state['ema_warm']:
+            self._mark_transferred()
         self._batches = None
 
     def transfer(self, weights):
         """Starts from the networks of a weight file (transfer learning); counters stay at 0."""
         self._load_networks(weights)
+        self._mark_transferred()
+
+    def _mark_transferred(self):
         self.ema_warm = True
-        self.ada.adjust_kimg = 100    # the published value when training goes on from a network
+        self.ada.adjust_kimg = _TRANSFER_ADA_KIMG
 
     def _load_networks(self, weights):
         parts = {'g_ema': self.g_ema, 'g': self.g, 'd': self.d}
@@ -289,12 +294,18 @@ class Trainer:
             try:
                 module.load_state_dict(state)
             except RuntimeError as error:
-                raise UserError('the weight file does not fit this configuration '
-                                f'({str(error).splitlines()[1].strip()}); choose --cfg and the '
-                                'image size it was trained with') from error
+                held = generator_from_state(weights['g_ema'], source='the weight file')
+                raise UserError(f'the weight file holds networks for {_described(held)}, this run '
+                                f'wants {_described(self.g)}; choose images of that size, and the '
+                                '--cfg and --map-depth it was trained with') from error
         if not self.config.use_noise:
             silence_noise(self.g)
             silence_noise(self.g_ema)
+
+
+def _described(net):
+    channels = ', '.join(f'{r}: {c}' for r, c in net.channels.items())
+    return f'{net.size} px, {net.n_mlp} mapping layers and channels {{{channels}}}'
 
 
 @torch.no_grad()
@@ -309,11 +320,14 @@ def freeze_discriminator(net, n_layers):
     """Freezes the first `n_layers` layers from the image side; returns what stays trainable.
 
     Layers are counted as from-RGB, then conv1, conv2, skip of each block (FreezeD, Mo et al.
-    2020).
+    2020). UserError when there are fewer.
     """
     layers = [net.convs[0]]
     for block in list(net.convs)[1:]:
         layers += [block.conv1, block.conv2, block.skip]
+    if n_layers > len(layers):
+        raise UserError(f'--freezed {n_layers}: this discriminator has {len(layers)} layers that '
+                        'can be frozen')
     frozen = {id(p) for layer in layers[:n_layers] for p in layer.parameters()}
     return [p for p in net.parameters() if id(p) not in frozen]
 
@@ -372,11 +386,14 @@ def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, me
         save_png(grid(from_uint8(reals), side), run_dir / 'reals.png')
         fakes = sample_grid(trainer.g_ema, n=n_grid, seed=0, device=trainer.device)
         save_png(grid(fakes, side), run_dir / 'fakes_init.png')
+    total = int(kimg * 1000)
+    if main and trainer.n_img >= total:
+        log.info('already at %g of %g kimg; a larger --kimg would go on', trainer.n_img / 1000,
+                 kimg)
     started = tick_start = time.monotonic()
     tick_img, start_img = trainer.n_img, trainer.n_img
     sums, count = {}, {}
     last = None
-    total = int(kimg * 1000)
     while True:
         done = trainer.n_img >= total
         stopping = max_minutes is not None and time.monotonic() - started > max_minutes * 60
@@ -406,6 +423,9 @@ def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, me
             count[name] = count.get(name, 0) + 1
     if main:
         scalars.close()
+        if not done:
+            log.info('stopped by --max_minutes at %g of %g kimg; --resume=%s goes on',
+                     trainer.n_img / 1000, kimg, run_dir)
     distributed.barrier()
     return last
 
@@ -446,8 +466,8 @@ def _memory_gb(device):
 
 def _status(trainer, values, elapsed, start_img, total):
     rate = (trainer.n_img - start_img) / max(elapsed, 1e-9)
-    eta = (total - trainer.n_img) / max(rate, 1e-9)
-    log.info('kimg %7.1f  time %s  eta %s  img/s %6.1f  p %.3f%s  r_t %+.2f  G %.3f  D %.3f  '
+    eta = max(total - trainer.n_img, 0) / max(rate, 1e-9)
+    log.info('kimg %8.2f  time %s  eta %s  img/s %6.1f  p %.3f%s  r_t %+.2f  G %.3f  D %.3f  '
              'mem %.1fG', trainer.n_img / 1000, _clock(elapsed), _clock(eta),
              values['images_per_second'], trainer.ada.p,
              ' (at its cap)' if trainer.ada.p >= MAX_STRENGTH else '', trainer.ada.overfitting,
@@ -461,15 +481,19 @@ def _clock(seconds):
 
 
 def plot_curves(run_dir):
-    """Draws `curves.png` from the run's stats.jsonl."""
+    """Draws `curves.png` from the run's stats.jsonl, if there is one yet."""
     from matplotlib.figure import Figure
     run_dir = Path(run_dir)
-    rows = [json.loads(line) for line in (run_dir / 'stats.jsonl').read_text().splitlines()]
+    if not (run_dir / 'stats.jsonl').is_file():
+        return
+    rows = read_jsonl(run_dir / 'stats.jsonl')
     names = [('loss_g', 'loss_d'), ('score_real', 'overfitting'), ('augment_p',), ('r1',),
              ('loss_pl',)]
     known = {n for group in names for n in group} | {
         'step', 'kimg', 'images_per_second', 'memory_gb'}
-    names += [(n,) for n in sorted({k for r in rows for k in r} - known)]
+    logged = {k for r in rows for k in r}
+    names += [(n,) for n in sorted(logged - known)]
+    names = [group for group in names if logged & set(group)]
     figure = Figure(figsize=(4 * len(names), 3), layout='constrained')
     for axis, group in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         for name in group:

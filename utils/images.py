@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from utils.errors import UserError
 from utils.io import atomic_path
 
+CONTACT_SHEET = 'grid.png'    # beside the pictures of scripts/generate.py, not one of them
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.ppm', '.webp')
 
 

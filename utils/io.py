@@ -56,8 +56,9 @@ def write_csv(path, frame):
 
 def save_torch(path, obj):
     """torch.save, atomically. Save plain containers of tensors, numbers and strings only."""
-    with atomic_path(path) as temp:
-        torch.save(obj, temp)
+    # Through a handle: torch.save stores the name it is given, and the temporary one varies.
+    with atomic_path(path) as temp, open(temp, 'wb') as file:
+        torch.save(obj, file)
 
 
 def save_npy(path, array):
@@ -74,6 +75,8 @@ def load_weights(path, *, what='checkpoint', hint=''):
     """
     path = Path(path)
     advice = f' {hint}' if hint else ''
+    if path.is_dir():
+        raise UserError(f'{path} is a folder, not a {what}.{advice}')
     if not path.is_file():
         raise UserError(f'{what} not found: {path}.{advice}')
     try:
@@ -81,8 +84,10 @@ def load_weights(path, *, what='checkpoint', hint=''):
     except pickle.UnpicklingError as error:
         raise UserError(f'{path} is not a {what} this tool will load: it is damaged, or holds '
                         f'objects other than tensors and plain data.{advice}') from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
-        raise UserError(f'{path} is not a {what}: {str(error).splitlines()[0]}.{advice}'
+    except OSError as error:
+        raise UserError(f'{what} {path} cannot be read: {error}.{advice}') from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f'{path} is not a {what}, or it is damaged or cut short.{advice}'
                         ) from error
 
 

@@ -1,10 +1,12 @@
 """The record a run leaves beside its outputs, and the guard against mixing two runs."""
+import contextlib
 import json
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
+import filelock
 import torch
 
 from utils.errors import UserError
@@ -12,6 +14,7 @@ from utils.io import sha256_file, write_json
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 RECORD_NAME = 'options.json'
+_LOCK_NAME = '.lock'
 
 
 def versions():
@@ -58,18 +61,49 @@ def start_run(run_dir, record, *, resume=False, free_options=()):
     path = run_dir / RECORD_NAME
     if path.exists():
         if not resume:
-            raise UserError(f'{run_dir} already holds a run; resume it, or choose another folder')
+            raise UserError(f'{run_dir} already holds a run; choose another folder')
         old = json.loads(path.read_text(encoding='utf-8'))
         changes = _differences(old, record, free_options)
         if changes:
             raise UserError(f'{run_dir} holds a run with other settings, so it cannot be resumed '
                             f'({"; ".join(changes)}); choose another folder or the same settings')
         return True
-    if run_dir.exists() and any(p.name != 'log.txt' for p in run_dir.iterdir()):
+    if run_dir.exists() and any(p.name not in ('log.txt', _LOCK_NAME) for p in run_dir.iterdir()):
         raise UserError(f'{run_dir} is not empty and holds no run of this tool; '
                         'choose a new folder')
     write_json(path, record)
     return False
+
+
+@contextlib.contextmanager
+def run_lock(run_dir, active=True):
+    """Keeps other processes out of `run_dir` for the time of the block; UserError if one is in it.
+
+    The system frees the lock of a process that dies. active=False: no lock is taken, for the
+    processes of a distributed run that write nothing.
+    """
+    if not active:
+        yield
+        return
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(Path(run_dir) / _LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f'another process is working in {run_dir}; wait for its end, or stop it'
+                        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def add_continuation(run_dir, flags, **details):
+    """Adds flags, details and versions of a resumed run to the record in `run_dir`."""
+    path = Path(run_dir) / RECORD_NAME
+    record = json.loads(path.read_text(encoding='utf-8'))
+    record.setdefault('continued', []).append({'flags': flags, **details, 'versions': versions()})
+    write_json(path, record)
 
 
 def _differences(old, new, free_options):

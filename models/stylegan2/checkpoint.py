@@ -9,10 +9,16 @@ _REMEDY = ('Train one with scripts/train_stylegan2_ada.py, or convert an NVIDIA 
            'scripts/convert_stylegan2_ada.py.')
 
 
-def generator_from_state(state, *, source='generator weights'):
+def _reason(error):
+    if isinstance(error, KeyError):
+        return f'it lacks {error}'
+    return str(error).splitlines()[0]
+
+
+def generator_from_state(state, *, source='generator weights', remedy=_REMEDY):
     """A Generator with the weights of a state dict (size, channels and mapping depth inferred).
 
-    Raises UserError naming `source` when the keys or shapes are not a generator's.
+    Raises UserError naming `source` and the remedy when the keys or shapes are not a generator's.
     """
     try:
         table = {4: state['input.input'].shape[1]}
@@ -28,12 +34,12 @@ def generator_from_state(state, *, source='generator weights'):
                                  if k.startswith('noises.')}}
         net.load_state_dict(state)
     except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f'{source} do not hold a StyleGAN2 generator: '
-                        f'{str(error).splitlines()[0]}. {_REMEDY}') from error
+        raise UserError(f'{source}: no StyleGAN2 generator ({_reason(error)}). {remedy}'
+                        ) from error
     return net
 
 
-def discriminator_from_state(state, *, source='discriminator weights'):
+def discriminator_from_state(state, *, source='discriminator weights', remedy=_REMEDY):
     """A Discriminator with the weights of a state dict; UserError when it is not one."""
     try:
         n_blocks = sum(k.startswith('convs.') and k.endswith('.skip.1.weight') for k in state)
@@ -44,8 +50,8 @@ def discriminator_from_state(state, *, source='discriminator weights'):
         net = Discriminator(size, channels=table)
         net.load_state_dict(state)
     except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f'{source} do not hold a StyleGAN2 discriminator: '
-                        f'{str(error).splitlines()[0]}. {_REMEDY}') from error
+        raise UserError(f'{source}: no StyleGAN2 discriminator ({_reason(error)}). {remedy}'
+                        ) from error
     return net
 
 

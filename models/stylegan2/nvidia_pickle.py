@@ -102,6 +102,9 @@ class _Reader(pickle.Unpickler):
                 'legacy converter of the software it came from')
         raise pickle.UnpicklingError(f'it asks for {module}.{name}, which a network does not need')
 
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError('it is no network pickle; it refers to data outside itself')
+
 
 def read_pickle(path):
     """Reads an NVIDIA network pickle -> dict of PickledModule and plain values.
@@ -119,7 +122,9 @@ def read_pickle(path):
             for module in networks:
                 if isinstance(module, PickledModule):
                     collections.deque(_walk(module), maxlen=0)    # a cycle ends here, not later
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError,
+    except EOFError as error:
+        raise UserError(f'{path} was refused: it is empty or cut short') from error
+    except (pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError,
             AttributeError, RuntimeError, OverflowError, MemoryError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f'{path} was refused: {reason}') from error
