@@ -226,7 +226,8 @@ def main(argv=None):
         names = sha256_bytes('\n'.join(images.names).encode())[:16]
         record = run_record({**given, 'images': f'{len(images)} images, names {names}'},
                             seed=opts.seed)
-        start_run(opts.out_dir, record, resume=opts.resume, free_options=_FREE)
+        start_run(opts.out_dir, record, resume=opts.resume, free_options=_FREE,
+                  resume_flag='--resume')
         setup_logging(opts.out_dir / 'log.txt')
     distributed.barrier()
     if opts.resume:

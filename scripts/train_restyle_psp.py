@@ -284,7 +284,8 @@ def main(argv=None):
                     'lpips_weights': opts.lpips_weights if opts.lpips_lambda else None,
                     'content_weights': opts.content_weights if opts.moco_lambda else None},
             seed=opts.seed)
-        start_run(opts.exp_dir, record, resume=opts.resume is not None, free_options=_FREE)
+        start_run(opts.exp_dir, record, resume=opts.resume is not None, free_options=_FREE,
+                  resume_flag='--resume')
         setup_logging(opts.exp_dir / 'log.txt')
     distributed.barrier()
     if opts.resume is not None:

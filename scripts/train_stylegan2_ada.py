@@ -44,7 +44,7 @@ from utils.cli import (
 from utils.errors import UserError
 from utils.io import load_weights, sha256_file
 from utils.logs import setup_logging
-from utils.runs import add_continuation, run_lock, run_record, start_run
+from utils.runs import add_continuation, hold_run, run_record, start_run
 
 log = logging.getLogger(__name__)
 
@@ -290,6 +290,8 @@ def main(argv=None):
                       workers=opts.workers if on_gpu else 0)
     if continuing:
         run_dir = opts.resume
+        if distributed.is_main():
+            hold_run(run_dir)
         found = latest_snapshot(run_dir)
         if found is None:
             raise UserError(f'--resume {run_dir}: no loadable {SNAPSHOT_PREFIX}*.pt in it; begin '
@@ -300,28 +302,27 @@ def main(argv=None):
             load_resumed(trainer, opts)
         name = f'{opts.data.stem}{"-mirror" if opts.mirror else ""}-{opts.cfg}-batch{config.batch}'
         run_dir = distributed.broadcast_object(new_run_dir(opts.outdir, name))
-    with run_lock(run_dir, active=distributed.is_main()):
-        if distributed.is_main():
-            if continuing:
-                add_continuation(run_dir, argv, from_snapshot=found[0].name)
-            else:
-                inputs = {'resume': opts.resume}
-                if opts.data.is_file():
-                    inputs['data'] = opts.data
-                start_run(run_dir, run_record(resolved, inputs=inputs, seed=opts.seed))
-            setup_logging(run_dir / 'log.txt')
-            log.info('run folder %s', run_dir)
-            if continuing:
-                log.info('going on from %s', found[0].name)
-            log.info('%d images of %d px, batch %d, %s, %s, %g kimg', len(dataset), config.size,
-                     config.batch, precision, device, config.kimg)
-        last = train(trainer, run_dir, kimg=config.kimg, snapshot_kimg=snap * TICK_KIMG,
-                     tick_kimg=min(TICK_KIMG, config.kimg / 10), metric=metric,
-                     max_minutes=opts.max_minutes)
-        if distributed.is_main():
-            export_inference(last, run_dir / 'generator.pt')
-            log.info('generator for the other scripts: %s (sha256 %s)', run_dir / 'generator.pt',
-                     sha256_file(run_dir / 'generator.pt')[:12])
+    if distributed.is_main():
+        if continuing:
+            add_continuation(run_dir, argv, from_snapshot=found[0].name)
+        else:
+            inputs = {'resume': opts.resume}
+            if opts.data.is_file():
+                inputs['data'] = opts.data
+            start_run(run_dir, run_record(resolved, inputs=inputs, seed=opts.seed))
+        setup_logging(run_dir / 'log.txt')
+        log.info('run folder %s', run_dir)
+        if continuing:
+            log.info('going on from %s', found[0].name)
+        log.info('%d images of %d px, batch %d, %s, %s, %g kimg', len(dataset), config.size,
+                 config.batch, precision, device, config.kimg)
+    last = train(trainer, run_dir, kimg=config.kimg, snapshot_kimg=snap * TICK_KIMG,
+                 tick_kimg=min(TICK_KIMG, config.kimg / 10), metric=metric,
+                 max_minutes=opts.max_minutes)
+    if distributed.is_main():
+        export_inference(last, run_dir / 'generator.pt')
+        log.info('generator for the other scripts: %s (sha256 %s)', run_dir / 'generator.pt',
+                 sha256_file(run_dir / 'generator.pt')[:12])
     distributed.shutdown()
     return 0
 

@@ -424,7 +424,7 @@ def test_script_end_to_end(photographs, tmp_path):
     assert features.shape == (3, 512)
     assert torch.allclose(features.norm(dim=1), torch.ones(3), atol=1e-5)
 
-    with pytest.raises(UserError, match='resume it'):
+    with pytest.raises(UserError, match='--resume goes on in it'):
         script.main(command)
     with pytest.raises(UserError, match='hue: was 0.01, now 0.02'):
         script.main([*command, '--resume', '--hue', '0.02'])

@@ -1,6 +1,6 @@
 """The record a run leaves beside its outputs, and the guard against mixing two runs."""
-import contextlib
 import json
+import logging
 import platform
 import subprocess
 from importlib import metadata
@@ -12,9 +12,12 @@ import torch
 from utils.errors import UserError
 from utils.io import sha256_file, write_json
 
+log = logging.getLogger(__name__)
+
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 RECORD_NAME = 'options.json'
 _LOCK_NAME = '.lock'
+_held = {}    # the locks of this process, by path
 
 
 def versions():
@@ -50,18 +53,22 @@ def run_record(options, *, inputs=None, seed=None):
     return {'options': plain, 'seed': seed, 'inputs': hashes, 'versions': versions()}
 
 
-def start_run(run_dir, record, *, resume=False, free_options=()):
+def start_run(run_dir, record, *, resume=False, free_options=(), resume_flag=None):
     """Creates `run_dir` with the record, or checks that a resumed run means the same thing.
 
     A folder that already holds a record is only entered with `resume=True`, and only when
     options (but for `free_options`, such as the number of workers), seed and input hashes
-    agree; otherwise UserError names the differences. Returns True when resuming.
+    agree; otherwise UserError names the differences, or `resume_flag`, the script's own. Other
+    processes are kept out from here on (`hold_run`). Returns True when resuming.
     """
     run_dir = Path(run_dir)
     path = run_dir / RECORD_NAME
     if path.exists():
         if not resume:
-            raise UserError(f'{run_dir} already holds a run; choose another folder')
+            raise UserError(f'{run_dir} already holds a run; '
+                            + (f'{resume_flag} goes on in it, or ' if resume_flag else '')
+                            + 'choose another folder')
+        hold_run(run_dir)
         old = json.loads(path.read_text(encoding='utf-8'))
         changes = _differences(old, record, free_options)
         if changes:
@@ -71,31 +78,30 @@ def start_run(run_dir, record, *, resume=False, free_options=()):
     if run_dir.exists() and any(p.name not in ('log.txt', _LOCK_NAME) for p in run_dir.iterdir()):
         raise UserError(f'{run_dir} is not empty and holds no run of this tool; '
                         'choose a new folder')
+    hold_run(run_dir)
     write_json(path, record)
     return False
 
 
-@contextlib.contextmanager
-def run_lock(run_dir, active=True):
-    """Keeps other processes out of `run_dir` for the time of the block; UserError if one is in it.
+def hold_run(run_dir):
+    """Keeps other processes out of `run_dir` until this one ends; UserError if one is in it.
 
-    The system frees the lock of a process that dies. active=False: no lock is taken, for the
-    processes of a distributed run that write nothing.
+    The system frees the lock of a process that dies, however it dies.
     """
-    if not active:
-        yield
+    path = (Path(run_dir) / _LOCK_NAME).resolve()
+    if path in _held:
         return
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(Path(run_dir) / _LOCK_NAME)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f'another process is working in {run_dir}; wait for its end, or stop it'
                         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    except NotImplementedError:
+        log.warning('the file system of %s knows no locks: do not start a second process in it',
+                    run_dir)
+    _held[path] = lock
 
 
 def add_continuation(run_dir, flags, **details):
