@@ -103,6 +103,12 @@ def build_parser():
                    help='noise injection in the generator (default: on, off in --cfg=small)')
     g.add_argument('--map-depth', '--map_depth', dest='n_mlp', type=int, choices=range(2, 9),
                    metavar='2..8', help='layers of the mapping network')
+    g.add_argument('--cbase', type=positive_int, metavar='INT',
+                   help='width of the networks: --cbase / R channels at R px (default: the '
+                        "configuration's; 16384 in auto to 256 px, 2048 in small at 64 px)")
+    g.add_argument('--cmax', type=positive_int, metavar='INT',
+                   help="most channels of a layer (default: the configuration's; 512, 128 in "
+                        'small)')
     g.add_argument('--max_minutes', type=positive_float, metavar='MIN',
                    help='stop in good order after that time; resume later')
     g = p.add_argument_group('augmentation')
@@ -261,7 +267,7 @@ def main(argv=None):
         config = make_config(opts.cfg, dataset.resolution, world, kimg=opts.kimg,
                              batch=opts.batch, batch_gpu=opts.batch_gpu, gamma=opts.gamma,
                              pl_weight=opts.pl_weight, n_mlp=opts.n_mlp, freezed=opts.freezed,
-                             use_noise=opts.use_noise)
+                             use_noise=opts.use_noise, cbase=opts.cbase, cmax=opts.cmax)
     except ValueError as error:
         raise UserError(str(error)) from error
     snap = opts.snap or (4 if opts.cfg == 'small' else 50)

@@ -215,6 +215,12 @@ def test_published_presets():
     paper = make_config('paper256', 256, 8)
     assert (paper.batch, paper.batch_gpu, paper.mbstd_group, paper.channels[256]) == (64, 8, 8, 64)
     assert make_config('stylegan2', 256, 1).batch_gpu == 4
+    wide = make_config('small', 64, 1, cbase=4096)
+    assert wide.channels == {4: 128, 8: 128, 16: 128, 32: 128, 64: 64}
+    same = make_config('auto', 512, 1, cbase=32768, cmax=512)
+    assert same == auto
+    with pytest.raises(ValueError, match='no channel'):
+        make_config('small', 64, 1, cbase=32)
     with pytest.raises(ValueError, match='not a multiple'):
         make_config('auto', 64, 2, batch=9, batch_gpu=4)
 

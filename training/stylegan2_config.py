@@ -43,11 +43,12 @@ class TrainConfig:
 PRESETS = ('auto', 'stylegan2', 'paper256', 'paper512', 'paper1024', 'small')
 
 
-def make_config(preset, size, n_gpus, **overrides):
+def make_config(preset, size, n_gpus, *, cbase=None, cmax=None, **overrides):
     """Resolves a preset for images of `size` px and `n_gpus` processes.
 
+    cbase, cmax: channels are cbase / resolution, at most cmax; what is None is the preset's.
     overrides: fields of TrainConfig; None keeps the preset's value. Raises ValueError when the
-    batch cannot be divided among the processes.
+    batch cannot be divided among the processes, or cbase leaves a resolution without channels.
     """
     if preset not in PRESETS:
         raise ValueError(f'unknown configuration {preset!r}, want one of {", ".join(PRESETS)}')
@@ -78,6 +79,13 @@ def make_config(preset, size, n_gpus, **overrides):
         batch = given.get('batch', batch)
         # These presets were made for 8 GPUs; fewer accumulate gradients over rounds.
         batch_gpu = max(batch // max(n_gpus, 8), 1) if batch >= n_gpus else 1
+    if cbase is not None or cmax is not None:
+        preset_channels = values['channels']
+        cbase = cbase or preset_channels[size] * size
+        cmax = cmax or max(preset_channels.values())
+        if cbase < size:
+            raise ValueError(f'--cbase {cbase} leaves no channel at {size} px')
+        values['channels'] = {r: min(cbase // r, cmax) for r in preset_channels}
     values['batch_gpu'] = batch_gpu
     values.update(given)
     config = TrainConfig(size=size, **values)
