@@ -14,6 +14,7 @@ from datasets.fov import UnusableFrame, crop_fov, find_fov
 from datasets.table import read_table
 from utils.errors import UserError, listing
 from utils.images import load_rgb
+from utils.io import sha256_bytes
 from utils.logs import progress
 
 log = logging.getLogger(__name__)
@@ -132,8 +133,9 @@ def build_archive(images, dest, *, transform='none', width=None, height=None, re
                   mask=False, unsqueeze=False, max_images=None, workers=1, keep_names=False):
     """Writes `images` (SourceImage list) to the archive `dest`; returns the report, a DataFrame.
 
-    Its columns: source, name, kept, reason (why not), archive_name, label. Damaged files and
-    unusable frames are left out. keep_names: files keep their names (as .png) instead of being
+    Its columns: source, name, kept, reason (why not), archive_name, label, same_as (the name of an
+    earlier image with the very same pixels, which is kept too). Damaged files and unusable frames
+    are left out. keep_names: files keep their names (as .png) instead of being
     numbered. UserError when nothing is left, when names to be kept are not unique, or when the
     results are not squares of one power of two (listed together).
     """
@@ -152,7 +154,7 @@ def build_archive(images, dest, *, transform='none', width=None, height=None, re
         except UserError as error:
             return None, f'damaged: {error.__cause__ or error}'
 
-    rows, misfits, n_kept, size = [], [], 0, None
+    rows, misfits, n_kept, size, seen = [], [], 0, None, {}
     with ArchiveWriter(dest) as writer, \
             concurrent.futures.ThreadPoolExecutor(workers) as pool:
         # In blocks: decoding ahead of the writer must not fill the memory.
@@ -163,7 +165,7 @@ def build_archive(images, dest, *, transform='none', width=None, height=None, re
         for item, (image, reason) in progress(results, total=len(images), desc='images'):
             if max_images is not None and n_kept >= max_images:
                 break
-            name = None
+            name, same_as = None, ''
             if image is not None:
                 size = size or image.size
                 w, h = image.size
@@ -173,10 +175,13 @@ def build_archive(images, dest, *, transform='none', width=None, height=None, re
                     own = f'{Path(item.name).stem}.png' if keep_names else None
                     name = writer.add(image, item.label, name=own)
                     n_kept += 1
+                    first = seen.setdefault(sha256_bytes(image.tobytes()), item)
+                    same_as = '' if first is item else first.name
             else:
                 log.warning('left out %s: %s (%s)', item.name, reason, item.source)
             rows.append({'source': item.source, 'name': item.name, 'kept': name is not None,
-                         'reason': reason or '', 'archive_name': name or '', 'label': item.label})
+                         'reason': reason or '', 'archive_name': name or '', 'label': item.label,
+                         'same_as': same_as})
         if misfits:
             raise UserError(listing(
                 f'{len(misfits)} of {len(images)} images are not squares of one power of two '
@@ -185,6 +190,9 @@ def build_archive(images, dest, *, transform='none', width=None, height=None, re
         if not n_kept:
             raise UserError(f'none of the {len(images)} images can be used: '
                             + '; '.join(sorted({r['reason'] for r in rows})[:5]))
+    if twins := [r for r in rows if r['same_as']]:
+        log.warning('identical pixels, kept all the same: %d times, as %s and %s; see same_as in '
+                    'the report', len(twins), twins[0]['name'], twins[0]['same_as'])
     unlabelled = sum(1 for r in rows if r['kept'] and r['label'] is None)
     if 0 < unlabelled < n_kept:
         log.warning('%d of %d images have no label, so the archive has none', unlabelled, n_kept)

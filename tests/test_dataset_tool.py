@@ -61,6 +61,16 @@ def test_fundus_mode(photos, tmp_path, capsys):
     assert set(zipfile.ZipFile(dest).namelist()) == {*data.names, 'dataset.json'}
 
 
+def test_identical_pictures_are_told(photos, tmp_path, capsys):
+    shutil.copy(photos / 'a.png', photos / 'sub' / 'again.png')
+    assert run('--source', photos, '--dest', tmp_path / 'out.zip', '--transform', 'fundus',
+               '--width', 32) == 0
+    table = pd.read_csv(tmp_path / 'out.zip.report.csv', keep_default_na=False)
+    assert dict(zip(table.name, table.same_as))['sub/again.png'] == 'a.png'
+    assert (table.same_as != '').sum() == 1 and table.kept.sum() == 4
+    assert '1 times, as sub/again.png and a.png' in capsys.readouterr().err
+
+
 def test_workers_do_not_change_the_result(photos, tmp_path):
     for workers in (1, 3):
         run('--source', photos, '--dest', tmp_path / f'{workers}.zip', '--transform', 'fundus',
