@@ -259,6 +259,8 @@ def main(argv=None):
         return start_processes(opts.gpus, argv)
     setup_logging()
     device = distributed.init(device)
+    if not distributed.is_main():
+        setup_logging(level=logging.WARNING)
     world = max(opts.gpus, distributed.world_size())
     on_gpu = device.type == 'cuda'
     dataset = ImageArchive(opts.data, mirror=opts.mirror, subset=opts.subset, seed=opts.seed,
