@@ -83,8 +83,8 @@ class Trainer:
             module.to(self.device)
         self.set_precision(precision)
         self.d_trained = freeze_discriminator(self.d, config.freezed)
-        self.g_optim, self.g_ratio = self._optimizer(self.g.parameters(), config.g_reg_interval)
-        self.d_optim, self.d_ratio = self._optimizer(self.d_trained, config.d_reg_interval)
+        self.g_optim = self._optimizer(self.g.parameters(), config.g_reg_interval)
+        self.d_optim = self._optimizer(self.d_trained, config.d_reg_interval)
         self.pipe = (AugmentPipe(augment_names, self.device) if augment != 'noaug' else None)
         self.ada = AdaptiveStrength(target=ada_target, adjust_kimg=ada_kimg,
                                     p=augment_p if augment == 'fixed' else 0.0)
@@ -104,7 +104,7 @@ class Trainer:
         # Lazy regularisation: one of (interval + 1) updates is the penalty's own.
         ratio = interval / (interval + 1)
         return torch.optim.Adam(list(parameters), lr=self.config.lr * ratio,
-                                betas=(0.0, 0.99 ** ratio), eps=1e-8), ratio
+                                betas=(0.0, 0.99 ** ratio), eps=1e-8, fused=True)
 
     # -- one step ---------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class Trainer:
     def _update(self, optimizer):
         parameters = [p for group in optimizer.param_groups for p in group['params']]
         distributed.average_gradients(parameters)
-        if self.g.low_precision is not None:
+        if self.g.low_precision is not None and self.g.low_precision[0] == torch.float16:
             # float16 without loss scaling overflows now and then; the published recipe.
             for p in parameters:
                 if p.grad is not None:
