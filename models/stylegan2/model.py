@@ -328,7 +328,8 @@ class ConvLayer(nn.Sequential):
 
     def __init__(self, in_ch, out_ch, kernel_size, *, downsample=False, activate=True, gain=1.0):
         layers = [Blur()] if downsample else []
-        layers.append(EqualConv2d(in_ch, out_ch, kernel_size, stride=2 if downsample else 1,
+        layers.append(EqualConv2d(in_ch, out_ch, kernel_size,
+                                  stride=2 if downsample and kernel_size > 1 else 1,
                                   padding=0 if downsample else kernel_size // 2))
         if activate:
             layers.append(FusedLeakyReLU(out_ch, SQRT2 * gain))
@@ -339,11 +340,9 @@ class ConvLayer(nn.Sequential):
         blur, activate = isinstance(self[0], Blur), isinstance(self[-1], FusedLeakyReLU)
         convolve = self[1] if blur else self[0]
         if blur and self.kernel_size == 1:
-            # Filter, decimation and 1x1 convolution as one dense 4x4 convolution: more
-            # multiplications, but on matrix units, and no pass over the full resolution.
-            kernel = self[0].kernel.flip(0, 1) * (convolve.scale * self.gain)
-            return F.conv2d(x, (convolve.weight * kernel).to(x.dtype), stride=2, padding=1)
-        if blur:
+            # Decimated before the 1x1 convolution, which commutes with it, not after.
+            x = self[0](x, down=2, pad=(1, 1))
+        elif blur:
             x = self[0](x, pad=(2, 2))
         if not activate:
             return convolve(x, gain=self.gain)

@@ -27,7 +27,9 @@ def fused_leaky_relu(x, bias=None, *, slope=0.2, gain=SQRT2, clamp=None, impl='a
 def _fused_leaky_relu_ref(x, bias, slope, gain, clamp):
     if bias is not None:
         x = x + bias.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2))
-    x = F.leaky_relu(x, slope) * gain
+    x = F.leaky_relu(x, slope)
+    if gain != 1:
+        x = x * gain
     return x if clamp is None else x.clamp(-clamp, clamp)
 
 

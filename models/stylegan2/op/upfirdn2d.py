@@ -21,9 +21,10 @@ def upfirdn2d(x, kernel, *, up=1, down=1, pad=(0, 0), impl='auto'):
     pad = full_pad(pad)
     _check(x, kernel, up, down, pad)
     kernels = build.get(x, impl)
-    if kernels is not None and not kernel.requires_grad:
-        return _UpFirDn2d.apply(x, kernel, up, down, pad)
-    return _upfirdn2d_ref(x, kernel, up, down, pad)
+    if kernel.requires_grad:
+        return _upfirdn2d_ref(x, kernel, up, down, pad)
+    compute = _upfirdn2d_ref if kernels is None else _launch
+    return _UpFirDn2d.apply(x, kernel, up, down, pad, compute)
 
 
 def full_pad(pad):
@@ -54,69 +55,52 @@ def _output_size(x, kernel, up, down, pad):
 
 
 def _upfirdn2d_ref(x, kernel, up, down, pad):
-    channels = x.shape[1]
     kh, kw = kernel.shape
     left, right, top, bottom = pad
-    weight = kernel.to(x.dtype)[None, None].expand(channels, 1, kh, kw)
-    if up == down == 1 and not kernel.requires_grad:
-        return _Filter.apply(x, weight, pad)
-    if up == 1:
-        x = F.pad(x, pad) if any(pad) else x
-        # conv2d correlates, so the kernel is flipped to give a convolution.
-        return F.conv2d(x, weight.flip(2, 3), stride=down, groups=channels)
-    # A strided transposed convolution is the filter over the zero-inserted image without the
-    # zeros ever being stored; it starts kh-1 samples early and ends before the last zeros.
-    x = F.conv_transpose2d(x, weight, stride=up, groups=channels)
-    x = F.pad(x, (left - kw + 1, right - kw + up, top - kh + 1, bottom - kh + up))
-    return x[:, :, ::down, ::down] if down > 1 else x
+    if up > 1:
+        wide = x.new_zeros((*x.shape[:2], x.shape[2] * up, x.shape[3] * up))
+        wide = wide.contiguous(memory_format=_layout(x))
+        wide[:, :, ::up, ::up] = x
+        x = wide
+    # conv2d correlates, so the kernel is flipped to give a convolution.
+    weight = kernel.flip(0, 1).to(x.dtype)[None, None].expand(x.shape[1], 1, kh, kw)
+    if left == right >= 0 and top == bottom >= 0:
+        return F.conv2d(x, weight, stride=down, padding=(top, left), groups=x.shape[1])
+    return F.conv2d(F.pad(x, pad), weight, stride=down, groups=x.shape[1])
 
 
-class _Filter(torch.autograd.Function):
-    """The filter alone; its derivative is a filter too, on CPUs 4 times faster than autograd's.
-
-    weight: [C, 1, kh, kw], used as a true convolution.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, pad):
-        left, right, top, bottom = pad
-        kh, kw = weight.shape[2:]
-        ctx.save_for_backward(weight)
-        ctx.pad = (kw - 1 - left, kw - 1 - right, kh - 1 - top, kh - 1 - bottom)
-        if left == right >= 0 and top == bottom >= 0:
-            return F.conv2d(x, weight.flip(2, 3), padding=(top, left), groups=x.shape[1])
-        return F.conv2d(F.pad(x, pad), weight.flip(2, 3), groups=x.shape[1])
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight, = ctx.saved_tensors
-        return _Filter.apply(grad, weight.flip(2, 3), ctx.pad), None, None
+def _layout(x):
+    last = (x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1
+            and not x.is_contiguous())
+    return torch.channels_last if last else torch.contiguous_format
 
 
 class _UpFirDn2d(torch.autograd.Function):
-    """The fused kernel; its derivative is the same operation with up and down exchanged."""
+    """`compute` (the kernel or the PyTorch path) with a derivative of its own.
+
+    That is the same operation with up and down exchanged, on CPUs many times faster than
+    autograd's for grouped convolutions.
+    """
 
     @staticmethod
-    def forward(ctx, x, kernel, up, down, pad):
+    def forward(ctx, x, kernel, up, down, pad, compute):
         ctx.save_for_backward(kernel)
-        y = _launch(x, kernel, up, down, pad)
+        y = compute(x, kernel, up, down, pad)
         left, _, top, _ = pad
         kh, kw = kernel.shape
         ctx.arguments = (down, up, (kw - 1 - left, x.shape[3] * up - y.shape[3] * down + left - up
                                     + 1, kh - 1 - top, x.shape[2] * up - y.shape[2] * down + top
-                                    - up + 1))
+                                    - up + 1), compute)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         kernel, = ctx.saved_tensors
-        return _UpFirDn2d.apply(grad, kernel.flip(0, 1), *ctx.arguments), None, None, None, None
+        return (_UpFirDn2d.apply(grad, kernel.flip(0, 1), *ctx.arguments), *[None] * 5)
 
 
 def _launch(x, kernel, up, down, pad):
-    channels_last = (x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1
-                     and not x.is_contiguous())
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = _layout(x)
     x = x.contiguous(memory_format=layout)
     height, width = _output_size(x, kernel, up, down, pad)
     y = torch.empty((x.shape[0], x.shape[1], height, width), dtype=x.dtype, device=x.device,
