@@ -58,8 +58,8 @@ def _upfirdn2d_ref(x, kernel, up, down, pad):
     kh, kw = kernel.shape
     left, right, top, bottom = pad
     if up > 1:
-        wide = x.new_zeros((*x.shape[:2], x.shape[2] * up, x.shape[3] * up))
-        wide = wide.contiguous(memory_format=_layout(x))
+        wide = torch.empty((*x.shape[:2], x.shape[2] * up, x.shape[3] * up), dtype=x.dtype,
+                           device=x.device, memory_format=_layout(x)).zero_()
         wide[:, :, ::up, ::up] = x
         x = wide
     # conv2d correlates, so the kernel is flipped to give a convolution.
