@@ -8,14 +8,15 @@ which the other scripts read), sample grids, stats.jsonl, TensorBoard logs and c
 """
 import os
 import re
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import json
 import logging
+import math
 
 import torch
 
@@ -45,6 +46,7 @@ from utils.errors import UserError
 from utils.io import load_weights, sha256_file
 from utils.logs import setup_logging
 from utils.runs import add_continuation, hold_run, run_record, start_run
+from utils.signals import run_launcher, stop_on_signal
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +68,9 @@ def build_parser():
     g = p.add_argument_group('general')
     g.add_argument('--gpus', type=positive_int, default=1, metavar='INT',
                    help='processes on this machine, one per GPU (gloo processes on the CPU)')
-    g.add_argument('--snap', type=positive_int, metavar='TICKS',
-                   help=f'ticks of {TICK_KIMG} kimg between snapshots (default: 50, in --cfg=small '
-                        '4)')
+    g.add_argument('--snap', type=positive_float, metavar='TICKS',
+                   help=f'ticks of {TICK_KIMG} kimg between snapshots, fractions allowed (default: '
+                        '50, in --cfg=small 4)')
     g.add_argument('--metrics', default='none', metavar='LIST',
                    help='none, or fd_fundus, kid_fundus (need --metric_network) and fid, kid (need '
                         '--inception_weights), comma separated, at every snapshot')
@@ -92,7 +94,8 @@ def build_parser():
                    help='double the set by mirroring (mixes left and right eyes)')
     g = p.add_argument_group('training')
     g.add_argument('--cfg', default='auto', choices=PRESETS, help='base configuration')
-    g.add_argument('--gamma', type=nonnegative_float, metavar='FLOAT', help='R1 weight')
+    g.add_argument('--gamma', type=nonnegative_float, metavar='FLOAT',
+                   help="R1 weight (default: the configuration's, as of the next four)")
     g.add_argument('--kimg', type=positive_float, metavar='KIMG', help='length of the training')
     g.add_argument('--batch', type=positive_int, metavar='INT', help='images per step')
     g.add_argument('--batch-gpu', '--batch_gpu', dest='batch_gpu', type=positive_int,
@@ -110,13 +113,14 @@ def build_parser():
                    help="most channels of a layer (default: the configuration's; 512, 128 in "
                         'small)')
     g.add_argument('--max_minutes', type=positive_float, metavar='MIN',
-                   help='stop in good order after that time; resume later')
+                   help='stop in good order after that time, as Ctrl-C and SIGTERM do; resume '
+                        'later')
     g = p.add_argument_group('augmentation')
     g.add_argument('--aug', default='ada', choices=('ada', 'noaug', 'fixed'),
                    help='adaptive, none, or fixed strength')
     g.add_argument('--p', type=fraction, metavar='FLOAT', help='strength for --aug=fixed')
     g.add_argument('--target', type=fraction, metavar='FLOAT', help='ADA target (default 0.6)')
-    g.add_argument('--augpipe', default='bgc', choices=sorted(PIPES), help='augmentations used')
+    g.add_argument('--augpipe', choices=sorted(PIPES), help='augmentations used (default: bgc)')
     g = p.add_argument_group('continuing')
     g.add_argument('--resume', type=Path, metavar='RUN|FILE',
                    help='a run folder: go on in it from its newest snapshot; a snapshot file: go '
@@ -154,15 +158,20 @@ def check_options(opts):
         raise UserError('--p goes with --aug=fixed')
     if opts.aug != 'ada' and opts.target is not None:
         raise UserError('--target goes with --aug=ada')
+    if opts.aug == 'noaug' and opts.augpipe is not None:
+        raise UserError('--augpipe goes with --aug=ada or --aug=fixed')
+    if opts.fp32 and opts.precision not in (None, 'fp32'):
+        raise UserError(f'--fp32=1 and --precision={opts.precision} contradict each other')
     if opts.aug == 'fixed' and opts.p > MAX_STRENGTH:
         log.warning('--p %.2f: above %.1f augmentations leak into the images', opts.p,
                     MAX_STRENGTH)
     if opts.resume and not opts.resume.exists():
-        raise UserError(f'--resume {opts.resume}: no such file or run folder')
+        raise UserError(f'--resume {opts.resume}: no such file or run folder (nothing is '
+                        'downloaded; convert a .pkl with scripts/convert_stylegan2_ada.py)')
     folder = opts.resume is not None and opts.resume.is_dir()
     missing = [flag for flag in ('outdir', 'data') if getattr(opts, flag) is None]
     if missing and not folder:
-        raise UserError(f'--{" and --".join(missing)} are required, except with --resume RUN')
+        raise UserError(f'--{" and --".join(missing)} must be given, except with --resume RUN')
     if folder and opts.outdir and opts.outdir.resolve() != opts.resume.resolve().parent:
         raise UserError(f'--resume {opts.resume} goes on in that folder; leave --outdir out')
     if opts.transfer and (folder or opts.resume is None):
@@ -170,6 +179,17 @@ def check_options(opts):
     if opts.freezed and opts.resume is None:
         raise UserError('--freezed would freeze an untrained discriminator; give a trained one '
                         'with --resume FILE')
+
+
+def run_name(opts, config):
+    """What tells runs of one folder apart: the data, the configuration, and what is unusual."""
+    parts = [opts.data.stem, 'mirror' if opts.mirror else None,
+             f'subset{opts.subset}' if opts.subset else None, opts.cfg, f'batch{config.batch}',
+             f'gamma{opts.gamma:g}' if opts.gamma is not None else None,
+             None if opts.aug == 'ada' else opts.aug, opts.augpipe,
+             'resume' if opts.resume else None,
+             f'freezed{opts.freezed}' if opts.freezed else None]
+    return '-'.join(p for p in parts if p)
 
 
 def new_run_dir(outdir, name):
@@ -186,7 +206,9 @@ def resumed_options(opts, argv):
     record = json.loads(path.read_text(encoding='utf-8'))
     saved = build_parser().parse_args(record['options']['flags'])
     given = build_parser().parse_args([*record['options']['flags'], *argv])
-    changes = [f'--{name}: was {value}, now {getattr(given, name)}'
+    resolved = record['options']
+    changes = [f'--{name}: was {resolved.get(name) if value is None else value}, '
+               f'now {getattr(given, name)}'
                for name, value in vars(saved).items()
                if name not in _FREE and getattr(given, name) != value]
     wanted = record['inputs'].get('data')
@@ -232,14 +254,14 @@ def start_processes(n, argv):
     """Runs this script under torchrun with `n` processes; returns its exit code."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
                f'--nproc_per_node={n}', '--', str(Path(__file__).resolve()), *argv]
-    return subprocess.run(command).returncode
+    return run_launcher(command)
 
 
 def build_metric(opts, dataset):
-    names = [n for n in opts.metrics.split(',') if n and n != 'none']
-    if not names:
+    if opts.metrics == 'none':
         return None
     from training.fidelity import training_metric
+    names = opts.metrics.split(',')
     return training_metric(names, dataset, n_images=opts.metric_images,
                            content_weights=opts.metric_network,
                            inception_weights=opts.inception_weights)
@@ -273,13 +295,17 @@ def main(argv=None):
     except ValueError as error:
         raise UserError(str(error)) from error
     snap = opts.snap or (4 if opts.cfg == 'small' else 50)
+    if config.batch_gpu == 1:
+        log.warning('one image per pass: the discriminator sees no statistics over a group; give a '
+                    'larger --batch or --batch-gpu')
     if len(dataset) < config.batch:
         raise UserError(f'{opts.data} holds {len(dataset)} images, fewer than one batch of '
                         f'{config.batch}; lower --batch or add images')
+    augpipe = opts.augpipe or 'bgc'
     precision = 'fp32' if opts.fp32 else opts.precision or ('fp16' if on_gpu else 'fp32')
     resolved = {'flags': argv, **config.to_dict(),
                 'data': opts.data, 'n_images': len(dataset), 'precision': precision,
-                'aug': opts.aug, 'augpipe': opts.augpipe, 'p': opts.p,
+                'aug': opts.aug, 'augpipe': augpipe, 'p': opts.p,
                 'target': opts.target or 0.6, 'mirror': opts.mirror, 'subset': opts.subset,
                 'snap': snap, 'metrics': opts.metrics, 'world_size': world}
     metric = build_metric(opts, dataset)
@@ -292,7 +318,7 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = opts.allow_tf32
 
     trainer = Trainer(dataset, config, device=device, seed=opts.seed, augment=opts.aug,
-                      augment_names=PIPES[opts.augpipe], augment_p=opts.p or 0.0,
+                      augment_names=PIPES[augpipe], augment_p=opts.p or 0.0,
                       ada_target=opts.target or 0.6,
                       precision=None if precision == 'fp32' else precision,
                       workers=opts.workers if on_gpu else 0)
@@ -300,6 +326,7 @@ def main(argv=None):
         run_dir = opts.resume
         if distributed.is_main():
             hold_run(run_dir)
+            setup_logging(run_dir / 'log.txt')
         found = latest_snapshot(run_dir)
         if found is None:
             raise UserError(f'--resume {run_dir}: no loadable {SNAPSHOT_PREFIX}*.pt in it; begin '
@@ -308,8 +335,7 @@ def main(argv=None):
     else:
         if opts.resume:
             load_resumed(trainer, opts)
-        name = f'{opts.data.stem}{"-mirror" if opts.mirror else ""}-{opts.cfg}-batch{config.batch}'
-        run_dir = distributed.broadcast_object(new_run_dir(opts.outdir, name))
+        run_dir = distributed.broadcast_object(new_run_dir(opts.outdir, run_name(opts, config)))
     if distributed.is_main():
         if continuing:
             add_continuation(run_dir, argv, from_snapshot=found[0].name)
@@ -324,15 +350,19 @@ def main(argv=None):
             log.info('going on from %s', found[0].name)
         log.info('%d images of %d px, batch %d, %s, %s, %g kimg', len(dataset), config.size,
                  config.batch, precision, device, config.kimg)
-    last = train(trainer, run_dir, kimg=config.kimg, snapshot_kimg=snap * TICK_KIMG,
-                 tick_kimg=min(TICK_KIMG, config.kimg / 10), metric=metric,
-                 max_minutes=opts.max_minutes)
+    limit = time.monotonic() + 60 * (opts.max_minutes or math.inf)
+    with stop_on_signal() as signalled:
+        last = train(trainer, run_dir, kimg=config.kimg, snapshot_kimg=snap * TICK_KIMG,
+                     tick_kimg=min(TICK_KIMG, config.kimg / 10), metric=metric,
+                     should_stop=lambda: signalled() or time.monotonic() > limit)
     if distributed.is_main():
         export_inference(last, run_dir / 'generator.pt')
         log.info('generator for the other scripts: %s (sha256 %s)', run_dir / 'generator.pt',
                  sha256_file(run_dir / 'generator.pt')[:12])
+    alone = distributed.world_size() == 1
     distributed.shutdown()
-    return 0
+    # Under torchrun another code than 0 would be reported as a crash.
+    return 128 + signalled.number if signalled() and alone else 0
 
 
 if __name__ == '__main__':

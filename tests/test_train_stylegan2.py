@@ -1,6 +1,7 @@
 """The generator's training loop: exact resume, equal processes, adaptive strength, commands."""
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -321,9 +322,44 @@ def test_time_limit_is_told_and_not_inherited(archive, tmp_path, caplog):
           '--device=cpu', '--aug=noaug', '--kimg=0.008', '--max_minutes', '1e-9'])
     run_dir, = (tmp_path / 'runs').iterdir()
     log = (run_dir / 'log.txt').read_text()
-    assert f'stopped by --max_minutes at 0 of 0.008 kimg; --resume={run_dir} goes on' in log
+    assert f'stopped at 0 of 0.008 kimg; --resume={run_dir} goes on' in log
     main(['--resume', str(run_dir)])
     assert (run_dir / 'network-snapshot-00000.008.pt').is_file()
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_in_good_order(archive, tmp_path, monkeypatch, number):
+    main = load_script('train_stylegan2_ada').main
+    flags = ['--data', str(archive), '--cfg=small', '--batch=4', '--device=cpu', '--aug=noaug',
+             '--kimg=0.016']
+    step, handlers = Trainer.step, [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def interrupted(trainer):
+        if trainer.n_img == 4:
+            os.kill(os.getpid(), number)
+        return step(trainer)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, 'step', interrupted)
+        assert main(['--outdir', str(tmp_path / 'stopped'), *flags]) == 128 + number
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    run_dir, = (tmp_path / 'stopped').iterdir()
+    assert 'stopped at 0.008 of 0.016 kimg' in (run_dir / 'log.txt').read_text()
+    assert main(['--resume', str(run_dir)]) == 0
+    assert main(['--outdir', str(tmp_path / 'straight'), *flags]) == 0
+    straight, = (tmp_path / 'straight').iterdir()
+    equal_states(*(load_weights(d / 'network-snapshot-00000.016.pt') for d in (run_dir, straight)))
+
+
+def test_fractions_of_a_tick_between_snapshots(archive, tmp_path):
+    load_script('train_stylegan2_ada').main(
+        ['--outdir', str(tmp_path), '--data', str(archive), '--cfg=small', '--batch=4',
+         '--device=cpu', '--aug=fixed', '--p=0', '--kimg=0.024', '--snap=0.002'])
+    run_dir, = tmp_path.glob('0*')
+    assert run_dir.name == '00000-archive-small-batch4-fixed'
+    assert [p.stem[-9:] for p in sorted(run_dir.glob('network*.pt'))] == [
+        '00000.008', '00000.016', '00000.024']
+    # How sure the discriminator is of real images is told whatever the augmentation.
+    assert any(row['overfitting'] for row in read_jsonl(run_dir / 'stats.jsonl'))
 
 
 def test_same_command_writes_the_same_bytes(finished_run):
@@ -340,13 +376,18 @@ def test_command_rejects_bad_input(archive, tmp_path):
     for flags, message in ((['--cond=1'], 'no class input'), (['--aug=fixed'], 'needs --p'),
                            (['--batch=64'], 'fewer than one batch'),
                            (['--subset=99'], 'holds 12 images'),
-                           (['--metrics=bogus', '--dry-run', '--batch=4'], 'unknown metric bogus'),
+                           (['--metrics=bogus', '--batch=4'], "unknown metric 'bogus'"),
+                           (['--metrics=', '--batch=4'], "unknown metric ''"),
+                           (['--metrics=none,fid', '--batch=4'], "unknown metric 'none'"),
+                           (['--batch=2', '--gpus=4', '--dry-run'], 'number of processes'),
+                           (['--fp32=1', '--precision=bf16'], 'contradict'),
+                           (['--aug=noaug', '--augpipe=bg'], '--augpipe goes with'),
                            (['--resume', str(tmp_path / 'none')], 'no such')):
         with pytest.raises(UserError, match=message):
             script.main([*base, *flags])
     with pytest.raises(UserError, match='not a run folder'):
         script.main(['--resume', str(tmp_path)])
-    with pytest.raises(UserError, match='--outdir and --data are required'):
+    with pytest.raises(UserError, match='--outdir and --data must be given'):
         script.main([])
     assert not (tmp_path / 'runs').exists()
 

@@ -344,7 +344,8 @@ def check_metric_names(names):
     """UserError that lists unknown metric names."""
     unknown = [n for n in names if n not in METRICS]
     if unknown:
-        raise UserError(f'unknown metric {", ".join(unknown)}; known are {", ".join(METRICS)}')
+        raise UserError(f'unknown metric {", ".join(map(repr, unknown))}; known are '
+                        f'{", ".join(METRICS)}, or none (fid50k_full is fid here)')
 
 
 def training_metric(names, dataset, *, n_images, content_weights=None, inception_weights=None,

@@ -53,6 +53,9 @@ def make_config(preset, size, n_gpus, *, cbase=None, cmax=None, **overrides):
     if preset not in PRESETS:
         raise ValueError(f'unknown configuration {preset!r}, want one of {", ".join(PRESETS)}')
     given = {k: v for k, v in overrides.items() if v is not None}
+    if given.get('batch', n_gpus) < n_gpus:
+        raise ValueError(f'--batch {given["batch"]} is smaller than the number of processes '
+                         f'({n_gpus}); raise --batch or lower --gpus')
     if preset in ('auto', 'small'):
         most = 16 if preset == 'small' else 32
         batch = given.get('batch', max(min(n_gpus * min(4096 // size, most), 64), n_gpus))

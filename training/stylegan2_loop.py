@@ -7,6 +7,7 @@ running state, so a resumed run draws what the uninterrupted one would have draw
 import copy
 import logging
 import math
+import signal
 import time
 from pathlib import Path
 
@@ -33,6 +34,7 @@ SNAPSHOT_PREFIX = 'network-snapshot-'
 _ADA_INTERVAL = 4         # steps between two adjustments of the augmentation strength
 _MEAN_LATENT_SAMPLES = 20_000
 _TRANSFER_ADA_KIMG = 100  # the published value when training goes on from a network
+_STATUS_SECONDS = 60      # a sign of life between ticks
 
 
 class EndlessSampler(torch.utils.data.Sampler):
@@ -58,6 +60,11 @@ class EndlessSampler(torch.utils.data.Sampler):
                             derive(self.seed, 'epoch', epoch)).permutation(self.n)
                     yield int(order[(position + index) % self.n])
             position += self.batch
+
+
+def _leave_interrupts_to_parent(worker):
+    # A terminal's Ctrl-C reaches the workers too, and the last step still needs them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Trainer:
@@ -116,7 +123,7 @@ class Trainer:
             self._batches = iter(torch.utils.data.DataLoader(
                 self.dataset, batch_size=self.config.batch_gpu, sampler=sampler,
                 num_workers=self.workers, pin_memory=self.device.type == 'cuda',
-                persistent_workers=False))
+                persistent_workers=False, worker_init_fn=_leave_interrupts_to_parent))
         return from_uint8(next(self._batches)[0].to(self.device, non_blocking=True))
 
     def _passes(self, phase):
@@ -204,7 +211,7 @@ class Trainer:
         self.n_steps += 1
         self.n_img += cfg.batch
         self._average_weights()
-        if self.augment == 'ada' and self.n_steps % _ADA_INTERVAL == 0:
+        if self.n_steps % _ADA_INTERVAL == 0:
             self._adapt()
         return stats
 
@@ -244,7 +251,11 @@ class Trainer:
 
     def _adapt(self):
         total = distributed.all_reduce_sum(self._signs.clone())
-        self.ada.update(total[0] / total[1], self.config.batch * _ADA_INTERVAL)
+        mean_sign = float(total[0] / total[1])
+        if self.augment == 'ada':
+            self.ada.update(mean_sign, self.config.batch * _ADA_INTERVAL)
+        else:
+            self.ada.overfitting = mean_sign
         self._signs.zero_()
 
     # -- snapshots --------------------------------------------------------------------------
@@ -367,13 +378,14 @@ def sample_grid(generator, *, n, seed, device, psi=1.0, latent_avg=None, batch=3
 
 
 def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, metric=None,
-          keep_snapshots=None, max_minutes=None):
+          keep_snapshots=None, should_stop=lambda: False):
     """Runs `trainer` to `kimg`, leaving snapshots, grids, logs and curves in `run_dir`.
 
     metric: function(generator, device) -> dict of numbers, called at every snapshot.
-    keep_snapshots: how many of the newest to keep (None: all). max_minutes: stop in good order
-    after that time, with a snapshot. Returns the path of the last snapshot. Raises UserError
-    when the losses stop being finite.
+    keep_snapshots: how many of the newest to keep (None: all). should_stop: asked after every
+    step; when it answers True in any process, all stop in good order, with a snapshot. Returns the
+    path of the last snapshot (None on other processes than the first). Raises UserError when the
+    losses stop being finite.
     """
     run_dir = Path(run_dir)
     main = distributed.is_main()
@@ -390,32 +402,44 @@ def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, me
     if main and trainer.n_img >= total:
         log.info('already at %g of %g kimg; a larger --kimg would go on', trainer.n_img / 1000,
                  kimg)
-    started = tick_start = time.monotonic()
+    started = tick_start = last_status = time.monotonic()
     tick_img, start_img = trainer.n_img, trainer.n_img
     sums, count = {}, {}
+
+    def averages():
+        now = time.monotonic()
+        return {**{k: float(v / count[k]) for k, v in sums.items()},
+                'augment_p': trainer.ada.p, 'overfitting': trainer.ada.overfitting,
+                'images_per_second': (trainer.n_img - tick_img) / max(now - tick_start, 1e-9),
+                'kimg': trainer.n_img / 1000, 'memory_gb': _memory_gb(trainer.device)}
+
     last = None
     while True:
         done = trainer.n_img >= total
-        stopping = max_minutes is not None and time.monotonic() - started > max_minutes * 60
-        stopping = distributed.broadcast_object(stopping)
+        # Asking all GPUs makes them wait for each other, so only when the strength does it anyway.
+        ask = (trainer.n_steps % _ADA_INTERVAL == 0 or trainer.device.type != 'cuda'
+               or distributed.world_size() == 1)
+        stopping = ask and not done and distributed.any_process(should_stop(), trainer.device)
         if trainer.n_img - tick_img >= tick_kimg * 1000 or done or stopping:
-            values = {k: float(distributed.all_reduce_mean(v / count[k])) for k, v in sums.items()}
-            _check_finite(values, trainer)
-            now = time.monotonic()
-            rate = (trainer.n_img - tick_img) / max(now - tick_start, 1e-9)
-            if main and values:
-                values.update(augment_p=trainer.ada.p, overfitting=trainer.ada.overfitting,
-                              images_per_second=rate, kimg=trainer.n_img / 1000,
-                              memory_gb=_memory_gb(trainer.device))
+            sums = {k: distributed.all_reduce_mean(v) for k, v in sums.items()}
+            _check_finite({k: float(v) for k, v in sums.items()}, trainer)
+            if main and sums:
+                values = averages()
                 scalars.log(trainer.n_img, values)
-                _status(trainer, values, now - started, start_img, total)
+                _status(trainer, values, time.monotonic() - started, start_img, total)
             sums, count = {}, {}
-            tick_img, tick_start = trainer.n_img, now
+            tick_img, tick_start = trainer.n_img, time.monotonic()
+            last_status = tick_start
+        elif main and sums and time.monotonic() - last_status > _STATUS_SECONDS:
+            last_status = time.monotonic()
+            _status(trainer, averages(), last_status - started, start_img, total)
         crossed = (trainer.n_img // (snapshot_kimg * 1000)
                    > (trainer.n_img - trainer.config.batch) // (snapshot_kimg * 1000))
         if (crossed and trainer.n_img > start_img) or done or stopping:
-            last = _snapshot(trainer, run_dir, side, n_grid, metric, scalars, keep_snapshots)
-            tick_start = time.monotonic()
+            # A scheduler that asks to stop waits seconds, which a metric would not fit in.
+            last = _snapshot(trainer, run_dir, side, n_grid, None if stopping else metric, scalars,
+                             keep_snapshots)
+            tick_start = last_status = time.monotonic()
         if done or stopping:
             break
         for name, value in trainer.step().items():
@@ -423,9 +447,9 @@ def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, me
             count[name] = count.get(name, 0) + 1
     if main:
         scalars.close()
-        if not done:
-            log.info('stopped by --max_minutes at %g of %g kimg; --resume=%s goes on',
-                     trainer.n_img / 1000, kimg, run_dir)
+        if stopping:
+            log.info('stopped at %g of %g kimg; --resume=%s goes on', trainer.n_img / 1000, kimg,
+                     run_dir)
     distributed.barrier()
     return last
 
@@ -499,7 +523,7 @@ def plot_curves(run_dir):
         for name in group:
             points = [(r['step'] / 1000, r[name]) for r in rows if name in r]
             if points:
-                axis.plot(*zip(*points), label=name)
+                axis.plot(*zip(*points), label=name, marker='.' if len(points) == 1 else None)
         axis.set_xlabel('kimg')
         if axis.lines:
             axis.legend()

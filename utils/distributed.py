@@ -77,6 +77,12 @@ def all_reduce_sum(tensor):
     return tensor
 
 
+def any_process(flag, device):
+    """Whether `flag` is true in any of the processes; the same answer in all."""
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device))) if dist.is_initialized() \
+        else bool(flag)
+
+
 def all_gather_object(obj):
     """A list with every process's picklable `obj`, in rank order."""
     if not dist.is_initialized():

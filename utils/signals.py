@@ -1,0 +1,72 @@
+"""Stopping in good order when a person (Ctrl-C) or a scheduler (SIGTERM) asks for it."""
+import contextlib
+import signal
+import subprocess
+import threading
+
+import psutil
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Calling it tells whether a stop was asked for; `number` is the signal's, or None."""
+
+    def __init__(self):
+        self.number = None
+
+    def __call__(self):
+        return self.number is not None
+
+
+@contextlib.contextmanager
+def stop_on_signal():
+    """Yields a StopRequest that the first SIGINT or SIGTERM sets; a second one acts as usual.
+
+    Outside the main thread, where no handler can be set, the request is never set.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number, frame):
+        request.number = number
+        restore()
+
+    for number in _SIGNALS:
+        signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        restore()
+
+
+def run_launcher(command):
+    """Runs a launcher such as torchrun to its end; returns its exit code.
+
+    SIGINT and SIGTERM go to the processes it has started, which then stop in good order, while the
+    launcher itself would answer with a traceback; the exit code is then the signal's, 128 + number.
+    """
+    received = []
+
+    def forward(number, frame):
+        received.append(number)
+        for target in psutil.Process(process.pid).children() or [process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                target.send_signal(number)
+
+    # In a session of its own a terminal's Ctrl-C reaches it once, through here.
+    with subprocess.Popen(command, start_new_session=True) as process:
+        before = {number: signal.signal(number, forward) for number in _SIGNALS}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return 128 + received[0] if received else code
