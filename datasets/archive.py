@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from utils.errors import UserError, listing
-from utils.images import IMAGE_SUFFIXES, as_rgb
+from utils.images import IMAGE_SUFFIXES, as_rgb, decode_reason
 from utils.io import atomic_path
 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, zipfile.BadZipFile, EOFError,
@@ -38,7 +38,9 @@ class FileStore:
                 self.names = sorted(i.filename for i in self._open_zip().infolist()
                                     if not i.is_dir())
             except zipfile.BadZipFile as error:
-                raise UserError(f'{self.path} is not a readable ZIP archive ({error})') from error
+                raise UserError(f'{self.path} is not a readable ZIP archive ({error}); give a ZIP '
+                                'or a folder of pictures, as scripts/dataset_tool.py makes them'
+                                ) from error
         elif self.path.is_dir():
             self.names = sorted(p.relative_to(self.path).as_posix()
                                 for p in self.path.rglob('*') if p.is_file())
@@ -66,7 +68,8 @@ class FileStore:
             with self.open(name) as file, Image.open(file) as image:
                 return as_rgb(image)
         except _DECODE_ERRORS as error:
-            raise UserError(f'{self.path}: {name} is not a readable image ({error})') from error
+            raise UserError(f'{self.path}: {name} is not a readable image '
+                            f'({decode_reason(error)})') from error
 
     def size(self, name):
         """(width, height) of one image, from its header; UserError when it cannot be read."""
@@ -74,7 +77,8 @@ class FileStore:
             with self.open(name) as file, Image.open(file) as image:
                 return image.size
         except _DECODE_ERRORS as error:
-            raise UserError(f'{self.path}: {name} is not a readable image ({error})') from error
+            raise UserError(f'{self.path}: {name} is not a readable image '
+                            f'({decode_reason(error)})') from error
 
     def labels(self):
         """{name: label} from dataset.json, or None when there is none."""
@@ -147,7 +151,7 @@ class ImageArchive(torch.utils.data.Dataset):
                 with self.store.open(name) as file, Image.open(file) as image:
                     sizes[name] = image.size
             except _DECODE_ERRORS as error:
-                bad[name] = f'unreadable ({error})'
+                bad[name] = f'unreadable ({decode_reason(error)})'
         common = collections.Counter(sizes.values()).most_common(1)[0][0] if sizes else None
         for name, (w, h) in sizes.items():
             if w != h:

@@ -53,7 +53,7 @@ def check_frame(values):
     """Raises UnusableFrame for a near-black or flat [H, W] array of channel maxima (0-255)."""
     low, high, top = np.percentile(values, (1, 95, 99))
     if high < _NEAR_BLACK:
-        raise UnusableFrame(f'near-black frame (95% of its pixels are {high:.0f} of 255 or darker)')
+        raise UnusableFrame(f'near-black frame (95% of its pixels are at most {high:.0f} of 255)')
     if top - low < _BLANK:
         raise UnusableFrame('blank frame (one flat colour)')
 

@@ -13,7 +13,7 @@ from datasets.archive import ArchiveWriter, FileStore
 from datasets.fov import UnusableFrame, crop_fov, find_fov
 from datasets.table import read_table
 from utils.errors import UserError, listing
-from utils.images import load_rgb
+from utils.images import decode_reason, load_rgb
 from utils.io import sha256_bytes
 from utils.logs import progress
 
@@ -152,7 +152,7 @@ def build_archive(images, dest, *, transform='none', width=None, height=None, re
         except UnusableFrame as error:
             return None, str(error)
         except UserError as error:
-            return None, f'damaged: {error.__cause__ or error}'
+            return None, f'damaged: {decode_reason(error.__cause__ or error)}'
 
     rows, misfits, n_kept, size, seen = [], [], 0, None, {}
     with ArchiveWriter(dest) as writer, \

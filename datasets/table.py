@@ -188,7 +188,8 @@ def _find_files(ids, csv, image_dir):
             missing.append(v)
     if missing:
         raise UserError(listing(f'{len(missing)} of {len(ids)} ids of {csv} have no image in '
-                                 f'{image_dir}; add the files or remove the rows', missing))
+                                 f'{image_dir.resolve()}; name the folder of the images, add the '
+                                 'files or remove the rows', missing))
     if unclear:
         raise UserError(listing(f'ids of {csv} with more than one image in {image_dir}; keep '
                                  'one file of each', unclear))

@@ -85,6 +85,8 @@ def main(argv=None):
     setup_logging()
     device = cli.resolve_device(args.device)
     dest = Path(args.dest)
+    if dest.is_dir() or dest.suffix.lower() not in ('.pt', '.pth'):
+        raise UserError(f'--dest {dest}: give the name of a file that ends in .pt')
     if dest.exists() and not args.overwrite:
         raise UserError(f'--dest {dest} already exists; give --overwrite or another name')
     seed_everything(args.seed, 'convert')    # ports without stored noise get fixed maps

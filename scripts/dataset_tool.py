@@ -18,6 +18,7 @@ EPILOG = """examples:
   python scripts/dataset_tool.py --source a/labels.csv --source b.zip --split train \\
       --dest pooled.zip --transform fundus --width 512 --height 512
 
+Files that end in .png .jpg .jpeg .bmp .tif .tiff .ppm or .webp are read, others passed over.
 A report of every source image (kept or left out, and why) is written beside the archive as
 <dest>.report.json and <dest>.report.csv. It names source files: keep it with the private data.
 """
@@ -64,9 +65,25 @@ def copy_table(source, split, kept, dest):
     write_csv(dest, rows.iloc[:len(kept)][kept.to_numpy()])
 
 
+def check_paths(sources, dest):
+    """UserError for a source named twice, and for a --dest that would be read again next time."""
+    resolved = [Path(s).resolve() for s in sources]
+    if double := [s for i, s in enumerate(sources) if resolved[i] in resolved[:i]]:
+        raise UserError(f'--source {double[0]} is given twice')
+    inside = [s for s, r in zip(sources, resolved)
+              if r.is_dir() and r in Path(dest).resolve().parents]
+    if inside:
+        raise UserError(f'--dest {dest} lies inside --source {inside[0]}, which would be read as '
+                        'photographs the next time; choose a place outside')
+    if Path(dest).suffix.lower() in ('.tar', '.gz', '.tgz', '.7z', '.rar', '.lmdb'):
+        raise UserError(f'--dest {dest}: archives are ZIP files; end the name in .zip, or give a '
+                        'folder')
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
     setup_logging()
+    check_paths(args.source, args.dest)
     width, height = check_options(args.transform, args.width, args.height,
                                   mask=args.mask, unsqueeze=args.unsqueeze)
     side = width

@@ -35,6 +35,8 @@ def number_list(text):
         first, dash, last = part.partition('-')
         if not first.isdigit() or (dash and not last.isdigit()):
             raise argparse.ArgumentTypeError(f'{text!r} is not a list such as 0,3,5-7')
+        if dash and int(last) < int(first):
+            raise argparse.ArgumentTypeError(f'{part!r} runs backwards; the smaller number first')
         numbers += range(int(first), int(last if dash else first) + 1)
     if not numbers or max(numbers) >= 2 ** 32:
         raise argparse.ArgumentTypeError(f'{text!r} holds no number, or one above 2^32 - 1')
@@ -106,11 +108,14 @@ def read_latents(path, net):
     except FileNotFoundError:
         raise UserError(f'--projected_w {path}: no such file') from None
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f'--projected_w {path} holds no array "w" ({error})') from error
+        raise UserError(f'--projected_w {path} is no .npy file of an array, and no .npz file with '
+                        'an array "w"') from error
     want = (net.n_latent, net.style_dim)
     if w.ndim not in (2, 3) or w.shape[-2:] != want:
         raise UserError(f'--projected_w {path} has shape {list(w.shape)}; this generator takes '
                         f'[N, {want[0]}, {want[1]}]')
+    if not np.isfinite(w).all():
+        raise UserError(f'--projected_w {path} holds values that are not finite')
     return torch.from_numpy(w.reshape(-1, *want).astype(np.float32))
 
 
@@ -138,6 +143,9 @@ def sample(args, net, styles, out):
     one = len(args.trunc) == 1
     names = [f'seed{s:04d}.png' if one else f'seed{s:04d}-trunc{psi:.2f}.png'
              for s in args.seeds for psi in args.trunc]
+    if len(set(names)) < len(names):
+        raise UserError('--seeds or --trunc holds a value twice (truncations count to two '
+                        'decimals)')
     guard([out / n for n in [*names, CONTACT_SHEET]], args.overwrite)
     ws = torch.stack([styles(args.seeds, psi) for psi in args.trunc], 1).flatten(0, 1)
     seeds = [s for s in args.seeds for _ in args.trunc]

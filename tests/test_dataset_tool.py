@@ -196,6 +196,17 @@ def test_bad_options_leave_nothing_behind(photos, tmp_path, options, words):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['photos']
 
 
+def test_paths_that_would_mix_sources_and_results(photos, tmp_path):
+    for dest in (photos / 'out.zip', photos / 'sub' / 'out'):
+        with pytest.raises(UserError, match='lies inside --source'):
+            run('--source', photos, '--dest', dest, '--width', 32)
+    with pytest.raises(UserError, match='given twice'):
+        run('--source', photos, '--source', photos / 'sub' / '..', '--dest', tmp_path / 'o.zip')
+    with pytest.raises(UserError, match='archives are ZIP files'):
+        run('--source', photos, '--dest', tmp_path / 'out.tar', '--width', 32)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['photos']
+
+
 def test_bad_sources(photos, tmp_path):
     with pytest.raises(UserError, match='no such folder'):
         run('--source', tmp_path / 'none', '--dest', tmp_path / 'o.zip')

@@ -156,6 +156,8 @@ def test_existing_pictures_are_kept(run):
     ([], 'exactly one'),
     (['--seeds', '1', '--rows', '1', '--cols', '2'], 'exactly one'),
     (['--rows', '1'], 'both'),
+    (['--seeds', '1,1'], 'a value twice'),
+    (['--seeds', '1', '--trunc', '0.5,0.504'], 'a value twice'),
     (['--seeds', '1', '--interpolate', 'gif'], 'two seeds'),
     (['--seeds', '1,2', '--interpolate', 'gif', '--trunc', '0.5,1'], 'sweep'),
     (['--rows', '1', '--cols', '2', '--styles', '0-8'], 'layers 0-7'),
@@ -172,13 +174,16 @@ def test_bad_latents_and_networks(run, tmp_path):
     with pytest.raises(UserError, match=r'shape \[3, 5\]'):
         run('--projected_w', str(tmp_path / 'w.npy'))
     np.savez(tmp_path / 'w.npz', latents=np.zeros(3))
-    with pytest.raises(UserError, match='no array "w"'):
+    with pytest.raises(UserError, match='an array "w"'):
         run('--projected_w', str(tmp_path / 'w.npz'))
+    np.save(tmp_path / 'w.npy', np.full((8, 16), np.nan, np.float32))
+    with pytest.raises(UserError, match='not finite'):
+        run('--projected_w', str(tmp_path / 'w.npy'))
     with pytest.raises(UserError, match='not found'):
         generate.main(['--network', str(tmp_path / 'no.pt'), '--outdir', 'x', '--seeds', '1'])
 
 
-@pytest.mark.parametrize('text', ['', '1-', 'a', '1,,2', '-3', '4294967296'])
+@pytest.mark.parametrize('text', ['', '1-', 'a', '1,,2', '-3', '5-2', '4294967296'])
 def test_bad_number_lists(text):
     with pytest.raises(argparse.ArgumentTypeError):
         generate.number_list(text)

@@ -2,6 +2,7 @@
 import argparse
 import errno
 import logging
+import signal
 import sys
 
 import torch
@@ -78,9 +79,20 @@ def resolve_device(name):
     return device
 
 
+# What a wrong path or a full disk looks like, as against a fault of this software.
+_FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+                errno.ENAMETOOLONG)
+
+
+def _terminate(number, frame):
+    # As an exception, so that temporary files are removed on the way out.
+    raise SystemExit(128 + number)
+
+
 def run(main):
     """Runs `main()` and exits with its code; user errors become one line on stderr (exit 2)."""
     logging.captureWarnings(True)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main()
     except UserError as error:
@@ -91,10 +103,13 @@ def run(main):
               file=sys.stderr)
         code = 130
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno in _FILE_ERRORS and error.filename:
+            text, code = f'{error.filename}: {error.strerror}; choose another path', 2
+        elif error.errno == errno.ENOSPC:
+            where = f' while writing {error.filename}' if error.filename else ''
+            text = f'the disk is full{where}; free some space and run the same command again'
+            code = 1
+        else:
             raise
-        where = f' while writing {error.filename}' if error.filename else ''
-        print(f'error: the disk is full{where}; free some space and run the same command again',
-              file=sys.stderr)
-        code = 1
+        print(f'error: {text}', file=sys.stderr)
     sys.exit(code)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils.errors import UserError
 from utils.io import atomic_path
@@ -36,13 +36,20 @@ def as_rgb(image):
     return image.convert('RGB')
 
 
+def decode_reason(error):
+    """Why a picture could not be decoded, for people: without Python's words for open files."""
+    if isinstance(error, UnidentifiedImageError):
+        return 'empty, or of no known image format'
+    return str(error)
+
+
 def load_rgb(path):
     """Reads any common image file as a PIL RGB picture; UserError when it cannot be decoded."""
     try:
         with Image.open(path) as image:
             return as_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f'{path} is not a readable image ({error}); '
+        raise UserError(f'{path} is not a readable image ({decode_reason(error)}); '
                         'replace it or remove its row') from error
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +85,8 @@ def load_weights(path, *, what='checkpoint', hint=''):
                         f'objects other than tensors and plain data.{advice}') from error
     except OSError as error:
         raise UserError(f'{what} {path} cannot be read: {error}.{advice}') from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f'{path} is not a {what}, or it is damaged or cut short.{advice}'
+    except Exception as error:    # random bytes make the reader fail in any way
+        raise UserError(f'{path} does not hold a {what}, or is damaged or cut short.{advice}'
                         ) from error
 
 

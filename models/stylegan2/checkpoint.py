@@ -12,7 +12,8 @@ _REMEDY = ('Train one with scripts/train_stylegan2_ada.py, or convert an NVIDIA 
 def _reason(error):
     if isinstance(error, KeyError):
         return f'it lacks {error}'
-    return str(error).splitlines()[0]
+    # torch's first line only says that there was an error; the keys stand on the next.
+    return ' '.join(line.strip() for line in str(error).splitlines()[:2])
 
 
 def generator_from_state(state, *, source='generator weights', remedy=_REMEDY):
