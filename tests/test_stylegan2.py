@@ -70,6 +70,27 @@ def test_upfirdn2d_derivatives(up, down, pad):
     assert torch.autograd.gradgradcheck(run, x)
 
 
+@pytest.mark.parametrize('up,down,pad', [(1, 1, (2, 1)), (2, 1, (2, 1)), (1, 2, (1, 1)),
+                                         (2, 1, (-1, 2)), (3, 2, (2, 3))])
+@pytest.mark.parametrize('last', [False, True])
+def test_upfirdn2d_in_half_precision(up, down, pad, last):
+    x = torch.randn(2, 8, 9, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    if last:
+        x = x.to(memory_format=torch.channels_last)
+    kernel = torch.tensor([[1., 3, 2, 1], [2, 1, 4, 3], [1, 1, 2, 5]]) / 8
+    results = []
+    for image in (x, x.double()):
+        image = image.detach().requires_grad_()
+        y = upfirdn2d(image, kernel.to(torch.float64 if image.dtype == torch.float64 else
+                                       torch.float32), up=up, down=down, pad=pad)
+        assert y.dtype == image.dtype
+        y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype))
+        results.append((y.double(), image.grad.double()))
+    for half, full in zip(*results):
+        assert half.shape == full.shape
+        assert (half - full).abs().max() < 2e-2 * full.abs().max()    # bfloat16 has 8 bits
+
+
 def test_upfirdn2d_rejects_bad_arguments():
     x, kernel = torch.randn(1, 1, 3, 3), torch.ones(4, 4)
     with pytest.raises(ValueError, match='smaller than'):

@@ -57,13 +57,20 @@ def _output_size(x, kernel, up, down, pad):
 def _upfirdn2d_ref(x, kernel, up, down, pad):
     kh, kw = kernel.shape
     left, right, top, bottom = pad
-    if up > 1:
+    weight = kernel.to(x.dtype)[None, None].expand(x.shape[1], 1, kh, kw)
+    if up > 1 and (x.is_cuda or x.element_size() > 2):
+        # A strided transposed convolution is the filter over the zero-inserted image without the
+        # zeros ever being stored; it starts kh-1 samples early and ends before the last zeros.
+        x = F.conv_transpose2d(x, weight, stride=up, groups=x.shape[1])
+        x = F.pad(x, (left - kw + 1, right - kw + up, top - kh + 1, bottom - kh + up))
+        return x[:, :, ::down, ::down] if down > 1 else x
+    if up > 1:    # in half precision CPUs take ten times as long for a transposed convolution
         wide = torch.empty((*x.shape[:2], x.shape[2] * up, x.shape[3] * up), dtype=x.dtype,
-                           device=x.device, memory_format=_layout(x)).zero_()
+                           memory_format=_layout(x)).zero_()
         wide[:, :, ::up, ::up] = x
         x = wide
     # conv2d correlates, so the kernel is flipped to give a convolution.
-    weight = kernel.flip(0, 1).to(x.dtype)[None, None].expand(x.shape[1], 1, kh, kw)
+    weight = weight.flip(2, 3)
     if left == right >= 0 and top == bottom >= 0:
         return F.conv2d(x, weight, stride=down, padding=(top, left), groups=x.shape[1])
     return F.conv2d(F.pad(x, pad), weight, stride=down, groups=x.shape[1])
