@@ -285,7 +285,7 @@ distributed.shutdown()
                              env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             for n in (1, 2)]
     for job in jobs:
-        output = job.communicate(timeout=120)[0]
+        output = job.communicate(timeout=900)[0]
         assert job.returncode == 0, output.decode()
     one, two = (torch.load(tmp_path / n / 'checkpoints' / 'state_3.pt') for n in '12')
     start = make_psp('ResNetBackboneEncoder').encoder.state_dict()
