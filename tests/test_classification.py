@@ -400,7 +400,7 @@ def test_two_class_command(study):
         [sys.executable, str(ROOT / 'classification' / 'main_ours_2cls.py'), *PUBLISHED,
          '--images_path', 'style_proj', '--device', 'cpu', '--seed', '0', '--epochs', '1',
          '--arch', 'resnet18', '--image_size', '32', '--out_dir', 'out'],
-        capture_output=True, text=True, cwd=study, timeout=120)
+        capture_output=True, text=True, cwd=study, timeout=900)
     assert done.returncode == 0, done.stderr
     summary = json.loads((study / 'out' / 'results.json').read_text())['summary']
     assert summary['auc']['mean'] is not None and 'labels: soft' in (

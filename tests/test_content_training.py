@@ -281,7 +281,7 @@ distributed.shutdown()
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     start = two_steps(tmp_path / 'start', max_steps=0).moco.state_dict()
     one = two_steps(tmp_path / 'one').moco.state_dict()
-    output = job.communicate(timeout=120)[0]
+    output = job.communicate(timeout=900)[0]
     assert job.returncode == 0, output.decode()
     two = load_weights(tmp_path / 'two' / 'checkpoints' / 'state_2.pt')['moco']
 
