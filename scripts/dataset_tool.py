@@ -9,16 +9,17 @@ import pandas as pd
 from datasets.prepare import FILTERS, TRANSFORMS, build_archive, check_options, list_source
 from utils import cli
 from utils.errors import UserError
+from utils.images import IMAGE_SUFFIXES
 from utils.io import write_csv, write_json
 from utils.logs import setup_logging
 
-EPILOG = """examples:
+EPILOG = f"""examples:
   python scripts/dataset_tool.py --source photos/ --dest fundus256.zip \\
       --transform fundus --width 256 --height 256
   python scripts/dataset_tool.py --source a/labels.csv --source b.zip --split train \\
       --dest pooled.zip --transform fundus --width 512 --height 512
 
-Files that end in .png .jpg .jpeg .bmp .tif .tiff .ppm or .webp are read, others passed over.
+Files that end in {" ".join(IMAGE_SUFFIXES)} are read, others passed over.
 A report of every source image (kept or left out, and why) is written beside the archive as
 <dest>.report.json and <dest>.report.csv. It names source files: keep it with the private data.
 """

@@ -79,7 +79,7 @@ def resolve_device(name):
     return device
 
 
-# What a wrong path or a full disk looks like, as against a fault of this software.
+# What a wrong path looks like, as against a fault of this software.
 _FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                 errno.ENAMETOOLONG)
 
