@@ -16,7 +16,7 @@ import logging
 import pandas as pd
 
 from datasets.table import read_table
-from MIA.splits import MEMBER, OTHER, split_by_patient, split_table
+from evaluation.splits import MEMBER, OTHER, split_by_patient, split_table
 from utils import cli
 from utils.errors import UserError
 from utils.io import write_csv

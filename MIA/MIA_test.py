@@ -18,9 +18,9 @@ import logging
 
 import numpy as np
 
-from MIA.metrics import attack_metrics, plot_roc, precision_at_k
+from evaluation.attacks.metrics import attack_metrics, plot_roc, precision_at_k
+from evaluation.attacks.pairs import load_pair_attack
 from MIA.MIA_train import TYPES, load_release
-from MIA.pair_attack import load_pair_attack
 from utils import cli
 from utils.errors import UserError
 from utils.io import save_npy, write_json

@@ -20,7 +20,7 @@ import numpy as np
 from datasets.groups import find_group_table, group_pictures, read_groups
 from datasets.pictures import load_pictures
 from datasets.table import read_table
-from MIA.pair_attack import PAIRS, PRECISIONS, PairAttack, PairConfig, standardisation
+from evaluation.attacks.pairs import PAIRS, PRECISIONS, PairAttack, PairConfig, standardisation
 from utils import cli
 from utils.errors import UserError
 from utils.io import load_weights, save_torch

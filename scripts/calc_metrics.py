@@ -20,7 +20,7 @@ import json
 import logging
 from collections import Counter
 
-from training.fidelity import (
+from evaluation.fidelity import (
     compare_pictures,
     load_feature_network,
     picture_names,

@@ -41,12 +41,12 @@ from classification.grader import GraderResult, build_grader
 from classification.settings import find_config, load_config
 from criteria.content import load_content_network
 from datasets.table import read_table
-from MIA.attacks import closest_release_scores, reidentification_ranks
-from MIA.metrics import attack_metrics, plot_roc, reidentification_rates
-from MIA.splits import MEMBER, OTHER, check_roles, split_by_patient, split_table
-from MIA.vessels import VesselAttack
+from evaluation.attacks.metrics import attack_metrics, plot_roc, reidentification_rates
+from evaluation.attacks.nearest import closest_release_scores, reidentification_ranks
+from evaluation.attacks.vessels import VesselAttack
+from evaluation.fidelity import extract_features, fidelity, sharpness
+from evaluation.splits import MEMBER, OTHER, check_roles, split_by_patient, split_table
 from models.psp import load_psp
-from training.fidelity import extract_features, fidelity, sharpness
 from utils import cli
 from utils.errors import UserError
 from utils.images import from_uint8, grid, load_rgb, resize, save_png, to_uint8

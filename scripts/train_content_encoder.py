@@ -36,8 +36,8 @@ from criteria.content import content_network_from_state
 from datasets.images_dataset import ImagesDataset
 from datasets.table import read_table
 from datasets.table_images import TableImages
+from evaluation.feature_quality import describe_quality, feature_quality
 from models.resnet import ARCHS, build_resnet
-from training.feature_quality import describe_quality, feature_quality
 from training.moco import EXPORT_NAME, MocoConfig, MocoTrainer, ViewConfig
 from utils import cli, distributed
 from utils.errors import UserError

@@ -260,7 +260,7 @@ def start_processes(n, argv):
 def build_metric(opts, dataset):
     if opts.metrics == 'none':
         return None
-    from training.fidelity import training_metric
+    from evaluation.fidelity import training_metric
     names = opts.metrics.split(',')
     return training_metric(names, dataset, n_images=opts.metric_images,
                            content_weights=opts.metric_network,

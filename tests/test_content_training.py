@@ -14,8 +14,7 @@ from PIL import Image
 from criteria.content import load_content_network
 from datasets.table import read_table
 from datasets.table_images import TableImages
-from scripts import train_content_encoder as script
-from training.feature_quality import (
+from evaluation.feature_quality import (
     chance_to_share,
     describe_quality,
     feature_quality,
@@ -23,6 +22,7 @@ from training.feature_quality import (
     nearest_neighbours,
     neighbour_quality,
 )
+from scripts import train_content_encoder as script
 from training.moco import (
     EXPORT_NAME,
     PROJECTION_DIM,

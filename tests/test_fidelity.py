@@ -14,9 +14,7 @@ from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from criteria.content import content_checkpoint, load_content_network
 from datasets.archive import ArchiveWriter, ImageArchive
-from models.resnet import build_resnet
-from models.stylegan2.model import Generator
-from training.fidelity import (
+from evaluation.fidelity import (
     InceptionNetwork,
     extract_features,
     feature_statistics,
@@ -29,6 +27,8 @@ from training.fidelity import (
     sharpness,
     training_metric,
 )
+from models.resnet import build_resnet
+from models.stylegan2.model import Generator
 from utils.errors import UserError
 from utils.io import save_torch
 from utils.logs import read_jsonl

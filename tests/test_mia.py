@@ -10,13 +10,19 @@ from scipy.stats import beta
 from sklearn.metrics import roc_auc_score
 
 from datasets.phantoms import render_phantom
+from evaluation.attacks.metrics import (
+    attack_metrics,
+    auc,
+    precision_at_k,
+    reidentification_rates,
+    roc,
+)
+from evaluation.attacks.nearest import closest_release_scores, reidentification_ranks
+from evaluation.attacks.pairs import PairAttack, PairConfig, draw_pairs, standardisation
+from evaluation.attacks.vessels import VesselAttack, best_correlations, vessel_maps
+from evaluation.splits import check_roles, split_by_patient
 from MIA import MIA_test, MIA_train
-from MIA.attacks import closest_release_scores, reidentification_ranks
-from MIA.metrics import attack_metrics, auc, precision_at_k, reidentification_rates, roc
 from MIA.MIA_split import main as split_main
-from MIA.pair_attack import PairAttack, PairConfig, draw_pairs, standardisation
-from MIA.splits import check_roles, split_by_patient
-from MIA.vessels import VesselAttack, best_correlations, vessel_maps
 from utils.errors import UserError
 
 

@@ -11,13 +11,14 @@ ALLOWED = {
     'models': {'utils'}, 'datasets': {'utils'}, 'criteria': {'models', 'utils'},
     'training': {'models', 'criteria', 'datasets', 'utils'},
     'anonymization': {'models', 'criteria', 'datasets', 'utils'},
+    'evaluation': {'models', 'criteria', 'datasets', 'utils'},
     'scripts': {'configs', 'models', 'criteria', 'datasets', 'training', 'anonymization',
-                'classification', 'MIA', 'utils'},
-    'classification': {'configs', 'models', 'datasets', 'utils'},
-    'MIA': {'configs', 'models', 'datasets', 'utils'},
+                'evaluation', 'classification', 'MIA', 'utils'},
+    'classification': {'configs', 'models', 'datasets', 'evaluation', 'utils'},
+    'MIA': {'configs', 'models', 'datasets', 'evaluation', 'utils'},
 }
 # Folders whose code is a library: it never prints, exits or picks a device.
-LIBRARY = ('models', 'criteria', 'datasets', 'training', 'anonymization')
+LIBRARY = ('models', 'criteria', 'datasets', 'training', 'anonymization', 'evaluation')
 
 
 def sources(*folders):
