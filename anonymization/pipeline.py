@@ -28,6 +28,7 @@ from anonymization.optimize import (
     matmul_precision,
 )
 from anonymization.release import GroupFacts, release_names, write_release
+from datasets.people import merge_duplicates
 from models.psp import FrozenPSP, invert
 from utils import distributed
 from utils.errors import PrivacyError, UserError
@@ -89,29 +90,6 @@ class _Photographs(Dataset):
         if self.mirror_left and self.table.eyes[i] == 'left':
             u8 = u8.flip(2)
         return u8
-
-
-def merge_duplicates(patients, digests):
-    """Person numbers [n] under which images with equal digests belong to one person.
-
-    patients: strings or None (every image its own person); digests: one per image. Photographs
-    with the same bytes are one photograph, whatever the table says of them.
-    """
-    n = len(digests)
-    parent = {}
-
-    def find(x):
-        while parent.setdefault(x, x) != x:
-            x = parent[x]
-        return x
-
-    for i in range(n):
-        person = ('image', i) if patients is None else ('patient', patients[i])
-        a, b = find(person), find(('file', digests[i]))
-        if a != b:
-            parent[a] = b
-    numbers = {}
-    return [numbers.setdefault(find(('file', d)), len(numbers)) for d in digests]
 
 
 class Pipeline:

@@ -17,7 +17,7 @@ from PIL import Image
 from release_fixture import arguments, save_networks, save_photographs, tree_bytes
 
 from anonymization import pipeline
-from anonymization.pipeline import merge_duplicates
+from datasets.people import merge_duplicates
 from utils.errors import PrivacyError, UserError
 from utils.images import load_rgb
 

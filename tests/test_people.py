@@ -1,0 +1,62 @@
+"""Who is one person: patients, and photographs with the same bytes."""
+import shutil
+
+import pandas as pd
+import pytest
+from release_fixture import save_photographs
+
+from datasets.people import content_keys, merge_identical, person_numbers, shown_elsewhere
+from datasets.table import read_table
+
+
+def table_of(folder, n, **columns):
+    frame = save_photographs(folder, n)
+    frame.assign(**columns).to_csv(folder / 'labels.csv', index=False)
+    return folder
+
+
+def test_any_shared_key_makes_one_person():
+    assert person_numbers(['a', 'b', 'a']) == [0, 1, 0]
+    # 0 and 2 share a file, 2 and 3 a patient: all three are one person.
+    assert person_numbers(['f', 'g', 'f', 'h'], ['p', 'q', 'r', 'r']) == [0, 1, 0, 0]
+    assert person_numbers([None, None]) == [0, 1]
+
+
+def test_only_equal_files_have_equal_keys(tmp_path):
+    contents = [b'abc', b'abd', b'abc', b'long']
+    paths = [tmp_path / str(i) for i in range(4)]
+    for path, content in zip(paths, contents):
+        path.write_bytes(content)
+    keys = content_keys(paths)
+    assert keys[0] == keys[2] and len(set(keys)) == 3
+
+
+@pytest.mark.parametrize('patients', [None, ['d', 'c', 'b', 'a']])
+def test_identical_photographs_get_one_patient(tmp_path, patients):
+    columns = {} if patients is None else {'patient_id': patients}
+    folder = table_of(tmp_path, 4, **columns)
+    table = read_table(folder / 'labels.csv', folder / 'images')
+    assert merge_identical(table) is table
+    shutil.copy(table.paths[0], table.paths[2])
+    merged = merge_identical(table)
+    assert merged.patients == (['eye000x', 'eye001x', 'eye000x', 'eye003x'] if patients is None
+                               else ['b', 'c', 'b', 'a'])
+
+
+def test_people_of_other_tables_are_found(tmp_path):
+    first = table_of(tmp_path / 'a', 4, patient_id=['p0', 'p1', 'p2', 'p3'])
+    second = table_of(tmp_path / 'b', 3, patient_id=['q0', 'p1', 'q2'],
+                      id_code=['new0', 'new1', 'new2'])
+    for i in range(3):
+        source = second / f'images/eye{i:03d}x.png'
+        source.write_bytes(source.read_bytes() + b' ' * (i + 1))    # other bytes, readable still
+        source.rename(second / f'images/new{i}.png')
+    shutil.copy(first / 'images/eye003x.png', second / 'images/new2.png')
+    tables = [read_table(f / 'labels.csv', f / 'images') for f in (second, first)]
+    assert shown_elsewhere(*tables) == [False, True, True]
+    without_files = read_table(first / 'labels.csv', ids_only=True)
+    assert shown_elsewhere(tables[0], without_files) == [False, True, False]
+    renamed = pd.read_csv(second / 'labels.csv').assign(id_code=['eye000x', 'x', 'y'])
+    renamed.to_csv(second / 'labels.csv', index=False)
+    ids = read_table(second / 'labels.csv', ids_only=True)
+    assert shown_elsewhere(ids, without_files) == [True, True, False]
