@@ -297,49 +297,6 @@ def _real_split(real, n_fake, seed):
             'kid': float(np.mean([kernel_distance(a, b) for a, b in parts]))}
 
 
-def radial_spectrum(pictures, *, batch_size=256):
-    """Mean power of the luminance per spatial frequency: float64 [S // 2], whole cycles per side.
-
-    pictures: uint8 [n, 3, S, S]. A Hann window keeps the frame's edges out of the spectrum.
-    """
-    size = pictures.shape[-1]
-    window = torch.hann_window(size, periodic=False, dtype=torch.float64)
-    window = window[:, None] * window
-    frequency = torch.fft.fftfreq(size, dtype=torch.float64) * size
-    radius = (frequency[:, None] ** 2 + frequency ** 2).sqrt().round().long().flatten()
-    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(1, 3, 1, 1)
-    power = torch.zeros(size, size, dtype=torch.float64)
-    for start in range(0, len(pictures), batch_size):
-        batch = torch.as_tensor(pictures[start:start + batch_size]).double() / 255
-        luma = (batch * weights).sum(1)
-        luma = (luma - luma.mean((1, 2), keepdim=True)) * window
-        power += torch.fft.fft2(luma).abs().square().sum(0)
-    total = torch.zeros(int(radius.max()) + 1, dtype=torch.float64)
-    count = total.clone()
-    total.index_add_(0, radius, power.flatten() / len(pictures))
-    count.index_add_(0, radius, torch.ones_like(power).flatten())
-    return (total / count)[:size // 2].numpy()
-
-
-def sharpness(real_pictures, fake_pictures):
-    """Compares radial power spectra of uint8 pictures [n, 3, S, S] of one size S.
-
-    high_frequency_ratio: power of the synthetic over that of the real pictures in the upper half
-    of the frequencies (below 1: blurrier than real). log_spectrum_rmse: root mean square
-    difference of log10 power over all frequencies. Also both spectra.
-    """
-    if real_pictures.shape[-2:] != fake_pictures.shape[-2:]:
-        raise ValueError(f'pictures of {tuple(real_pictures.shape[-2:])} and '
-                         f'{tuple(fake_pictures.shape[-2:])} px cannot be compared')
-    real, fake = radial_spectrum(real_pictures), radial_spectrum(fake_pictures)
-    upper = slice(len(real) // 2, None)
-    floor = 1e-12
-    gap = np.log10(fake[1:] + floor) - np.log10(real[1:] + floor)
-    return {'high_frequency_ratio': float(fake[upper].sum() / max(real[upper].sum(), floor)),
-            'log_spectrum_rmse': float(np.sqrt(np.mean(gap ** 2))),
-            'real_spectrum': real.tolist(), 'fake_spectrum': fake.tolist()}
-
-
 def check_metric_names(names):
     """UserError that lists unknown metric names."""
     unknown = [n for n in names if n not in METRICS]

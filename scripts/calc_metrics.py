@@ -25,8 +25,8 @@ from evaluation.fidelity import (
     load_feature_network,
     picture_names,
     read_pictures,
-    sharpness,
 )
+from evaluation.spectra import sharpness
 from utils.cli import add_common, parser, positive_int, resolve_device, run
 from utils.errors import UserError, listing
 from utils.logs import setup_logging

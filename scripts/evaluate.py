@@ -44,7 +44,8 @@ from datasets.table import read_table
 from evaluation.attacks.metrics import attack_metrics, plot_roc, reidentification_rates
 from evaluation.attacks.nearest import closest_release_scores, reidentification_ranks
 from evaluation.attacks.vessels import VesselAttack
-from evaluation.fidelity import extract_features, fidelity, sharpness
+from evaluation.fidelity import extract_features, fidelity
+from evaluation.spectra import sharpness
 from evaluation.splits import MEMBER, OTHER, check_roles, split_by_patient, split_table
 from models.psp import load_psp
 from utils import cli

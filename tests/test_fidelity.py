@@ -22,11 +22,10 @@ from evaluation.fidelity import (
     frechet_distance,
     kernel_distance,
     neighbourhood_scores,
-    radial_spectrum,
     read_pictures,
-    sharpness,
     training_metric,
 )
+from evaluation.spectra import radial_spectrum, sharpness
 from models.resnet import build_resnet
 from models.stylegan2.model import Generator
 from utils.errors import UserError

@@ -4,6 +4,8 @@ Vessel maps (multi-scale ridges of the green channel, Sato's filter) are compare
 cross-correlation over all small shifts and a few rotations, which registers two photographs of
 the same eye that differ in gaze. Pictures are uint8 [n, 3, S, S].
 """
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from scipy.fft import next_fast_len
@@ -16,13 +18,20 @@ MAX_SHIFT = 0.12                           # of the side: how far gaze moves the
 _BATCH = 64
 
 
-def vessel_maps(pictures):
-    """Vessel strength, float32 [n, S, S], each with mean 0 and unit norm inside the field of view.
-
-    A picture without any structure gives zeros.
+class Ridges(NamedTuple):
+    """strength: how dark a ridge a pixel lies on, relative to the brightness around it, float32
+    [n, S, S], 0 outside `field`. field: bool [n, S, S], the field of view without its rim.
     """
-    maps = np.empty((len(pictures), *pictures.shape[2:]), np.float32)
+
+    strength: np.ndarray
+    field: np.ndarray
+
+
+def vessel_ridges(pictures: np.ndarray) -> Ridges:
+    """Ridges of the green channel of uint8 pictures [n, 3, S, S], black outside the eye."""
     side = pictures.shape[-1]
+    shape = (len(pictures), *pictures.shape[2:])
+    found = Ridges(np.empty(shape, np.float32), np.empty(shape, bool))
     sigmas = np.array([1 / 160, 1 / 80]) * side
     for i, picture in enumerate(pictures):
         green = picture[1].astype(np.float64) / 255
@@ -34,11 +43,20 @@ def vessel_maps(pictures):
         flat = np.where(inside, green / (level + 1e-3), 1.0)
         ridges = sato(flat, sigmas=np.maximum(sigmas, 0.6), black_ridges=True, mode='nearest')
         # The rim of the field of view is an edge of its own.
-        ridges *= gaussian(inside.astype(np.float64), side / 32) > 0.98
-        ridges -= ridges.mean()
-        norm = np.linalg.norm(ridges)
-        maps[i] = ridges / norm if norm > 0 else 0
-    return maps
+        found.field[i] = gaussian(inside.astype(np.float64), side / 32) > 0.98
+        found.strength[i] = ridges * found.field[i]
+    return found
+
+
+def vessel_maps(pictures: np.ndarray) -> np.ndarray:
+    """Vessel strength, float32 [n, S, S], each with mean 0 and unit norm.
+
+    A picture without any structure gives zeros.
+    """
+    maps = vessel_ridges(pictures).strength.astype(np.float64)
+    maps -= maps.mean((1, 2), keepdims=True)
+    norm = np.linalg.norm(maps, axis=(1, 2), keepdims=True)
+    return np.divide(maps, norm, out=np.zeros_like(maps), where=norm > 0).astype(np.float32)
 
 
 def best_correlations(queries, pool, *, device='cpu'):
