@@ -23,6 +23,7 @@ import torch
 from datasets.archive import ImageArchive
 from training.augment import MAX_STRENGTH, PIPES
 from training.stylegan2_config import PRESETS, make_config
+from training.stylegan2_growing import grow
 from training.stylegan2_loop import (
     SNAPSHOT_PREFIX,
     Trainer,
@@ -128,6 +129,9 @@ def build_parser():
     g.add_argument('--transfer', type=boolean, default=False, metavar='BOOL',
                    help='with --resume FILE, a snapshot: take its networks only and begin anew, '
                         'as for other data')
+    g.add_argument('--grow', type=Path, metavar='FILE',
+                   help='begin with the networks of half the resolution, of a snapshot, generator '
+                        'file or ReStyle checkpoint; the pictures start as its own, enlarged')
     g.add_argument('--freezed', type=nonnegative_int, default=0, metavar='INT',
                    help='with --resume FILE that holds a discriminator (a snapshot, or a converted '
                         '.pkl): its layers kept frozen (FreezeD), from the image side')
@@ -176,6 +180,8 @@ def check_options(opts):
         raise UserError(f'--resume {opts.resume} goes on in that folder; leave --outdir out')
     if opts.transfer and (folder or opts.resume is None):
         raise UserError('--transfer=1 goes with --resume FILE')
+    if opts.grow and opts.resume and not folder:
+        raise UserError('--grow begins a new run, --resume FILE goes on from another: choose one')
     if opts.freezed and opts.resume is None:
         raise UserError('--freezed would freeze an untrained discriminator; give a trained one '
                         'with --resume FILE')
@@ -187,7 +193,7 @@ def run_name(opts, config):
              f'subset{opts.subset}' if opts.subset else None, opts.cfg, f'batch{config.batch}',
              f'gamma{opts.gamma:g}' if opts.gamma is not None else None,
              None if opts.aug == 'ada' else opts.aug, opts.augpipe,
-             'resume' if opts.resume else None,
+             'resume' if opts.resume else None, 'grow' if opts.grow else None,
              f'freezed{opts.freezed}' if opts.freezed else None]
     return '-'.join(p for p in parts if p)
 
@@ -335,12 +341,15 @@ def main(argv=None):
     else:
         if opts.resume:
             load_resumed(trainer, opts)
+        elif opts.grow:
+            grow(trainer, opts.grow)
+            log.info('grown from %s', opts.grow)
         run_dir = distributed.broadcast_object(new_run_dir(opts.outdir, run_name(opts, config)))
     if distributed.is_main():
         if continuing:
             add_continuation(run_dir, argv, from_snapshot=found[0].name)
         else:
-            inputs = {'resume': opts.resume}
+            inputs = {'resume': opts.resume, 'grow': opts.grow}
             if opts.data.is_file():
                 inputs['data'] = opts.data
             start_run(run_dir, run_record(resolved, inputs=inputs, seed=opts.seed))

@@ -283,15 +283,16 @@ class Trainer:
         self.pl_mean.copy_(state['pl_mean'])
         self.n_steps, self.n_img = state['n_steps'], state['n_img']
         if state['ema_warm']:
-            self._mark_transferred()
+            self.mark_transferred()
         self._batches = None
 
     def transfer(self, weights):
         """Starts from the networks of a weight file (transfer learning); counters stay at 0."""
         self._load_networks(weights)
-        self._mark_transferred()
+        self.mark_transferred()
 
-    def _mark_transferred(self):
+    def mark_transferred(self):
+        """Says that the networks are trained ones: no ramp-up of their average, quicker ADA."""
         self.ema_warm = True
         self.ada.adjust_kimg = _TRANSFER_ADA_KIMG
 
