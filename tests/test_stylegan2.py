@@ -16,7 +16,7 @@ from models.stylegan2 import (
     load_generator,
     truncate,
 )
-from models.stylegan2.model import set_low_precision
+from models.stylegan2.model import FP16_CLAMP, ModulatedConv2d, set_low_precision
 from models.stylegan2.op import fused_leaky_relu, upfirdn2d
 from utils.errors import UserError
 from utils.io import save_torch
@@ -227,3 +227,18 @@ def test_noise_modes():
                  for s in (1, 1, 2)]
         assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
         assert not torch.equal(g.synthesis(ws, noise='none'), g.synthesis(ws))
+
+
+@pytest.mark.parametrize('upsample', [False, True])
+def test_modulated_convolution_keeps_the_range_of_float16(upsample: bool) -> None:
+    """Weights with a common part, and inputs at the clamp: the largest sums there can be."""
+    conv = ModulatedConv2d(512, 16, 3, 8, upsample=upsample)
+    torch.nn.init.ones_(conv.weight)
+    torch.nn.init.zeros_(conv.modulation.weight)    # all styles are 1
+    x = torch.full((2, 512, 6, 6), FP16_CLAMP, dtype=torch.float16, requires_grad=True)
+    y = conv(x, torch.zeros(2, 8), bias=torch.zeros(16, dtype=torch.float16))
+    # In the middle, all 4608 products count: 256 * sqrt(4608).
+    assert y[0, 0, 3, 3].item() == pytest.approx(FP16_CLAMP * 4608 ** 0.5, rel=0.01)
+    y.float().clamp(-FP16_CLAMP, FP16_CLAMP).square().mean().backward()
+    assert y.isfinite().all()
+    assert all(v.grad.isfinite().all() for v in (x, *conv.parameters()))
