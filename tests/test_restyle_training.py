@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -296,6 +297,51 @@ distributed.shutdown()
     a, b = ([r for r in read_jsonl(tmp_path / n / 'stats.jsonl') if 'test/l2_3' in r]
             for n in '12')
     assert a[0] == pytest.approx(b[0], rel=1e-6)
+
+
+def test_an_overflow_in_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+    """Loss scaling as float16 on GPUs uses it; only the first process overflows, in one step."""
+    script = tmp_path / 'run.py'
+    script.write_text(f'''
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import torch
+from pathlib import Path
+from test_restyle_training import make_coach, photographs
+from training.reconstruction import L2Term
+from utils import distributed
+from utils.images import from_uint8
+
+class Overflowing(L2Term):
+    def distance(self, y, targets):
+        overflow = coach.step_count == 0 and distributed.rank() == 0
+        return super().distance(y, targets) * (float('inf') if overflow else 1)
+
+distributed.init('cpu')
+rank = distributed.rank()
+coach = make_coach(Path(sys.argv[1]), losses={{'l2': (Overflowing(), 1.0)}}, learning_rate=1e-3)
+coach.scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)
+start = {{k: v.clone() for k, v in coach.psp.encoder.named_parameters()}}
+found = []
+for _ in range(2):
+    coach.step(from_uint8(photographs(4))[2 * rank:2 * rank + 2])
+    weights = dict(coach.psp.encoder.named_parameters())
+    found.append({{'same': all(torch.equal(weights[k], v) for k, v in start.items()),
+                   'scale': coach.scaler.get_scale(), 'sum': sum(
+                       float(v.double().sum()) for v in weights.values())}})
+torch.save(found, Path(sys.argv[1]) / f'{{rank}}.pt')
+distributed.shutdown()
+''')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                           '--nproc_per_node=2', str(script), str(tmp_path)], text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'},
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
+    assert first == second
+    assert [step['same'] for step in first] == [True, False]
+    assert [step['scale'] for step in first] == [512.0, 512.0]
+    assert math.isfinite(first[1]['sum'])
 
 
 @pytest.fixture(scope='module')

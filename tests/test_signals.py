@@ -67,3 +67,27 @@ def test_scripts_clean_up_and_say_why(tmp_path, body, code, said):
                           text=True)
     assert done.returncode == code and said in done.stderr and 'Traceback' not in done.stderr
     assert not list(tmp_path.glob('.whole*')) and not (tmp_path / 'whole').exists()
+
+
+LOADING = f'''
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from utils.signals import leave_signals_to_parent, stop_on_signal
+
+with stop_on_signal() as stopped:
+    loader = torch.utils.data.DataLoader(range(400), batch_size=4, num_workers=2,
+                                         worker_init_fn=leave_signals_to_parent)
+    for i, batch in enumerate(loader):
+        if i == 5:
+            os.killpg(0, getattr(signal, sys.argv[1]))
+    assert stopped() and i == 99
+'''
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
+def test_loading_processes_outlive_a_signal_to_the_group(name: str) -> None:
+    """What a terminal's Ctrl-C, `timeout` and schedulers send reaches them too."""
+    done = subprocess.run([sys.executable, '-c', LOADING, name], start_new_session=True,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -28,6 +28,7 @@ from utils.images import from_uint8, grid, save_png
 from utils.io import atomic_path, save_torch
 from utils.logs import ScalarLog, read_jsonl
 from utils.seeds import torch_generator
+from utils.signals import leave_signals_to_parent
 
 log = logging.getLogger(__name__)
 
@@ -177,8 +178,10 @@ class Coach:
             first += len(x)
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value / cfg.accumulate
-        self.scaler.unscale_(self.optimizer)
+        # Averaged while still scaled: an overflow in one process then reaches all of them, and
+        # all skip the step and lower the scale together.
         distributed.average_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -218,7 +221,8 @@ class Coach:
         rank, world = distributed.rank(), distributed.world_size()
         mine = range(rank, len(self.test_set), world)
         loader = DataLoader(torch.utils.data.Subset(self.test_set, mine),
-                            batch_size=cfg.test_batch_size, num_workers=self.test_workers)
+                            batch_size=cfg.test_batch_size, num_workers=self.test_workers,
+                            worker_init_fn=leave_signals_to_parent)
         rows, pictures = [], []
         for u8 in loader:
             x = from_uint8(u8.to(self.device))
@@ -316,7 +320,8 @@ class Coach:
             stop=cfg.max_steps, mirror=cfg.mirror,
             part=(distributed.rank() * share, (distributed.rank() + 1) * share))
         loader = DataLoader(self.train_set, batch_sampler=sampler, num_workers=self.workers,
-                            pin_memory=self.device.type == 'cuda')
+                            pin_memory=self.device.type == 'cuda',
+                            worker_init_fn=leave_signals_to_parent)
         started = tick = time.monotonic()
         tick_step, stopping = self.step_count, False
         for u8 in loader:

@@ -42,6 +42,7 @@ from utils.images import from_uint8, grid, save_png
 from utils.io import atomic_path, save_torch
 from utils.logs import ScalarLog, read_jsonl
 from utils.seeds import derive, torch_generator
+from utils.signals import leave_signals_to_parent
 
 log = logging.getLogger(__name__)
 
@@ -449,7 +450,8 @@ class MocoTrainer:
                               start=self.step_count, stop=cfg.max_steps, mirror=False,
                               part=(rank * share, (rank + 1) * share))
         return DataLoader(self.train_set, batch_sampler=sampler, num_workers=self.workers,
-                          pin_memory=self.device.type == 'cuda')
+                          pin_memory=self.device.type == 'cuda',
+                          worker_init_fn=leave_signals_to_parent)
 
     def _views_sheet(self, img):
         shown = torch.stack([img, self.views(img, 0), self.views(img, 1)], 1)[:_SHEET_IMAGES]

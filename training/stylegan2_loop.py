@@ -7,7 +7,6 @@ running state, so a resumed run draws what the uninterrupted one would have draw
 import copy
 import logging
 import math
-import signal
 import time
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from utils.images import from_uint8, grid, save_png
 from utils.io import load_weights, save_torch
 from utils.logs import ScalarLog, read_jsonl
 from utils.seeds import derive, seed_everything, torch_generator
+from utils.signals import leave_signals_to_parent
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +60,6 @@ class EndlessSampler(torch.utils.data.Sampler):
                             derive(self.seed, 'epoch', epoch)).permutation(self.n)
                     yield int(order[(position + index) % self.n])
             position += self.batch
-
-
-def _leave_interrupts_to_parent(worker):
-    # A terminal's Ctrl-C reaches the workers too, and the last step still needs them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Trainer:
@@ -123,7 +118,7 @@ class Trainer:
             self._batches = iter(torch.utils.data.DataLoader(
                 self.dataset, batch_size=self.config.batch_gpu, sampler=sampler,
                 num_workers=self.workers, pin_memory=self.device.type == 'cuda',
-                persistent_workers=False, worker_init_fn=_leave_interrupts_to_parent))
+                persistent_workers=False, worker_init_fn=leave_signals_to_parent))
         return from_uint8(next(self._batches)[0].to(self.device, non_blocking=True))
 
     def _passes(self, phase):

@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from utils import distributed
 from utils.errors import UserError
 
 
@@ -112,4 +113,10 @@ def run(main):
         else:
             raise
         print(f'error: {text}', file=sys.stderr)
+    except RuntimeError as error:
+        if not distributed.lost_peer(error):
+            raise
+        print('error: another process of this run has ended (what it said stands above); start '
+              'all of them again to go on from the last saved state', file=sys.stderr)
+        code = 1
     sys.exit(code)

@@ -1,18 +1,31 @@
 """One code path for one process and for `torchrun`: every function answers without a group."""
+import datetime
 import importlib
 import os
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
 
+T = TypeVar('T')
 
-def init(device):
+# How long a process waits for the others. One of them may group, measure distances or check files
+# for hours alone, which the libraries' 10 (NCCL) or 30 minutes (gloo) would end. A process that
+# has died is noticed at once: torchrun ends the others, and gloo sees the closed connection.
+TIMEOUT = datetime.timedelta(days=2)
+_PEER_GONE = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe',
+              'NCCL communicator was aborted', 'remote process exited')
+
+
+def init(device: torch.device | str) -> torch.device:
     """Joins the process group `torchrun` announces (gloo on CPU, NCCL on GPU); returns the device.
 
     Without torchrun's environment nothing happens and `device` is returned unchanged. With
-    it, a CUDA device becomes the process's own card.
+    it, a CUDA device becomes the process's own card. Collective calls wait up to `TIMEOUT`.
+    UserError when there are more processes than GPUs.
     """
     device = torch.device(device)
     world = int(os.environ.get('WORLD_SIZE', '1'))
@@ -29,40 +42,46 @@ def init(device):
                             ' GPU(s) here; lower --nproc_per_node')
         device = torch.device('cuda', local)
         torch.cuda.set_device(device)
-        dist.init_process_group('nccl', device_id=device)
+        dist.init_process_group('nccl', device_id=device, timeout=TIMEOUT)
     else:
-        dist.init_process_group('gloo')
+        dist.init_process_group('gloo', timeout=TIMEOUT)
     return device
 
 
-def shutdown():
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective call failed with `error` because another process has ended."""
+    return dist.is_initialized() and isinstance(error, RuntimeError) and any(
+        words in str(error) for words in _PEER_GONE)
+
+
+def shutdown() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def rank():
+def rank() -> int:
     """This process's number, 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size():
+def world_size() -> int:
     """The number of processes, 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main():
+def is_main() -> bool:
     """Whether this process writes files and logs."""
     return rank() == 0
 
 
-def barrier():
-    """Waits for all processes."""
+def barrier() -> None:
+    """Waits for all processes, up to `TIMEOUT`."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def all_reduce_mean(tensor):
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     """Averages `tensor` over the processes in place and returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -70,29 +89,29 @@ def all_reduce_mean(tensor):
     return tensor
 
 
-def all_reduce_sum(tensor):
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums `tensor` over the processes in place and returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def any_process(flag, device):
+def any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is true in any of the processes; the same answer in all."""
     return bool(all_reduce_sum(torch.tensor(float(flag), device=device))) if dist.is_initialized() \
         else bool(flag)
 
 
-def all_gather_object(obj):
+def all_gather_object(obj: T) -> list[T]:
     """A list with every process's picklable `obj`, in rank order."""
     if not dist.is_initialized():
         return [obj]
-    gathered = [None] * world_size()
+    gathered: list = [None] * world_size()
     dist.all_gather_object(gathered, obj)
     return gathered
 
 
-def broadcast_object(obj, src=0):
+def broadcast_object(obj: T, src: int = 0) -> T:
     """Process `src`'s picklable `obj`, on every process."""
     if not dist.is_initialized():
         return obj
@@ -101,7 +120,7 @@ def broadcast_object(obj, src=0):
     return box[0]
 
 
-def average_gradients(parameters):
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Averages the gradients of `parameters` over the processes, in one message.
 
     Explicit instead of DistributedDataParallel: GAN steps use several backward passes with

@@ -3,6 +3,7 @@ import contextlib
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator, Sequence
 
 import psutil
 
@@ -12,15 +13,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """Calling it tells whether a stop was asked for; `number` is the signal's, or None."""
 
-    def __init__(self):
-        self.number = None
+    def __init__(self) -> None:
+        self.number: int | None = None
 
-    def __call__(self):
+    def __call__(self) -> bool:
         return self.number is not None
 
 
 @contextlib.contextmanager
-def stop_on_signal():
+def stop_on_signal() -> Iterator[StopRequest]:
     """Yields a StopRequest that the first SIGINT or SIGTERM sets; a second one acts as usual.
 
     Outside the main thread, where no handler can be set, the request is never set.
@@ -47,7 +48,17 @@ def stop_on_signal():
         restore()
 
 
-def run_launcher(command):
+def leave_signals_to_parent(worker: int) -> None:
+    """`worker_init_fn` of loaders: the process ignores SIGINT and SIGTERM.
+
+    A terminal's Ctrl-C and a scheduler's SIGTERM go to the whole process group, and the last step
+    of a training that stops in good order still needs its loading processes. They end with it.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def run_launcher(command: Sequence[str]) -> int:
     """Runs a launcher such as torchrun to its end; returns its exit code.
 
     SIGINT and SIGTERM go to the processes it has started, which then stop in good order, while the
