@@ -4,13 +4,13 @@ One implementation serves single scores and bootstrap intervals: everything is c
 weightings of the photographs at once.
 """
 import numpy as np
-from sklearn.metrics import roc_curve
 
+from evaluation.bootstrap import draw_weights, percentiles
+from evaluation.scores import roc, weighted_auc
 from utils.errors import UserError
 from utils.seeds import numpy_generator
 
 REFERABLE_FROM = 2    # referable diabetic retinopathy: moderate (grade 2) and worse
-_WEIGHTS_AT_ONCE = 1_000_000
 
 
 def check_test_labels(labels, *, positive_from=REFERABLE_FROM):
@@ -57,10 +57,10 @@ def _weighted_scores(labels, predicted, score, weights, n_classes, positive_from
         'accuracy': right.sum(1) / total,
         'balanced_accuracy': np.nanmean(recall, axis=1),
         'kappa': _quadratic_kappa(confusion),
-        'auc_referable': _weighted_auc(labels >= REFERABLE_FROM, score, weights),
+        'auc_referable': weighted_auc(labels >= REFERABLE_FROM, score, weights),
     }
     if positive_from is not None:
-        found['auc'] = _weighted_auc(truth == 1, score, weights)
+        found['auc'] = weighted_auc(truth == 1, score, weights)
     return found, confusion
 
 
@@ -75,22 +75,10 @@ def _quadratic_kappa(confusion):
     return 1 - np.divide(seen * total, expected, out=np.ones_like(total), where=expected > 0)
 
 
-def _weighted_auc(positive, score, weights):
-    """Area under the ROC curve per weighting [b], ties counted half; NaN with one side only."""
-    order = np.argsort(score, kind='stable')
-    starts = np.flatnonzero(np.diff(score[order], prepend=-np.inf))
-    pos, neg = (np.add.reduceat((weights * side)[:, order], starts, axis=1)
-                for side in (positive, ~positive))
-    below = np.cumsum(neg, axis=1) - neg / 2
-    pairs = pos.sum(1) * neg.sum(1)
-    return np.divide((pos * below).sum(1), pairs, out=np.full(len(pairs), np.nan),
-                     where=pairs > 0)
-
-
 def referable_roc(labels, score, *, positive_from=REFERABLE_FROM):
     """(false positive rates, true positive rates) for grade >= positive_from."""
-    fpr, tpr, _ = roc_curve(np.asarray(labels) >= positive_from, score)
-    return fpr, tpr
+    positive, score = np.asarray(labels) >= positive_from, np.asarray(score)
+    return roc(score[positive], score[~positive])
 
 
 def bootstrap_intervals(labels, predicted, score, *, groups=None, n_bootstrap=1000, seed=0,
@@ -101,22 +89,15 @@ def bootstrap_intervals(labels, predicted, score, *, groups=None, n_bootstrap=10
     person are not counted as two independent observations. Draws in which a score is undefined
     are left out of its interval.
     """
-    person = np.arange(len(labels))
-    if groups is not None:
-        _, person = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    n_people = person.max() + 1
-    rng = numpy_generator(seed, 'bootstrap')
-    counts = rng.multinomial(n_people, np.full(n_people, 1 / n_people), size=n_bootstrap)
     draws = {}
-    for part in np.array_split(counts, -(-counts.size // _WEIGHTS_AT_ONCE)):
-        found, _ = _weighted_scores(labels, predicted, score,
-                                    part[:, person].astype(np.float64), n_classes, positive_from)
+    rng = numpy_generator(seed, 'bootstrap')
+    for weights in draw_weights(groups, len(labels), n_bootstrap, rng):
+        found, _ = _weighted_scores(labels, predicted, score, weights, n_classes, positive_from)
         for name, values in found.items():
             draws.setdefault(name, []).append(values)
-    tail = (1 - level) / 2
     draws = {name: np.concatenate(values) for name, values in draws.items()}
-    return {name: [float(v) for v in np.nanquantile(values, [tail, 1 - tail])]
-            for name, values in draws.items() if np.isfinite(values).any()}
+    return {name: list(percentiles(values, level)) for name, values in draws.items()
+            if np.isfinite(values).any()}
 
 
 def summarise(values):

@@ -2,93 +2,116 @@
 
 Scores are higher for members. An attack that learns nothing has an AUC of 0.5.
 """
+from pathlib import Path
+
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import binomtest, rankdata
 
+from evaluation.bootstrap import People, draw_weights, percentiles, rate_interval, unit_numbers
+from evaluation.scores import auc, roc, weighted_auc
 from utils.errors import UserError
 from utils.io import atomic_path
 from utils.seeds import numpy_generator
 
 FPRS = {'tpr_at_1pct_fpr': 0.01, 'tpr_at_0.1pct_fpr': 0.001}
-MIN_SCORES = 4
+MIN_PEOPLE = 4
 
 
-def attack_metrics(member, other, *, n_bootstrap=500, seed=0, level=0.95):
+def attack_metrics(member: np.ndarray, other: np.ndarray, *, member_people: People = None,
+                   other_people: People = None, n_bootstrap: int = 500, seed: int = 0,
+                   level: float = 0.95) -> dict:
     """Summary of an attack's scores: member [m] and other [n], higher meaning member.
 
-    Returns n_members, n_others and, each as {value, low, high}: `auc` (bootstrap interval over
-    members and others), `balanced_accuracy` (threshold chosen on one half of the people and
-    applied to the other half; bootstrap) and `tpr_at_1pct_fpr`, `tpr_at_0.1pct_fpr` (exact
+    member_people, other_people: the person behind each score (None: each its own), who may stand
+    on both sides where pairs are scored. People are what is resampled and split.
+
+    Returns n_members, n_others, n_member_people, n_other_people and, each as {value, low, high}:
+    `auc` (bootstrap interval), `balanced_accuracy` (threshold chosen on one half of the people
+    and applied to the other half; bootstrap) and `tpr_at_1pct_fpr`, `tpr_at_0.1pct_fpr` (exact
     binomial intervals; `resolved` is False where there are too few others to have that rate).
-    UserError with fewer than 4 of either.
+    UserError with fewer than 4 people on either side.
     """
     member, other = (np.asarray(s, dtype=np.float64) for s in (member, other))
-    if min(len(member), len(other)) < MIN_SCORES:
-        raise UserError(f'{len(member)} members and {len(other)} others are too few to measure '
-                        f'an attack; at least {MIN_SCORES} of each are needed')
+    people = _joint_people(member_people, other_people, len(member), len(other))
+    sides = people[:len(member)], people[len(member):]
+    counts = [len(np.unique(s)) for s in sides]
+    if min(counts) < MIN_PEOPLE:
+        raise UserError(f'{counts[0]} members and {counts[1]} others are too few to measure '
+                        f'an attack; at least {MIN_PEOPLE} people of each are needed')
     rng = numpy_generator(seed, 'attack metrics')
-    right = _cross_fitted(member, other, rng)
-    aucs, accuracies = np.empty(n_bootstrap), np.empty(n_bootstrap)
-    for b in range(n_bootstrap):
-        m, n = rng.integers(len(member), size=len(member)), rng.integers(len(other),
-                                                                         size=len(other))
-        aucs[b] = auc(member[m], other[n])
-        accuracies[b] = (right[0][m].mean() + right[1][n].mean()) / 2
-    found = {'n_members': len(member), 'n_others': len(other),
+    right = _cross_fitted(member, other, _halves(*sides, rng))
+    side = np.repeat([True, False], [len(member), len(other)])
+    score = np.concatenate([member, other])
+    aucs, accuracies = [], []
+    for weights in draw_weights(people, len(people), n_bootstrap, rng):
+        aucs.append(weighted_auc(side, score, weights))
+        accuracies.append(_balanced(right, side, weights))
+    found = {'n_members': len(member), 'n_others': len(other), 'n_member_people': counts[0],
+             'n_other_people': counts[1],
              'auc': _interval(auc(member, other), aucs, level),
-             'balanced_accuracy': _interval((right[0].mean() + right[1].mean()) / 2, accuracies,
-                                            level)}
+             'balanced_accuracy': _interval(_balanced(right, side, np.ones((1, len(side))))[0],
+                                            accuracies, level)}
     for name, fpr in FPRS.items():
-        found[name] = _tpr_at(member, other, fpr, level)
+        found[name] = _tpr_at(member, other, fpr, sides[0], level) | {
+            'resolved': counts[1] * fpr >= 1}
     return found
 
 
-def auc(member, other):
-    """Probability that a member scores above an other, ties counted half."""
-    ranks = rankdata(np.concatenate([member, other]))[:len(member)]
-    return float((ranks.sum() - len(member) * (len(member) + 1) / 2)
-                 / (len(member) * len(other)))
+def _joint_people(member_people, other_people, n_members, n_others):
+    """Person numbers [m + n]; people without names are different from each other."""
+    names = []
+    for side, given, n in (('m', member_people, n_members), ('o', other_people, n_others)):
+        names += [f'{side} {i}' for i in range(n)] if given is None else map(str, given)
+    return unit_numbers(names, n_members + n_others)
 
 
 def _interval(value, draws, level):
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return {'value': float(value), 'low': float(low), 'high': float(high)}
+    low, high = percentiles(np.concatenate(draws), level)
+    return {'value': float(value), 'low': low, 'high': high}
 
 
-def _cross_fitted(member, other, rng):
-    """Which members and others are told right by thresholds chosen on the other half of them."""
-    half = [rng.permutation(len(s)) % 2 for s in (member, other)]
-    right = [np.empty(len(s)) for s in (member, other)]
+def _balanced(right, side, weights):
+    """Mean share of right answers on the two sides, per weighting [b]."""
+    shares = [np.divide((weights * on) @ right, weights @ on, where=weights @ on > 0,
+                        out=np.full(len(weights), np.nan)) for on in (side, ~side)]
+    return (shares[0] + shares[1]) / 2
+
+
+def _halves(member_people, other_people, rng):
+    """0 or 1 for every score [m + n]: half of the people of each side, each person in one."""
+    people = np.concatenate([member_people, other_people])
+    half = np.full(people.max() + 1, -1)
+    for own in (np.unique(member_people), np.unique(other_people)):
+        new = own[half[own] < 0]
+        half[new] = rng.permutation(len(new)) % 2
+    return half[people]
+
+
+def _cross_fitted(member, other, half):
+    """1.0 where a score [m + n] is told right by the threshold chosen on the other half."""
+    score = np.concatenate([member, other])
+    side = np.arange(len(score)) < len(member)
+    right = np.empty(len(score))
     for part in (0, 1):
-        seen = [s[h != part] for s, h in zip((member, other), half)]
+        seen = [score[(half != part) & on] for on in (side, ~side)]
         cuts = np.unique(np.concatenate(seen))
         rates = [1 - np.searchsorted(np.sort(s), cuts, side='left') / len(s) for s in seen]
-        cut = cuts[np.argmax(rates[0] - rates[1])]
-        right[0][half[0] == part] = member[half[0] == part] >= cut
-        right[1][half[1] == part] = other[half[1] == part] < cut
+        mine = half == part
+        right[mine] = (score[mine] >= cuts[np.argmax(rates[0] - rates[1])]) == side[mine]
     return right
 
 
-def _tpr_at(member, other, fpr, level):
+def _tpr_at(member, other, fpr, people, level):
     """TPR at the lowest threshold that at most floor(fpr * n) others reach."""
     allowed = int(np.floor(fpr * len(other)))
     limit = np.sort(other)[::-1][allowed]    # the first other that must stay below
-    found = int((member > limit).sum())
-    interval = binomtest(found, len(member)).proportion_ci(level, method='exact')
-    return {'value': found / len(member), 'low': float(interval.low),
-            'high': float(interval.high), 'resolved': len(other) * fpr >= 1}
+    hits = member > limit
+    low, high = rate_interval(hits, people, level)
+    return {'value': float(hits.mean()), 'low': low, 'high': high}
 
 
-def roc(member, other):
-    """(false positive rates, true positive rates) over all thresholds, from (0, 0) to (1, 1)."""
-    cuts = np.unique(np.concatenate([member, other]))[::-1]
-    rates = [np.searchsorted(np.sort(-np.asarray(s)), -cuts, side='right') / len(s)
-             for s in (other, member)]
-    return tuple(np.concatenate([[0.0], r]) for r in rates)
-
-
-def plot_roc(curves, path, *, title=''):
+def plot_roc(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path, *,
+             title: str = '') -> None:
     """ROC curves on logarithmic axes, where low false positive rates can be read.
 
     curves: {name: (member scores, other scores)}.
@@ -109,7 +132,7 @@ def plot_roc(curves, path, *, title=''):
         figure.savefig(temp, format='png')
 
 
-def precision_at_k(scores, same, topk):
+def precision_at_k(scores: np.ndarray, same: np.ndarray, topk: int) -> float:
     """The published number: share of the `topk` best-scored photographs that are members.
 
     scores [C, n]: of photograph n for release picture C. same [C, n]: true membership. Ties are
@@ -119,18 +142,17 @@ def precision_at_k(scores, same, topk):
     return float(np.take_along_axis(np.asarray(same), order, 1).mean())
 
 
-def reidentification_rates(ranks, n_release):
+def reidentification_rates(ranks: np.ndarray, n_release: int, *, people: People = None) -> dict:
     """Rates of finding the own group's picture first, and among the first five, with chance.
 
-    ranks [q]: 1 is the best. Exact binomial intervals.
+    ranks [q]: 1 is the best. people [q]: whose photograph each is (None: each its own). Exact
+    binomial intervals.
     """
     ranks = np.asarray(ranks)
     found = {'n_probes': len(ranks), 'n_release': n_release,
              'median_rank': float(np.median(ranks))}
     for top in (1, 5):
-        hits = int((ranks <= top).sum())
-        interval = binomtest(hits, len(ranks)).proportion_ci(method='exact')
-        found[f'rank_{top}'] = hits / len(ranks)
-        found[f'rank_{top}_low'], found[f'rank_{top}_high'] = map(float, interval)
+        found[f'rank_{top}'] = float((ranks <= top).mean())
+        found[f'rank_{top}_low'], found[f'rank_{top}_high'] = rate_interval(ranks <= top, people)
         found[f'chance_rank_{top}'] = min(1.0, top / n_release)
     return found
