@@ -23,6 +23,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def exact_float32(request):
+    """GPU tests compare float32, which cuDNN would round to TF32 by default."""
+    if 'gpu' not in request.keywords:
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.fixture(scope='session')
 def golden():
     """golden('name') -> dict of float32 tensors (and raw arrays) of tests/golden/name.npz."""

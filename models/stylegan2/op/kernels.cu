@@ -86,101 +86,218 @@ __global__ void filter_any(const T* __restrict__ x, const float* __restrict__ ta
 }
 
 constexpr int kRows = 16;    // output rows a thread walks down
+constexpr int kTaps = 4;     // filter_small: taps along an axis, absent ones being zero
+
+// Bits of a pack, so that it is written as one transaction.
+template <int BYTES> struct Bits;
+template <> struct Bits<2> { using type = unsigned short; };
+template <> struct Bits<4> { using type = unsigned int; };
+template <> struct Bits<8> { using type = uint2; };
+template <> struct Bits<16> { using type = uint4; };
+
+template <typename T, int V, typename S>
+__device__ __forceinline__ void put(T* at, const S (&values)[V]) {
+    using Raw = typename Bits<sizeof(T) * V>::type;
+    Pack<T, V> pack;
+#pragma unroll
+    for (int v = 0; v < V; ++v) pack.v[v] = store<T, S>(values[v]);
+    // A plain assignment is split into scalar stores again before sm_100.
+    __stwb(reinterpret_cast<Raw*>(at), *reinterpret_cast<const Raw*>(&pack));
+}
+
+// `N` packs of an input row, `step` elements apart; zeros outside of the image.
+template <typename T, int V, int N, typename S>
+__device__ __forceinline__ void read_row(S (&row)[N][V], const T* at, int64_t step,
+                                         const bool (&inside)[N], bool there) {
+    Pack<T, V> packs[N];
+#pragma unroll
+    for (int b = 0; b < N; ++b) {
+        packs[b] = Pack<T, V>{};
+        if (there && inside[b]) packs[b] = *reinterpret_cast<const Pack<T, V>*>(at + b * step);
+    }
+#pragma unroll
+    for (int b = 0; b < N; ++b)
+#pragma unroll
+        for (int v = 0; v < V; ++v) row[b][v] = load(packs[b].v[v]);
+}
+
+template <int V, typename S>
+__device__ __forceinline__ void add_taps(S (&sum)[V], const S (&taps)[kTaps],
+                                         const S (&row)[kTaps][V]) {
+#pragma unroll
+    for (int b = 0; b < kTaps; ++b)
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += taps[b] * row[b][v];
+}
+
+// Where a thread reads and writes: the pack of V channels of one image at input row 0 and output
+// row 0, its first input column and its output column or pair of columns.
+template <typename T> struct Spot { const T* in; T* out; int64_t in_x, out_x; };
+
+// Without resampling. Every input row, when it is read, goes into the four output rows it belongs
+// to: row iy is tap a of output row iy + top - a, whose sum stands in slot (output row) % 4.
+template <typename T, int V, typename S>
+__device__ __forceinline__ void walk_plain(const Spot<T>& spot, const S (&weight)[kTaps][kTaps],
+                                           const Filter& f, int first, int last) {
+    bool inside[kTaps];
+#pragma unroll
+    for (int b = 0; b < kTaps; ++b) inside[b] = spot.in_x + b >= 0 && spot.in_x + b < f.in_w;
+    int iy = first - f.top;
+    const T* at = spot.in + iy * f.in_stride[2] + spot.in_x * f.in_stride[3];
+    T* target = spot.out + first * f.out_stride[2] + spot.out_x * f.out_stride[3];
+    S sum[kTaps][V] = {};
+    for (int oy = first - (kTaps - 1); oy < last; oy += kTaps) {
+#pragma unroll
+        for (int r = 0; r < kTaps; ++r, ++iy, at += f.in_stride[2]) {
+            S row[kTaps][V];
+            read_row<T, V, kTaps>(row, at, f.in_stride[3], inside, iy >= 0 && iy < f.in_h);
+#pragma unroll
+            for (int a = 0; a < kTaps; ++a)
+                add_taps<V>(sum[(r + kTaps - a) % kTaps], weight[a], row);
+            const int slot = (r + 1) % kTaps;    // output row oy + r, now complete
+            if (oy + r >= first && oy + r < last) {
+                put<T, V>(target, sum[slot]);
+                target += f.out_stride[2];
+            }
+#pragma unroll
+            for (int v = 0; v < V; ++v) sum[slot][v] = 0;
+        }
+    }
+}
+
+// Every second output row and column is kept: two input rows end one output row (taps 2 and 3)
+// and begin the next (taps 0 and 1).
+template <typename T, int V, typename S>
+__device__ __forceinline__ void walk_down(const Spot<T>& spot, const S (&weight)[kTaps][kTaps],
+                                          const Filter& f, int first, int last) {
+    bool inside[kTaps];
+#pragma unroll
+    for (int b = 0; b < kTaps; ++b) inside[b] = spot.in_x + b >= 0 && spot.in_x + b < f.in_w;
+    int iy = 2 * first - f.top;
+    const T* at = spot.in + iy * f.in_stride[2] + spot.in_x * f.in_stride[3];
+    T* target = spot.out + first * f.out_stride[2] + spot.out_x * f.out_stride[3];
+    S sum[2][V] = {};
+    for (int oy = first - 1; oy < last; oy += 2) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+#pragma unroll
+            for (int a = 0; a < 2; ++a, ++iy, at += f.in_stride[2]) {
+                S row[kTaps][V];
+                read_row<T, V, kTaps>(row, at, f.in_stride[3], inside, iy >= 0 && iy < f.in_h);
+                add_taps<V>(sum[r], weight[2 + a], row);
+                add_taps<V>(sum[1 - r], weight[a], row);
+            }
+            if (oy + r >= first && oy + r < last) {
+                put<T, V>(target, sum[r]);
+                target += f.out_stride[2];
+            }
+#pragma unroll
+            for (int v = 0; v < V; ++v) sum[r][v] = 0;
+        }
+    }
+}
+
+// With zeros between the samples: input rows q - 1 and q and columns m - 1 and m make the output
+// rows 2q + top - 3 and - 2 and the columns 2m + left - 3 and - 2, from the odd and the even taps.
+// first, last: values of q; spot: column m - 1, and the first column of the pair.
+template <typename T, int V, typename S>
+__device__ __forceinline__ void walk_up(const Spot<T>& spot, const S (&weight)[kTaps][kTaps],
+                                        const Filter& f, int first, int last) {
+    bool inside[2], wanted[2];
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+        inside[b] = spot.in_x + b >= 0 && spot.in_x + b < f.in_w;
+        wanted[b] = spot.out_x + b >= 0 && spot.out_x + b < f.out_w;
+    }
+    int iy = first - 1, oy = 2 * first + f.top - 3;
+    const T* at = spot.in + iy * f.in_stride[2] + spot.in_x * f.in_stride[3];
+    T* target = spot.out + oy * f.out_stride[2] + spot.out_x * f.out_stride[3];
+    S row[2][2][V];    // the older and the newer input row take turns
+    read_row<T, V, 2>(row[0], at, f.in_stride[3], inside, iy >= 0 && iy < f.in_h);
+    for (int q = first; q < last; q += 2) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            ++iy;
+            at += f.in_stride[2];
+            read_row<T, V, 2>(row[1 - r], at, f.in_stride[3], inside, iy >= 0 && iy < f.in_h);
+#pragma unroll
+            for (int y = 0; y < 2; ++y, ++oy, target += f.out_stride[2]) {
+                if (q + r >= last || oy < 0 || oy >= f.out_h) continue;
+#pragma unroll
+                for (int x = 0; x < 2; ++x) {
+                    S sum[V];
+#pragma unroll
+                    for (int v = 0; v < V; ++v)
+                        sum[v] = weight[1 - y][1 - x] * row[r][0][v]
+                                 + weight[1 - y][3 - x] * row[r][1][v]
+                                 + weight[3 - y][1 - x] * row[1 - r][0][v]
+                                 + weight[3 - y][3 - x] * row[1 - r][1][v];
+                    if (wanted[x]) put<T, V>(target + x * f.out_stride[3], sum);
+                }
+            }
+        }
+    }
+}
+
+// How the outputs are shared out: units of `width` x `height`, each one output column (a pair of
+// columns when UP == 2) and output row (pair of rows), in strips of `rows` units; x0 and y0 are
+// the numbers of the first ones.
+struct Units { int64_t x0, y0, width, height, rows, strips; };
+
+Units units_of(const Filter& f) {
+    Units u = {0, 0, f.out_w, f.out_h, kRows, 0};
+    if (f.up == 2) {
+        u.x0 = -floor_div(f.left - 2, 2);
+        u.y0 = -floor_div(f.top - 2, 2);
+        u.width = floor_div(f.out_w + 2 - f.left, 2) - u.x0 + 1;
+        u.height = floor_div(f.out_h + 2 - f.top, 2) - u.y0 + 1;
+        u.rows = kRows / 2;
+    }
+    u.strips = (u.height + u.rows - 1) / u.rows;
+    return u;
+}
 
 // Filters of up to 4x4 taps without resampling (UP = DOWN = 1) or with a factor of two. A thread
-// owns one output column of V channels and walks down kRows rows, keeping the input rows its
-// filter covers in registers, so each input row is read once per column and not once per tap.
+// owns a column of outputs of V channels and walks down a strip of rows, so that each input row
+// is read once per column and not once per tap.
 template <typename T, int V, int UP, int DOWN>
 __global__ void filter_small(const T* __restrict__ x, const float* __restrict__ taps,
-                             T* __restrict__ y, Filter f, int64_t groups, bool channels_last) {
+                             T* __restrict__ y, Filter f, Units u, int64_t groups,
+                             bool channels_last) {
     using S = typename Sum<T>::type;
-    constexpr int K = 4;
-    constexpr int TAPS = UP == 2 ? 2 : 4;    // input samples one output sees along an axis
-    S weight[K][K];                          // flipped, padded with zeros to 4x4
+    S weight[kTaps][kTaps];    // flipped: a convolution
 #pragma unroll
-    for (int a = 0; a < K; ++a)
+    for (int a = 0; a < kTaps; ++a)
 #pragma unroll
-        for (int b = 0; b < K; ++b)
+        for (int b = 0; b < kTaps; ++b)
             weight[a][b] = a < f.kh && b < f.kw
                 ? (S)taps[(f.kh - 1 - a) * f.kw + (f.kw - 1 - b)] : (S)0;
 
-    const int64_t strips = (f.out_h + kRows - 1) / kRows;
-    const int64_t total = f.n * groups * strips * f.out_w;
+    const int64_t total = f.n * groups * u.strips * u.width;
     for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < total;
          i += (int64_t)gridDim.x * blockDim.x) {
-        int64_t rest = i, group, ox, strip;
+        int64_t rest = i, group, column, strip;
         if (channels_last) {
             group = rest % groups; rest /= groups;
-            ox = rest % f.out_w; rest /= f.out_w;
-            strip = rest % strips; rest /= strips;
+            column = rest % u.width; rest /= u.width;
+            strip = rest % u.strips; rest /= u.strips;
         } else {
-            ox = rest % f.out_w; rest /= f.out_w;
-            strip = rest % strips; rest /= strips;
+            column = rest % u.width; rest /= u.width;
+            strip = rest % u.strips; rest /= u.strips;
             group = rest % groups; rest /= groups;
         }
-        const T* image = x + rest * f.in_stride[0] + group * V * f.in_stride[1];
-        T* target = y + rest * f.out_stride[0] + group * V * f.out_stride[1]
-                    + ox * f.out_stride[3];
-        const int64_t x0 = ox * DOWN - f.left;
-        const int64_t ix0 = UP == 2 ? -floor_div(-x0, 2) : x0;
-        const int phase_x = UP == 2 ? (int)(ix0 * 2 - x0) : 0;
-
-        S row[K][TAPS][V];                   // the input rows under the filter, oldest first
-        int64_t held = 0;                    // input row number after the newest one held
-        bool filled = false;
-        const int64_t first = strip * kRows;
-        const int64_t last = first + kRows < f.out_h ? first + kRows : f.out_h;
-        for (int64_t oy = first; oy < last; ++oy) {
-            const int64_t y0 = oy * DOWN - f.top;
-            const int64_t iy0 = UP == 2 ? -floor_div(-y0, 2) : y0;
-            const int phase_y = UP == 2 ? (int)(iy0 * 2 - y0) : 0;
-            if (!filled) { held = iy0; filled = true; }
-            while (held < iy0 + TAPS) {
-#pragma unroll
-                for (int a = 0; a + 1 < TAPS; ++a)
-#pragma unroll
-                    for (int b = 0; b < TAPS; ++b)
-#pragma unroll
-                        for (int v = 0; v < V; ++v) row[a][b][v] = row[a + 1][b][v];
-#pragma unroll
-                for (int b = 0; b < TAPS; ++b) {
-                    const int64_t ix = ix0 + b;
-                    if (held >= 0 && held < f.in_h && ix >= 0 && ix < f.in_w) {
-                        const Pack<T, V> p = *reinterpret_cast<const Pack<T, V>*>(
-                            image + held * f.in_stride[2] + ix * f.in_stride[3]);
-#pragma unroll
-                        for (int v = 0; v < V; ++v) row[TAPS - 1][b][v] = load(p.v[v]);
-                    } else {
-#pragma unroll
-                        for (int v = 0; v < V; ++v) row[TAPS - 1][b][v] = 0;
-                    }
-                }
-                ++held;
-            }
-            Pack<T, V> out;
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-                S sum = 0;
-#pragma unroll
-                for (int a = 0; a < TAPS; ++a)
-#pragma unroll
-                    for (int b = 0; b < TAPS; ++b) {
-                        S w;
-                        if (UP == 2) {
-                            // Selected without indexing, so that `weight` stays in registers.
-                            const S even = phase_x ? weight[2 * a][2 * b + 1] : weight[2 * a][2 * b];
-                            const S odd = phase_x ? weight[2 * a + 1][2 * b + 1]
-                                                  : weight[2 * a + 1][2 * b];
-                            w = phase_y ? odd : even;
-                        } else {
-                            w = weight[a][b];
-                        }
-                        sum += w * row[a][b][v];
-                    }
-                out.v[v] = store<T, S>(sum);
-            }
-            *reinterpret_cast<Pack<T, V>*>(target + oy * f.out_stride[2]) = out;
-        }
+        column += u.x0;
+        Spot<T> spot;
+        spot.in = x + rest * f.in_stride[0] + group * V * f.in_stride[1];
+        spot.out = y + rest * f.out_stride[0] + group * V * f.out_stride[1];
+        spot.in_x = UP == 2 ? column - 1 : column * DOWN - f.left;
+        spot.out_x = UP == 2 ? 2 * column + f.left - 3 : column;
+        const int first = (int)(u.y0 + strip * u.rows);
+        const int64_t end = u.y0 + u.height;
+        const int last = (int)(first + u.rows < end ? first + u.rows : end);
+        if (UP == 2) walk_up<T, V>(spot, weight, f, first, last);
+        else if (DOWN == 2) walk_down<T, V>(spot, weight, f, first, last);
+        else walk_plain<T, V>(spot, weight, f, first, last);
     }
 }
 
@@ -193,21 +310,25 @@ template <typename T, int V>
 void launch_small(const T* x, const float* taps, T* y, const Filter& f, bool channels_last,
                   cudaStream_t stream) {
     const int64_t groups = f.channels / V;
-    const int64_t total = f.n * groups * ((f.out_h + kRows - 1) / kRows) * f.out_w;
-    const int blocks = blocks_for(total, 128);
+    const Units u = units_of(f);
+    const int blocks = blocks_for(f.n * groups * u.strips * u.width, 128);
     if (f.up == 2)
-        filter_small<T, V, 2, 1><<<blocks, 128, 0, stream>>>(x, taps, y, f, groups, channels_last);
+        filter_small<T, V, 2, 1><<<blocks, 128, 0, stream>>>(x, taps, y, f, u, groups,
+                                                             channels_last);
     else if (f.down == 2)
-        filter_small<T, V, 1, 2><<<blocks, 128, 0, stream>>>(x, taps, y, f, groups, channels_last);
+        filter_small<T, V, 1, 2><<<blocks, 128, 0, stream>>>(x, taps, y, f, u, groups,
+                                                             channels_last);
     else
-        filter_small<T, V, 1, 1><<<blocks, 128, 0, stream>>>(x, taps, y, f, groups, channels_last);
+        filter_small<T, V, 1, 1><<<blocks, 128, 0, stream>>>(x, taps, y, f, u, groups,
+                                                             channels_last);
 }
 
 template <typename T>
 int run_filter(const void* xv, const float* taps, void* yv, const Filter& f, cudaStream_t stream) {
     const T* x = static_cast<const T*>(xv);
     T* y = static_cast<T*>(yv);
-    const bool channels_last = f.out_stride[1] == 1 && f.channels > 1;
+    // A contiguous map of 1x1 has neighbouring channels too, so the input is asked as well.
+    const bool channels_last = f.out_stride[1] == 1 && f.in_stride[1] == 1 && f.channels > 1;
     const bool small = f.kh <= 4 && f.kw <= 4 && f.up * f.down <= 2;
     constexpr int V = 8 / sizeof(T) < 2 ? 2 : 8 / sizeof(T);
     if (f.n * f.channels * f.out_h * f.out_w == 0) return 0;
@@ -230,6 +351,7 @@ __global__ void activate(const T* __restrict__ x, const T* __restrict__ bias,
                          const T* __restrict__ saved, T* __restrict__ y, int64_t n_packs,
                          int64_t inner, int64_t channels, float slope, float gain, float limit) {
     using S = typename Sum<T>::type;
+    const S edge = load(store<T, S>((S)limit));    // what a clamped output was saved as
     for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n_packs;
          i += (int64_t)gridDim.x * blockDim.x) {
         const Pack<T, V> in = reinterpret_cast<const Pack<T, V>*>(x)[i];
@@ -243,7 +365,7 @@ __global__ void activate(const T* __restrict__ x, const T* __restrict__ bias,
             if (saved) {
                 const S s = load(old.v[v]);
                 value *= (S)gain * (s < 0 ? (S)slope : (S)1);
-                if (limit >= 0 && (s >= (S)limit || s <= -(S)limit)) value = 0;
+                if (limit >= 0 && (s >= edge || s <= -edge)) value = 0;
             } else {
                 if (bias) value += load(bias[inner == 1 ? c0 + v : c0]);
                 value *= (S)gain * (value < 0 ? (S)slope : (S)1);
