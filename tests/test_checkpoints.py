@@ -4,13 +4,9 @@ import logging
 import pytest
 import torch
 
-from training.checkpoints import (
-    latest_checkpoint,
-    list_checkpoints,
-    read_checkpoint,
-    save_checkpoint,
-)
+from training.checkpoints import latest_checkpoint, list_checkpoints, save_checkpoint
 from utils.errors import UserError
+from utils.io import load_weights
 
 
 def test_order_and_pruning(tmp_path):
@@ -39,7 +35,7 @@ def test_damaged_files_are_passed_over(tmp_path, caplog, damage):
         data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match='iteration_2.pt'):
-        read_checkpoint(path)
+        load_weights(path)
     with caplog.at_level(logging.WARNING):
         payload, found = latest_checkpoint(tmp_path)
     assert found.name == 'iteration_1.pt' and payload['x'].sum() == 0

@@ -1,7 +1,6 @@
 """Numbered checkpoints of a run: whole or absent, verified when read, oldest pruned."""
 import logging
 import re
-import zipfile
 from pathlib import Path
 
 from utils.errors import UserError
@@ -31,20 +30,6 @@ def save_checkpoint(directory, step, payload, *, prefix='iteration', keep=None):
     return path
 
 
-def read_checkpoint(path):
-    """Loads one checkpoint; UserError when it is missing, cut short or altered."""
-    if Path(path).is_file():
-        # torch.load does not verify the checksums of the archive's members.
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise UserError(f'{path} is not a whole checkpoint: {error}') from error
-        if damaged is not None:
-            raise UserError(f'{path} is damaged (checksum of {damaged})')
-    return load_weights(path)
-
-
 def latest_checkpoint(directory, prefix='iteration'):
     """(payload, path) of the newest readable checkpoint, or None when there is none.
 
@@ -53,7 +38,7 @@ def latest_checkpoint(directory, prefix='iteration'):
     found = list_checkpoints(directory, prefix)
     for _, path in reversed(found):
         try:
-            return read_checkpoint(path), path
+            return load_weights(path), path
         except UserError as error:
             log.warning('%s; falling back to the checkpoint before it', error)
     if found:

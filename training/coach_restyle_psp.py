@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader
 from datasets.images_dataset import StepSampler
 from models.psp import psp_checkpoint
 from models.stylegan2.model import set_low_precision
-from training.checkpoints import latest_checkpoint, read_checkpoint, save_checkpoint
+from training.checkpoints import latest_checkpoint, save_checkpoint
 from training.sync_batchnorm import share_batch_statistics
 from utils import distributed
 from utils.errors import UserError
 from utils.images import from_uint8, grid, save_png
-from utils.io import atomic_path, save_torch
+from utils.io import atomic_path, load_weights, save_torch
 from utils.logs import ScalarLog, read_jsonl
 from utils.seeds import torch_generator
 from utils.signals import leave_signals_to_parent
@@ -291,7 +291,7 @@ class Coach:
     def resume(self, path=None):
         """Loads `path`, or the newest readable state of the run folder; whether one was found."""
         if path is not None:
-            found = read_checkpoint(path), path
+            found = load_weights(path), path
         else:
             found = latest_checkpoint(self._checkpoints, STATE_PREFIX)
         if found is None:

@@ -84,6 +84,8 @@ def resolve_device(name):
 _FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                 errno.ENAMETOOLONG)
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)    # EFBIG: a limit set for the process
+
 
 def _terminate(number, frame):
     # As an exception, so that temporary files are removed on the way out.
@@ -106,7 +108,7 @@ def run(main):
     except OSError as error:
         if error.errno in _FILE_ERRORS and error.filename:
             text, code = f'{error.filename}: {error.strerror}; choose another path', 2
-        elif error.errno == errno.ENOSPC:
+        elif error.errno in _DISK_FULL:
             where = f' while writing {error.filename}' if error.filename else ''
             text = f'the disk is full{where}; free some space and run the same command again'
             code = 1

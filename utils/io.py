@@ -1,16 +1,25 @@
 """Files that are either whole or absent: atomic writes, safe weight loading, hashes."""
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pickle
+import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from utils.errors import UserError
+from utils.torch_files import BrokenFile, read_torch_bytes
+
+_MAX_WEIGHTS = 2 ** 34
+# Files of torchvision and pytorch-fid carry the first digits of their SHA-256.
+_PUBLISHED_HASH = re.compile(
+    r'(?:vgg\d+|alexnet-owt|resnet\d+|(?:pt_|weights-)inception-2015-12-05)-([0-9a-f]{8})\.pth')
 
 
 @contextlib.contextmanager
@@ -32,8 +41,10 @@ def atomic_path(path):
         os.umask(umask)
         temp.chmod(0o666 & ~umask)    # mkstemp made it 0600; the final file follows the umask
         os.replace(temp, path)
-    except BaseException:
+    except BaseException as error:
         temp.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)    # a full disk does not say which file was being written
         raise
 
 
@@ -53,11 +64,14 @@ def write_csv(path, frame):
     write_text(path, frame.to_csv(index=False, lineterminator='\n'))
 
 
-def save_torch(path, obj):
+def save_torch(path: str | Path, obj: object) -> None:
     """torch.save, atomically. Save plain containers of tensors, numbers and strings only."""
-    # Through a handle: torch.save stores the name it is given, and the temporary one varies.
-    with atomic_path(path) as temp, open(temp, 'wb') as file:
-        torch.save(obj, file)
+    # In memory first: torch's writer turns a full disk or a signal amid its calls into errors of
+    # its own, and it would store the temporary file's name.
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    with atomic_path(path) as temp:
+        temp.write_bytes(buffer.getbuffer())
 
 
 def save_npy(path, array):
@@ -66,11 +80,12 @@ def save_npy(path, array):
         np.save(file, array)
 
 
-def load_weights(path, *, what='checkpoint', hint=''):
+def load_weights(path: str | Path, *, what: str = 'checkpoint', hint: str = '') -> Any:
     """Loads a torch file of tensors and plain containers on the CPU; never executes a pickle.
 
     `what` names the file's role and `hint` the remedy in the UserError that is raised when the
-    file is missing, is not a torch file, or holds anything but plain data.
+    file is missing, is not a torch file, is damaged (its checksums are verified), or holds
+    anything but plain data. Published files whose name ends in their hash must have it.
     """
     path = Path(path)
     advice = f' {hint}' if hint else ''
@@ -79,15 +94,24 @@ def load_weights(path, *, what='checkpoint', hint=''):
     if not path.is_file():
         raise UserError(f'{what} not found: {path}.{advice}')
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        if path.stat().st_size > _MAX_WEIGHTS:
+            raise UserError(f'{path} is larger than any {what} ({_MAX_WEIGHTS >> 30} GiB).{advice}')
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f'{what} {path} cannot be read: {error}.{advice}') from error
+    published = _PUBLISHED_HASH.fullmatch(path.name)
+    if published and not sha256_bytes(data).startswith(published[1]):
+        raise UserError(f'{path} is not the published file of that name: its SHA-256 does not '
+                        f'begin with {published[1]}. Copy or download it again.')
+    try:
+        return read_torch_bytes(data)
     except pickle.UnpicklingError as error:
         raise UserError(f'{path} is not a {what} this tool will load: it is damaged, or holds '
                         f'objects other than tensors and plain data.{advice}') from error
-    except OSError as error:
-        raise UserError(f'{what} {path} cannot be read: {error}.{advice}') from error
     except Exception as error:    # random bytes make the reader fail in any way
-        raise UserError(f'{path} does not hold a {what}, or is damaged or cut short.{advice}'
-                        ) from error
+        reason = f' ({error})' if isinstance(error, BrokenFile) else ''
+        raise UserError(f'{path} does not hold a {what}, or is damaged or cut short{reason}.'
+                        f'{advice}') from error
 
 
 def sha256_file(path):
