@@ -89,7 +89,7 @@ def matmul_precision(precision):
 class GroupOptimizer:
     """Holds the frozen networks and optimises batches of groups.
 
-    psp: models.psp.PSP; content_net: criteria.content.ContentNetwork; style_net with
+    psp: models.psp.PSP; content_net: models.features.content.ContentNetwork; style_net with
     `features(img)`. precision: 'fp32', 'tf32', or 'bf16' (generator and feature networks in
     bfloat16; latents, styles, Adam, Gram matrices and losses stay float32). The networks are
     moved to `device`, the feature networks are converted in place, and the generator's weights

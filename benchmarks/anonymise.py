@@ -34,9 +34,9 @@ from anonymization.optimize import (
 )
 from benchmarks.machine import OperationCount, describe, matrix_rate, synchronize
 from benchmarks.published import PublishedWay, synthesis
-from criteria.content import content_network_from_state
-from criteria.local_style import VGGStyle
 from models.encoders import build_encoder
+from models.features.content import content_network_from_state
+from models.features.style import VGGStyle
 from models.psp import PSP, FrozenPSP, invert
 from models.stylegan2 import Generator
 from utils.cli import parser, positive_int, power_of_two, resolve_device, run

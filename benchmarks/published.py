@@ -72,8 +72,8 @@ def synthesis(generator, ws):
 class PublishedWay:
     """Inverts and optimises one group at a time with the networks of a PSP.
 
-    content_net: criteria.content.ContentNetwork; style_net: criteria.local_style.VGGStyle, whose
-    two convolutions start a VGG19 that is otherwise random. All stay float32.
+    content_net, style_net: ContentNetwork and VGGStyle of models.features; the latter's two
+    convolutions start a VGG19 that is otherwise random. All stay float32.
     """
 
     def __init__(self, psp, content_net, style_net, config):

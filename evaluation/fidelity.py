@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from criteria.content import load_content_network
 from datasets.archive import FileStore
+from models.features.content import load_content_network
 from utils.errors import UserError, listing
 from utils.images import CONTACT_SHEET, from_uint8, to_uint8
 from utils.io import load_weights

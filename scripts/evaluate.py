@@ -39,7 +39,6 @@ from classification.data import TrainingSet, one_hot
 from classification.experiment import WEIGHTS, run_seeds
 from classification.grader import GraderResult, build_grader
 from classification.settings import find_config, load_config
-from criteria.content import load_content_network
 from datasets.table import read_table
 from evaluation.attacks.metrics import attack_metrics, plot_roc, reidentification_rates
 from evaluation.attacks.nearest import closest_release_scores, reidentification_ranks
@@ -47,6 +46,7 @@ from evaluation.attacks.vessels import VesselAttack
 from evaluation.fidelity import extract_features, fidelity
 from evaluation.spectra import sharpness
 from evaluation.splits import MEMBER, OTHER, check_roles, split_by_patient, split_table
+from models.features.content import load_content_network
 from models.psp import load_psp
 from utils import cli
 from utils.errors import UserError

@@ -27,9 +27,9 @@ from anonymization.grouping import METHODS, POLICIES, SURPLUS
 from anonymization.optimize import PRECISIONS, OptimizeConfig
 from anonymization.pipeline import Pipeline, Settings, hash_files
 from configs.paths_config import model_paths
-from criteria.content import load_content_network
-from criteria.local_style import FILTERS, load_style_network
 from datasets.table import check_table_images, read_table
+from models.features.content import load_content_network
+from models.features.style import FILTERS, load_style_network
 from models.psp import load_psp
 from utils import cli, distributed
 from utils.errors import PrivacyError, UserError

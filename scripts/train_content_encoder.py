@@ -32,11 +32,11 @@ import logging
 import numpy as np
 import torch
 
-from criteria.content import content_network_from_state
 from datasets.images_dataset import ImagesDataset
 from datasets.table import read_table
 from datasets.table_images import TableImages
 from evaluation.feature_quality import describe_quality, feature_quality
+from models.features.content import content_network_from_state
 from models.resnet import ARCHS, build_resnet
 from training.moco import EXPORT_NAME, MocoConfig, MocoTrainer, ViewConfig
 from utils import cli, distributed

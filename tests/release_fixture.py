@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from criteria.content import content_checkpoint
 from models.encoders import build_encoder
+from models.features.content import content_checkpoint
 from models.psp import PSP, psp_checkpoint
 from models.resnet import build_resnet
 from models.stylegan2 import Generator

@@ -11,7 +11,6 @@ import torch
 from conftest import ROOT, relative_error
 from PIL import Image
 
-from criteria.content import load_content_network
 from datasets.table import read_table
 from datasets.table_images import TableImages
 from evaluation.feature_quality import (
@@ -22,6 +21,7 @@ from evaluation.feature_quality import (
     nearest_neighbours,
     neighbour_quality,
 )
+from models.features.content import load_content_network
 from scripts import train_content_encoder as script
 from training.moco import (
     EXPORT_NAME,

@@ -6,15 +6,12 @@ import torchvision
 from conftest import relative_error
 from golden_fill import fill_image, fill_state_dict
 
-from criteria.content import content_checkpoint, content_loss, load_content_network
-from criteria.local_style import (
-    FILTERS,
-    load_style_network,
-    local_style_loss,
-    patch_grams,
-)
+from criteria.content import content_loss
+from criteria.local_style import local_style_loss, patch_grams
 from criteria.lpips_loss import LPIPSLoss
 from criteria.w_norm import latent_norm
+from models.features.content import content_checkpoint, load_content_network
+from models.features.style import FILTERS, load_style_network
 from models.resnet import build_resnet
 from utils.errors import UserError
 

@@ -12,7 +12,6 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from criteria.content import content_checkpoint, load_content_network
 from datasets.archive import ArchiveWriter, ImageArchive
 from evaluation.fidelity import (
     InceptionNetwork,
@@ -26,6 +25,7 @@ from evaluation.fidelity import (
     training_metric,
 )
 from evaluation.spectra import radial_spectrum, sharpness
+from models.features.content import content_checkpoint, load_content_network
 from models.resnet import build_resnet
 from models.stylegan2.model import Generator
 from utils.errors import UserError

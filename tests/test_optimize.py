@@ -6,9 +6,9 @@ from conftest import relative_error
 from golden_fill import fill_image, fill_state_dict, fill_tensor
 
 from anonymization.optimize import Group, GroupOptimizer, OptimizeConfig, learning_rate
-from criteria.content import content_network_from_state
-from criteria.local_style import FILTERS, VGGStyle, load_style_network
 from models.encoders import build_encoder
+from models.features.content import content_network_from_state
+from models.features.style import FILTERS, VGGStyle, load_style_network
 from models.psp import PSP, invert
 from models.stylegan2 import Generator
 

@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader
 
-from criteria.content import content_checkpoint
 from datasets.images_dataset import StepSampler
+from models.features.content import content_checkpoint
 from models.resnet import build_resnet
 from training.checkpoints import latest_checkpoint, save_checkpoint
 from training.sync_batchnorm import share_batch_statistics

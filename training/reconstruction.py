@@ -3,8 +3,8 @@
 A term has `targets(x)`, the constant part of photographs x [N, 3, S, S], and
 `distance(y, targets)`, the loss of each reconstruction y [N, 3, S, S], as [N].
 """
-from criteria.content import load_content_network
 from criteria.lpips_loss import LPIPSLoss
+from models.features.content import load_content_network
 
 
 class L2Term:

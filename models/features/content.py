@@ -1,0 +1,93 @@
+"""Content networks: MoCo v2 (Chen et al. 2020), this project's encoders, plain ResNets."""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.resnet import build_resnet, describe_resnet
+from utils.errors import UserError
+from utils.io import load_weights
+
+FORMAT = 'k-salsa-content-encoder'
+MOCO_SIZE = 224
+_WHERE = ('It is moco_v2_800ep_pretrain.pth.tar of github.com/facebookresearch/moco (ResNet-50, '
+          '800 epochs). Give its path with --content_weights or as "moco" in '
+          'configs/paths_config.py, or train one with scripts/train_content_encoder.py.')
+
+
+class ContentNetwork(nn.Module):
+    """A frozen ResNet that turns pictures into unit vectors.
+
+    input_size: side the network sees. resize: 'nearest' is what the published loss does before
+    MoCo (parity, do not fix); 'area' averages cells and is what this project trains with.
+    """
+
+    def __init__(self, net, *, input_size, resize, name):
+        super().__init__()
+        self.net, self.input_size, self.resize, self.name = net, input_size, resize, name
+        self.feature_dim = net.feature_dim
+        self.eval().requires_grad_(False)
+
+    def train(self, mode=True):
+        """Stays in eval mode: the features are a fixed yardstick."""
+        return super().train(False)
+
+    def features(self, img):
+        """Pictures [N, 3, H, W] in [-1, 1] -> unit vectors [N, F], float32.
+
+        No ImageNet normalisation, as published.
+        """
+        if img.shape[-1] != self.input_size or img.shape[-2] != self.input_size:
+            if self.resize == 'nearest':
+                img = F.interpolate(img, size=self.input_size, mode='nearest')
+            elif img.shape[-1] > self.input_size:
+                img = F.adaptive_avg_pool2d(img, self.input_size)
+            else:
+                img = F.interpolate(img, size=self.input_size, mode='bilinear',
+                                    align_corners=False)
+        img = img.to(dtype=self.net.conv1.weight.dtype, memory_format=torch.channels_last)
+        return F.normalize(self.net(img).double(), dim=1).float()
+
+
+def content_network_from_state(checkpoint, *, source):
+    """A ContentNetwork from a loaded file: this project's format, MoCo's, or a plain ResNet.
+
+    UserError naming `source` when it is none of them.
+    """
+    try:
+        if checkpoint.get('format') == FORMAT:
+            net = build_resnet(checkpoint['arch'], small_stem=checkpoint['small_stem'])
+            net.load_state_dict(checkpoint['state_dict'])
+            return ContentNetwork(net, input_size=checkpoint['input_size'], resize='area',
+                                  name=FORMAT)
+        state = checkpoint.get('state_dict', checkpoint)
+        prefix = 'module.encoder_q.'
+        moco = any(k.startswith(prefix) for k in state)
+        if moco:
+            state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+        state = {k: v for k, v in state.items() if not k.startswith('fc.')}
+        arch, small_stem = describe_resnet(state)
+        net = build_resnet(arch, small_stem=small_stem)
+        net.load_state_dict(state)
+        return ContentNetwork(net, input_size=MOCO_SIZE, resize='nearest',
+                              name='moco' if moco else arch)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f'{source} holds no content network (a ResNet-18, -34 or -50, as MoCo, '
+                        f'torchvision or train_content_encoder.py save it): '
+                        f'{str(error).splitlines()[0]}') from error
+
+
+def load_content_network(path):
+    """Reads a content network for `features`; UserError when the file is missing or no network.
+
+    The original MoCo layout (`module.encoder_q.`), plain torchvision ResNet weights and files of
+    scripts/train_content_encoder.py are read.
+    """
+    checkpoint = load_weights(path, what='content network', hint=_WHERE)
+    return content_network_from_state(checkpoint, source=path)
+
+
+def content_checkpoint(net, *, arch, input_size, small_stem):
+    """The file of a content encoder: {format, arch, state_dict, input_size, small_stem}."""
+    state = {k: v.detach().cpu() for k, v in net.state_dict().items() if not k.startswith('fc.')}
+    return {'format': FORMAT, 'arch': arch, 'state_dict': state, 'input_size': input_size,
+            'small_stem': small_stem}
