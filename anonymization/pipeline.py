@@ -7,7 +7,6 @@ batches of groups are shared out among the processes; process 0 groups and write
 Shapes: n photographs, L styles, D style dimension, S side of the encoder, R of the generator.
 """
 import dataclasses
-import hashlib
 import logging
 import shutil
 from pathlib import Path
@@ -15,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from anonymization.grouping import assign_groups, check_groups
 from anonymization.optimize import (
@@ -24,28 +22,45 @@ from anonymization.optimize import (
     Group,
     GroupOptimizer,
     OptimizeConfig,
+    Result,
     batch_that_fits,
     matmul_precision,
+)
+from anonymization.photographs import Photographs
+from anonymization.records import (
+    GroupResult,
+    pixel_digest,
+    to_picture,
+    write_contact_sheet,
+    write_records,
 )
 from anonymization.release import GroupFacts, release_names, write_release
 from datasets.people import merge_duplicates
 from models.psp import FrozenPSP, invert
 from utils import distributed
 from utils.errors import PrivacyError, UserError
-from utils.images import grid, load_rgb, pil_to_tensor, resize, save_png, to_uint8
-from utils.io import load_weights, save_npy, save_torch, write_csv, write_text
+from utils.images import save_png, to_uint8
+from utils.io import (
+    check_intact,
+    has_seal,
+    is_intact,
+    load_weights,
+    remove_sealed,
+    save_npy,
+    save_torch,
+    sealing,
+    sha256_bytes,
+    sha256_file,
+    write_csv,
+    write_text,
+)
 from utils.logs import progress
 
 log = logging.getLogger(__name__)
 
+_ANEW = 'remove it and its .sha256 and run the same command again: it is computed anew'
 GROUP_TABLE = 'groups.csv'
 N_GRADES = 5
-SHEET_GROUPS = 6
-_README = """This folder holds what must never leave: which photographs stand behind which picture
-(groups.csv), every patient's latent (latents.npy: it reconstructs the photograph), losses, options
-with paths, and contact_sheet.png, which shows photographs. Publish ../release/ only.
-"""
-
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -75,23 +90,6 @@ class Settings:
     seed: int = 0
 
 
-class _Photographs(Dataset):
-    """uint8 [3, S, S] per row of a table."""
-
-    def __init__(self, table, size, mirror_left):
-        self.table, self.size, self.mirror_left = table, size, mirror_left
-
-    def __len__(self):
-        return len(self.table)
-
-    def __getitem__(self, i):
-        picture = resize(load_rgb(self.table.paths[i]), self.size)
-        u8 = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        if self.mirror_left and self.table.eyes[i] == 'left':
-            u8 = u8.flip(2)
-        return u8
-
-
 class Pipeline:
     """One run in `exp_dir`.
 
@@ -107,7 +105,7 @@ class Pipeline:
         self.table, self.settings, self.facts = table, settings, facts
         self.device, self.workers = torch.device(device), workers
         self.psp, self.content_net, self.style_net = psp, content_net, style_net
-        self.photos = _Photographs(table, psp.input_size, settings.mirror_left)
+        self.photos = Photographs(table, psp.input_size, settings.mirror_left)
         self.people = merge_duplicates(table.patients, digests)
         self.unit = 'images' if table.patients is None else 'patients'
         n_double = len(table) - len(set(digests))
@@ -139,24 +137,29 @@ class Pipeline:
     def _chunk_file(self, i):
         return self.work / f'inversion_{i:06d}.pt'
 
-    def invert(self):
+    def invert(self) -> tuple[np.ndarray, np.ndarray]:
         """Latents of all photographs [n, L, D], content features [n, F] of their pictures.
 
         Both as memory-mapped files in private/, computed once.
         """
         latents, content = self.private / 'latents.npy', self.private / 'content.npy'
-        if not content.exists():
+        done = has_seal(latents) and has_seal(content)
+        distributed.barrier()    # before process 0 can have made them
+        if not done:
             self._invert_chunks()
             distributed.barrier()
-            if distributed.is_main():
+        if distributed.is_main():
+            if not done:
                 self._collect(latents, content)
+            for path in (latents, content):
+                check_intact(path, remedy=_ANEW)
         distributed.barrier()
         return np.load(latents, mmap_mode='r'), np.load(content, mmap_mode='r')
 
-    def _invert_chunks(self):
+    def _invert_chunks(self) -> None:
         chunks = self._chunks()
         mine = [i for i in range(distributed.rank(), len(chunks), distributed.world_size())
-                if not self._chunk_file(i).exists()]
+                if not is_intact(self._chunk_file(i))]
         psp = FrozenPSP(self.psp.to(self.device), ACTIVATIONS[self.settings.precision])
         net = self.content_net.to(device=self.device, memory_format=torch.channels_last)
         loader = DataLoader(self.photos, batch_sampler=[list(chunks[i]) for i in mine],
@@ -176,31 +179,38 @@ class Pipeline:
                     name = f'{Path(self.table.ids[j]).stem}.png'
                     save_png(y.cpu(), self.private / 'reconstructions' / name)
             # One by one, so that a picture's features do not depend on the chunk.
-            save_torch(self._chunk_file(i), {
-                'ws': found.ws.cpu(), 'content': net.features(found.recon).cpu(),
-                'error': (found.recon - x).square().mean((1, 2, 3)).cpu()})
+            with sealing(self._chunk_file(i)):
+                save_torch(self._chunk_file(i), {
+                    'ws': found.ws.cpu(), 'content': net.features(found.recon).cpu(),
+                    'error': (found.recon - x).square().mean((1, 2, 3)).cpu()})
             bar.update(len(u8))
         bar.close()
 
-    def _collect(self, latents, content):
-        parts = [load_weights(self._chunk_file(i), what='inversion chunk')
-                 for i in range(len(self._chunks()))]
+    def _collect(self, latents: Path, content: Path) -> None:
+        files = [self._chunk_file(i) for i in range(len(self._chunks()))]
+        parts = [_load_intact(file, 'inversion chunk') for file in files]
         errors = torch.cat([p['error'] for p in parts])
         log.info('reconstruction error (mean square, range [-1, 1]): median %.4f, worst %.4f',
                  errors.median(), errors.max())
         save_npy(self.private / 'inversion_error.npy', errors.numpy())
-        save_npy(latents, torch.cat([p['ws'] for p in parts]).numpy())
-        save_npy(content, torch.cat([p['content'] for p in parts]).numpy())
-        for i in range(len(parts)):
-            self._chunk_file(i).unlink()
+        for path, part in ((latents, 'ws'), (content, 'content')):
+            with sealing(path):
+                save_npy(path, torch.cat([p[part] for p in parts]).numpy())
+        for file in files:
+            remove_sealed(file)
 
     # -- 2: grouping ------------------------------------------------------------------------
 
-    def group(self, latents):
-        """Group numbers [n] (1 to C; 0: left out), checked again from the written table."""
+    def group(self, latents: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """Group numbers [n] (1 to C; 0: left out), checked again from the written table.
+
+        Also the release names of groups 1 to C.
+        """
         path = self.private / GROUP_TABLE
-        if distributed.is_main() and not path.exists():
-            self._write_groups(path, self._assign(latents))
+        if distributed.is_main():
+            if not has_seal(path):
+                self._write_groups(path, self._assign(latents))
+            check_intact(path, remedy=_ANEW)
         distributed.barrier()
         table = pd.read_csv(path, dtype={'id_code': str, 'release_name': str, 'patient_id': str},
                             keep_default_na=False)
@@ -229,7 +239,7 @@ class Pipeline:
         check_groups(labels, self.settings.k, patients=self.people, strata=self.strata,
                      policy=self.settings.policy)
 
-    def _write_groups(self, path, labels):
+    def _write_groups(self, path: Path, labels: np.ndarray) -> None:
         self._check(labels)
         sizes = np.bincount(labels)
         secret = '\n'.join(f'{i} {c}' for i, c in zip(self.table.ids, labels)).encode()
@@ -240,21 +250,29 @@ class Pipeline:
                    'patient_id': self.table.patients or [f'person-{p}' for p in self.people]}
         if self.table.labels is not None:
             columns['diagnosis'] = self.table.labels
-        write_csv(path, pd.DataFrame(columns))
+        with sealing(path):
+            write_csv(path, pd.DataFrame(columns))
 
     # -- 3: optimisation --------------------------------------------------------------------
 
     def _batch_file(self, i):
         return self.work / f'groups_{i:06d}.pt'
 
-    def optimise(self, latents, content, labels):
-        """Runs every batch of groups that has no result yet; returns the number of batches."""
+    def _sources(self) -> str:
+        """One digest of what the optimisation starts from: latents, content features, groups."""
+        files = [self.private / name for name in ('latents.npy', 'content.npy', GROUP_TABLE)]
+        return sha256_bytes('\n'.join(sha256_file(f) for f in files).encode())
+
+    def optimise(self, latents: np.ndarray, content: np.ndarray,
+                 labels: np.ndarray) -> list[GroupResult]:
+        """Runs every batch of groups that has no result yet; returns results on process 0."""
         n_groups = int(labels.max())
         members = [np.flatnonzero(labels == c) for c in range(1, n_groups + 1)]
         size = self._group_batch(n_groups)
         batches = [members[i:i + size] for i in range(0, n_groups, size)]
+        sources = self._sources()
         mine = [i for i in range(distributed.rank(), len(batches), distributed.world_size())
-                if not self._batch_file(i).exists()]
+                if not is_intact(self._batch_file(i), sources)]
         if mine:
             engine = GroupOptimizer(self.psp, self.content_net, self.style_net,
                                     config=self.settings.optimize, device=self.device,
@@ -266,18 +284,29 @@ class Pipeline:
             for i in mine:
                 groups = [self._group(m, latents, content) for m in batches[i]]
                 result = run_within_memory(engine, groups, on_step=bar.update)
-                save_torch(self._batch_file(i), {
-                    'ws': result.ws, 'losses': result.losses,
-                    'image': to_uint8(self._output(result.image)),
-                    'centroid': to_uint8(self._output(result.centroid))})
+                self._save_batch(self._batch_file(i), result, sources)
             bar.close()
         distributed.barrier()
-        return len(batches)
+        if not distributed.is_main():
+            return []
+        return [r for i in range(len(batches)) for r in self._load_batch(i, sources)]
 
-    def _group_batch(self, n_groups):
+    def _save_batch(self, path: Path, result: Result, sources: str) -> None:
+        image = to_uint8(self._output(result.image))
+        with sealing(path, sources):
+            save_torch(path, {'ws': result.ws, 'losses': result.losses, 'image': image,
+                              'centroid': to_uint8(self._output(result.centroid)),
+                              'pixels': [pixel_digest(u8) for u8 in image]})
+
+    def _load_batch(self, i: int, sources: str) -> list[GroupResult]:
+        part = _load_intact(self._batch_file(i), 'group results', sources)
+        return [GroupResult(*row) for row in zip(part['image'], part['centroid'], part['ws'],
+                                                 part['losses'].unbind(1), part['pixels'])]
+
+    def _group_batch(self, n_groups: int) -> int:
         """Groups per batch; decided once per run, since a resumed run must cut the same way."""
         path = self.private / 'group_batch.txt'
-        if distributed.is_main() and not path.exists():
+        if distributed.is_main() and not has_seal(path):
             size = self.settings.group_batch
             if size is None:
                 free = free_memory(self.device) // (
@@ -285,8 +314,10 @@ class Pipeline:
                 most = max(1, -(-n_groups // distributed.world_size()))
                 size = batch_that_fits(self.psp, 102, self.settings.precision, free,
                                        most=min(most, 8 if self.device.type == 'cpu' else 64))
-            write_text(path, f'{size}\n')
+            with sealing(path):
+                write_text(path, f'{size}\n')
         distributed.barrier()
+        check_intact(path, remedy=_ANEW)
         return int(path.read_text())
 
     def _group(self, members, latents, content):
@@ -301,29 +332,23 @@ class Pipeline:
 
     # -- 4: what leaves, and what stays -----------------------------------------------------
 
-    def write(self, labels, names, n_batches, staging):
+    def write(self, labels: np.ndarray, names: list[str], results: list[GroupResult],
+              staging: Path) -> dict:
         """Writes the release into the new folder `staging`, and the private records."""
-        images, centroids, losses = {}, {}, []
-        for i in range(n_batches):
-            part = load_weights(self._batch_file(i), what='group results')
-            for j in range(len(part['ws'])):
-                name = names[len(losses)]
-                images[name], centroids[name] = part['image'][j], part['centroid'][j]
-                losses.append(part['losses'][:, j].numpy())
-        if len(losses) != len(names):
-            raise PrivacyError(f'{len(losses)} optimised groups for {len(names)} groups in the '
+        if len(results) != len(names):
+            raise PrivacyError(f'{len(results)} optimised groups for {len(names)} groups in the '
                                f'group table; remove {self.private} and run again')
-        groups = [self._facts(labels, c + 1, name) for c, name in enumerate(names)]
-        size = next(iter(images.values())).shape[-1]
-        manifest = write_release(staging, groups, lambda name: _picture(images[name]),
-                                 facts=self._manifest_facts(labels, size),
-                                 soft_labels=self.settings.soft_labels)
+        named = dict(zip(names, results))
+        facts = self._manifest_facts(labels, results[0].image.shape[-1])
+        write_records(self.private, named, facts=facts, soft_labels=self.settings.soft_labels)
+        manifest = write_release(
+            staging, [self._facts(labels, c + 1, name) for c, name in enumerate(names)],
+            lambda name: to_picture(named[name].image), facts=facts,
+            soft_labels=self.settings.soft_labels)
         if self.settings.centroids:
-            for name, u8 in centroids.items():
-                save_png(_picture(u8), self.private / 'centroids' / f'{name}.png')
-        save_npy(self.private / 'losses.npy', np.stack(losses))
-        self._contact_sheet(labels, names, images, centroids)
-        write_text(self.private / 'README.txt', _README)
+            for name, result in named.items():
+                save_png(to_picture(result.centroid), self.private / 'centroids' / f'{name}.png')
+        write_contact_sheet(self.private / 'contact_sheet.png', labels, results, self.photos)
         return manifest
 
     def _facts(self, labels, number, name):
@@ -341,26 +366,7 @@ class Pipeline:
                 'strata': list(s.strata), 'n_suppressed': int((labels == 0).sum()),
                 'image_size': size, 'settings': settings, **self.facts}
 
-    def _contact_sheet(self, labels, names, images, centroids):
-        """Rows of members, centroid, k-SALSA image. Shows photographs: private."""
-        rows, most = [], 0
-        step = max(1, len(names) // SHEET_GROUPS)
-        for number in range(0, len(names), step)[:SHEET_GROUPS]:
-            members = np.flatnonzero(labels == number + 1)
-            shown = [self.photos[int(i)] for i in members]
-            rows.append((shown, centroids[names[number]], images[names[number]]))
-            most = max(most, len(shown))
-        side = max(128, min(256, self.psp.input_size))
-        cells = []
-        for shown, centroid, image in rows:
-            blank = [torch.full_like(shown[0], 255)] * (most - len(shown))
-            cells += [*shown, *blank, centroid, image]
-        cells = [pil_to_tensor(_picture(c).resize((side, side), Image.Resampling.BICUBIC))
-                 for c in cells]
-        save_png(grid(torch.stack(cells), most + 2, fill=1.0),
-                 self.private / 'contact_sheet.png')
-
-    def run(self, staging):
+    def run(self, staging: Path) -> dict | None:
         """All stages; returns the manifest of the release in `staging`, on process 0."""
         self.work.mkdir(parents=True, exist_ok=True)
         if distributed.is_main():
@@ -369,11 +375,11 @@ class Pipeline:
         distributed.barrier()
         latents, content = self.invert()
         labels, names = self.group(latents)
-        n_batches = self.optimise(latents, content, labels)
+        results = self.optimise(latents, content, labels)
         if not distributed.is_main():
             return None
         shutil.rmtree(staging, ignore_errors=True)
-        return self.write(labels, names, n_batches, staging)
+        return self.write(labels, names, results, staging)
 
 
 def run_within_memory(engine, groups, *, on_step=None):
@@ -402,16 +408,10 @@ def free_memory(device):
     return psutil.virtual_memory().available
 
 
-def hash_files(paths):
-    """(SHA-256 of each file, one digest over all of them)."""
-    digests = []
-    for path in progress(paths, total=len(paths), desc='reading', unit='img'):
-        digests.append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
-    return digests, hashlib.sha256('\n'.join(digests).encode()).hexdigest()
-
-
-def _picture(u8):
-    return Image.fromarray(u8.permute(1, 2, 0).numpy())
+def _load_intact(path: Path, what: str, context: str = '') -> dict:
+    if not is_intact(path, context):
+        raise UserError(f'{path} is damaged; run the same command again: it is computed anew')
+    return load_weights(path, what=what)
 
 
 def _sizes(labels):

@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from anonymization.audit import audit_release, plot_distances, report_dict, report_text
 from anonymization.grouping import METHODS, POLICIES, SURPLUS
 from anonymization.optimize import PRECISIONS, OptimizeConfig
-from anonymization.pipeline import Pipeline, Settings, hash_files
+from anonymization.photographs import hash_files
+from anonymization.pipeline import Pipeline, Settings
 from configs.paths_config import model_paths
 from datasets.table import check_table_images, read_table
 from models.features.content import load_content_network

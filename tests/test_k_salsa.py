@@ -303,8 +303,8 @@ def test_a_broken_grouping_stops_the_run(nets, tmp_path, monkeypatch):
 def test_a_release_that_fails_verification_is_not_published(nets, tmp_path, monkeypatch):
     save_photographs(tmp_path / 'data', 11)
 
-    def leak(self, labels, names, n_batches, staging):
-        manifest = write(self, labels, names, n_batches, staging)
+    def leak(self, labels, names, results, staging):
+        manifest = write(self, labels, names, results, staging)
         shutil.copy(self.table.paths[0], next((staging / 'images').iterdir()))
         return manifest
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,55 @@ def load_weights(path: str | Path, *, what: str = 'checkpoint', hint: str = '') 
         reason = f' ({error})' if isinstance(error, BrokenFile) else ''
         raise UserError(f'{path} does not hold a {what}, or is damaged or cut short{reason}.'
                         f'{advice}') from error
+
+
+def _seal_path(path: Path) -> Path:
+    return path.with_name(f'{path.name}.sha256')
+
+
+def _seal_text(path: Path, context: str) -> str:
+    return f'{sha256_file(path)}  {path.name}\n' + (f'# made from {context}\n' if context else '')
+
+
+@contextlib.contextmanager
+def sealing(path: str | Path, context: str = '') -> Iterator[None]:
+    """Seals `path` when the block that writes it ends well: `<name>.sha256` beside it.
+
+    The seal holds the file's SHA-256, its name and `context`, which names what the file was
+    computed from. A kill in between leaves a file without a seal, which counts as not written.
+    """
+    path = Path(path)
+    _seal_path(path).unlink(missing_ok=True)
+    yield
+    write_text(_seal_path(path), _seal_text(path, context))
+
+
+def has_seal(path: str | Path) -> bool:
+    """Whether `path` was once written to its end; says nothing of its bytes of today."""
+    return _seal_path(Path(path)).is_file()
+
+
+def is_intact(path: str | Path, context: str = '') -> bool:
+    """Whether `path` holds the bytes that were sealed, under that name and that context."""
+    path = Path(path)
+    try:
+        return _seal_path(path).read_bytes() == _seal_text(path, context).encode()
+    except OSError:
+        return False
+
+
+def check_intact(path: str | Path, *, remedy: str) -> None:
+    """UserError with the remedy when `path` is not the file that was sealed."""
+    if not is_intact(path):
+        what = 'is damaged or was replaced' if Path(path).exists() else 'is missing'
+        raise UserError(f'{path} {what} (its SHA-256 is not that of {_seal_path(Path(path)).name})'
+                        f'; {remedy}')
+
+
+def remove_sealed(path: str | Path) -> None:
+    """Removes a file and its seal, the seal first."""
+    for part in (_seal_path(Path(path)), Path(path)):
+        part.unlink(missing_ok=True)
 
 
 def sha256_file(path):

@@ -1,0 +1,37 @@
+"""The photographs of a run as the encoder sees them, and the digests of their files."""
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from datasets.table import Table
+from utils.images import load_rgb, resize
+from utils.logs import progress
+
+
+class Photographs(Dataset):
+    """uint8 [3, S, S] per row of a table; left eyes mirrored on request."""
+
+    def __init__(self, table: Table, size: int, mirror_left: bool) -> None:
+        self.table, self.size, self.mirror_left = table, size, mirror_left
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        picture = resize(load_rgb(self.table.paths[i]), self.size)
+        u8 = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        if self.mirror_left and self.table.eyes[i] == 'left':
+            u8 = u8.flip(2)
+        return u8
+
+
+def hash_files(paths: Sequence[Path]) -> tuple[list[str], str]:
+    """(SHA-256 of each file, one digest over all of them)."""
+    digests = []
+    for path in progress(paths, total=len(paths), desc='reading', unit='img'):
+        digests.append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    return digests, hashlib.sha256('\n'.join(digests).encode()).hexdigest()
