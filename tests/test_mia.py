@@ -1,5 +1,6 @@
 """Membership attacks: metrics against scikit-learn, controls, the published commands."""
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from scipy.stats import beta, binomtest
 from sklearn.metrics import roc_auc_score
 
 from datasets.phantoms import render_phantom
+from evaluation.attacks.groups import ReleaseFiles, pair_results, read_known_release
 from evaluation.attacks.metrics import (
     _halves,
     attack_metrics,
@@ -17,7 +19,7 @@ from evaluation.attacks.metrics import (
     reidentification_rates,
 )
 from evaluation.attacks.nearest import closest_release_scores, reidentification_ranks
-from evaluation.attacks.pairs import PairAttack, PairConfig, draw_pairs, standardisation
+from evaluation.attacks.pairs import PairAttack, PairConfig, standardisation, step_pairs
 from evaluation.attacks.vessels import VesselAttack, best_correlations, vessel_maps
 from evaluation.bootstrap import rate_interval
 from evaluation.scores import auc, roc
@@ -192,14 +194,31 @@ def test_pairs_of_a_step():
     group_of = np.repeat(np.arange(6), 3)
     rng = np.random.default_rng(0)
     for _ in range(30):
-        rows, shown, same = draw_pairs(group_of, PairConfig(k=3, mult_batch=2, pairs='published'),
-                                       rng)
-        anchor = shown[0]
-        assert (shown == anchor).all() and len(set(rows)) == len(rows)    # nobody twice
-        assert set(rows[same == 1]) == set(np.flatnonzero(group_of == anchor))
-        rows, shown, same = draw_pairs(group_of, PairConfig(k=3, mult_batch=2), rng)
+        drawn = rng.permutation(18)[:6]
+        rows, shown, same = step_pairs(group_of, drawn, 'published', rng)
+        anchor = group_of[drawn[0]]
+        assert (shown == anchor).all()
+        # All members of the anchor's group, and the others as drawn, members or not.
+        assert rows.tolist() == [*np.flatnonzero(group_of == anchor), *drawn[1:]]
+        assert (same == (group_of[rows] == anchor)).all()
+        rows, shown, same = step_pairs(group_of, drawn, 'mixed', rng)
         assert ((group_of[rows] == shown) == (same == 1)).all()
         assert same.sum() == 6 and len(rows) == 12 and (np.bincount(rows)[rows] == 2).all()
+
+
+def test_an_epoch_is_a_permutation(monkeypatch):
+    seen = []
+
+    def record(group_of, drawn, pairs, rng):
+        seen.append(drawn)
+        return step_pairs(group_of, drawn, pairs, rng)
+    monkeypatch.setattr('evaluation.attacks.pairs.step_pairs', record)
+    photos = np.zeros((12, 3, 16, 16), np.uint8)
+    config = PairConfig(k=2, mult_batch=2, epochs=1, image_size=16)
+    attack = PairAttack(config, mean=torch.zeros(1, 3, 1, 1), std=torch.ones(1, 3, 1, 1),
+                        device='cpu')
+    attack.train_epoch(photos, photos[:4], np.arange(12) % 4)
+    assert len(seen) == 3 and sorted(np.concatenate(seen)) == list(range(12))
 
 
 def make_study(folder, *, published=False, n_groups=8, k=2, start=0):
@@ -284,6 +303,125 @@ def test_the_pair_attack_learns_and_resumes_exactly(tmp_path):
     scores = attack.scores(draw(3), pictures)[..., 1]
     own = group_of[None] == np.arange(6)[:, None]
     assert attack_metrics(scores[own], scores[~own], n_bootstrap=50)['auc']['value'] > 0.8
+
+
+def test_a_person_behind_a_target_is_no_stranger():
+    """Groups 0 and 1 of four are targets; the people of 2 are also in 0, those of 3 nowhere else.
+
+    An attacker who never errs about people must reach 1.
+    """
+    group_of = np.repeat(np.arange(4), 5)
+    people = [f'p{i}' for i in [*range(10), *range(5), *range(20, 25)]]
+    member = np.isin(people, people[:10])
+    scores = np.where(member, 0.9, 0.1) + np.zeros((2, 1))
+    found, curves = pair_results(scores, group_of, people, 2, seed=0)
+    assert found['membership']['auc']['value'] == 1
+    assert found['membership']['n_others'] == 5 and found['n_neither'] == 5
+    assert len(curves['in the release at all'][1]) == 5
+
+
+def test_people_come_from_the_group_table_and_the_files(tmp_path):
+    study = make_study(tmp_path, n_groups=4)
+    table = pd.read_csv(study / 'groups.csv')
+    table['patient_id'] = ['a', 'b', 'c', 'd', 'a', 'f', 'g', 'h']
+    table.to_csv(study / 'groups.csv', index=False)
+    shutil.copy(study / 'photos/0_1_1.png', study / 'photos/0_3_1.png')    # d and h
+    files = ReleaseFiles(study, study / 'photos', study / 'ours')
+    found = read_known_release(files, ['groups.csv'], 'centroid_ours', 32, ['--a', '--b', '--c'])
+    assert found.people == ['a', 'b', 'c', 'd', 'a', 'f', 'g', 'd']
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A study in the layout of a run of scripts/k-SALSA.py."""
+    study = make_study(tmp_path / 'study', n_groups=4)
+    private = tmp_path / 'run/private'
+    private.mkdir(parents=True)
+    shutil.move(study / 'groups.csv', private / 'groups.csv')
+    shutil.move(study / 'centroids', private / 'centroids')
+    shutil.move(study / 'ours', tmp_path / 'run/release/images')
+    (private / 'options.json').write_text(json.dumps(
+        {'options': {'data_path': str(study / 'photos')}}))
+    return tmp_path / 'run'
+
+
+def test_a_run_folder_in_place_of_three_flags(run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = [f'--run={run_folder}', '--samek=2', '--device=cpu']
+    for kind in ('centroid_ours', 'centroid'):
+        assert MIA_train.main([*common, '--epochs=1', '--image_size=32',
+                               f'--centroid_type={kind}']) == 0
+        # The checkpoint is found under its published name.
+        assert MIA_test.main([*common, '--topk=2', '--ckpt_epochs=0',
+                              f'--centroid_type={kind}']) == 0
+    with pytest.raises(UserError, match='not the folder of a finished run'):
+        MIA_train.main(['--run=study', '--samek=2'])
+
+
+@pytest.mark.parametrize('module, part', [(MIA_train, 'train'), (MIA_test, 'test')])
+def test_published_lines_get_one_hint(module, part, tmp_path, monkeypatch):
+    """The published defaults are its authors' paths; what is needed is said at once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MIA_test, 'load_pair_attack', lambda *_: PairAttack(
+        PairConfig(image_size=32), mean=torch.zeros(1, 3, 1, 1), std=torch.ones(1, 3, 1, 1),
+        device='cpu'))
+    with pytest.raises(UserError, match=f'--{part}_df_path, --{part}_image_path, '
+                                        '--centroid_image_path needed.*--run'):
+        module.main(['--samek=5', '--data=aptos', '--device=cpu'])
+    assert not list(tmp_path.iterdir())
+
+
+def states_after(monkeypatch, flags, *, kill_after=None):
+    """Trains, ended by an exception after that many epochs where asked; the final weights."""
+    class Killed(BaseException):
+        pass
+    epoch = PairAttack.train_epoch
+
+    def train_epoch(self, *arguments):
+        if self.epoch == kill_after:
+            raise Killed
+        return epoch(self, *arguments)
+    monkeypatch.setattr(PairAttack, 'train_epoch', train_epoch)
+    try:
+        MIA_train.main(flags)
+    except Killed:
+        pass
+    finally:
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize('damage', [None, b'', b'PK', 'flip'])
+def test_an_ended_training_goes_on_exactly(tmp_path, monkeypatch, damage):
+    """Also from the state before, when the newest one is damaged."""
+    study = make_study(tmp_path / 'train', n_groups=4)
+    whole, ended = (train_flags(study, 'centroid_ours', tmp_path / out, '--epochs=4')
+                    for out in ('whole', 'ended'))
+    MIA_train.main(whole)
+    states_after(monkeypatch, ended, kill_after=3)
+    state = tmp_path / 'ended/centroid_ours_aptos_k2/state_3.pt'
+    if damage == 'flip':
+        content = bytearray(state.read_bytes())
+        content[len(content) // 2] ^= 1
+        state.write_bytes(content)
+    elif damage is not None:
+        state.write_bytes(damage)
+    MIA_train.main(ended)
+    weights = [torch.load(tmp_path / out / 'centroid_ours_aptos_k2_3.pth', weights_only=True)['net']
+               for out in ('whole', 'ended')]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_resuming_compares_contents_not_paths(tmp_path, monkeypatch):
+    study = make_study(tmp_path / 'train', n_groups=4)
+    flags = train_flags(study, 'centroid_ours', tmp_path / 'ck', '--epochs=2')
+    MIA_train.main(flags)
+    study.rename(tmp_path / 'moved')
+    monkeypatch.chdir(tmp_path)
+    moved = [f.replace(str(study), 'moved') for f in flags]
+    assert MIA_train.main(moved) == 0
+    Image.new('RGB', (32, 32)).save(tmp_path / 'moved/photos/0_0_0.png')
+    with pytest.raises(UserError, match='photographs: was'):
+        MIA_train.main(moved)
 
 
 @pytest.mark.parametrize('change, message', [

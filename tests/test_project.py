@@ -15,7 +15,7 @@ ALLOWED = {
     'scripts': {'configs', 'models', 'criteria', 'datasets', 'training', 'anonymization',
                 'evaluation', 'classification', 'MIA', 'utils'},
     'classification': {'configs', 'models', 'datasets', 'evaluation', 'utils'},
-    'MIA': {'configs', 'models', 'datasets', 'evaluation', 'utils'},
+    'MIA': {'configs', 'models', 'datasets', 'training', 'evaluation', 'utils'},
 }
 # Folders whose code is a library: it never prints, exits or picks a device.
 LIBRARY = ('models', 'criteria', 'datasets', 'training', 'anonymization', 'evaluation')

@@ -31,9 +31,10 @@ PAIRS = ('mixed', 'published')
 class PairConfig:
     """Settings of the attack's training; defaults are the published ones.
 
-    One step takes k * mult_batch random photographs. pairs='published': the group of the first
-    is the anchor; all its members, and the other photographs drawn, are paired with its release
-    picture. There batch normalisation can tell the members by their likeness to each other,
+    An epoch is a permutation of the photographs, a step takes k * mult_batch of them.
+    pairs='published': the group of the first is the anchor; all its members, and the other
+    photographs of the step (members among them count again), are paired with its release picture.
+    There batch normalisation can tell the members by their likeness to each other,
     without the picture, which fails on other people. pairs='mixed' is the stronger attack: every
     photograph drawn is paired with its own group's picture and with another's.
     """
@@ -91,20 +92,21 @@ def standardisation(photos):
                  for v in (x.mean((0, 2)), x.std((0, 2))))
 
 
-def draw_pairs(group_of, config, rng):
-    """One step's pairs: photographs [p], release pictures [p], membership [p]."""
-    drawn = rng.choice(len(group_of), min(config.k * config.mult_batch, len(group_of)), False)
-    if config.pairs == 'mixed':
-        own = group_of[drawn]
+def step_pairs(group_of: np.ndarray, drawn: np.ndarray, pairs: str, rng: np.random.Generator
+               ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One step's pairs: photographs [p], release pictures [p], membership [p].
+
+    drawn: indices of the step's photographs. pairs: of PAIRS.
+    """
+    own = group_of[drawn]
+    if pairs == 'mixed':
         groups = np.unique(group_of)
         place = np.searchsorted(groups, own) + rng.integers(1, len(groups), len(own))
         pictures = np.concatenate([own, groups[place % len(groups)]])
         photos = np.tile(drawn, 2)
     else:
-        anchor = group_of[drawn[0]]
-        members = np.flatnonzero(group_of == anchor)
-        photos = np.concatenate([members, drawn[group_of[drawn] != anchor]])
-        pictures = np.full(len(photos), anchor)
+        photos = np.concatenate([np.flatnonzero(group_of == own[0]), drawn[1:]])
+        pictures = np.full(len(photos), own[0])
     return photos, pictures, (group_of[photos] == pictures).astype(np.int64)
 
 
@@ -142,12 +144,14 @@ class PairAttack:
             group['lr'] = rate
         rng = numpy_generator(cfg.seed, 'pairs', self.epoch)
         self.net.train()
-        steps = max(1, len(group_of) // (cfg.k * cfg.mult_batch))
+        order, size = rng.permutation(len(group_of)), cfg.k * cfg.mult_batch
+        steps = max(1, len(order) // size)
         total = torch.zeros(2, device=self.device)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
             torch.manual_seed(derive(cfg.seed, 'dropout', self.epoch))
-            for _ in range(steps):
-                rows, shown, same = draw_pairs(group_of, cfg, rng)
+            for step in range(steps):
+                rows, shown, same = step_pairs(group_of, order[step * size:][:size], cfg.pairs,
+                                               rng)
                 same = torch.from_numpy(same).to(self.device)
                 with self._autocast():
                     logits = self.net(self._input(photos[rows]),
