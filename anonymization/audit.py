@@ -17,7 +17,7 @@ import pandas as pd
 from PIL import Image
 
 from utils.errors import UserError
-from utils.images import load_rgb
+from utils.images import load_rgb, open_image
 from utils.io import sha256_file
 from utils.logs import progress
 
@@ -150,10 +150,10 @@ def _check_pictures(pictures):
             if foreign:
                 names = ', '.join(sorted(k.decode('latin-1') for k in foreign))
                 faults.append(f'{path.name} carries metadata ({names})')
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 image.load()
                 sizes.add(image.size)
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, ValueError, UserError) as error:
             faults.append(f'{path.name}: {error}')
     if not pictures:
         faults.append('there are no pictures')

@@ -18,11 +18,8 @@ import torch
 from PIL import Image
 
 from utils.errors import UserError, listing
-from utils.images import IMAGE_SUFFIXES, as_rgb, decode_reason
+from utils.images import IMAGE_SUFFIXES, as_rgb, decode_reason, open_image
 from utils.io import atomic_path
-
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, zipfile.BadZipFile, EOFError,
-                  Image.DecompressionBombError)
 
 
 class FileStore:
@@ -62,23 +59,15 @@ class FileStore:
         return [n for n in self.names if n.lower().endswith(IMAGE_SUFFIXES)
                 and not n.startswith('__MACOSX/') and not n.rsplit('/', 1)[-1].startswith('._')]
 
-    def image(self, name):
+    def image(self, name: str) -> Image.Image:
         """One file as a PIL RGB picture; UserError when it cannot be decoded."""
-        try:
-            with self.open(name) as file, Image.open(file) as image:
-                return as_rgb(image)
-        except _DECODE_ERRORS as error:
-            raise UserError(f'{self.path}: {name} is not a readable image '
-                            f'({decode_reason(error)})') from error
+        with open_image(lambda: self.open(name), f'{self.path}: {name}') as image:
+            return as_rgb(image)
 
-    def size(self, name):
+    def size(self, name: str) -> tuple[int, int]:
         """(width, height) of one image, from its header; UserError when it cannot be read."""
-        try:
-            with self.open(name) as file, Image.open(file) as image:
-                return image.size
-        except _DECODE_ERRORS as error:
-            raise UserError(f'{self.path}: {name} is not a readable image '
-                            f'({decode_reason(error)})') from error
+        with open_image(lambda: self.open(name), f'{self.path}: {name}') as image:
+            return image.size
 
     def labels(self):
         """{name: label} from dataset.json, or None when there is none."""
@@ -144,14 +133,13 @@ class ImageArchive(torch.utils.data.Dataset):
         self.mirror = mirror
         self._cache = {} if cache else None
 
-    def _check_headers(self):
+    def _check_headers(self) -> int:
         sizes, bad = {}, {}
         for name in self.names:
             try:
-                with self.store.open(name) as file, Image.open(file) as image:
-                    sizes[name] = image.size
-            except _DECODE_ERRORS as error:
-                bad[name] = f'unreadable ({decode_reason(error)})'
+                sizes[name] = self.store.size(name)
+            except UserError as error:
+                bad[name] = f'unreadable ({decode_reason(error.__cause__)})'
         common = collections.Counter(sizes.values()).most_common(1)[0][0] if sizes else None
         for name, (w, h) in sizes.items():
             if w != h:

@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
 
 from datasets.archive import FileStore
 from utils.errors import UserError, listing
-from utils.images import resize
+from utils.images import decode_reason, resize
 from utils.logs import progress
 from utils.seeds import numpy_generator
 
@@ -58,10 +57,9 @@ class ImagesDataset(torch.utils.data.Dataset):
             if self.cached:
                 self._pixels[i] = self._decode(i)
             else:
-                with self._store.open(self.names[i]) as file, Image.open(file):
-                    pass
-        except (UserError, OSError, SyntaxError, ValueError) as error:
-            return f'  {self.names[i]}: {error.__cause__ or error}'
+                self._store.size(self.names[i])
+        except UserError as error:
+            return f'  {self.names[i]}: {decode_reason(error.__cause__ or error)}'
         return None
 
     def _decode(self, i):

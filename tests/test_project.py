@@ -60,6 +60,16 @@ def test_torch_files_are_only_loaded_as_plain_data():
     assert not bad, '\n'.join(bad)
 
 
+def test_pictures_are_only_opened_in_one_place():
+    """utils.images.open_image knows which formats are safe."""
+    bad = [f'{f}:{node.lineno}' for f in sources(*ALLOWED, 'benchmarks')
+           for node in ast.walk(ast.parse(f.read_text(encoding='utf-8')))
+           if isinstance(node, ast.Call) and f.name != 'images.py'
+           and re.fullmatch(r'(PIL\.)?Image\.open|imread|.*\.imread|read_image',
+                            ast.unparse(node.func))]
+    assert not bad, '\n'.join(bad)
+
+
 def test_scripts_explain_themselves():
     scripts = [f for f in sources('scripts') if f.name != '__init__.py']
     assert scripts

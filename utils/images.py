@@ -1,5 +1,8 @@
 """Images as files, PIL pictures and tensors. Tensors are float32 RGB in [-1, 1]."""
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -9,6 +12,9 @@ from utils.errors import UserError
 from utils.io import atomic_path
 
 CONTACT_SHEET = 'grid.png'    # beside the pictures of scripts/generate.py, not one of them
+# Pillow looks at the content, not at the suffix, and would run a PostScript program (EPS). MPO,
+# several JPEGs in one file, comes with JPEG.
+_FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'PPM', 'WEBP')
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.ppm', '.webp')
 
 
@@ -36,21 +42,39 @@ def as_rgb(image):
     return image.convert('RGB')
 
 
-def decode_reason(error):
-    """Why a picture could not be decoded, for people: without Python's words for open files."""
+def decode_reason(error: BaseException) -> str:
+    """Why a picture could not be decoded, in one line, without Python's words for open files."""
     if isinstance(error, UnidentifiedImageError):
-        return 'empty, or of no known image format'
-    return str(error)
+        return f'empty, or of no known image format ({", ".join(_FORMATS)})'
+    text = ' '.join(str(error).split())
+    if isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError)):
+        return text
+    return f'{type(error).__name__} {text}'
 
 
-def load_rgb(path):
-    """Reads any common image file as a PIL RGB picture; UserError when it cannot be decoded."""
+@contextlib.contextmanager
+def open_image(source: str | Path | Callable[[], BinaryIO], name: str | None = None
+               ) -> Iterator[Image.Image]:
+    """An opened PIL picture of one of the formats this project reads; the only way to open one.
+
+    source: a path, or a function that opens a file. Whatever goes wrong in the block becomes a
+    UserError that calls the picture by `name` (default: the path), with the reason as its cause.
+    """
     try:
-        with Image.open(path) as image:
-            return as_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f'{path} is not a readable image ({decode_reason(error)}); '
-                        'replace it or remove its row') from error
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(source()) if callable(source) else source
+            yield stack.enter_context(Image.open(file, formats=_FORMATS))
+    except UserError:
+        raise
+    except Exception as error:    # damaged bytes make the decoders fail in any way
+        raise UserError(f'{name or source} is not a readable image ({decode_reason(error)}); '
+                        'replace or remove it') from error
+
+
+def load_rgb(path: str | Path) -> Image.Image:
+    """Reads any common image file as a PIL RGB picture; UserError when it cannot be decoded."""
+    with open_image(path) as image:
+        return as_rgb(image)
 
 
 def resize(image, size):
@@ -110,12 +134,12 @@ def find_images(folder):
     return found
 
 
-def check_image_files(paths):
+def check_image_files(paths: Sequence[str | Path]) -> list[tuple[str | Path, str]]:
     """Decodes every file fully; returns [(path, reason), ...] of those that fail."""
     bad = []
     for path in paths:
         try:
             load_rgb(path)
         except UserError as error:
-            bad.append((path, str(error.__cause__)))
+            bad.append((path, decode_reason(error.__cause__)))
     return bad
