@@ -13,7 +13,6 @@ $(VENV)/.installed: pyproject.toml environment/requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --progress-bar off -r environment/requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
 
 env: $(VENV)/.installed

@@ -2,6 +2,7 @@
 import ast
 import re
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -82,13 +83,28 @@ def test_scripts_explain_themselves():
 
 def test_dependencies_agree():
     def names(text):
-        return set(re.findall(r'^\s*"?([A-Za-z][\w.-]*)>=', text, re.M))
+        return re.findall(r'^\s*"?([A-Za-z][\w.-]*)>=', text, re.M)
     project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
-    listed = project[project.index('dependencies = ['):project.index('[tool.setuptools]')]
+    listed = project[project.index('dependencies = ['):project.index('[tool.ruff]')]
     requirements = (ROOT / 'environment' / 'requirements.txt').read_text(encoding='utf-8')
-    assert names(listed) == names(requirements)
+    assert set(names(listed)) == set(names(requirements))
+    assert len(names(requirements)) == len(set(names(requirements)))
     reasons = [line for line in listed.splitlines() if re.match(r'\s+"', line)]
     assert all('#' in line for line in reasons)
+
+
+def test_nothing_is_installed_over_other_packages(tmp_path):
+    """Refused with one sentence, and a library that is there keeps every byte."""
+    theirs = tmp_path / 'site' / 'datasets' / '__init__.py'
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text('a = 1\n')
+    for how in ([], ['--editable']):
+        done = subprocess.run(
+            [sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-index', '--target',
+             str(tmp_path / 'site'), *how, str(ROOT)], capture_output=True, text=True)
+        assert done.returncode and 'runs from its checkout' in done.stdout + done.stderr
+    assert [p for p in (tmp_path / 'site').rglob('*') if p.is_file()] == [theirs]
+    assert theirs.read_text() == 'a = 1\n'
 
 
 @pytest.mark.parametrize('pattern', [r'/home/\w', r'/hub_data', r'/root/', r'/tmp/\w'])
