@@ -1,7 +1,8 @@
 """Build backend that builds nothing: the project runs from its checkout.
 
-Its top-level folders (`datasets`, `models`, `utils`, ...) are the published repository's. Installed,
-they would overwrite files of packages of the same names, Hugging Face `datasets` among them.
+Its top-level folders (`datasets`, `models`, `utils`, ...) are the published repository's.
+Installed, they would overwrite files of packages of the same names, Hugging Face `datasets` among
+them.
 """
 _REASON = ('k-SALSA runs from its checkout and is not installed: its folders would overwrite other '
            'packages (datasets, models, utils, ...). Install what it needs with "make env" or '
