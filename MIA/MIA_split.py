@@ -2,19 +2,23 @@
 
     python MIA/MIA_split.py --df labels.csv --image_dir photos/ --out_dir split/
 
-Whole patients fall on one side. Writes members.csv (make the release from it), others.csv (make a
-second release from it to test the trained attack on, or take it as non-members) and split.csv,
-the record. All three name photographs: keep them private.
+Whole patients fall on one side, and identical photographs show one patient. Writes members.csv
+(make the release from it), others.csv (make a second release from it to test the trained attack
+on, or take it as non-members) and split.csv, the record. All three name photographs: keep them
+private.
 """
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import argparse
 import logging
+from collections.abc import Sequence
 
 import pandas as pd
 
+from datasets.people import merge_identical
 from datasets.table import read_table
 from evaluation.splits import MEMBER, OTHER, split_by_patient, split_table
 from utils import cli
@@ -26,7 +30,7 @@ from utils.runs import run_record, start_run
 log = logging.getLogger(__name__)
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
     p.add_argument('--df', type=Path, required=True, metavar='CSV', help='table of photographs')
     p.add_argument('--image_dir', type=Path, metavar='DIR',
@@ -39,13 +43,14 @@ def build_parser():
     return p
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()
     table = read_table(opts.df, opts.image_dir)
     if table.patients is None:
         log.warning('%s has no patient column: images are split, and two images of one person '
                     'may fall on different sides', opts.df)
+    table = merge_identical(table)
     roles = split_by_patient(table.patients or table.ids, opts.members, seed=opts.seed)
     record = run_record({'members': opts.members}, inputs={'df': opts.df}, seed=opts.seed)
     if start_run(opts.out_dir, record, resume=True):

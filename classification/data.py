@@ -3,6 +3,7 @@
 Shapes: n training pictures, C = 5 grades. Pictures are uint8 [n, 3, S, S].
 """
 import dataclasses
+import json
 import logging
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from datasets.groups import group_pictures, read_groups
-from datasets.table import read_table
+from datasets.people import merge_identical, shown_elsewhere
+from datasets.table import Table, read_table
 from utils.errors import UserError, listing
 from utils.seeds import numpy_generator
 
@@ -81,7 +83,7 @@ def release_set(folder):
 def photograph_set(table):
     """Every photograph of a labelled table as a training picture of its own."""
     return TrainingSet(names=table.ids, sources=[[p] for p in table.paths], labels=table.labels,
-                       shares=one_hot(table.labels), groups=table.patients)
+                       shares=one_hot(table.labels), groups=merge_identical(table).patients)
 
 
 def graded_groups(path, grades):
@@ -152,17 +154,34 @@ def split_validation(labels, *, fraction, seed, groups=None):
     return np.flatnonzero(~validation), np.flatnonzero(validation)
 
 
-def without_known_patients(table, *others):
-    """The rows of a test table whose ids and patients occur in none of the other tables.
+def release_people(release: Path) -> Table | None:
+    """The photographs behind a release that still lies in its run folder, or None.
 
-    Returns (table, number of rows dropped); UserError when nothing is left.
+    A table of ids, patients and, where they are still there, files: the private part of a run
+    names them.
     """
-    ids = {i for t in others for i in t.ids}
-    patients = {p for t in others for p in t.patients or []}
-    keep = [i for i in range(len(table)) if table.ids[i] not in ids
-            and (table.patients is None or table.patients[i] not in patients)]
-    if not keep:
+    private = Path(release).resolve().parent / 'private'
+    groups = private / 'groups.csv'
+    if not groups.is_file():
+        return None
+    try:
+        record = json.loads((private / 'options.json').read_text(encoding='utf-8'))
+        return read_table(groups, record['options']['data_path'])
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+        log.warning('the photographs behind %s cannot be compared with those of the test, only '
+                    'ids and patients (%s)', release, error)
+        return read_table(groups, ids_only=True)
+
+
+def without_known_people(table: Table, *others: Table) -> tuple[Table, int]:
+    """The rows of a test table whose people occur in none of the other tables.
+
+    The same id, patient or bytes make the same person. Returns (table with identical photographs
+    as one patient, number of rows dropped); UserError when nothing is left.
+    """
+    known = shown_elsewhere(table, *others)
+    if all(known):
         raise UserError('every test photograph shows a person of the training table, so nothing '
                         'is held out; check --labels_test and --test_split')
-    dropped = len(table) - len(keep)
-    return (table.subset(keep) if dropped else table), dropped
+    return (merge_identical(table.subset([i for i, k in enumerate(known) if not k])),
+            sum(known))

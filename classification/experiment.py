@@ -114,3 +114,13 @@ def _draw(records, test, config, out_dir):
     plot_confusion(total, out_dir / 'confusion.png', names=names,
                    title=f'test set, sum of {len(records)} seeds')
     plot_history({f'seed {r["seed"]}': r['history'] for r in records}, out_dir / 'training.png')
+
+
+def results_table(results: dict) -> str:
+    """Printable mean and spread of every score."""
+    lines = [f'{"score":<20}{"mean":>8}{"std":>8}   seeds']
+    for name, score in results['summary'].items():
+        std = '-' if score['std'] is None else f'{score["std"]:.3f}'
+        lines.append(f'{name:<20}{score["mean"]:>8.3f}{std:>8}   '
+                     + ' '.join(f'{v:.3f}' for v in score['values']))
+    return '\n'.join(lines)

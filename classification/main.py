@@ -13,6 +13,7 @@ pictures of the confusion matrix and the ROC curve. The epoch is chosen on a val
 is split off the training pictures; the test set is only scored. The same command goes on where
 an interrupted run stopped.
 """
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -20,33 +21,29 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import logging
+from collections.abc import Sequence
 
+import numpy as np
 import yaml
 
-from classification.data import (
-    graded_groups,
-    photograph_set,
-    pixel_average_set,
-    published_set,
-    release_set,
-    without_known_patients,
-)
-from classification.experiment import run_seeds
-from classification.metrics import check_test_labels
-from classification.settings import LABELS, PRECISIONS, TARGETS, load_config
+from classification.experiment import results_table, run_seeds
+from classification.inputs import test_table, training_set
+from classification.settings import LABELS, PRECISIONS, TARGETS, Config, load_config
 from datasets.pictures import load_pictures
-from datasets.table import read_table
 from models.resnet import ARCHS
 from utils.cli import boolean, nonnegative_int, parser, positive_int, resolve_device, run
 from utils.errors import UserError
-from utils.io import write_json, write_text
+from utils.io import sha256_bytes, write_json, write_text
 from utils.logs import setup_logging
 from utils.runs import RECORD_NAME, run_record, start_run
 
 log = logging.getLogger(__name__)
 
+# Paths: their contents are compared when a run goes on.
+_FREE = ('release', 'images_path', 'test_images_path', 'train_images_path', 'baseline')
 
-def build_parser():
+
+def build_parser() -> argparse.ArgumentParser:
     p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
     g = p.add_argument_group('published flags')
     g.add_argument('-config', default='aptos.yaml', metavar='YAML',
@@ -76,7 +73,8 @@ def build_parser():
                         'pixel-average, or a folder of <id>.png with the grades of '
                         '--labels_train (e.g. reconstructions)')
     g.add_argument('--train_images_path', type=Path, metavar='DIR',
-                   help='source photographs for the baselines (default: beside --labels_train)')
+                   help='source photographs, for the baselines and to notice identical ones among '
+                        'the test photographs (default: beside --labels_train)')
     g.add_argument('--n_train', type=positive_int, metavar='INT',
                    help='number of pictures for real-same-n')
     g.add_argument('--train_split', metavar='NAME', help='rows of --labels_train with that split')
@@ -102,80 +100,7 @@ def build_parser():
     return p
 
 
-def required(opts, *names):
-    missing = [f'--{n}' for n in names if getattr(opts, n) is None]
-    if missing:
-        raise UserError(f'{", ".join(missing)} needed; see --help')
-
-
-def source_table(opts, *, ids_only=True):
-    return read_table(opts.labels_train, opts.train_images_path, require_label=True,
-                      ids_only=ids_only, split=opts.train_split)
-
-
-def training_set(opts):
-    """(TrainingSet, source Table or None, number of pictures to draw or None)."""
-    if opts.release is not None:
-        if opts.images_path or opts.baseline:
-            raise UserError('--release goes without --images_path and --baseline')
-        return release_set(opts.release), source_table(opts) if opts.labels_train else None, None
-    required(opts, 'labels_train')
-    if opts.baseline is None:
-        if opts.images_path is None:
-            raise UserError('give --release, --images_path with --df, or --baseline')
-        required(opts, 'df')
-        table = source_table(opts)
-        grades = dict(zip(table.ids, table.labels))
-        return published_set(graded_groups(opts.df, grades), grades, opts.images_path,
-                             centroid=opts.is_centroid), table, None
-    if opts.baseline in ('real', 'real-same-n'):
-        table = source_table(opts, ids_only=False)
-        n = number_of_groups(opts, table) if opts.baseline == 'real-same-n' else None
-        return photograph_set(table), table, n
-    if opts.baseline == 'pixel-average':
-        required(opts, 'df')
-        table = source_table(opts, ids_only=False)
-        grades = dict(zip(table.ids, table.labels))
-        return pixel_average_set(graded_groups(opts.df, grades), grades,
-                                 dict(zip(table.ids, table.paths))), table, None
-    folder = Path(opts.baseline)
-    if not folder.is_dir():
-        raise UserError(f'--baseline {opts.baseline}: neither real, real-same-n, pixel-average '
-                        'nor a folder')
-    if (folder / 'labels.csv').is_file():
-        return release_set(folder), source_table(opts), None
-    table = read_table(opts.labels_train, folder, require_label=True, split=opts.train_split)
-    return photograph_set(table), table, None
-
-
-def number_of_groups(opts, table):
-    if opts.n_train is not None:
-        n = opts.n_train
-    else:
-        if opts.df is None:
-            raise UserError('--baseline real-same-n needs --n_train, or --df to count groups')
-        n = len(graded_groups(opts.df, dict(zip(table.ids, table.labels))))
-    if n > len(table):
-        raise UserError(f'--n_train {n}: {opts.labels_train} has only {len(table)} photographs')
-    return n
-
-
-def test_table(opts, source, positive_from):
-    """The test Table without people of the source table, and how many rows that dropped."""
-    required(opts, 'labels_test')
-    table = read_table(opts.labels_test, opts.test_images_path, require_label=True,
-                       split=opts.test_split)
-    dropped = 0
-    if source is not None:
-        table, dropped = without_known_patients(table, source)
-    if dropped:
-        log.warning('%d test photographs left out: they or their patients are in '
-                    '--labels_train', dropped)
-    check_test_labels(table.labels, positive_from=positive_from)
-    return table, dropped
-
-
-def output_folder(opts, config):
+def output_folder(opts: argparse.Namespace, config: Config) -> Path:
     """--out_dir, or save_path with the published suffix (and what a baseline is called)."""
     if opts.out_dir is not None:
         return opts.out_dir
@@ -187,7 +112,7 @@ def output_folder(opts, config):
     return Path('_'.join(parts))
 
 
-def remove_run(folder):
+def remove_run(folder: Path) -> None:
     """Deletes a run of this tool; UserError when the folder holds anything else."""
     if not folder.exists():
         return
@@ -197,17 +122,22 @@ def remove_run(folder):
     shutil.rmtree(folder)
 
 
-def results_table(results):
-    """Printable mean and spread of every score."""
-    lines = [f'{"score":<20}{"mean":>8}{"std":>8}   seeds']
-    for name, score in results['summary'].items():
-        std = '-' if score['std'] is None else f'{score["std"]:.3f}'
-        lines.append(f'{name:<20}{score["mean"]:>8.3f}{std:>8}   '
-                     + ' '.join(f'{v:.3f}' for v in score['values']))
-    return '\n'.join(lines)
+def record_of(opts: argparse.Namespace, config: Config, training: np.ndarray, test: np.ndarray
+              ) -> dict:
+    """The run record: settings, and digests of tables, pictures and weights."""
+    inputs = {name: getattr(opts, name) for name in ('labels_train', 'labels_test', 'df',
+                                                     'imagenet_weights')}
+    if opts.release is not None:
+        inputs['labels of the release'] = opts.release / 'labels.csv'
+    options = {'config': config.to_dict(), **{name: getattr(opts, name) for name in (
+        *_FREE, 'n_train', 'is_centroid', 'train_split', 'test_split')}}
+    record = run_record(options, inputs=inputs)
+    record['inputs'] |= {'training pictures': sha256_bytes(training.data),
+                         'test photographs': sha256_bytes(test.data)}
+    return record
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     config = load_config(opts.config, target=opts.target, labels=opts.labels, arch=opts.arch,
                          image_size=opts.image_size, epochs=opts.epochs,
@@ -223,27 +153,18 @@ def main(argv=None):
     if opts.imagenet_weights is None:
         log.info('starting from random weights; --imagenet_weights starts from a file')
 
+    size = config.settings.image_size
+    pictures = load_pictures(data.sources, size), load_pictures([[p] for p in test.paths], size)
     out_dir = output_folder(opts, config)
     if opts.overwrite:
         remove_run(out_dir)
-    inputs = {name: getattr(opts, name) for name in ('labels_train', 'labels_test', 'df',
-                                                     'imagenet_weights')}
-    if opts.release is not None:
-        inputs['release'] = opts.release / 'labels.csv'
-    options = {'config': config.to_dict(), **{name: getattr(opts, name) for name in (
-        'release', 'images_path', 'test_images_path', 'train_images_path', 'baseline', 'n_train',
-        'is_centroid', 'train_split', 'test_split')}}
-    start_run(out_dir, run_record(options, inputs=inputs), resume=True)
+    start_run(out_dir, record_of(opts, config, *pictures), resume=True, free_options=_FREE)
     write_text(out_dir / 'config.yaml', yaml.safe_dump(config.to_dict(), sort_keys=False))
     setup_logging(out_dir / 'log.txt')
-
-    size = config.settings.image_size
-    results = run_seeds(data, load_pictures(data.sources, size), test,
-                        load_pictures([[p] for p in test.paths], size), config=config,
-                        out_dir=out_dir, device=device, n_draw=n_draw,
-                        imagenet_weights=opts.imagenet_weights)
+    results = run_seeds(data, pictures[0], test, pictures[1], config=config, out_dir=out_dir,
+                        device=device, n_draw=n_draw, imagenet_weights=opts.imagenet_weights)
     results = {'initial_weights': 'file' if opts.imagenet_weights else 'random',
-               'test_rows_dropped': dropped, **results}
+               'test_rows_dropped': dropped, 'test_people_checked': source is not None, **results}
     write_json(out_dir / 'results.json', results)
     print(results_table(results))
     log.info('results in %s', out_dir)

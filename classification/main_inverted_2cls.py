@@ -7,10 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from classification.main import main
+from classification.two_classes import two_classes
 from utils.cli import run
 
-DEFAULTS = ['-config', 'eyepacs_2cls.yaml']
-
 if __name__ == '__main__':
-    run(lambda: main([*DEFAULTS, *sys.argv[1:]]))
+    run(lambda: two_classes([], sys.argv[1:],
+                            needs='--baseline', what='the folder of the reconstructions'))

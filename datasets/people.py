@@ -4,6 +4,7 @@ Photographs with the same bytes are one photograph, whatever a table says of the
 count once for k and fall on one side of every split.
 """
 import dataclasses
+import logging
 import os
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -13,6 +14,8 @@ from scipy.cluster.hierarchy import DisjointSet
 
 from datasets.table import Table
 from utils.io import sha256_file
+
+log = logging.getLogger(__name__)
 
 
 def person_numbers(*keys: Sequence[Hashable | None]) -> list[int]:
@@ -65,6 +68,8 @@ def merge_identical(table: Table) -> Table:
         merged[person] = min(name, merged.get(person, name))
     if len(merged) == len(set(names)):
         return table
+    log.warning('identical photographs show one person: %d people, not %d', len(merged),
+                len(set(names)))
     return dataclasses.replace(table, patients=[merged[p] for p in people])
 
 

@@ -39,13 +39,15 @@ from classification.data import TrainingSet, one_hot
 from classification.experiment import WEIGHTS, run_seeds
 from classification.grader import GraderResult, build_grader
 from classification.settings import find_config, load_config
+from datasets.people import merge_identical
 from datasets.table import read_table
 from evaluation.attacks.metrics import attack_metrics, plot_roc, reidentification_rates
 from evaluation.attacks.nearest import closest_release_scores, reidentification_ranks
 from evaluation.attacks.vessels import VesselAttack
 from evaluation.fidelity import extract_features, fidelity
+from evaluation.population import people_of, populate, roles_of
 from evaluation.spectra import sharpness
-from evaluation.splits import MEMBER, OTHER, check_roles, split_by_patient, split_table
+from evaluation.splits import split_table
 from models.features.content import load_content_network
 from models.psp import load_psp
 from utils import cli
@@ -136,19 +138,6 @@ def call(name, *arguments):
 # -- data -----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Population:
-    """Members make the releases; others never enter them. Both are tables with pictures.
-
-    again: later photographs of members' eyes, with `again_of` the row of the first; or None.
-    """
-
-    members: object
-    others: object
-    again: object
-    again_of: np.ndarray
-
-
 def prepare_data(config, out_dir, seed):
     """Reads or draws the photographs and splits them by patient; records split.csv."""
     if config['phantoms']:
@@ -161,25 +150,10 @@ def prepare_data(config, out_dir, seed):
     else:
         table = read_table(Path(located(config['table'])), config['image_dir'] and
                            Path(located(config['image_dir'])), require_label=True)
-    people = table.patients or table.ids
-    if config['split_column']:
-        if table.splits is None:
-            raise UserError('split_column: the table has no split column')
-        value = {config['split_column'][r + 's']: r for r in (MEMBER, OTHER)}
-        role = [value.get(s, '') for s in table.splits]
-    else:
-        role = split_by_patient(people, config['members'], seed=seed)
-    check_roles(people, role)
-    write_csv(out_dir / 'split.csv', split_table(table, role))
-    first = [v in ('', '0') for v in table.visits] if table.visits else [True] * len(table)
-    rows = {r: [i for i in range(len(table)) if role[i] == r and first[i]]
-            for r in (MEMBER, OTHER)}
-    again = [i for i in range(len(table)) if role[i] == MEMBER and not first[i]]
-    eye_of = {(people[i], (table.eyes or [''] * len(table))[i]): n
-              for n, i in enumerate(rows[MEMBER])}
-    return Population(table.subset(rows[MEMBER]), table.subset(rows[OTHER]),
-                      table.subset(again) if again else None,
-                      np.array([eye_of[people[i], table.eyes[i]] for i in again], dtype=int))
+    table = merge_identical(table)
+    roles = roles_of(table, share=config['members'], column=config['split_column'], seed=seed)
+    write_csv(out_dir / 'split.csv', split_table(table, roles))
+    return populate(table, roles, seed=seed)
 
 
 def pictures_of(paths, side):
@@ -194,7 +168,8 @@ def pictures_of(paths, side):
 class Candidate:
     """One release: pictures uint8 [n, 3, S, S], grades [n], and the group of each member.
 
-    group_of [members]: index of the picture a member stands behind, -1 for none.
+    group_of [members]: index of the picture a member stands behind, -1 for none. people: whose
+    photograph each picture is, None where a picture is nobody's own.
     """
 
     method: str
@@ -204,6 +179,13 @@ class Candidate:
     shares: np.ndarray
     group_of: np.ndarray
     real: bool = False
+    people: list | None = None
+
+    @property
+    def in_release(self):
+        """Members whom the attacks can find [m]: who stand behind a picture; all, if none does."""
+        known = self.group_of >= 0
+        return known if known.any() else ~known
 
 
 def make_release(config, data, k, opts):
@@ -257,7 +239,7 @@ def grouped_candidates(config, data, pictures, k, opts, side):
 def single_candidates(config, data, pictures, run, n_groups, opts, side, device):
     """Candidates that do not depend on groups; `unconditional` still lacks grades."""
     n, labels = len(pictures), data.members.labels
-    own = np.arange(n)
+    own, people = np.arange(n), data.members.patients
     made = []
     for method in config['methods']:
         if method in ('real', 'real_same_n'):
@@ -267,11 +249,12 @@ def single_candidates(config, data, pictures, run, n_groups, opts, side, device)
             group_of = np.full(n, -1)
             group_of[rows] = np.arange(len(rows))
             made.append(Candidate(method, 1, pictures[rows], labels[rows],
-                                  one_hot(labels[rows]), group_of, real=True))
+                                  one_hot(labels[rows]), group_of, real=True,
+                                  people=people and [people[i] for i in rows]))
         elif method == 'inverted':
             again = pictures_of([run / 'private/reconstructions' / f'{Path(p.name).stem}.png'
                                  for p in data.members.paths], side)
-            made.append(Candidate(method, 1, again, labels, one_hot(labels), own))
+            made.append(Candidate(method, 1, again, labels, one_hot(labels), own, people=people))
         elif method == 'unconditional':
             made.append(Candidate(method, 0, sample(config, n_groups, opts.seed, side, device),
                                   None, None, np.full(n, -1)))
@@ -292,12 +275,9 @@ def sample(config, n, seed, side, device):
 
 def utility(candidate, config, grader, data, test_pictures, folder, device):
     """Scores of graders trained on a candidate, over the seeds."""
-    groups = None
-    if candidate.method == 'real' and data.members.patients:
-        groups = data.members.patients
     n = len(candidate.pictures)
     training = TrainingSet([str(i) for i in range(n)], [[] for _ in range(n)], candidate.labels,
-                           candidate.shares, groups)
+                           candidate.shares, candidate.people)
     return run_seeds(training, candidate.pictures, data.others, test_pictures, config=grader,
                      out_dir=folder, device=device)
 
@@ -315,23 +295,21 @@ def grade_samples(candidate, grader_folder, grader, seed, device):
     candidate.shares = one_hot(candidate.labels)
 
 
-def halves(others):
-    """The non-members and the reference people of the attacks."""
-    return others[:len(others) // 2], others[len(others) // 2:]
-
-
 def privacy(candidate, data, views, embed, vessels):
     """Attack results of a candidate: {attack: metrics}, raw scores, and re-identification."""
-    nonmembers, reference = halves(views['others'])
+    attacked = candidate.in_release
+    sides = {'member_people': np.array(people_of(data.members))[attacked],
+             'other_people': np.array(people_of(data.others))[data.nonmember]}
     found, raw = {}, {}
     for attack in ATTACKS:
         if attack == 'vessel':
             member, other = vessels().scores(candidate.pictures)
+            member = member[attacked]
         else:
             member, other = closest_release_scores(
-                views['members'], nonmembers, candidate.pictures, reference,
-                embed[attack])
-        found[attack] = attack_metrics(member, other)
+                views['members'][attacked], views['others'][data.nonmember], candidate.pictures,
+                views['others'][~data.nonmember], embed[attack])
+        found[attack] = attack_metrics(member, other, **sides)
         raw[attack] = (member, other)
     again = None
     known = candidate.group_of[data.again_of] if data.again is not None else np.array([])
@@ -339,7 +317,8 @@ def privacy(candidate, data, views, embed, vessels):
         keep = known >= 0
         ranks = reidentification_ranks(views['again'][keep], known[keep], candidate.pictures,
                                        embed['content'])
-        again = reidentification_rates(ranks, len(candidate.pictures))
+        again = reidentification_rates(ranks, len(candidate.pictures),
+                                       people=np.array(people_of(data.again))[keep])
     return found, raw, again
 
 
@@ -350,7 +329,8 @@ def evaluate(candidates, config, grader, data, views, network, opts, device):
              'content': lambda u8: extract_features(network, u8, device=device)}
     real_features = embed['content'](views['others'])
     # Made when the first candidate needs it, not when all is cached.
-    vessels = functools.cache(lambda: VesselAttack(views['members'], *halves(views['others'])))
+    vessels = functools.cache(lambda: VesselAttack(
+        views['members'], views['others'][data.nonmember], views['others'][~data.nonmember]))
     curves, rows = {}, []
     for c in sorted(candidates, key=lambda c: list(METHODS).index(c.method)):
         name = f'{c.method}_k{c.k}' if c.method in GROUPED else c.method

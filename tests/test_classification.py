@@ -1,5 +1,6 @@
 """The grader: metrics, augmentation, soft labels, resuming, and the published commands."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -322,10 +323,24 @@ def test_test_photographs_of_training_people_are_left_out(tmp_path):
     pd.DataFrame({'image': ['1_right', '3_left'], 'level': [0, 1]}).to_csv(
         tmp_path / 'test.csv', index=False)
     train, test = (read_table(tmp_path / f'{n}.csv', ids_only=True) for n in ('train', 'test'))
-    kept, dropped = data.without_known_patients(test, train)
+    kept, dropped = data.without_known_people(test, train)
     assert kept.ids == ['3_left'] and dropped == 1
     with pytest.raises(UserError, match='nothing is held out'):
-        data.without_known_patients(train, train)
+        data.without_known_people(train, train)
+
+
+def test_identical_photographs_are_on_one_side(study):
+    """Photographs 0 and 20 of the source are one; test photograph 3 is source photograph 7."""
+    shutil.copy('source/src00.png', 'source/src20.png')
+    shutil.copy('source/src07.png', 'test/t3.png')
+    shutil.copy('test/t4.png', 'test/t9.png')
+    train = read_table('train.csv', 'source', require_label=True)
+    people = data.photograph_set(train).groups
+    assert people[0] == people[20] and len(set(people)) == 39
+    test = read_table('test.csv', 'test', require_label=True)
+    kept, dropped = data.without_known_people(test, train)
+    assert dropped == 1 and 't3' not in kept.ids
+    assert len(set(kept.patients)) == 13 and kept.patients[3] == kept.patients[8] == 't4'
 
 
 # configuration and command
@@ -393,6 +408,56 @@ def test_baselines(study, tiny_net, baseline, n):
                  '--out_dir', 'out', '--seed', '0', '--epochs', '1', '--labels', 'soft']) == 0
     seed = json.loads((study / 'out' / 'results.json').read_text())['seeds'][0]
     assert seed['n_train'] + seed['n_validation'] == n
+
+
+def in_run_folder(study):
+    """Moves the release into the layout of a run that used photographs 5 to 9 of the test set."""
+    (study / 'run/private').mkdir(parents=True)
+    (study / 'release').rename(study / 'run/release')
+    ids = [f't{i}' for i in range(5, 10)]
+    pd.DataFrame({'id_code': ids, 'centers': 1}).to_csv('run/private/groups.csv', index=False)
+    (study / 'run/private/options.json').write_text(json.dumps(
+        {'options': {'data_path': str(study / 'test')}}))
+    return ['--release', 'run/release', *TEST_FLAGS, '--out_dir', 'out', '--epochs', '1']
+
+
+def test_nobody_of_the_release_is_tested(study, tiny_net, capsys):
+    """The run folder around a release tells whose photographs are behind it."""
+    flags = in_run_folder(study)
+    assert main([*CLI, *flags]) == 0
+    results = json.loads((study / 'out/results.json').read_text())
+    assert results['n_test'] == 10 and results['test_rows_dropped'] == 5
+    assert results['test_people_checked'] and 'NOT KNOWN' not in capsys.readouterr().err
+    (study / 'run/private/options.json').write_text('{}')    # ids are compared all the same
+    assert main([*CLI, *flags[:-4], '--out_dir', 'again', '--epochs', '1']) == 0
+    assert json.loads((study / 'again/results.json').read_text())['n_test'] == 10
+
+
+def test_a_release_by_itself_is_said_to_be_unknown(study, tiny_net, capsys):
+    assert main([*CLI, '--release', 'release', *TEST_FLAGS, '--out_dir', 'out',
+                 '--epochs', '1']) == 0
+    assert 'IT IS NOT KNOWN WHO IS BEHIND THE RELEASE' in capsys.readouterr().err
+    assert not json.loads((study / 'out/results.json').read_text())['test_people_checked']
+
+
+def test_resuming_compares_pictures_not_paths(study, tiny_net):
+    flags = ['--baseline', 'real', '--labels_train', 'train.csv', '--out_dir', 'out',
+             '--epochs', '1', '--labels_test', 'test.csv']
+    assert main([*CLI, *flags, '--train_images_path', 'source', '--test_images_path', 'test']) == 0
+    absolute = ['--train_images_path', str(study / 'source'),
+                '--test_images_path', str(study / 'test')]
+    assert main([*CLI, *flags, *absolute]) == 0
+    shutil.copy('test/t0.png', 'test/t5.png')
+    with pytest.raises(UserError, match='test photographs: was'):
+        main([*CLI, *flags, *absolute])
+
+
+def test_inverted_asks_for_the_reconstructions(study):
+    script = str(ROOT / 'classification' / 'main_inverted_2cls.py')
+    done = subprocess.run([sys.executable, script, *PUBLISHED, '--images_path', 'style_proj'],
+                          capture_output=True, text=True, cwd=study, timeout=300)
+    assert done.returncode == 2 and done.stderr == (
+        'error: --baseline needed: the folder of the reconstructions; see --help\n')
 
 
 def test_two_class_command(study):
