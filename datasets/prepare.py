@@ -4,12 +4,20 @@ import dataclasses
 import itertools
 import logging
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 from PIL import Image
 
 from datasets.archive import ArchiveWriter, FileStore
+from datasets.dicom import (
+    DICOM_SUFFIXES,
+    DicomPhotograph,
+    find_dicom,
+    list_photographs,
+    load_dicom,
+)
 from datasets.fov import UnusableFrame, crop_fov, find_fov
 from datasets.table import read_table
 from utils.errors import UserError, listing
@@ -31,16 +39,19 @@ class SourceImage:
 
     source: str
     name: str
-    load: object
+    load: Callable[[], Image.Image]
     label: object = None
+    dicom: DicomPhotograph | None = None
 
 
-def list_source(path, *, image_dir=None, split=None):
+def list_source(path: str | Path, *, image_dir: str | None = None, split: str | None = None,
+                burned_in: bool = False) -> list[SourceImage]:
     """The pictures of a folder, a ZIP or a CSV table, in sorted (table: given) order.
 
     Folder and ZIP take labels from a dataset.json inside; a CSV from its label column, its images
     from `image_dir`, or else from `images/` beside it, or its own folder. `split` keeps the CSV
-    rows of that split.
+    rows of that split. A folder of DICOM files gives its fundus photographs; loading one of the
+    others raises UnusableFrame with the reason (burned_in: text in the picture is accepted).
     """
     path = Path(path)
     if path.suffix.lower() == '.csv':
@@ -49,6 +60,11 @@ def list_source(path, *, image_dir=None, split=None):
         raise UserError(f'--split {split}: {path} is no CSV table; splits are read from tables')
     store = FileStore(path)
     names = store.image_names()
+    if dicom := find_dicom(path) if path.is_dir() else []:
+        if names:
+            raise UserError(f'{path} holds DICOM files and other pictures ({names[0]}); give them '
+                            'in two folders, as two --source')
+        return _list_dicom(path, dicom, burned_in)
     if not names:
         raise UserError(f'no images in {path}')
     labels = store.labels() or {}
@@ -70,6 +86,35 @@ class _FileLoader:
 
     def __call__(self):
         return load_rgb(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DicomLoader:
+    path: Path
+
+    def __call__(self):
+        return load_dicom(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refused:
+    reason: str
+
+    def __call__(self):
+        raise UnusableFrame(self.reason)
+
+
+def _list_dicom(folder, paths, burned_in):
+    found, refused = list_photographs(paths, burned_in=burned_in)
+    reasons, photographs = dict(refused), {p.path: p for p in found}
+    images = []
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        if path.suffix.lower() not in DICOM_SUFFIXES:    # the last part of a UID is no suffix
+            name += DICOM_SUFFIXES[0]
+        load = _Refused(reasons[path]) if path in reasons else _DicomLoader(path)
+        images.append(SourceImage(str(folder), name, load, dicom=photographs.get(path)))
+    return images
 
 
 def _list_table(path, image_dir, split):

@@ -6,6 +6,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
 
+from datasets.dicom import photograph_table
 from datasets.prepare import FILTERS, TRANSFORMS, build_archive, check_options, list_source
 from utils import cli
 from utils.errors import UserError
@@ -28,7 +29,8 @@ A report of every source image (kept or left out, and why) is written beside the
 def build_parser():
     p = cli.parser(__doc__, EPILOG)
     p.add_argument('--source', action='append', required=True, metavar='PATH',
-                   help='folder, ZIP archive or CSV table; repeat the flag to pool several')
+                   help='folder (of pictures, or of DICOM files), ZIP archive or CSV table; repeat '
+                        'the flag to pool several')
     p.add_argument('--dest', required=True, metavar='PATH', help='new .zip file or folder')
     p.add_argument('--image_dir', '--image-dir', metavar='DIR',
                    help='where the images of the CSV tables are (default: images/ beside the '
@@ -51,7 +53,12 @@ def build_parser():
     p.add_argument('--keep_names', '--keep-names', action='store_true',
                    help='keep the file names, in a folder; with a CSV table its rows are copied '
                         'to labels.csv beside the images, so that the folder replaces the '
-                        'photographs for the other scripts')
+                        'photographs for the other scripts (DICOM: a table of patient, eye and '
+                        'visit is made from the tags)')
+    p.add_argument('--burned_in_text', '--burned-in-text', action='store_true',
+                   help='accept DICOM files whose header says that text is burned into the '
+                        'picture (--mask accepts them too, and blackens what is outside the field '
+                        'of view)')
     p.add_argument('--workers', type=cli.positive_int, default=4, metavar='N',
                    help='decoding threads')
     return p
@@ -95,13 +102,18 @@ def main(argv=None):
     if args.keep_names and args.dest.lower().endswith('.zip'):
         raise UserError('--keep_names makes a folder; give a --dest that does not end in .zip')
     images = [item for source in args.source
-              for item in list_source(source, image_dir=args.image_dir, split=args.split)]
+              for item in list_source(source, image_dir=args.image_dir, split=args.split,
+                                      burned_in=args.burned_in_text or args.mask)]
     report = build_archive(images, args.dest, transform=args.transform, width=width, height=height,
                            resample=args.resize_filter, mask=args.mask, unsqueeze=args.unsqueeze,
                            max_images=args.max_images, workers=args.workers,
                            keep_names=args.keep_names)
     if args.keep_names and len(args.source) == 1 and args.source[0].lower().endswith('.csv'):
         copy_table(args.source[0], args.split, report['kept'], Path(args.dest) / 'labels.csv')
+    elif args.keep_names and any(item.dicom for item in images):
+        kept = [item for item, keep in zip(images, report['kept']) if keep]
+        write_csv(Path(args.dest) / 'labels.csv', photograph_table(
+            [item.dicom for item in kept], [Path(item.name).stem for item in kept]))
     left_out = report[~report['kept']]
     beside = Path(args.dest)
     summary = {'options': vars(args), 'images_listed': len(images), 'images_read': len(report),
