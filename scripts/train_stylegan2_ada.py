@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import argparse
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ import math
 import torch
 
 from datasets.archive import ImageArchive
+from training.adversarial import LOSSES
 from training.augment import MAX_STRENGTH, PIPES
 from training.stylegan2_config import PRESETS, make_config
 from training.stylegan2_growing import grow
@@ -116,9 +118,15 @@ def build_parser():
     g.add_argument('--max_minutes', type=positive_float, metavar='MIN',
                    help='stop in good order after that time, as Ctrl-C and SIGTERM do; resume '
                         'later')
+    g.add_argument('--discriminator', default='stylegan2', choices=tuple(LOSSES),
+                   help="StyleGAN2's, or projected: heads on frozen EfficientNet-Lite0 features, "
+                        'hinge loss, from 64 px on')
+    g.add_argument('--d_lr', type=positive_float, metavar='RATE',
+                   help="learning rate of the discriminator (default: the generator's)")
     g = p.add_argument_group('augmentation')
-    g.add_argument('--aug', default='ada', choices=('ada', 'noaug', 'fixed'),
-                   help='adaptive, none, or fixed strength')
+    g.add_argument('--aug', choices=('ada', 'noaug', 'fixed'),
+                   help='adaptive, none, or fixed strength (default: ada; with '
+                        '--discriminator=projected fixed, --p=0.8 --augpipe=diff)')
     g.add_argument('--p', type=fraction, metavar='FLOAT', help='strength for --aug=fixed')
     g.add_argument('--target', type=fraction, metavar='FLOAT', help='ADA target (default 0.6)')
     g.add_argument('--augpipe', choices=sorted(PIPES), help='augmentations used (default: bgc)')
@@ -150,6 +158,17 @@ def build_parser():
     g.add_argument('--workers', type=nonnegative_int, default=3, metavar='INT',
                    help='image loading processes (0 on the CPU, where the cache is faster)')
     return p
+
+
+def resolve_augmentation(opts: argparse.Namespace) -> None:
+    """Fills in the augmentation that goes with the discriminator where no --aug was given."""
+    if opts.aug is not None:
+        return
+    opts.aug = 'ada'
+    if opts.discriminator == 'projected':
+        opts.aug = 'fixed'
+        opts.p = MAX_STRENGTH if opts.p is None else opts.p
+        opts.augpipe = opts.augpipe or 'diff'
 
 
 def check_options(opts):
@@ -192,6 +211,7 @@ def run_name(opts, config):
     parts = [opts.data.stem, 'mirror' if opts.mirror else None,
              f'subset{opts.subset}' if opts.subset else None, opts.cfg, f'batch{config.batch}',
              f'gamma{opts.gamma:g}' if opts.gamma is not None else None,
+             None if opts.discriminator == 'stylegan2' else opts.discriminator,
              None if opts.aug == 'ada' else opts.aug, opts.augpipe,
              'resume' if opts.resume else None, 'grow' if opts.grow else None,
              f'freezed{opts.freezed}' if opts.freezed else None]
@@ -276,10 +296,12 @@ def build_metric(opts, dataset):
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     opts = build_parser().parse_args(argv)
+    resolve_augmentation(opts)
     check_options(opts)
     continuing = opts.resume is not None and opts.resume.is_dir()
     if continuing:
         opts = resumed_options(opts, argv)
+        resolve_augmentation(opts)
     device = resolve_device(opts.device)
     if opts.gpus > 1 and 'WORLD_SIZE' not in os.environ and not opts.dry_run:
         if device.type == 'cuda' and opts.gpus > torch.cuda.device_count():
@@ -297,7 +319,8 @@ def main(argv=None):
         config = make_config(opts.cfg, dataset.resolution, world, kimg=opts.kimg,
                              batch=opts.batch, batch_gpu=opts.batch_gpu, gamma=opts.gamma,
                              pl_weight=opts.pl_weight, n_mlp=opts.n_mlp, freezed=opts.freezed,
-                             use_noise=opts.use_noise, cbase=opts.cbase, cmax=opts.cmax)
+                             use_noise=opts.use_noise, cbase=opts.cbase, cmax=opts.cmax,
+                             discriminator=opts.discriminator, d_lr=opts.d_lr)
     except ValueError as error:
         raise UserError(str(error)) from error
     snap = opts.snap or (4 if opts.cfg == 'small' else 50)

@@ -12,12 +12,12 @@ from conftest import ROOT, load_script
 from PIL import Image
 
 from datasets.archive import ImageArchive
+from training.adversarial import freeze_discriminator
 from training.augment import MAX_STRENGTH, PIPES, AdaptiveStrength, AugmentPipe
 from training.stylegan2_config import make_config
 from training.stylegan2_loop import (
     EndlessSampler,
     Trainer,
-    freeze_discriminator,
     latest_snapshot,
     save_snapshot,
 )

@@ -22,6 +22,8 @@ PIPES = {
     'bgcf': BLIT + GEOM + COLOR + ('imgfilter',),
     'bgcfn': BLIT + GEOM + COLOR + ('imgfilter', 'noise'),
     'bgcfnc': BLIT + GEOM + COLOR + ('imgfilter', 'noise', 'cutout'),
+    # Those of DiffAugment (Zhao et al. 2020), for the projected discriminator.
+    'diff': ('xint', 'brightness', 'contrast', 'saturation', 'cutout'),
 }
 MAX_STRENGTH = 0.8    # beyond it the transformations leak into the generator (ADA, section 2.2)
 
@@ -93,7 +95,9 @@ class AugmentPipe:
                 return images
             draws = RandomDraws(images.shape[0], images.device, generator)
         inverse = self._geometry(draws, p, *images.shape[2:])
-        if inverse is not None:
+        if self.names & {*BLIT, *GEOM} == {'xint'}:
+            images = _shift(images, inverse)
+        elif inverse is not None:
             images = self._warp(images, inverse)
         color = self._color(draws, p)
         if color is not None:
@@ -242,6 +246,16 @@ class AugmentPipe:
         inside_x = (x - centre[:, :1]).abs() < size / 2    # [N, W]
         inside_y = (y - centre[:, 1:]).abs() < size / 2    # [N, H]
         return images * ~(inside_y[:, None, :, None] & inside_x[:, None, None, :])
+
+
+def _shift(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """`images` moved by whole pixels, reflected at the edges: what _warp does, without filters."""
+    height, width = images.shape[2:]
+    most = [int(_XINT_MAX * width + 0.5), int(_XINT_MAX * height + 0.5)]
+    padded = F.pad(images, (most[0], most[0], most[1], most[1]), mode='reflect')
+    starts = (inverse[:, :2, 2].round().long() + torch.tensor(most, device=images.device)).tolist()
+    return torch.stack([picture[:, y:y + height, x:x + width]
+                        for picture, (x, y) in zip(padded, starts)])
 
 
 class AdaptiveStrength:

@@ -35,6 +35,8 @@ class TrainConfig:
     g_reg_interval: int = 4
     use_noise: bool = True    # noise injection in the generator's layers
     freezed: int = 0      # discriminator layers kept frozen, from the image side
+    discriminator: str = 'stylegan2'    # or 'projected'
+    d_lr: float | None = None           # rate of the discriminator, where another than lr
 
     def to_dict(self):
         return dataclasses.asdict(self)
@@ -90,6 +92,9 @@ def make_config(preset, size, n_gpus, *, cbase=None, cmax=None, **overrides):
             raise ValueError(f'--cbase {cbase} leaves no channel at {size} px')
         values['channels'] = {r: min(cbase // r, cmax) for r in preset_channels}
     values['batch_gpu'] = batch_gpu
+    if given.get('discriminator') == 'projected':
+        # The published rate, and no penalties: spectral norms hold the heads.
+        values.update(lr=0.002, gamma=0.0, pl_weight=0.0)
     values.update(given)
     config = TrainConfig(size=size, **values)
     if config.batch % (config.batch_gpu * n_gpus):

@@ -41,10 +41,13 @@ def grow(trainer: Trainer, path: Path) -> None:
     if not trainer.config.use_noise:
         silence_noise(trainer.g)
         silence_noise(trainer.g_ema)
-    if 'd' in weights:
-        grow_discriminator(trainer.d, weights['d'], source=f'--grow {path}')
+    opponent = weights.get('config', {}).get('discriminator', 'stylegan2')
+    if 'd' not in weights or opponent != trainer.config.discriminator:
+        log.warning('%s holds no such discriminator; it starts untrained', path)
+    elif opponent == 'projected':    # its heads fit pictures of any size
+        trainer.d.load_state_dict(weights['d'])
     else:
-        log.warning('%s holds no discriminator; it starts untrained', path)
+        grow_discriminator(trainer.d, weights['d'], source=f'--grow {path}')
     trainer.mark_transferred()
 
 

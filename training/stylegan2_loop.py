@@ -13,11 +13,17 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 
-from models.stylegan2 import Discriminator, Generator
+from models.stylegan2 import Generator
 from models.stylegan2.checkpoint import generator_from_state
 from models.stylegan2.model import NoiseInjection, set_low_precision
+from training.adversarial import (
+    LOSSES,
+    before_step,
+    build_discriminator,
+    compute_in,
+    freeze_discriminator,
+)
 from training.augment import MAX_STRENGTH, AdaptiveStrength, AugmentPipe
 from utils import distributed
 from utils.errors import UserError
@@ -76,17 +82,19 @@ class Trainer:
         world = distributed.world_size()
         self.rounds = config.batch // (config.batch_gpu * world)
         seed_everything(seed, 'init')    # every process starts from the same weights
-        net = dict(channels=config.channels)
-        self.g = Generator(config.size, style_dim=config.style_dim, n_mlp=config.n_mlp, **net)
-        self.d = Discriminator(config.size, mbstd_group=config.mbstd_group, **net)
+        self.g = Generator(config.size, style_dim=config.style_dim, n_mlp=config.n_mlp,
+                           channels=config.channels)
+        self.d = build_discriminator(config, self.device)
+        self.loss = LOSSES[config.discriminator]
         self.noise = 'random' if config.use_noise else 'none'
         self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
-        for module in (self.g, self.d, self.g_ema):
+        for module in (self.g, self.g_ema):
             module.to(self.device)
         self.set_precision(precision)
         self.d_trained = freeze_discriminator(self.d, config.freezed)
-        self.g_optim = self._optimizer(self.g.parameters(), config.g_reg_interval)
-        self.d_optim = self._optimizer(self.d_trained, config.d_reg_interval)
+        self.g_optim = self._optimizer(self.g.parameters(), config.lr, config.g_reg_interval)
+        self.d_optim = self._optimizer(self.d_trained, config.d_lr or config.lr,
+                                       config.d_reg_interval)
         self.pipe = (AugmentPipe(augment_names, self.device) if augment != 'noaug' else None)
         self.ada = AdaptiveStrength(target=ada_target, adjust_kimg=ada_kimg,
                                     p=augment_p if augment == 'fixed' else 0.0)
@@ -99,13 +107,14 @@ class Trainer:
 
     def set_precision(self, precision):
         dtype = {None: None, 'fp16': torch.float16, 'bf16': torch.bfloat16}[precision]
-        for module in (self.g, self.d, self.g_ema):
+        for module in (self.g, self.g_ema):
             set_low_precision(module, dtype)
+        compute_in(self.d, dtype)
 
-    def _optimizer(self, parameters, interval):
+    def _optimizer(self, parameters, lr, interval):
         # Lazy regularisation: one of (interval + 1) updates is the penalty's own.
         ratio = interval / (interval + 1)
-        return torch.optim.Adam(list(parameters), lr=self.config.lr * ratio,
+        return torch.optim.Adam(list(parameters), lr=lr * ratio,
                                 betas=(0.0, 0.99 ** ratio), eps=1e-8, fused=True)
 
     # -- one step ---------------------------------------------------------------------------
@@ -158,7 +167,7 @@ class Trainer:
         for draw in self._passes('g_main'):
             fake = self.g.synthesis(self._latents(draw, cfg.batch_gpu), noise=self.noise,
                                     generator=draw)
-            loss = F.softplus(-self._judge(fake, draw)).mean()    # -log(sigmoid(D(G(z))))
+            loss = self.loss.generator(self._judge(fake, draw)).mean()
             record('loss_g', loss)
             (loss / self.rounds).backward()
         self._update(self.g_optim)
@@ -175,17 +184,18 @@ class Trainer:
             self._update(self.g_optim)
         self._unfreeze_trained()
 
+        before_step(self.d)
         reals = []
         for draw in self._passes('d_main'):
             with torch.no_grad():
                 fake = self.g.synthesis(self._latents(draw, cfg.batch_gpu), noise=self.noise,
                                         generator=draw)
-            loss_fake = F.softplus(self._judge(fake, draw)).mean()
+            loss_fake = self.loss.fake(self._judge(fake, draw)).mean()
             reals.append(self._next_reals())
             logits = self._judge(reals[-1], draw)
-            loss_real = F.softplus(-logits).mean()
+            loss_real = self.loss.real(logits).mean()
             self._signs += torch.stack([logits.detach().sign().double().sum(),
-                                        torch.tensor(float(len(logits)), device=self.device,
+                                        torch.tensor(float(logits.numel()), device=self.device,
                                                      dtype=torch.float64)])
             record('loss_d', loss_fake + loss_real)
             record('score_real', logits)
@@ -293,6 +303,9 @@ class Trainer:
 
     def _load_networks(self, weights):
         parts = {'g_ema': self.g_ema, 'g': self.g, 'd': self.d}
+        opponent = weights.get('config', {}).get('discriminator', 'stylegan2')
+        if opponent != self.config.discriminator:
+            weights = {k: v for k, v in weights.items() if k != 'd'}    # of another kind
         for name, module in parts.items():
             state = weights.get(name) or (weights['g_ema'] if name == 'g' else None)
             if state is None:
@@ -321,22 +334,6 @@ def silence_noise(generator):
     for module in generator.modules():
         if isinstance(module, NoiseInjection):
             module.weight.zero_()
-
-
-def freeze_discriminator(net, n_layers):
-    """Freezes the first `n_layers` layers from the image side; returns what stays trainable.
-
-    Layers are counted as from-RGB, then conv1, conv2, skip of each block (FreezeD, Mo et al.
-    2020). UserError when there are fewer.
-    """
-    layers = [net.convs[0]]
-    for block in list(net.convs)[1:]:
-        layers += [block.conv1, block.conv2, block.skip]
-    if n_layers > len(layers):
-        raise UserError(f'--freezed {n_layers}: this discriminator has {len(layers)} layers that '
-                        'can be frozen')
-    frozen = {id(p) for layer in layers[:n_layers] for p in layer.parameters()}
-    return [p for p in net.parameters() if id(p) not in frozen]
 
 
 def save_snapshot(trainer, run_dir):
