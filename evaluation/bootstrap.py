@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy.stats import beta
 
+from utils.seeds import numpy_generator
+
 _WEIGHTS_AT_ONCE = 1_000_000
 
 People = Sequence | np.ndarray | None
@@ -63,3 +65,24 @@ def rate_interval(hits: Sequence[bool] | np.ndarray, people: People = None, leve
     low = beta.ppf(tail, found, effective - found + 1) if found > 0 else 0.0
     high = beta.ppf(1 - tail, found + 1, effective - found) if found < effective else 1.0
     return float(low), float(high)
+
+
+def ratio_of_means(release: np.ndarray, photographs: np.ndarray, *,
+                   people: People = None, n_bootstrap: int = 1000, seed: int = 0,
+                   level: float = 0.95) -> dict[str, float]:
+    """Mean of release [n] over mean of photographs [m]: {value, low, high}.
+
+    A percentile interval over release pictures (no two of which share a person) and people;
+    NaN where the photographs have nothing to compare with.
+    """
+    release, photographs = np.asarray(release, float), np.asarray(photographs, float)
+    if not photographs.mean() > 0:
+        return dict.fromkeys(('value', 'low', 'high'), float('nan'))
+    rng = numpy_generator(seed, 'ratio')
+    drawn = [np.concatenate(list(draw_weights(who, len(values), n_bootstrap, rng)))
+             for values, who in ((release, None), (photographs, people))]
+    above, below = ((weights @ values) / weights.sum(1)
+                    for weights, values in zip(drawn, (release, photographs)))
+    ratios = np.divide(above, below, out=np.full(n_bootstrap, np.nan), where=below > 0)
+    low, high = percentiles(ratios, level)
+    return {'value': float(release.mean() / photographs.mean()), 'low': low, 'high': high}

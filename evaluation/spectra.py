@@ -5,7 +5,7 @@ Pictures are uint8 [n, 3, S, S].
 import numpy as np
 import torch
 
-from evaluation.intervals import ratio_of_means
+from evaluation.bootstrap import ratio_of_means
 
 HIGH = 0.4    # of the Nyquist frequency: where fine vessels and small lesions begin
 _LUMA = (0.299, 0.587, 0.114)

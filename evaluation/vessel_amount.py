@@ -13,7 +13,7 @@ from skimage.filters import apply_hysteresis_threshold
 from skimage.morphology import skeletonize
 
 from evaluation.attacks.vessels import vessel_ridges
-from evaluation.intervals import ratio_of_means
+from evaluation.bootstrap import ratio_of_means
 
 WEAK, STRONG = 0.03, 0.06    # of `vessel_ridges`; a thin line of 20 % contrast has about 0.06
 

@@ -4,7 +4,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from datasets.phantoms import render_phantom
-from evaluation.intervals import person_draws, ratio_of_means
+from evaluation.bootstrap import draw_weights, ratio_of_means
 from evaluation.spectra import high_frequency_power, high_frequency_ratio
 from evaluation.vessel_amount import vessel_amount, vessel_ratios
 
@@ -70,6 +70,6 @@ def test_people_are_the_unit_of_the_interval():
         found = ratio_of_means(release, photographs, people=people)
         return found['high'] - found['low']
     assert width(people) > 1.8 * width(None)    # six like photographs are one observation
-    draws = person_draws(people, 240, 20, rng).reshape(20, 40, 6)
+    draws = next(draw_weights(people, 240, 20, rng)).reshape(20, 40, 6)
     assert np.all(draws == draws[..., :1])
     assert np.isnan(ratio_of_means(release, np.zeros(3))['value'])
