@@ -53,10 +53,14 @@ def inner_loop(function: str) -> list[str]:
     return best
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--arch', default='sm_90', metavar='SM', help='sm_80, sm_90, sm_120, ...')
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         report, code = compiled(args.arch, Path(folder))
     registers = dict(re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", report, re.S))
