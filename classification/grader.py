@@ -17,6 +17,7 @@ from torch import nn
 from classification.augment import augment
 from classification.metrics import grading_metrics
 from classification.settings import Settings
+from models.loading import load_state, mismatch
 from models.resnet import build_resnet, describe_resnet
 from utils.errors import UserError
 from utils.io import load_weights, save_torch
@@ -148,13 +149,12 @@ def build_grader(settings, *, seed, imagenet_weights=None):
         outputs = settings.n_classes if settings.target == '5-class' else 1
         net.fc = nn.Linear(net.feature_dim, outputs)
     if imagenet_weights is not None:
-        state = load_weights(imagenet_weights, what='ImageNet weights',
-                             hint='Take the file from the torchvision model page and give its '
-                                  'path with --imagenet_weights.')
+        state = load_state(imagenet_weights, what='ImageNet weights',
+                           hint='Take the file from the torchvision model page and give its '
+                                'path with --imagenet_weights.')
         try:
-            state = state.get('state_dict', state)
             arch, small_stem = describe_resnet(state)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError) as error:
             raise UserError(f'--imagenet_weights {imagenet_weights}: not a ResNet-18, -34 or -50'
                             ) from error
         if (arch, small_stem) != (settings.arch, settings.small_stem):
@@ -162,7 +162,10 @@ def build_grader(settings, *, seed, imagenet_weights=None):
                             f'{settings.arch}{" with a small stem" * settings.small_stem}; '
                             'set --arch (and small_stem in the configuration) to match')
         body = {k: v for k, v in state.items() if not k.startswith('fc.')}
-        net.load_state_dict(body, strict=False)
+        try:
+            net.load_state_dict(body, strict=False)
+        except RuntimeError as error:
+            raise UserError(f'--imagenet_weights {imagenet_weights}: {mismatch(error)}') from error
     return net
 
 

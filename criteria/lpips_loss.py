@@ -2,8 +2,8 @@
 import torch
 from torch import nn
 
+from models.loading import load_state, mismatch
 from utils.errors import UserError
-from utils.io import load_weights
 
 _WHERE = ('It is alexnet-owt-7be5be79.pth of download.pytorch.org/models. Give its path with '
           '--lpips_weights or as "alexnet" in configs/paths_config.py, or set --lpips_lambda=0.')
@@ -18,7 +18,7 @@ class LPIPSLoss(nn.Module):
 
     def __init__(self, backbone_path):
         super().__init__()
-        state = load_weights(backbone_path, what='AlexNet weight file', hint=_WHERE)
+        state = load_state(backbone_path, what='AlexNet weight file', hint=_WHERE)
         import lpips  # imports torchvision's whole model zoo
         # pnet_rand keeps the package from downloading a backbone.
         self.net = lpips.LPIPS(net='alex', pnet_rand=True, verbose=False)
@@ -27,10 +27,13 @@ class LPIPSLoss(nn.Module):
             with torch.no_grad():
                 for name, value in self.net.net.named_parameters():
                     _, index, part = name.split('.')    # slice1.0.weight -> features.0.weight
-                    value.copy_(state[f'features.{index}.{part}'])
-        except (KeyError, TypeError, RuntimeError) as error:
+                    given = state[f'features.{index}.{part}']
+                    if given.shape != value.shape:    # copy_ would spread it
+                        raise RuntimeError(f'features.{index}.{part} has another shape')
+                    value.copy_(given)
+        except (KeyError, RuntimeError) as error:
             raise UserError(f'{backbone_path} is not an AlexNet weight file of torchvision: '
-                            f'{str(error).splitlines()[0]}. {_WHERE}') from error
+                            f'{mismatch(error)}. {_WHERE}') from error
         self.eval().requires_grad_(False)
 
     def features(self, img):

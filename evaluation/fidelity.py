@@ -7,6 +7,7 @@ resized with antialiasing before either network sees them (Parmar et al. 2022).
 Shapes: n_r real and n_f synthetic pictures, feature dimension d.
 """
 import logging
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from torch import nn
 
 from datasets.archive import FileStore
 from models.features.content import load_content_network
+from models.loading import load_state, mismatch
 from utils.errors import UserError, listing
 from utils.images import CONTACT_SHEET, from_uint8, to_uint8
-from utils.io import load_weights
+from utils.io import save_torch
 from utils.logs import progress
 from utils.seeds import numpy_generator, torch_generator
 
@@ -45,15 +47,19 @@ class InceptionNetwork(nn.Module):
 
     def __init__(self, path):
         super().__init__()
-        # Read here first: torch-fidelity would download a missing file and run any pickle.
-        load_weights(path, what='Inception weights', hint=_WHERE)
+        state = load_state(path, what='Inception weights', hint=_WHERE)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        try:
-            self.net = FeatureExtractorInceptionV3('inception', ['2048'],
-                                                   feature_extractor_weights_path=str(path))
-        except (RuntimeError, AttributeError, TypeError) as error:
-            raise UserError(f'{path} does not hold the Inception network of FID. {_WHERE}'
-                            ) from error
+        # torch-fidelity would download a missing file and run any pickle, also one that took the
+        # place of the file after it was read here: it gets what was read.
+        with tempfile.TemporaryDirectory() as folder:
+            read = Path(folder) / 'weights.pt'
+            save_torch(read, state)
+            try:
+                self.net = FeatureExtractorInceptionV3('inception', ['2048'],
+                                                       feature_extractor_weights_path=str(read))
+            except (RuntimeError, KeyError, TypeError) as error:
+                raise UserError(f'{path} does not hold the Inception network of FID '
+                                f'({mismatch(error)}). {_WHERE}') from error
 
     @torch.no_grad()
     def features(self, img):

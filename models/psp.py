@@ -7,14 +7,16 @@ Source: Alaluf et al. 2021, 'ReStyle', section 3.
 import copy
 import math
 from pathlib import Path
-from typing import NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.encoders import encoder_from_state
-from models.stylegan2 import generator_from_state
+from models.loading import named_tensors
+from models.stylegan2 import Generator, generator_from_state
 from models.stylegan2.frozen import FrozenSynthesis
 from utils.errors import UserError
 from utils.io import load_weights
@@ -136,14 +138,17 @@ def refine(psp, x, ws, *, n_steps, lr=0.02):
     return best_ws, best
 
 
-def psp_checkpoint(psp, opts, *, half_encoder=False):
+def psp_checkpoint(psp: PSP, opts: dict[str, Any], *, half_encoder: bool = False
+                   ) -> dict[str, Any]:
     """The published checkpoint layout for inference: {state_dict, opts, latent_avg}.
 
-    opts: plain dict; what describes the networks is added under the published names.
+    opts: plain dict; what describes the networks is added under the published names, and the
+    device they are on: the published classes put the latents there.
     half_encoder: store the encoder's matrices and kernels as float16.
     """
     described = {'encoder_type': type(psp.encoder).__name__, 'output_size': psp.decoder.size,
-                 'input_nc': 6, 'encoder_size': psp.input_size}
+                 'input_nc': 6, 'encoder_size': psp.input_size,
+                 'device': psp.latent_avg.device.type}
     state = {k: v.detach().cpu() for k, v in psp.state_dict().items()}
     if half_encoder:
         state = {k: v.half() if k.startswith('encoder.') and v.dim() > 1 else v
@@ -152,32 +157,47 @@ def psp_checkpoint(psp, opts, *, half_encoder=False):
             'latent_avg': psp.latent_avg.cpu()}
 
 
-def psp_from_checkpoint(checkpoint, *, source='checkpoint'):
+def psp_from_checkpoint(checkpoint: object, *, source: str | Path = 'checkpoint') -> PSP:
     """A trainable PSP from a loaded {state_dict, opts, latent_avg}; a `D.` part is ignored.
 
     UserError naming `source` when parts are missing or do not fit each other.
     """
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('state_dict'), dict):
+    if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
         raise UserError(f'{source} is not a ReStyle-pSp checkpoint: it has no "state_dict". '
                         f'{_REMEDY}')
-    parts = {name: {k[len(name) + 1:]: v for k, v in checkpoint['state_dict'].items()
+    state = named_tensors(checkpoint['state_dict'], source=f'{source}: state_dict',
+                          remedy=_REMEDY)
+    parts = {name: {k[len(name) + 1:]: v for k, v in state.items()
                     if k.startswith(f'{name}.')} for name in ('encoder', 'decoder')}
     for name, part in parts.items():
         if not part:
             raise UserError(f'{source} is not a ReStyle-pSp checkpoint: no "{name}." weights. '
                             f'{_REMEDY}')
-    opts = checkpoint.get('opts') or {}
+    opts = checkpoint.get('opts')
+    if not isinstance(opts, (dict, NoneType)):
+        raise UserError(f'{source}: its "opts" are no options by name. {_REMEDY}')
     decoder = generator_from_state(parts['decoder'], source=f'{source}: the decoder weights')
     encoder, input_size = encoder_from_state(
         parts['encoder'], n_styles=decoder.n_latent, style_dim=decoder.style_dim,
-        input_size=opts.get('encoder_size'), source=str(source))
-    latent_avg = checkpoint.get('latent_avg')
-    if latent_avg is None:
-        latent_avg = decoder.mean_latent()
+        input_size=(opts or {}).get('encoder_size'), source=str(source))
+    latent_avg = _start(checkpoint.get('latent_avg'), decoder, source)
     return PSP(encoder, decoder, latent_avg, input_size)
 
 
-def load_psp(path, device='cpu'):
+def _start(latent_avg: object, decoder: Generator, source: str | Path) -> torch.Tensor:
+    """The latents refinement starts from: those of the file, [L, D] or [D], or the mean ones."""
+    if latent_avg is None:
+        return decoder.mean_latent()
+    want = decoder.n_latent, decoder.style_dim
+    if not isinstance(latent_avg, torch.Tensor) or latent_avg.shape not in (
+            want, (1, want[1]), want[1:]) or not latent_avg.is_floating_point() \
+            or not latent_avg.isfinite().all():
+        raise UserError(f'{source}: latent_avg does not hold the {want[0]} x {want[1]} or '
+                        f'{want[1]} finite numbers its generator takes')
+    return latent_avg
+
+
+def load_psp(path: str | Path, device: torch.device | str = 'cpu') -> PSP:
     """Reads a ReStyle-pSp checkpoint for inference: frozen, in eval mode, on `device`."""
     checkpoint = load_weights(path, what='ReStyle-pSp checkpoint', hint=_REMEDY)
     psp = psp_from_checkpoint(checkpoint, source=str(Path(path)))

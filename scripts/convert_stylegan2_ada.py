@@ -11,7 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from models.stylegan2.checkpoint import discriminator_from_state, generator_from_state
+from models.stylegan2.checkpoint import (
+    discriminator_from_state,
+    generator_from_state,
+    latent_average,
+)
 from models.stylegan2.nvidia_pickle import convert, read_pickle
 from utils import cli
 from utils.errors import UserError
@@ -46,13 +50,16 @@ def read_port(path):
         content = load_weights(path, what='generator file')
     if not isinstance(content, dict) or 'g_ema' not in content:
         raise UserError(f'{path} has no "g_ema" entry, so it is not a StyleGAN2 generator file')
+
     def generator(key):
         net = generator_from_state(content[key], source=f'{path} ({key})', remedy=_REMEDY)
         return net.state_dict()
 
     weights = {'g_ema': generator('g_ema')}
-    if content.get('latent_avg') is not None:
-        weights['latent_avg'] = content['latent_avg'].float().cpu()
+    width = weights['g_ema']['conv1.conv.modulation.weight'].shape[1]
+    latent_avg = latent_average(content.get('latent_avg'), width, source=path)
+    if latent_avg is not None:
+        weights['latent_avg'] = latent_avg
     if 'g' in content:
         weights['g'] = generator('g')
     if 'd' in content:
@@ -91,7 +98,7 @@ def main(argv=None):
         raise UserError(f'--dest {dest} already exists; give --overwrite or another name')
     seed_everything(args.seed, 'convert')    # ports without stored noise get fixed maps
     if Path(args.source).suffix.lower() in ('.pkl', '.pickle'):
-        weights = convert(read_pickle(args.source))
+        weights = convert(read_pickle(args.source), source=args.source)
     else:
         weights = read_port(args.source)
     if args.no_discriminator:

@@ -1,7 +1,6 @@
 """Makes pictures from a generator: samples, truncation sweeps, style mixing, interpolation."""
 import argparse
 import sys
-import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -10,12 +9,15 @@ import numpy as np
 import torch
 
 from models.stylegan2.checkpoint import load_generator
+from models.stylegan2.model import Generator
 from models.stylegan2.sampling import NOISE_MODES, loop_styles, mix_styles, render, seed_styles
 from utils import cli
 from utils.errors import UserError
 from utils.images import CONTACT_SHEET, grid, save_png, tensor_to_pil
 from utils.io import atomic_path
 from utils.logs import progress, setup_logging
+
+_MAX_LATENTS = 2 ** 30    # bytes
 
 EPILOG = """examples:
   python scripts/generate.py --network generator.pt --outdir out --seeds 0-35 --trunc 0.7
@@ -100,16 +102,26 @@ def check_options(args):
         raise UserError('--projected_w latents are rendered as they are; leave --trunc out')
 
 
-def read_latents(path, net):
-    """float32 [N, L, D] of an .npz ("w") or .npy file."""
+def read_latents(path: str, net: Generator) -> torch.Tensor:
+    """float32 [N, L, D] of an .npz ("w") or .npy file; UserError when it holds none."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        w = loaded['w'] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
+        # Mapped: a short file cannot claim an array of any size.
+        loaded = np.load(path, mmap_mode='r', allow_pickle=False)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            if loaded.zip.getinfo('w.npy').file_size > _MAX_LATENTS:
+                raise UserError(f'--projected_w {path}: its array "w" is too large')
+            w = loaded['w']
+        else:
+            w = loaded
     except FileNotFoundError:
         raise UserError(f'--projected_w {path}: no such file') from None
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:    # random bytes make the reader fail in any way
         raise UserError(f'--projected_w {path} is no .npy file of an array, and no .npz file with '
                         'an array "w"') from error
+    if w.dtype.kind not in 'fiu':
+        raise UserError(f'--projected_w {path} does not hold numbers')
     want = (net.n_latent, net.style_dim)
     if w.ndim not in (2, 3) or w.shape[-2:] != want:
         raise UserError(f'--projected_w {path} has shape {list(w.shape)}; this generator takes '

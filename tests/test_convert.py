@@ -356,7 +356,7 @@ def test_a_cycle_of_modules_is_refused(tmp_path):
         b'}(', text('type'), text('class'), text('class_name'), text('Generator'),
         text('state'), b'}(', text('_modules'), b'}q\x01uu\x85Rq\x02s',
         b'h\x01', text('loop'), b'h\x02s0.']))
-    with pytest.raises(UserError, match='recursion'):
+    with pytest.raises(UserError, match='holds itself'):
         read_pickle(path)
 
 

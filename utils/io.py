@@ -107,12 +107,12 @@ def load_weights(path: str | Path, *, what: str = 'checkpoint', hint: str = '') 
     try:
         return read_torch_bytes(data)
     except pickle.UnpicklingError as error:
-        raise UserError(f'{path} is not a {what} this tool will load: it is damaged, or holds '
-                        f'objects other than tensors and plain data.{advice}') from error
+        reason, cause = 'damaged, or holds objects other than tensors and plain data', error
     except Exception as error:    # random bytes make the reader fail in any way
-        reason = f' ({error})' if isinstance(error, BrokenFile) else ''
-        raise UserError(f'{path} does not hold a {what}, or is damaged or cut short{reason}.'
-                        f'{advice}') from error
+        detail = f' ({error})' if isinstance(error, BrokenFile) else ''
+        reason, cause = f'damaged, cut short or none at all{detail}', error
+    raise UserError(f'{path} is not a {what} this tool will load: it is {reason}.{advice}'
+                    ) from cause
 
 
 def _seal_path(path: Path) -> Path:

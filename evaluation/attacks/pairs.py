@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.loading import load_state, mismatch
 from models.resnet import build_resnet, describe_resnet
 from utils.errors import UserError
 from utils.io import load_weights
@@ -72,16 +73,17 @@ def build_pair_net(config, *, imagenet_weights=None):
         torch.manual_seed(derive(config.seed, 'pair net'))
         net = PairNet(config.image_size)
     if imagenet_weights is not None:
-        state = load_weights(imagenet_weights, what='ImageNet weights',
-                             hint='Take resnet18 from the torchvision model page.')
+        state = load_state(imagenet_weights, what='ImageNet weights',
+                           hint='Take resnet18 from the torchvision model page.')
+        own = net.body.state_dict()
         try:
-            state = state.get('state_dict', state)
             if describe_resnet(state)[0] != 'resnet18':
                 raise KeyError('another architecture')
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'--imagenet_weights {imagenet_weights}: not a ResNet-18') from error
-        own = net.body.state_dict()
-        net.body.load_state_dict({k: own[k] if k.startswith('conv1.') else state[k] for k in own})
+            net.body.load_state_dict({k: own[k] if k.startswith('conv1.') else state[k]
+                                      for k in own})
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise UserError(f'--imagenet_weights {imagenet_weights}: not a ResNet-18 '
+                            f'({mismatch(error)})') from error
     return net
 
 
@@ -203,7 +205,11 @@ def load_pair_attack(path, device):
     state = load_weights(path, what='attack checkpoint', hint='Train one with MIA/MIA_train.py.')
     if not isinstance(state, dict) or not {'net', 'config', 'mean', 'std'} <= state.keys():
         raise UserError(f'{path} is not a checkpoint of MIA/MIA_train.py')
-    attack = PairAttack(PairConfig(**state['config']), mean=state['mean'], std=state['std'],
-                        device=device)
-    attack.net.load_state_dict(state['net'])
+    try:
+        attack = PairAttack(PairConfig(**state['config']), mean=state['mean'], std=state['std'],
+                            device=device)
+        attack.net.load_state_dict(state['net'])
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f'{path} is not a checkpoint of MIA/MIA_train.py ({mismatch(error)})'
+                        ) from error
     return attack

@@ -1,15 +1,18 @@
 """Image-to-latent encoders: the four published ones and a small one."""
 import math
 import re
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from models.encoders.fpn_encoders import GradualStyleEncoder, ResNetGradualStyleEncoder
 from models.encoders.light_encoder import LightEncoder
 from models.encoders.restyle_psp_encoders import BackboneEncoder, ResNetBackboneEncoder
+from models.loading import fill, load_state, mismatch, named_tensors
 from utils.errors import UserError
-from utils.io import load_weights
 
+_MAX_SIZE = 4096    # pixels
 ENCODERS = {cls.__name__: cls for cls in (
     BackboneEncoder, GradualStyleEncoder, ResNetBackboneEncoder, ResNetGradualStyleEncoder,
     LightEncoder)}
@@ -31,21 +34,28 @@ def build_encoder(name, *, n_styles, input_nc=6, input_size=256, style_dim=512, 
                           style_dim=style_dim, **options)
 
 
-def encoder_from_state(state, *, n_styles, style_dim, input_size=None, source='encoder weights'):
+def encoder_from_state(state: object, *, n_styles: int, style_dim: int,
+                       input_size: int | None = None, source: str | Path = 'encoder weights'
+                       ) -> tuple[nn.Module, int]:
     """(encoder, input_size): class, channels and input side are read from names and shapes.
 
     n_styles, style_dim: what the generator takes; UserError naming `source` when the weights
     are not an encoder's or predict something else. input_size: the side in pixels if recorded
     (several odd sizes share the same shapes).
     """
+    state = named_tensors(state, source=source)
+    if input_size is not None and not (isinstance(input_size, int) and 0 < input_size <= _MAX_SIZE):
+        raise UserError(f'{source}: encoder_size is no side in pixels up to {_MAX_SIZE}')
     try:
         name, input_nc, size, options = _describe(state)
-        encoder = build_encoder(name, n_styles=n_styles, input_nc=input_nc,
-                                input_size=input_size or size, style_dim=style_dim, **options)
-        encoder.load_state_dict(state)
-    except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as error:
+        if size > _MAX_SIZE:
+            raise ValueError(f'an input side above {_MAX_SIZE} px')
+        encoder = fill(lambda: build_encoder(
+            name, n_styles=n_styles, input_nc=input_nc, input_size=input_size or size,
+            style_dim=style_dim, **options), state)
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f'{source}: the encoder does not fit a generator with {n_styles} styles '
-                        f'of {style_dim} numbers: {_first_detail(error)}') from error
+                        f'of {style_dim} numbers: {mismatch(error)}') from error
     return encoder, input_size or size
 
 
@@ -61,19 +71,13 @@ def _describe(state):
             ('conv1.weight', True): 'ResNetGradualStyleEncoder',
             ('input_layer.0.weight', False): 'BackboneEncoder',
             ('input_layer.0.weight', True): 'GradualStyleEncoder'}[stem, pyramid]
-    return name, state[stem].shape[1], 16 * 2 ** n_convs, {}
+    return name, state[stem].shape[1], 16 * 2 ** min(n_convs, 30), {}
 
 
-def _first_detail(error):
-    lines = str(error).splitlines()
-    return lines[min(1, len(lines) - 1)].strip() if lines else type(error).__name__
-
-
-def load_resnet34(path):
+def load_resnet34(path: str | Path) -> dict[str, torch.Tensor]:
     """A torchvision ResNet-34 state dict from a file; UserError when it is not one."""
     hint = 'It is torchvision\'s resnet34 ImageNet file (resnet34-333f7ec4.pth or -b627a593.pth).'
-    state = load_weights(path, what='ResNet-34 weight file', hint=hint)
-    state = state.get('state_dict', state) if isinstance(state, dict) else {}
+    state = load_state(path, what='ResNet-34 weight file', hint=hint)
     if 'conv1.weight' not in state or 'layer4.2.bn2.running_var' not in state:
         raise UserError(f'{path} does not hold a ResNet-34. {hint}')
     return state
@@ -101,8 +105,10 @@ def init_from_resnet34(encoder, state, *, generator=None):
         encoder.bn1.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith('bn1.')})
         stem = state['conv1.weight']
         weight = encoder.conv1.weight
+        if stem.shape != weight[:, :3].shape:
+            raise RuntimeError(f'conv1.weight has the shape {tuple(stem.shape)}')
         weight[:, :3] = stem
         extra = torch.randn(weight[:, 3:].shape, generator=generator) * stem.std().cpu()
         weight[:, 3:] = extra.to(weight.device)
     except RuntimeError as error:
-        raise UserError(f'the ResNet-34 weights do not fit: {_first_detail(error)}') from error
+        raise UserError(f'the ResNet-34 weights do not fit: {mismatch(error)}') from error

@@ -1,14 +1,20 @@
 """Content networks: MoCo v2 (Chen et al. 2020), this project's encoders, plain ResNets."""
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.resnet import build_resnet, describe_resnet
+from models.loading import mismatch, named_tensors
+from models.resnet import ARCHS, build_resnet, describe_resnet
 from utils.errors import UserError
 from utils.io import load_weights
 
 FORMAT = 'k-salsa-content-encoder'
 MOCO_SIZE = 224
+_MAX_SIZE = 4096    # pixels
 _WHERE = ('It is moco_v2_800ep_pretrain.pth.tar of github.com/facebookresearch/moco (ResNet-50, '
           '800 epochs). Give its path with --content_weights or as "moco" in '
           'configs/paths_config.py, or train one with scripts/train_content_encoder.py.')
@@ -48,18 +54,22 @@ class ContentNetwork(nn.Module):
         return F.normalize(self.net(img).double(), dim=1).float()
 
 
-def content_network_from_state(checkpoint, *, source):
+def content_network_from_state(checkpoint: object, *, source: str | Path) -> ContentNetwork:
     """A ContentNetwork from a loaded file: this project's format, MoCo's, or a plain ResNet.
 
     UserError naming `source` when it is none of them.
     """
+    own = isinstance(checkpoint, dict) and checkpoint.get('format') == FORMAT
+    state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
+    state = named_tensors(state, source=source, what='content network', remedy=_WHERE)
     try:
-        if checkpoint.get('format') == FORMAT:
-            net = build_resnet(checkpoint['arch'], small_stem=checkpoint['small_stem'])
-            net.load_state_dict(checkpoint['state_dict'])
-            return ContentNetwork(net, input_size=checkpoint['input_size'], resize='area',
-                                  name=FORMAT)
-        state = checkpoint.get('state_dict', checkpoint)
+        if own:
+            arch = _checked(checkpoint, 'arch', ARCHS)
+            small_stem = _checked(checkpoint, 'small_stem', (False, True))
+            input_size = _checked(checkpoint, 'input_size', range(1, _MAX_SIZE + 1))
+            net = build_resnet(arch, small_stem=small_stem)
+            net.load_state_dict(state)
+            return ContentNetwork(net, input_size=input_size, resize='area', name=FORMAT)
         prefix = 'module.encoder_q.'
         moco = any(k.startswith(prefix) for k in state)
         if moco:
@@ -70,13 +80,20 @@ def content_network_from_state(checkpoint, *, source):
         net.load_state_dict(state)
         return ContentNetwork(net, input_size=MOCO_SIZE, resize='nearest',
                               name='moco' if moco else arch)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise UserError(f'{source} holds no content network (a ResNet-18, -34 or -50, as MoCo, '
                         f'torchvision or train_content_encoder.py save it): '
-                        f'{str(error).splitlines()[0]}') from error
+                        f'{mismatch(error)}') from error
 
 
-def load_content_network(path):
+def _checked(checkpoint: dict, entry: str, allowed: Container) -> Any:
+    value = checkpoint[entry]
+    if not isinstance(value, (str, int)) or value not in allowed:
+        raise ValueError(f'its {entry} is none that there is')
+    return value
+
+
+def load_content_network(path: str | Path) -> ContentNetwork:
     """Reads a content network for `features`; UserError when the file is missing or no network.
 
     The original MoCo layout (`module.encoder_q.`), plain torchvision ResNet weights and files of

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.loading import load_state, mismatch
 from utils.errors import UserError
-from utils.io import load_weights
 
 FILTERS = 'filters'
 _WHERE = ('It is vgg19-dcbb9e9d.pth of download.pytorch.org/models. Give its path with '
@@ -78,12 +78,12 @@ def load_style_network(path):
     """
     if str(path) == FILTERS:
         return FilterBank()
-    state = load_weights(path, what='VGG19 weight file', hint=_WHERE)
+    state = load_state(path, what='VGG19 weight file', hint=_WHERE)
     net = VGGStyle()
     try:
         net.load_state_dict({f'features_{i}.{part}': state[f'features.{i}.{part}']
                              for i in (0, 2) for part in ('weight', 'bias')})
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, RuntimeError) as error:
         raise UserError(f'{path} is not a VGG19 weight file of torchvision: '
-                        f'{str(error).splitlines()[0]}. {_WHERE}') from error
+                        f'{mismatch(error)}. {_WHERE}') from error
     return net

@@ -14,19 +14,29 @@ import io
 import logging
 import math
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import torch
 
-from models.stylegan2.checkpoint import discriminator_from_state, generator_from_state
+from models.loading import mismatch
+from models.stylegan2.checkpoint import (
+    discriminator_from_state,
+    generator_from_state,
+    latent_average,
+)
 from utils.errors import UserError
+from utils.torch_files import BrokenFile, check_pickle, check_tensors, read_torch_bytes
 
 log = logging.getLogger(__name__)
 
 _ADVICE = 'Only unconditional RGB StyleGAN2 networks (generator "skip", discriminator "resnet", ' \
           'z and w of one width) can be converted.'
 _MAPPING_LR = 0.01
+_MAX_BYTES = 2 ** 33
+_MAX_LAYERS = 10_000
 
 
 @dataclasses.dataclass
@@ -41,7 +51,9 @@ class _Dtype:
     """Stands for a numpy dtype while reading; only what a number needs."""
 
     def __init__(self, code, *_):
-        self.code, self.order = str(code), '='
+        if not isinstance(code, str):
+            raise pickle.UnpicklingError('it holds a numpy type without a name')
+        self.code, self.order = code, '='
 
     def __setstate__(self, state):
         self.order = {'<': '<', '>': '>', '|': '|'}.get(state[1], '=')
@@ -49,21 +61,17 @@ class _Dtype:
 
 def _scalar(dtype, data):
     """A numpy scalar as a plain Python number."""
-    kind = dtype.code[:1]
-    if not isinstance(dtype, _Dtype) or kind not in 'biuf' or not isinstance(data, bytes):
+    if not isinstance(dtype, _Dtype) or dtype.code[:1] not in 'biuf' or \
+            not isinstance(data, bytes):
         raise pickle.UnpicklingError('it holds a numpy value that is not a number')
     return np.frombuffer(data, np.dtype(dtype.order + dtype.code))[0].item()
 
 
-def _storage(data):
-    return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
-
-
 def _tensor(storage, offset, size, stride, *_):
     flat = torch.empty(0, dtype=storage.dtype).set_(storage)
-    if math.prod(size) > flat.numel():
+    if not all(isinstance(n, int) for n in size) or math.prod(size) > flat.numel():
         raise pickle.UnpicklingError('it holds a tensor that reaches beyond its data')
-    return flat.as_strided(size, stride, offset).clone()    # raises when out of bounds
+    return flat.as_strided(size, stride, offset)    # raises when out of bounds
 
 
 def _parameter(data, *_):
@@ -71,9 +79,13 @@ def _parameter(data, *_):
 
 
 def _module(meta):
-    if meta.get('type') != 'class':
-        raise pickle.UnpicklingError(f'it holds a stored {meta.get("type")!r}, not a class')
-    return PickledModule(str(meta['class_name']), dict(meta['state']))
+    # Nothing is printed or turned into text before its type is known: that may never end.
+    if not isinstance(meta, dict) or meta.get('type') != 'class':
+        raise pickle.UnpicklingError('it holds a stored function or module, not a class')
+    name, state = meta.get('class_name'), meta.get('state')
+    if not isinstance(name, str) or not isinstance(state, dict):
+        raise pickle.UnpicklingError('it holds a class without a name or attributes')
+    return PickledModule(name, dict(state))
 
 
 _ALLOWED = {
@@ -83,7 +95,7 @@ _ALLOWED = {
     ('__builtin__', 'set'): set,
     ('torch._utils', '_rebuild_parameter'): _parameter,
     ('torch._utils', '_rebuild_tensor_v2'): _tensor,
-    ('torch.storage', '_load_from_bytes'): _storage,
+    ('torch.storage', '_load_from_bytes'): read_torch_bytes,
     ('numpy', 'dtype'): _Dtype,
     ('numpy.core.multiarray', 'scalar'): _scalar,
     ('numpy._core.multiarray', 'scalar'): _scalar,
@@ -106,7 +118,7 @@ class _Reader(pickle.Unpickler):
         raise pickle.UnpicklingError('it is no network pickle; it refers to data outside itself')
 
 
-def read_pickle(path):
+def read_pickle(path: str | Path) -> dict:
     """Reads an NVIDIA network pickle -> dict of PickledModule and plain values.
 
     No code from the file is run. UserError when the file is missing or damaged, or names
@@ -115,45 +127,66 @@ def read_pickle(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f'network pickle not found: {path}')
+    if path.stat().st_size > _MAX_BYTES:
+        raise UserError(f'{path} was refused: it is larger than any network pickle')
+    data = path.read_bytes()
     try:
-        with open(path, 'rb') as file:
-            content = _Reader(file).load()
-            networks = content.values() if isinstance(content, dict) else ()
-            for module in networks:
-                if isinstance(module, PickledModule):
-                    collections.deque(_walk(module), maxlen=0)    # a cycle ends here, not later
-    except EOFError as error:
-        raise UserError(f'{path} was refused: it is empty or cut short') from error
-    except (pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError,
-            AttributeError, RuntimeError, OverflowError, MemoryError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f'{path} was refused: {reason}') from error
+        check_pickle(io.BytesIO(data))
+        content = _Reader(io.BytesIO(data)).load()
+        found = []
+        for module in content.values() if isinstance(content, dict) else ():
+            if isinstance(module, PickledModule):
+                found += [_part(layer, part) for layer in _walk(module)
+                          for part in ('_parameters', '_buffers')]
+        check_tensors(found)
+    except BrokenFile as error:
+        reason = 'empty' if not data else f'damaged ({error})'
+        raise UserError(f'{path} was refused: it is {reason} or cut short') from error
+    except Exception as error:    # random bytes make the reader fail in any way
+        raise UserError(f'{path} was refused: {mismatch(error)}') from error
     if not isinstance(content, dict) or not isinstance(content.get('G_ema'), PickledModule):
         raise UserError(f'{path} is not a StyleGAN2-ADA network pickle: it has no "G_ema" network')
     return content
 
 
-def tensors(module, prefix=''):
+def tensors(module: PickledModule) -> dict[str, torch.Tensor]:
     """All parameters and buffers of a PickledModule as {dotted name: float32 tensor}.
 
     Buffers count too: layers frozen in training are stored as such.
     """
-    found = {}
-    for part in ('_parameters', '_buffers'):
-        for name, value in (module.state.get(part) or {}).items():
-            if isinstance(value, torch.Tensor):
-                found[prefix + name] = value.detach().float()
-    for name, child in (module.state.get('_modules') or {}).items():
-        if isinstance(child, PickledModule):
-            found.update(tensors(child, f'{prefix}{name}.'))
+    return {f'{prefix}{name}': value.detach().float()
+            for prefix, layer in _named_layers(module) for part in ('_parameters', '_buffers')
+            for name, value in _part(layer, part).items() if isinstance(value, torch.Tensor)}
+
+
+def _part(module: PickledModule, part: str) -> dict:
+    """One of the dicts a network keeps its parts in, by name."""
+    found = module.state.get(part)
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
+        raise pickle.UnpicklingError(f'a network in it has {part} without names')
     return found
 
 
-def _walk(module):
-    yield module
-    for child in (module.state.get('_modules') or {}).values():
-        if isinstance(child, PickledModule):
-            yield from _walk(child)
+def _named_layers(module: PickledModule) -> Iterator[tuple[str, PickledModule]]:
+    """(prefix of its names, layer) of a network and everything inside it.
+
+    pickle.UnpicklingError for one that holds itself, or layers so often that it never ends.
+    """
+    todo, n_layers = [('', module)], 0
+    while todo:
+        prefix, layer = todo.pop()
+        n_layers += 1
+        if n_layers > _MAX_LAYERS or not isinstance(layer.state, dict):
+            raise pickle.UnpicklingError('a network in it has too many layers, or holds itself')
+        yield prefix, layer
+        todo += [(f'{prefix}{name}.', child) for name, child in _part(layer, '_modules').items()
+                 if isinstance(child, PickledModule)]
+
+
+def _walk(module: PickledModule) -> Iterator[PickledModule]:
+    return (layer for _, layer in _named_layers(module))
 
 
 def _resolutions(size):
@@ -238,13 +271,15 @@ def _size(found, prefix, what):
 def _check_layers(module, what):
     """UserError for settings that the shapes do not show."""
     for layer in _walk(module):
-        if layer.state.get('c_dim'):
-            raise UserError(f'the {what} is class-conditional (c_dim {layer.state["c_dim"]}). '
-                            f'{_ADVICE}')
+        classes = layer.state.get('c_dim')
+        if classes and isinstance(classes, int):
+            raise UserError(f'the {what} is class-conditional (c_dim {classes}). {_ADVICE}')
         activation = layer.state.get('activation', 'lrelu')
+        if not isinstance(activation, str) or not isinstance(classes, (int, NoneType)):
+            raise UserError(f'the {what} has settings of unknown kinds. {_ADVICE}')
         if activation not in ('lrelu', 'linear'):
-            raise UserError(f'the {what} uses the activation {activation!r}; only lrelu can be '
-                            'converted')
+            raise UserError(f'the {what} uses the activation {activation[:40]!r}; only lrelu can '
+                            'be converted')
     for name, child in tensors(module).items():
         if name.endswith('resample_filter') and tuple(child.shape) != (4, 4):
             raise UserError(f'the {what} resamples with a filter of shape {tuple(child.shape)}; '
@@ -288,9 +323,10 @@ def _rename_rgb(table, found, colour_key, what):
 def _check_mapping_rate(module, what):
     """The run-time scale of the mapping layers is not stored in a state dict, so it must be the
     one this project's generator applies."""
-    mapping = module.state['_modules']['mapping']
-    for layer in (mapping.state.get('_modules') or {}).values():
+    for layer in _walk(_part(module, '_modules')['mapping']):
         rate = layer.state.get('bias_gain', _MAPPING_LR)
+        if not isinstance(rate, (int, float)):
+            raise UserError(f'the {what} has settings of unknown kinds. {_ADVICE}')
         if not math.isclose(rate, _MAPPING_LR, rel_tol=1e-6):
             raise UserError(f'the mapping network of the {what} was trained with the learning '
                             f'rate multiplier {rate}; only {_MAPPING_LR} can be converted')
@@ -322,22 +358,36 @@ def lost_settings(networks):
     for module in networks:
         for layer in _walk(module):
             clamp, group = layer.state.get('conv_clamp'), layer.state.get('group_size')
-            if clamp is not None:
+            if isinstance(clamp, (int, float)):
                 notes.add(f'activations were clamped to +-{clamp}; the converted networks clamp '
                           'in half precision only')
-            if group not in (None, 4):
+            if isinstance(group, int) and group != 4:
                 notes.add(f'the discriminator used minibatch groups of {group}; the default here '
                           'is 4')
     return sorted(notes)
 
 
-def convert(content):
-    """The whole pickle (read_pickle) -> {'g_ema', 'latent_avg'?, 'g'?, 'd'?} of plain tensors."""
+def convert(content: dict, *, source: str | Path = 'the pickle') -> dict:
+    """The whole pickle (read_pickle) -> {'g_ema', 'latent_avg'?, 'g'?, 'd'?} of plain tensors.
+
+    UserError naming `source` for what cannot be represented and for what makes no network.
+    """
+    try:
+        return _convert(content)
+    except UserError as error:
+        raise UserError(f'{source}: {error}') from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f'{source} holds no StyleGAN2 networks ({mismatch(error)}). {_ADVICE}'
+                        ) from error
+
+
+def _convert(content: dict) -> dict:
     networks = {k: v for k, v in content.items() if isinstance(v, PickledModule)}
     state, w_avg = convert_generator(networks['G_ema'], 'generator G_ema')
     weights = {'g_ema': state}
     if w_avg is not None:
-        weights['latent_avg'] = w_avg
+        width = state['conv1.conv.modulation.weight'].shape[1]
+        weights['latent_avg'] = latent_average(w_avg, width, source='the generator G_ema')
     if 'G' in networks:
         weights['g'] = convert_generator(networks['G'], 'generator G')[0]
     if 'D' in networks:
