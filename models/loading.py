@@ -12,12 +12,12 @@ from utils.io import load_weights
 _MAX_REASON = 300
 
 
-def named_tensors(value: object, *, source: str | Path, remedy: str = ''
+def named_tensors(value: object, *, source: str | Path, what: str = 'weights', remedy: str = ''
                   ) -> dict[str, torch.Tensor]:
-    """`value` when it is a state dict; else a UserError with the name `source` and the remedy."""
+    """`value` when it is a state dict; else a UserError: `source` holds no `what`, `remedy`."""
     if not isinstance(value, dict) or not value or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items()):
-        raise UserError(f'{source} holds no weights (tensors by name).'
+        raise UserError(f'{source} holds no {what} (tensors by name).'
                         + (f' {remedy}' if remedy else ''))
     return value
 

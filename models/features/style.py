@@ -1,5 +1,6 @@
 """Networks of the published local style loss: VGG19's first block, and a fixed filter bank."""
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class FilterBank(nn.Module):
         return torch.cat([y[:, :, :self.n_smooth], F.relu(edges), F.relu(-edges)], 2).flatten(1, 2)
 
 
-def load_style_network(path):
+def load_style_network(path: str | Path) -> FilterBank | VGGStyle:
     """The network of the local style loss, frozen: a torchvision VGG19 file, or 'filters'.
 
     UserError when the file is missing or is not VGG19.

@@ -4,14 +4,13 @@ from pathlib import Path
 import torch
 
 from models.loading import fill, mismatch, named_tensors
-from models.stylegan2.model import Discriminator, Generator
+from models.stylegan2.model import MAX_SIZE, Discriminator, Generator
 from utils.errors import UserError
 from utils.io import load_weights
 
 _REMEDY = ('Train one with scripts/train_stylegan2_ada.py, or convert an NVIDIA .pkl with '
            'scripts/convert_stylegan2_ada.py.')
-_MAX_SIZE = 4096     # pixels
-_MAX_MLP = 64        # mapping layers; published networks have 2 to 8
+_MAX_MLP = 64    # mapping layers; published networks have 2 to 8
 _ERRORS = (KeyError, IndexError, ValueError, TypeError, RuntimeError, AttributeError)
 
 
@@ -28,8 +27,8 @@ def generator_from_state(state: object, *, source: str | Path = 'generator weigh
             weight = state[f'convs.{2 * (len(table) - 1)}.conv.weight']
             table[4 * 2 ** len(table)] = weight.shape[1]
         n_mlp = sum(k.startswith('style.') and k.endswith('.weight') for k in state)
-        if max(table) > _MAX_SIZE or n_mlp > _MAX_MLP:
-            raise ValueError(f'more than {_MAX_SIZE} px, or than {_MAX_MLP} mapping layers')
+        if max(table) > MAX_SIZE or n_mlp > _MAX_MLP:
+            raise ValueError(f'more than {MAX_SIZE} px, or than {_MAX_MLP} mapping layers')
         style_dim = state['conv1.conv.modulation.weight'].shape[1]
         # Files of early ports lack the stored noise; fixed maps replace it.
         return fill(lambda: Generator(max(table), style_dim=style_dim, n_mlp=n_mlp,
@@ -59,8 +58,8 @@ def discriminator_from_state(state: object, *, source: str | Path = 'discriminat
     try:
         n_blocks = sum(k.startswith('convs.') and k.endswith('.skip.1.weight') for k in state)
         size = 4 * 2 ** min(n_blocks, 30)
-        if size > _MAX_SIZE:
-            raise ValueError(f'more than {_MAX_SIZE} px')
+        if size > MAX_SIZE:
+            raise ValueError(f'more than {MAX_SIZE} px')
         table = {size: state['convs.0.0.weight'].shape[0]}
         for i in range(1, n_blocks + 1):
             table[size >> i] = state[f'convs.{i}.skip.1.weight'].shape[0]
