@@ -11,7 +11,9 @@ import os
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,6 +22,10 @@ from PIL import Image
 from utils.errors import UserError, listing
 from utils.images import IMAGE_SUFFIXES, as_rgb, decode_reason, open_image
 from utils.io import atomic_path
+from utils.leftovers import SUFFIX, claimed, remove_leftovers
+
+_MAX_FILE = 2 ** 29     # bytes
+_MAX_CLASSES = 10_000
 
 
 class FileStore:
@@ -34,7 +40,7 @@ class FileStore:
             try:
                 self.names = sorted(i.filename for i in self._open_zip().infolist()
                                     if not i.is_dir())
-            except zipfile.BadZipFile as error:
+            except Exception as error:    # what zipfile raises for damage is not one kind
                 raise UserError(f'{self.path} is not a readable ZIP archive ({error}); give a ZIP '
                                 'or a folder of pictures, as scripts/dataset_tool.py makes them'
                                 ) from error
@@ -50,8 +56,12 @@ class FileStore:
             self._zip, self._pid = zipfile.ZipFile(self.path), os.getpid()
         return self._zip
 
-    def open(self, name):
-        """A binary file object for one name."""
+    def open(self, name: str) -> BinaryIO:
+        """A binary file object for one name; ValueError when it is too large to be read."""
+        size = self._open_zip().getinfo(name).file_size if self.is_zip \
+            else (self.path / name).stat().st_size
+        if size > _MAX_FILE:    # a small ZIP can claim and unpack to any size
+            raise ValueError(f'{size >> 20} MiB, more than the {_MAX_FILE >> 20} MiB that are read')
         return self._open_zip().open(name) if self.is_zip else open(self.path / name, 'rb')
 
     def image_names(self):
@@ -69,36 +79,37 @@ class FileStore:
         with open_image(lambda: self.open(name), f'{self.path}: {name}') as image:
             return image.size
 
-    def labels(self):
-        """{name: label} from dataset.json, or None when there is none."""
+    def labels(self) -> dict[str, object] | None:
+        """{name: label} from dataset.json, or None when there is none; UserError for others."""
         if 'dataset.json' not in self.names:
             return None
-        with self.open('dataset.json') as file:
-            try:
+        try:
+            with self.open('dataset.json') as file:
                 labels = json.load(file).get('labels')
-                return None if labels is None else {str(n).replace('\\', '/'): v for n, v in labels}
-            except (ValueError, TypeError, AttributeError) as error:
-                raise UserError(f'{self.path}: dataset.json must read {{"labels": [[name, label], '
-                                f'...]}} or {{"labels": null}} ({error})') from error
+            return None if labels is None else {str(n).replace('\\', '/'): v for n, v in labels}
+        except Exception as error:    # damaged, encrypted, too deep, of another kind
+            raise UserError(f'{self.path}: dataset.json must read {{"labels": [[name, label], '
+                            f'...]}} or {{"labels": null}} ({str(error)[:200]})') from error
 
     def __getstate__(self):
         return {**self.__dict__, '_zip': None, '_pid': None}
 
 
-def encode_labels(labels):
+def encode_labels(labels: Sequence[object]) -> np.ndarray:
     """Class numbers -> one-hot float32 [n, max+1]; lists of floats -> float32 [n, d].
 
-    UserError when they are neither, or are mixed.
+    UserError when they are neither, or are mixed, or beyond 10,000 classes.
     """
-    if all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in labels):
+    if all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < _MAX_CLASSES
+           for v in labels):
         return np.eye(max(labels) + 1, dtype=np.float32)[np.array(labels)]
     try:
         array = np.array(labels, dtype=np.float32)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         array = None
-    if array is None or array.ndim != 2:
-        raise UserError('labels must be all class numbers (0, 1, ...) or all lists of floats of '
-                        'one length')
+    if array is None or array.ndim != 2 or not np.isfinite(array).all():
+        raise UserError(f'labels must be all class numbers (0, 1, ..., below {_MAX_CLASSES}) or '
+                        'all lists of floats of one length')
     return array
 
 
@@ -199,7 +210,8 @@ class ArchiveWriter:
 
     `dest` ending in .zip becomes a ZIP (stored, not compressed), anything else a folder. Nothing
     is visible under the final name before the block ends without an error; UserError when `dest`
-    exists (an empty folder excepted). The labels become null as soon as one image has none.
+    exists (an empty folder excepted). The labels become null as soon as one image has none. What a
+    killed process left of the same `dest` is removed: it holds photographs.
     """
 
     def __init__(self, dest):
@@ -212,11 +224,14 @@ class ArchiveWriter:
 
     def __enter__(self):
         self.dest.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.dest.parent, self.dest.stem)
         if self.is_zip:
             self._atomic = atomic_path(self.dest)
             self._zip = zipfile.ZipFile(self._atomic.__enter__(), 'w', zipfile.ZIP_STORED)
         else:
-            self._folder = Path(tempfile.mkdtemp(dir=self.dest.parent, prefix='.dataset.'))
+            self._claim = claimed(lambda: tempfile.mkdtemp(
+                dir=self.dest.parent, prefix=f'.{self.dest.name}.', suffix=SUFFIX))
+            self._folder = self._claim.__enter__()
         return self
 
     def __exit__(self, *error):
@@ -228,13 +243,15 @@ class ArchiveWriter:
         if self.is_zip:
             self._zip.close()
             self._atomic.__exit__(*error)
-        elif failed:
+            return
+        if failed:
             shutil.rmtree(self._folder)
         else:
             self._folder.chmod(0o755)    # mkdtemp made it private
             if self.dest.exists():
                 self.dest.rmdir()
             os.replace(self._folder, self.dest)
+        self._claim.__exit__(None, None, None)
 
     def _write(self, name, data):
         if self.is_zip:

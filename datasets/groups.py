@@ -8,6 +8,8 @@ import pandas as pd
 from utils.errors import UserError, listing
 from utils.images import IMAGE_SUFFIXES
 
+_MAX_NUMBER = 10 ** 9    # of a group
+
 
 class Group(NamedTuple):
     """Number from 1, ids of the members in table order, release name if the table has one."""
@@ -28,25 +30,32 @@ def find_group_table(path, names, *, flag='--df'):
     raise UserError(f'{flag} {path}: no group table there; looked for {", ".join(names)}')
 
 
-def read_groups(path, *, flag='--df'):
-    """The groups of a published cluster table or a run's private groups.csv: list of Group.
+def read_groups(path: str | Path, *, flag: str = '--df') -> list[Group]:
+    """The groups of a published cluster table or a run's private groups.csv.
 
-    In ascending number; rows of group 0 (suppressed) are left out. UserError for a missing
-    table, missing columns, and numbers that are none.
+    In ascending number; rows of group 0 (suppressed) are left out. UserError for a missing or
+    damaged table, missing columns, numbers that are none, and a table without any group.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f'{flag} {path}: no such table')
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
+    except Exception as error:    # random bytes make the reader fail in any way
+        raise UserError(f'{flag} {path} is not a readable CSV table ({str(error)[:200]})'
+                        ) from error
     if not {'id_code', 'centers'} <= set(frame.columns):
         raise UserError(f'{flag} {path}: it needs the columns id_code and centers, and has '
-                        f'{", ".join(frame.columns)}')
+                        f'{", ".join(map(str, frame.columns))[:200]}')
     centers = pd.to_numeric(frame['centers'], errors='coerce')
-    if centers.isna().any():
-        raise UserError(listing(f'{flag} {path}: centers must be numbers', [
-            f'row {i + 2}: {frame["centers"].iloc[i]!r}' for i in np.flatnonzero(centers.isna())]))
+    good = centers.between(0, _MAX_NUMBER) & (centers == centers.round())
+    if not good.all():
+        raise UserError(listing(f'{flag} {path}: centers must be numbers, of groups from 1, or 0', [
+            f'row {i + 2}: {frame["centers"].iloc[i][:80]!r}' for i in np.flatnonzero(~good)]))
     frame = frame.assign(centers=centers.astype(int))
     frame = frame[frame['centers'] != 0]
+    if frame.empty:
+        raise UserError(f'{flag} {path} holds no group')
     return [Group(int(number), list(rows['id_code']),
                   rows['release_name'].iloc[0] if 'release_name' in rows else None)
             for number, rows in frame.groupby('centers', sort=True)]

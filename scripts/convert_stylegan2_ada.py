@@ -20,6 +20,7 @@ from models.stylegan2.nvidia_pickle import convert, read_pickle
 from utils import cli
 from utils.errors import UserError
 from utils.io import load_weights, save_torch
+from utils.leftovers import remove_leftovers
 from utils.logs import setup_logging
 from utils.seeds import seed_everything, torch_generator
 
@@ -96,6 +97,7 @@ def main(argv=None):
         raise UserError(f'--dest {dest}: give the name of a file that ends in .pt')
     if dest.exists() and not args.overwrite:
         raise UserError(f'--dest {dest} already exists; give --overwrite or another name')
+    remove_leftovers(dest.parent, dest.stem)
     seed_everything(args.seed, 'convert')    # ports without stored noise get fixed maps
     if Path(args.source).suffix.lower() in ('.pkl', '.pickle'):
         weights = convert(read_pickle(args.source), source=args.source)

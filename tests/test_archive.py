@@ -3,11 +3,14 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from datasets.archive import ArchiveWriter, FileStore, ImageArchive, encode_labels
@@ -158,6 +161,10 @@ def test_truncated_pixel_data_is_reported_by_name(tmp_path):
     ('{"labels": [["a.png", 1], ["b.png", [1.0]]]}', 'all class numbers'),
     ('{"labels": [["a.png", -1], ["b.png", 0]]}', 'all class numbers'),
     ('{"labels": [["a.png", "x"], ["b.png", "y"]]}', 'all class numbers'),
+    ('{"labels": [["a.png", 0], ["b.png", 1000000000]]}', 'all class numbers'),
+    ('{"labels": [["a.png", [NaN]], ["b.png", [1]]]}', 'all class numbers'),
+    ('{"labels": ' + '[' * 100_000, 'must read'), ('{"labels": {"a": 1}}', 'must read'),
+    ('{"labels": [[["a"], 1, 2]]}', 'must read'),
 ])
 def test_bad_labels(tmp_path, content, words):
     for name in ('a.png', 'b.png'):
@@ -189,6 +196,36 @@ def test_writer_leaves_nothing_behind_after_an_error(tmp_path, name):
         writer.add(picture(0))
         raise RuntimeError
     assert os.listdir(tmp_path) == []
+
+
+_KILLED = """
+import os, signal, sys
+from PIL import Image
+from datasets.archive import ArchiveWriter
+with ArchiveWriter(sys.argv[1]) as writer:
+    writer.add(Image.new('RGB', (16, 16)))
+    if sys.argv[2] == 'killed':
+        os.kill(os.getpid(), signal.SIGKILL)
+    print('writing', flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize('name', ['a.zip', 'a'])
+def test_photographs_a_killed_writer_left_are_removed(tmp_path, name):
+    command = [sys.executable, '-c', _KILLED, str(tmp_path / name)]
+    assert subprocess.run([*command, 'killed'], cwd=ROOT).returncode == -9
+    assert len(os.listdir(tmp_path)) == 1
+    other = subprocess.Popen([*command, 'alive'], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b'writing\n'
+    live, = os.listdir(tmp_path)    # the dead one's is gone; this one's must stay
+    with ArchiveWriter(tmp_path / name) as writer:
+        assert live in os.listdir(tmp_path)
+        writer.add(picture(0))
+    assert sorted(os.listdir(tmp_path)) == sorted([live, name])
+    other.kill()
+    other.communicate()
 
 
 def test_writer_never_overwrites(archive, tmp_path):

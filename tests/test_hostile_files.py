@@ -14,10 +14,14 @@ import pytest
 import torch
 from conftest import ROOT, load_script
 from nvidia_layout import make_generator, write_pickle
+from PIL import Image
 
 from classification.grader import build_grader
 from classification.settings import Settings
 from criteria.lpips_loss import LPIPSLoss
+from datasets import archive as archive_module
+from datasets.archive import FileStore, ImageArchive
+from datasets.groups import read_groups
 from evaluation.attacks.pairs import PairConfig, build_pair_net, load_pair_attack
 from evaluation.fidelity import InceptionNetwork
 from models.encoders import build_encoder, encoder_from_state, load_resnet34
@@ -517,3 +521,79 @@ def test_damaged_pickles_are_refused_or_read(tmp_path):
             assert 'g_ema' in convert(read_pickle(path), source=path)
         except UserError as error:
             assert 'net.pkl' in str(error) and len(str(error)) < 2000
+
+
+# --- archives of pictures, and group tables ----------------------------------------------------
+
+
+def png_zip(path, **options):
+    """A ZIP with a picture and labels; options of ZipFile.writestr for the picture."""
+    buffer = io.BytesIO()
+    Image.new('RGB', (16, 16)).save(buffer, format='PNG')
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('a.png', buffer.getvalue(), **options)
+        archive.writestr('dataset.json', '{"labels": [["a.png", 1]]}')
+    return path.read_bytes()
+
+
+def read_archive(path):
+    return [ImageArchive(path, labels=True)[0][0].sum()]
+
+
+@pytest.mark.parametrize('kind', ['stored', 'deflated', 'lzma', 'bzip2'])
+def test_damaged_archives_name_themselves(kind, tmp_path):
+    path = tmp_path / 'photographs.zip'
+    compression = {'stored': zipfile.ZIP_STORED, 'deflated': zipfile.ZIP_DEFLATED,
+                   'lzma': zipfile.ZIP_LZMA, 'bzip2': zipfile.ZIP_BZIP2}[kind]
+    data = png_zip(path, compress_type=compression)
+    assert read_archive(path) == [0]
+    for changed in [*flips(data), *(data[:n] for n in range(0, len(data), 40))]:
+        path.write_bytes(changed)
+        try:
+            read_archive(path)
+        except UserError as error:
+            assert 'photographs.zip' in str(error) and len(str(error)) < 2000
+
+
+def test_encrypted_and_unknown_members(tmp_path):
+    path = tmp_path / 'photographs.zip'
+    data = png_zip(path)
+    for where, value in ((8, 1), (10, 99)):    # flags and method, in the central directory
+        for name in (b'a.png', b'dataset.json'):
+            i = data.rindex(name) - 46 + where
+            path.write_bytes(data[:i] + bytes([value]) + data[i + 1:])
+            with pytest.raises(UserError, match='photographs.zip'):
+                read_archive(path)
+
+
+def test_what_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive_module, '_MAX_FILE', 2 ** 20)
+    path = tmp_path / 'photographs.zip'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('a.png', bytes(2 ** 21))
+        archive.writestr('dataset.json', b'{"labels": null}' + b' ' * 2 ** 21)
+    assert path.stat().st_size < 20_000
+    store = FileStore(path)
+    for read in (lambda: store.image('a.png'), lambda: store.size('a.png'), store.labels,
+                 lambda: ImageArchive(path)):
+        with pytest.raises(UserError, match='2 MiB, more than the 1 MiB'):
+            read()
+
+
+@pytest.mark.parametrize('data', [
+    b'', b'\x00\x01\x02' * 50, b'\xff\xfe\x00', b'id_code,centers', b'id_code,centers\n',
+    b'id_code,centers\n"a,1\n', b'id_code,centers\na,inf\n', b'id_code,centers\na,nan\n',
+    b'id_code,centers\na,1.5\n', b'id_code,centers\na,-1\n', b'id_code,centers\na,1e300\n',
+    b'id_code,centers\na,0\n', b'id_code,centers\na,1,2\nb,1\n', b'id_code\na\n',
+    b'\xe9d_code,centers\n', b'id_code,centers\na,' + b'9' * 400 + b'\n', b'PK\x03\x04'])
+def test_damaged_group_tables(data, tmp_path):
+    path = tmp_path / 'groups.csv'
+    path.write_bytes(data)
+    with pytest.raises(UserError, match='groups.csv'):
+        read_groups(path)
+
+
+def test_group_tables_with_byte_order_marks_are_read(tmp_path):
+    path = tmp_path / 'groups.csv'
+    path.write_bytes(b'\xef\xbb\xbfid_code,centers\r\na,2\r\nb,1\r\nc,2\r\nd,0\r\n')
+    assert [(g.number, g.members) for g in read_groups(path)] == [(1, ['b']), (2, ['a', 'c'])]

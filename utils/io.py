@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from utils.errors import UserError
+from utils.leftovers import SUFFIX, claimed
 from utils.torch_files import BrokenFile, read_torch_bytes
 
 _MAX_WEIGHTS = 2 ** 34
@@ -24,29 +25,34 @@ _PUBLISHED_HASH = re.compile(
 
 
 @contextlib.contextmanager
-def atomic_path(path):
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced and renamed into place.
 
-    On any error the temporary file is removed and an existing `path` stays as it was.
+    On any error the temporary file is removed and an existing `path` stays as it was; what a
+    killed process leaves is found by `utils.leftovers`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}.', suffix='.tmp')
-    os.close(handle)
-    temp = Path(name)
-    try:
-        yield temp
-        with open(temp, 'rb+') as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temp.chmod(0o666 & ~umask)    # mkstemp made it 0600; the final file follows the umask
-        os.replace(temp, path)
-    except BaseException as error:
-        temp.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)    # a full disk does not say which file was being written
-        raise
+
+    def make() -> str:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}.', suffix=SUFFIX)
+        os.close(handle)
+        return name
+
+    with claimed(make) as temp:
+        try:
+            yield temp
+            with open(temp, 'rb+') as file:
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temp.chmod(0o666 & ~umask)    # mkstemp made it 0600; the final file follows the umask
+            os.replace(temp, path)
+        except BaseException as error:
+            temp.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(path)    # a full disk does not say which file was written
+            raise
 
 
 def write_text(path, text):

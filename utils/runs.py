@@ -11,6 +11,7 @@ import torch
 
 from utils.errors import UserError
 from utils.io import sha256_file, write_json
+from utils.leftovers import is_leftover, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +70,14 @@ def start_run(run_dir, record, *, resume=False, free_options=(), resume_flag=Non
                             + (f'{resume_flag} goes on in it, or ' if resume_flag else '')
                             + 'choose another folder')
         hold_run(run_dir)
-        old = json.loads(path.read_text(encoding='utf-8'))
+        old = read_record(run_dir)
         changes = _differences(old, record, free_options)
         if changes:
             raise UserError(f'{run_dir} holds a run with other settings, so it cannot be resumed '
                             f'({"; ".join(changes)}); choose another folder or the same settings')
         return True
-    if run_dir.exists() and any(p.name not in ('log.txt', _LOCK_NAME) for p in run_dir.iterdir()):
+    if run_dir.exists() and any(p.name not in ('log.txt', _LOCK_NAME) and not is_leftover(p.name)
+                                for p in run_dir.iterdir()):
         raise UserError(f'{run_dir} is not empty and holds no run of this tool; '
                         'choose a new folder')
     hold_run(run_dir)
@@ -83,10 +85,11 @@ def start_run(run_dir, record, *, resume=False, free_options=(), resume_flag=Non
     return False
 
 
-def hold_run(run_dir):
+def hold_run(run_dir: str | Path) -> None:
     """Keeps other processes out of `run_dir` until this one ends; UserError if one is in it.
 
-    The system frees the lock of a process that dies, however it dies.
+    The system frees the lock of a process that dies, however it dies. Temporary files that killed
+    processes left in the folder are removed.
     """
     path = (Path(run_dir) / _LOCK_NAME).resolve()
     if path in _held:
@@ -102,14 +105,30 @@ def hold_run(run_dir):
         log.warning('the file system of %s knows no locks: do not start a second process in it',
                     run_dir)
     _held[path] = lock
+    remove_leftovers(Path(run_dir))
 
 
 def add_continuation(run_dir, flags, **details):
     """Adds flags, details and versions of a resumed run to the record in `run_dir`."""
     path = Path(run_dir) / RECORD_NAME
-    record = json.loads(path.read_text(encoding='utf-8'))
+    record = read_record(run_dir)
     record.setdefault('continued', []).append({'flags': flags, **details, 'versions': versions()})
     write_json(path, record)
+
+
+def read_record(run_dir: str | Path) -> dict:
+    """The record of a run folder; UserError when it is damaged, or none."""
+    path = Path(run_dir) / RECORD_NAME
+    try:
+        record = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{path} is not a readable run record ({error}); choose another folder, '
+                        'or put the file back') from error
+    if not isinstance(record, dict) or not all(
+            isinstance(record.get(part), dict) for part in ('options', 'inputs')):
+        raise UserError(f'{path} is not the record of a run; choose another folder, or put the '
+                        'file back')
+    return record
 
 
 def _differences(old, new, free_options):
