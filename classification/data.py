@@ -124,6 +124,27 @@ def pixel_average_set(groups, grades, paths):
                        labels=labels, shares=shares)
 
 
+def random_average_set(table: Table, size: int, *, seed: int = 0) -> TrainingSet:
+    """Mean photographs of `size` people drawn by chance, each photograph in at most one mean.
+
+    The plainest k-Same: what grouping by likeness is compared with. UserError where there are too
+    few people for one mean.
+    """
+    people = np.asarray(merge_identical(table).patients or table.ids)
+    rng = numpy_generator(seed, 'random averages')
+    groups, left = [], rng.permutation(len(table))
+    while len(first := left[np.unique(people[left], return_index=True)[1]]) >= size:
+        # One photograph each of people drawn from those who still have one.
+        groups.append(np.sort(rng.choice(first, size, replace=False)))
+        left = left[~np.isin(left, groups[-1])]
+    if not groups:
+        raise UserError(f'{len(set(people))} people are too few for means of {size}')
+    shares = np.stack([one_hot(table.labels[g]).mean(0) for g in groups])
+    return TrainingSet(names=[f'mean {i}' for i in range(len(groups))],
+                       sources=[[table.paths[i] for i in g] for g in groups],
+                       labels=shares.argmax(1), shares=shares)
+
+
 def split_validation(labels, *, fraction, seed, groups=None):
     """(training indices, validation indices), sorted: every grade's share, whole patients only.
 

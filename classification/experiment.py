@@ -14,6 +14,7 @@ from classification.metrics import (
     summarise,
 )
 from classification.plots import plot_confusion, plot_history, plot_roc
+from classification.probe import ProbeGrader
 from utils.io import save_torch, write_json
 from utils.seeds import numpy_generator
 
@@ -28,26 +29,34 @@ def run_seeds(data, pictures, test, test_pictures, *, config, out_dir, device, n
               imagenet_weights=None):
     """Trains one grader per seed of `config` and tests each; returns the JSON-able results.
 
+    A network or a probe, as `config.grader` says (a probe has no epochs and leaves no weights).
     data: TrainingSet with its pictures uint8 [n, 3, S, S]. test: labelled Table with its
     pictures [m, 3, S, S]. n_draw: train each seed on that many pictures, drawn by the seed.
     `out_dir`/seed_<s> holds the weights, pictures and checkpoint of a seed; finished seeds are
     read, an interrupted one goes on from its checkpoint.
     """
-    records = []
+    records, prober = [], None
+    if config.grader == 'probe':
+        prober = ProbeGrader(data, pictures, test, test_pictures, config=config, device=device)
     for seed in config.seeds:
         folder = out_dir / f'seed_{seed}'
         if (folder / _RESULT).exists():
             log.info('seed %d is finished', seed)
             records.append(json.loads((folder / _RESULT).read_text(encoding='utf-8')))
             continue
-        records.append(_run_seed(seed, folder, data, pictures, test, test_pictures,
-                                 config=config, device=device, n_draw=n_draw,
+        rows = _drawn(len(data), n_draw, seed)
+        if prober is not None:
+            records.append(prober.record(seed, rows))
+            write_json(folder / _RESULT, records[-1])
+            continue
+        records.append(_run_seed(seed, rows, folder, data, pictures, test, test_pictures,
+                                 config=config, device=device,
                                  imagenet_weights=imagenet_weights))
     _draw(records, test, config, out_dir)
     return {
         'n_test': len(test), 'n_test_people': len(set(test.patients)) if test.patients else None,
         'summary': summarise_seeds(records, 'test_best'),
-        'summary_final_epoch': summarise_seeds(records, 'test_final'),
+        **({} if prober else {'summary_final_epoch': summarise_seeds(records, 'test_final')}),
         'seeds': [{k: v for k, v in r.items() if k not in ('test_score', 'history')}
                   for r in records],
     }
@@ -59,13 +68,17 @@ def summarise_seeds(records, part):
             if name in records[0][part]}
 
 
-def _run_seed(seed, folder, data, pictures, test, test_pictures, *, config, device, n_draw,
+def _drawn(n, n_draw, seed):
+    """All n rows, or `n_draw` of them drawn by the seed, sorted."""
+    if n_draw is None:
+        return np.arange(n)
+    draw = numpy_generator(seed, 'same number of photographs')
+    return np.sort(draw.choice(n, n_draw, replace=False))
+
+
+def _run_seed(seed, rows, folder, data, pictures, test, test_pictures, *, config, device,
               imagenet_weights):
     settings = config.settings
-    rows = np.arange(len(data))
-    if n_draw is not None:
-        draw = numpy_generator(seed, 'same number of photographs')
-        rows = np.sort(draw.choice(len(data), n_draw, replace=False))
     groups = None if data.groups is None else [data.groups[i] for i in rows]
     train, val = split_validation(data.labels[rows], fraction=config.validation_fraction,
                                   seed=seed, groups=groups)
@@ -102,7 +115,7 @@ def _run_seed(seed, folder, data, pictures, test, test_pictures, *, config, devi
 
 def _draw(records, test, config, out_dir):
     settings = config.settings
-    binary = settings.target == 'binary'
+    binary = settings.target == 'binary' and config.grader == 'network'
     threshold = settings.positive_from if binary else REFERABLE_FROM
     auc = 'auc' if binary else 'auc_referable'
     plot_roc([(f'seed {r["seed"]}: AUC {r["test_best"][auc]:.3f}',
@@ -113,7 +126,9 @@ def _draw(records, test, config, out_dir):
     total = np.sum([r['test_best']['confusion'] for r in records], axis=0)
     plot_confusion(total, out_dir / 'confusion.png', names=names,
                    title=f'test set, sum of {len(records)} seeds')
-    plot_history({f'seed {r["seed"]}': r['history'] for r in records}, out_dir / 'training.png')
+    if config.grader == 'network':
+        plot_history({f'seed {r["seed"]}': r['history'] for r in records},
+                     out_dir / 'training.png')
 
 
 def results_table(results: dict) -> str:

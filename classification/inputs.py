@@ -9,6 +9,7 @@ from classification.data import (
     photograph_set,
     pixel_average_set,
     published_set,
+    random_average_set,
     release_people,
     release_set,
     without_known_people,
@@ -80,10 +81,13 @@ def training_set(opts: argparse.Namespace) -> tuple[TrainingSet, Table | None, i
         grades = dict(zip(table.ids, table.labels))
         return pixel_average_set(graded_groups(opts.df, grades), grades,
                                  dict(zip(table.ids, table.paths))), table, None
+    if opts.baseline == 'random-average':
+        table = source_table(opts)
+        return random_average_set(table, opts.group_size), table, None
     folder = Path(opts.baseline)
     if not folder.is_dir():
-        raise UserError(f'--baseline {opts.baseline}: neither real, real-same-n, pixel-average '
-                        'nor a folder')
+        raise UserError(f'--baseline {opts.baseline}: neither real, real-same-n, '
+                        'pixel-average, random-average nor a folder')
     if (folder / 'labels.csv').is_file():
         return release_set(folder), source_table(opts, ids_only=True), None
     table = read_table(opts.labels_train, folder, require_label=True, split=opts.train_split)

@@ -28,7 +28,7 @@ import yaml
 
 from classification.experiment import results_table, run_seeds
 from classification.inputs import test_table, training_set
-from classification.settings import LABELS, PRECISIONS, TARGETS, Config, load_config
+from classification.settings import GRADERS, LABELS, PRECISIONS, TARGETS, Config, load_config
 from datasets.pictures import load_pictures
 from models.resnet import ARCHS
 from utils.cli import boolean, nonnegative_int, parser, positive_int, resolve_device, run
@@ -70,16 +70,23 @@ def build_parser() -> argparse.ArgumentParser:
                    help='release folder of a k-SALSA run (instead of --images_path and --df)')
     g.add_argument('--baseline', metavar='WHAT',
                    help='train on: real, real-same-n (as many as there are groups), '
-                        'pixel-average, or a folder of <id>.png with the grades of '
-                        '--labels_train (e.g. reconstructions)')
+                        'pixel-average, random-average (of --group_size people), or a folder '
+                        'of <id>.png with the grades of --labels_train (e.g. reconstructions)')
     g.add_argument('--train_images_path', type=Path, metavar='DIR',
                    help='source photographs, for the baselines and to notice identical ones among '
                         'the test photographs (default: beside --labels_train)')
     g.add_argument('--n_train', type=positive_int, metavar='INT',
                    help='number of pictures for real-same-n')
+    g.add_argument('--group_size', type=positive_int, default=5, metavar='INT',
+                   help='people behind each picture of random-average')
     g.add_argument('--train_split', metavar='NAME', help='rows of --labels_train with that split')
     g.add_argument('--test_split', metavar='NAME', help='rows of --labels_test with that split')
     g = p.add_argument_group('training (each overrides the configuration)')
+    g.add_argument('--grader', choices=GRADERS,
+                   help='train a network, or fit linear models on frozen features (seconds)')
+    g.add_argument('--features', metavar='NAME',
+                   help='network of the probe: lite0, lite1, lite2, or a weight file')
+    g.add_argument('--features_arch', metavar='NAME', help='timm architecture of that file')
     g.add_argument('--target', choices=TARGETS, help='what the grader predicts')
     g.add_argument('--labels', choices=LABELS, help='majority grade, or shares of the grades')
     g.add_argument('--arch', choices=ARCHS, help='network')
@@ -130,7 +137,7 @@ def record_of(opts: argparse.Namespace, config: Config, training: np.ndarray, te
     if opts.release is not None:
         inputs['labels of the release'] = opts.release / 'labels.csv'
     options = {'config': config.to_dict(), **{name: getattr(opts, name) for name in (
-        *_FREE, 'n_train', 'is_centroid', 'train_split', 'test_split')}}
+        *_FREE, 'n_train', 'group_size', 'is_centroid', 'train_split', 'test_split')}}
     record = run_record(options, inputs=inputs)
     record['inputs'] |= {'training pictures': sha256_bytes(training.data),
                          'test photographs': sha256_bytes(test.data)}
@@ -141,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     config = load_config(opts.config, target=opts.target, labels=opts.labels, arch=opts.arch,
                          image_size=opts.image_size, epochs=opts.epochs,
+                         grader=opts.grader, features=opts.features,
+                         features_arch=opts.features_arch,
                          batch_size=opts.batch_size, precision=opts.precision, seeds=opts.seeds)
     if opts.print_config:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end='')
@@ -150,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data.targets(config.labels)
     test, dropped = test_table(opts, source, config.settings.positive_from)
     log.info('%d training pictures, %d test photographs', n_draw or len(data), len(test))
-    if opts.imagenet_weights is None:
+    if config.grader == 'network' and opts.imagenet_weights is None:
         log.info('starting from random weights; --imagenet_weights starts from a file')
 
     size = config.settings.image_size
@@ -163,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(out_dir / 'log.txt')
     results = run_seeds(data, pictures[0], test, pictures[1], config=config, out_dir=out_dir,
                         device=device, n_draw=n_draw, imagenet_weights=opts.imagenet_weights)
-    results = {'initial_weights': 'file' if opts.imagenet_weights else 'random',
+    results = {'initial_weights': 'file' if opts.imagenet_weights else
+               'random' if config.grader == 'network' else config.features,
                'test_rows_dropped': dropped, 'test_people_checked': source is not None, **results}
     write_json(out_dir / 'results.json', results)
     print(results_table(results))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from evaluation.probe import KINDS
 from models.resnet import ARCHS
 from utils.errors import UserError
 
@@ -12,6 +13,7 @@ CONFIG_DIR = Path(__file__).resolve().parent / 'configs'
 
 TARGETS = ('regression', '5-class', 'binary')
 LABELS = ('majority', 'soft')
+GRADERS = ('network', 'probe')
 PRECISIONS = ('fp32', 'bf16', 'fp16')
 SAMPLINGS = ('instance', 'class')
 
@@ -79,19 +81,31 @@ class Settings:
 class Config:
     """A YAML file: the grader's settings and how runs with it are made.
 
+    grader: 'network' is trained as `settings` say; 'probe' is linear models on the frozen
+    features of a pretrained network (evaluation/probe.py), in seconds, of which image_size alone
+    of the settings counts. features: 'lite0', 'lite1', 'lite2', or a weight file of the timm
+    architecture features_arch. probe: 'logistic' or 'ridge' regression of the referable share.
     labels: 'majority' or 'soft' (train against the shares of the grades in a group).
+    initial_weights: where the network starts: '' at random, or what `build_grader` reads.
     validation_fraction: share of the training pictures set apart to choose the epoch.
     """
 
     settings: Settings
+    grader: str = 'network'
+    features: str = 'lite0'
+    features_arch: str = ''
+    probe: str = 'logistic'
     labels: str = 'majority'
+    initial_weights: str = ''
     seeds: tuple = (0, 1, 2)
     validation_fraction: float = 0.1
     save_path: str = 'runs/classification'
 
     def __post_init__(self):
-        if self.labels not in LABELS:
-            raise UserError(f'labels: {self.labels!r} is none of {", ".join(LABELS)}')
+        for name, choices in (('grader', GRADERS), ('labels', LABELS), ('probe', KINDS)):
+            if getattr(self, name) not in choices:
+                raise UserError(f'{name}: {getattr(self, name)!r} is none of '
+                                f'{", ".join(choices)}')
         if not 0 < self.validation_fraction < 1:
             raise UserError(f'validation_fraction: {self.validation_fraction} must lie between '
                             '0 and 1')

@@ -1,4 +1,5 @@
 """The grader: metrics, augmentation, soft labels, resuming, and the published commands."""
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -347,7 +348,8 @@ def test_identical_photographs_are_on_one_side(study):
 
 def test_all_configurations_load():
     names = sorted(p.name for p in CONFIG_DIR.glob('*.yaml'))
-    assert names == ['aptos.yaml', 'eyepacs.yaml', 'eyepacs_2cls.yaml', 'small.yaml']
+    assert names == ['aptos.yaml', 'eyepacs.yaml', 'eyepacs_2cls.yaml', 'probe.yaml',
+                     'small.yaml']
     assert load_config('./configs/aptos.yaml').settings == Settings()
     for name in names:
         load_config(name)
@@ -408,6 +410,40 @@ def test_baselines(study, tiny_net, baseline, n):
                  '--out_dir', 'out', '--seed', '0', '--epochs', '1', '--labels', 'soft']) == 0
     seed = json.loads((study / 'out' / 'results.json').read_text())['seeds'][0]
     assert seed['n_train'] + seed['n_validation'] == n
+
+
+def test_random_averages_are_of_different_people(study):
+    table = read_table('train.csv', 'source', require_label=True)
+    table = dataclasses.replace(table, patients=[f'p{i // 2}' for i in range(40)])
+    found = data.random_average_set(table, 3)
+    of = {p: (i, own) for i, (p, own) in enumerate(zip(table.paths, table.patients))}
+    rows = [[of[p][0] for p in files] for files in found.sources]
+    assert len(found) >= 12 and len(set(sum(rows, []))) == 3 * len(found)
+    for group, label, share in zip(rows, found.labels, found.shares):
+        assert len({table.patients[i] for i in group}) == 3
+        assert share == pytest.approx(np.eye(5)[table.labels[group]].mean(0))
+        assert label == share.argmax()
+    assert data.random_average_set(table, 3).sources == found.sources
+    with pytest.raises(UserError, match='too few'):
+        data.random_average_set(table, 21)
+
+
+def test_the_probe_is_a_grader(study, monkeypatch, capsys):
+    monkeypatch.setattr('classification.probe.pooled_features', lambda net, u8, device:
+                        u8.reshape(len(u8), 3, -1).mean(2) / 255)
+    flags = ['-config', 'probe.yaml', '--device', 'cpu', '--image_size', '16',
+             '--labels_train', 'train.csv', '--train_images_path', 'source', *TEST_FLAGS]
+    assert main([*flags, '--baseline', 'real', '--out_dir', 'out']) == 0
+    found = json.loads((study / 'out' / 'results.json').read_text())
+    assert found['summary']['auc_referable']['mean'] > 0.95
+    assert found['summary']['kappa']['mean'] > 0.7 and found['initial_weights'] == 'lite0'
+    low, high = found['seeds'][0]['test_best']['interval_95']['auc_referable']
+    assert low <= found['summary']['auc_referable']['mean'] <= high
+    assert {p.name for p in (study / 'out' / 'seed_0').iterdir()} == {'result.json'}
+    assert main([*flags, '--release', 'release', '--features', 'lite1', '--out_dir', 'soft']) == 0
+    assert main([*flags, '--baseline', 'random-average', '--group_size', '2', '--out_dir',
+                 'means', '--seed', '0', '1']) == 0
+    assert 'auc_referable' in capsys.readouterr().out
 
 
 def in_run_folder(study):

@@ -1,0 +1,52 @@
+"""The probe as a grader: linear models on frozen features, fitted and tested once per seed."""
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from classification.data import TrainingSet, one_hot
+from classification.metrics import bootstrap_intervals, grading_metrics
+from classification.settings import Config
+from datasets.table import Table
+from evaluation.probe import fit_probe, pooled_features
+from models.features.pretrained import FeatureNetwork, load_feature_network
+
+
+class ProbeGrader:
+    """Probes on one training set; features are computed when first needed.
+
+    pictures: uint8 [n, 3, S, S] of `data`; test_pictures [m, 3, S, S] of `test`.
+    """
+
+    def __init__(self, data: TrainingSet, pictures: np.ndarray, test: Table,
+                 test_pictures: np.ndarray, *, config: Config, device: torch.device) -> None:
+        self.data, self.test, self.config, self.device = data, test, config, device
+        self._pictures = pictures, test_pictures
+
+    @cached_property
+    def _network(self) -> FeatureNetwork:
+        return load_feature_network(self.config.features, arch=self.config.features_arch or None)
+
+    @cached_property
+    def _features(self) -> list[np.ndarray]:
+        return [pooled_features(self._network, p, device=self.device) for p in self._pictures]
+
+    def record(self, seed: int, rows: np.ndarray) -> dict:
+        """Scores of a probe on the training pictures `rows`, like a network's record.
+
+        The seed divides the people for the cross-validation.
+        """
+        data, (train, test) = self.data, self._features
+        soft = data.targets(self.config.labels)
+        shares = one_hot(soft) if soft.ndim == 1 else soft
+        people = None if data.groups is None else [data.groups[i] for i in rows]
+        probe = fit_probe(train[rows], shares[rows], people=people, kind=self.config.probe,
+                          seed=seed)
+        grades, score = probe.grades(test), probe.score(test)
+        found = grading_metrics(self.test.labels, grades, score)
+        found['interval_95'] = bootstrap_intervals(self.test.labels, grades, score,
+                                                   groups=self.test.patients)
+        return {'seed': seed, 'n_train': len(rows), 'features': self._network.name,
+                'features_sha256': self._network.digest, 'strength': probe.strength,
+                'grade_strength': probe.grade_strength, 'test_best': found,
+                'test_score': score.tolist()}
