@@ -78,13 +78,13 @@ def check_table_images(table):
                                  [f'{path}: {reason}' for path, reason in bad]))
 
 
-def _read_csv(csv):
+def _read_csv(csv: Path) -> pd.DataFrame:
     if not csv.is_file():
         raise UserError(f'table not found: {csv}')
     try:
         frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f'{csv} is not a readable CSV table: {error}') from error
+    except Exception as error:    # random bytes make the reader, and unpackers, fail in any way
+        raise UserError(f'{csv} is not a readable CSV table: {str(error)[:200]}') from error
     frame.columns = [str(c).strip() for c in frame.columns]
     if frame.empty:
         raise UserError(f'{csv} has no rows')

@@ -93,3 +93,51 @@ def test_damaged_pictures_are_read_or_refused_in_one_line(tmp_path_factory, form
         assert load_rgb(path).mode == 'RGB'
     except UserError as error:
         assert str(path) in str(error) and len(str(error).splitlines()) == 1
+
+
+def saved(tmp_path, image, **options):
+    image.save(tmp_path / 'a.png', **options)
+    return np.asarray(load_rgb(tmp_path / 'a.png'))
+
+
+@pytest.mark.parametrize('values,want', [
+    ([0, 257, 128, 65535], [0, 1, 0, 255]),            # 16 bits: divided by 257 and rounded
+    ([129, 385, 386, 32896], [1, 1, 2, 128]),
+    ([0, 1, 200, 255], [0, 1, 200, 255]),              # 8 bits in a 16-bit file: as they are
+    ([0, 0, 0, 256], [0, 0, 0, 1])])
+def test_16_bits_become_8(values, want, tmp_path):
+    grey = Image.fromarray(np.array(values, np.uint16).reshape(2, 2))
+    assert grey.mode == 'I;16'
+    pixels = saved(tmp_path, grey)
+    assert pixels.shape == (2, 2, 3)
+    for channel in range(3):
+        assert pixels[..., channel].ravel().tolist() == want
+
+
+@pytest.mark.parametrize('mode,colour,want', [
+    ('RGBA', (200, 100, 50, 255), (200, 100, 50)), ('RGBA', (200, 100, 50, 0), (0, 0, 0)),
+    ('RGBA', (200, 100, 50, 51), (40, 20, 10)), ('LA', (200, 102), (80, 80, 80))])
+def test_what_is_transparent_lies_over_black(mode, colour, want, tmp_path):
+    pixels = saved(tmp_path, Image.new(mode, (3, 2), colour))
+    assert pixels.shape == (2, 3, 3) and np.unique(pixels.reshape(-1, 3), axis=0).tolist() == [
+        list(want)]
+
+
+def test_a_transparent_palette_colour_is_black(tmp_path):
+    image = Image.new('P', (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    assert saved(tmp_path, image).tolist() == [[[10, 20, 30], [200, 100, 50]]]
+    assert saved(tmp_path, image, transparency=1).tolist() == [[[10, 20, 30], [0, 0, 0]]]
+
+
+@pytest.mark.parametrize('orientation,turn', [
+    (1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud),
+    (5, lambda a: a.transpose(1, 0, 2)), (6, lambda a: np.rot90(a, -1)),
+    (7, lambda a: np.rot90(a, 2).transpose(1, 0, 2)), (8, np.rot90)])
+def test_pictures_stand_upright(orientation, turn, tmp_path):
+    """The tag says how the camera was held; the pixels are turned, not the tag kept."""
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(saved(tmp_path, Image.fromarray(pixels), exif=exif), turn(pixels))

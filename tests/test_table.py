@@ -69,3 +69,13 @@ def test_damaged_images_are_listed_together(tmp_path):
     (tmp_path / 'images' / 'c.png').write_bytes(whole[:len(whole) // 2])
     with pytest.raises(UserError, match=r'2 of 3 images(.|\n)*b\.png(.|\n)*c\.png'):
         check_table_images(read_table(csv))
+
+
+@pytest.mark.parametrize('name', ['labels.csv', 'labels.csv.gz', 'labels.csv.zip', 'labels.csv.xz',
+                                  'labels.csv.bz2', 'labels.csv.zst'])
+@pytest.mark.parametrize('data', [b'', b'\x1f\x8b\x08\x00cut', b'PK\x03\x04', b'\x00' * 40,
+                                  b'\xff\xfe\x00', b'"id_code\n'])
+def test_damaged_tables_of_any_packing_are_named(name, data, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match='labels.csv'):
+        read_table(tmp_path / name)
