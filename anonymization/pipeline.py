@@ -1,19 +1,25 @@
 """From a table of photographs to a release: invert, group, optimise, write.
 
 Every stage leaves its result in `exp_dir/private/` before the next begins, so a run that was
-killed goes on where it stopped and ends with the same bytes. With torchrun, inversion chunks and
-batches of groups are shared out among the processes; process 0 groups and writes.
+killed goes on where it stopped. With torchrun, inversion chunks and batches of groups are shared
+out among the processes; process 0 groups and writes.
+
+On a CPU every photograph and every group is computed alone by one thread (see workers), several
+at a time, so the release does not depend on how many, nor on memory. On a GPU they are computed
+in batches, whose size changes rounding; `deterministic` computes them alone there too.
 
 Shapes: n photographs, L styles, D style dimension, S side of the encoder, R of the generator.
 """
 import dataclasses
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from anonymization.grouping import assign_groups, check_groups
@@ -35,8 +41,11 @@ from anonymization.records import (
     write_records,
 )
 from anonymization.release import GroupFacts, release_names, write_release
+from anonymization.workers import deterministic_algorithms, each, memory, run_within_memory
 from datasets.people import merge_duplicates
-from models.psp import FrozenPSP, invert
+from datasets.table import Table
+from models.features.content import ContentNetwork
+from models.psp import PSP, FrozenPSP, invert
 from utils import distributed
 from utils.errors import PrivacyError, UserError
 from utils.images import save_png, to_uint8
@@ -66,9 +75,10 @@ N_GRADES = 5
 class Settings:
     """What shapes a release; paper settings are the defaults.
 
-    strata: names of table columns ('eyes', 'labels') that groups never cross. group_batch: groups
-    optimised together, None takes what memory allows. reduce_dim: group on that many principal
-    components. mirror_left: left eyes are mirrored, so that optic discs align.
+    strata: names of table columns ('eyes', 'labels') that groups never cross. group_batch: most
+    groups optimised at a time, None takes what memory allows. reduce_dim: group on that many
+    principal components. mirror_left: left eyes are mirrored, so that optic discs align.
+    deterministic: the same bytes again on a GPU, too, more slowly.
     """
 
     k: int = 5
@@ -82,6 +92,7 @@ class Settings:
     batch_size: int = 8
     group_batch: int | None = None
     precision: str = 'fp32'
+    deterministic: bool = False
     optimize: OptimizeConfig = OptimizeConfig()
     resize_outputs: bool = False
     soft_labels: bool = False
@@ -95,15 +106,20 @@ class Pipeline:
 
     table: datasets.table.Table with files; digests: SHA-256 of each file. psp, content_net,
     style_net: loaded networks. facts: plain dict for the manifest ('networks', 'versions').
-    workers: loading processes. Raises UserError when a stratum column is missing.
+    workers: loading processes. threads: units computed at a time on a CPU. Raises UserError when
+    a stratum column is missing.
     """
 
-    def __init__(self, exp_dir, table, digests, *, psp, content_net, style_net, settings, device,
-                 facts, workers=0):
+    def __init__(self, exp_dir: str | Path, table: Table, digests: list[str], *, psp: PSP,
+                 content_net: ContentNetwork, style_net: nn.Module, settings: Settings,
+                 device: str | torch.device, facts: dict, workers: int = 0,
+                 threads: int = 1) -> None:
         self.exp_dir, self.private = Path(exp_dir), Path(exp_dir) / 'private'
         self.work = self.private / 'work'
         self.table, self.settings, self.facts = table, settings, facts
         self.device, self.workers = torch.device(device), workers
+        self.threads = threads if self.device.type == 'cpu' else 1
+        self.alone = self.device.type == 'cpu' or settings.deterministic
         self.psp, self.content_net, self.style_net = psp, content_net, style_net
         self.photos = Photographs(table, psp.input_size, settings.mirror_left)
         self.people = merge_duplicates(table.patients, digests)
@@ -115,6 +131,16 @@ class Pipeline:
         if settings.mirror_left and not table.eyes:
             raise UserError('--mirror_left needs an eye column in the table')
         self.strata = self._strata()
+        if settings.deterministic and self.device.type == 'cuda':
+            self._check_deterministic()
+
+    def _check_deterministic(self) -> None:
+        """UserError for sizes whose resampling has no deterministic gradient on a GPU."""
+        picture, side, seen = self.psp.decoder.size, self.psp.input_size, self.content_net
+        if picture % side or (seen.resize != 'nearest' and side % seen.input_size):
+            raise UserError(f'--deterministic: the sides of pictures ({picture}), encoder ({side}) '
+                            f'and content network ({seen.input_size}) must be multiples, each of '
+                            'the next; leave it out, or use --device cpu')
 
     def _strata(self):
         if not self.settings.strata:
@@ -167,24 +193,38 @@ class Pipeline:
         log.info('inverting %d photographs, %d refinements', len(self.table),
                  self.settings.n_iters)
         bar = progress(total=sum(len(chunks[i]) for i in mine), desc='inversion', unit='img')
-        for i, u8 in zip(mine, loader):
-            x = u8.to(self.device).float().div(127.5).sub(1)
-            with matmul_precision(self.settings.precision):
-                found = invert(psp, x, n_iters=self.settings.n_iters)
-            if not torch.isfinite(found.ws).all():
-                raise UserError('the inversion gives numbers that are not finite; is the '
-                                'checkpoint of --checkpoint_path a trained one?')
+
+        def one(item: tuple[int, torch.Tensor], check: Callable[[], None]) -> None:
+            i, u8 = item
+            parts = []
+            for x in u8.split(1 if self.alone else len(u8)):
+                check()
+                parts.append(self._invert_batch(psp, net, x))
+            found = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+            recon = found.pop('recon')
             if self.settings.save_reconstructions:
-                for j, y in zip(chunks[i], found.recon):
+                for j, y in zip(chunks[i], recon):
                     name = f'{Path(self.table.ids[j]).stem}.png'
-                    save_png(y.cpu(), self.private / 'reconstructions' / name)
-            # One by one, so that a picture's features do not depend on the chunk.
+                    save_png(y, self.private / 'reconstructions' / name)
             with sealing(self._chunk_file(i)):
-                save_torch(self._chunk_file(i), {
-                    'ws': found.ws.cpu(), 'content': net.features(found.recon).cpu(),
-                    'error': (found.recon - x).square().mean((1, 2, 3)).cpu()})
+                save_torch(self._chunk_file(i), found)
             bar.update(len(u8))
+
+        with matmul_precision(self.settings.precision):
+            each(one, zip(mine, loader), self.threads)
         bar.close()
+
+    def _invert_batch(self, psp: FrozenPSP, net: ContentNetwork,
+                      u8: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of photographs uint8 [N, 3, S, S]: ws, recon, content features, error [N], on the CPU."""
+        x = u8.to(self.device).float().div(127.5).sub(1)
+        found = invert(psp, x, n_iters=self.settings.n_iters)
+        if not torch.isfinite(found.ws).all():
+            raise UserError('the inversion gives numbers that are not finite; is the checkpoint '
+                            'of --checkpoint_path a trained one?')
+        return {'ws': found.ws.cpu(), 'recon': found.recon.cpu(),
+                'content': net.features(found.recon).cpu(),
+                'error': (found.recon - x).square().mean((1, 2, 3)).cpu()}
 
     def _collect(self, latents: Path, content: Path) -> None:
         files = [self._chunk_file(i) for i in range(len(self._chunks()))]
@@ -268,7 +308,8 @@ class Pipeline:
         """Runs every batch of groups that has no result yet; returns results on process 0."""
         n_groups = int(labels.max())
         members = [np.flatnonzero(labels == c) for c in range(1, n_groups + 1)]
-        size = self._group_batch(n_groups)
+        at_once = self._at_once(n_groups)
+        size = 1 if self.alone else at_once
         batches = [members[i:i + size] for i in range(0, n_groups, size)]
         sources = self._sources()
         mine = [i for i in range(distributed.rank(), len(batches), distributed.world_size())
@@ -278,13 +319,21 @@ class Pipeline:
                                     config=self.settings.optimize, device=self.device,
                                     precision=self.settings.precision)
             steps = self.settings.optimize.n_steps
-            log.info('optimising %d groups, %d at a time, %d steps', n_groups, size, steps)
+            log.info('optimising %d groups, %d at a time, %d steps', n_groups, at_once, steps)
             bar = progress(total=steps * sum(len(batches[i]) for i in mine), desc='optimisation',
                            unit='step')
-            for i in mine:
+
+            def one(i: int, check: Callable[[], None]) -> None:
+                def on_step(n: int) -> None:
+                    check()
+                    bar.update(n)
+
                 groups = [self._group(m, latents, content) for m in batches[i]]
-                result = run_within_memory(engine, groups, on_step=bar.update)
+                result = run_within_memory(engine, groups, on_step=on_step)
                 self._save_batch(self._batch_file(i), result, sources)
+
+            with matmul_precision(self.settings.precision):    # set once for all threads
+                each(one, mine, min(at_once, self.threads))
             bar.close()
         distributed.barrier()
         if not distributed.is_main():
@@ -303,22 +352,29 @@ class Pipeline:
         return [GroupResult(*row) for row in zip(part['image'], part['centroid'], part['ws'],
                                                  part['losses'].unbind(1), part['pixels'])]
 
-    def _group_batch(self, n_groups: int) -> int:
-        """Groups per batch; decided once per run, since a resumed run must cut the same way."""
+    def _at_once(self, n_groups: int) -> int:
+        """Groups optimised at a time: on a CPU side by side, on a GPU together in a batch.
+
+        Batches are decided once per run, since a resumed run must cut the same way.
+        """
+        world = distributed.world_size()
+        free = memory(self.device) // (world if self.device.type == 'cpu' else 1)
+        most = self.threads if self.device.type == 'cpu' else min(64, -(-n_groups // world))
+        size = min(self.settings.group_batch or most,
+                   batch_that_fits(self.psp, 102, self.settings.precision, free, most=most))
+        if self.alone:
+            return size
         path = self.private / 'group_batch.txt'
-        if distributed.is_main() and not has_seal(path):
-            size = self.settings.group_batch
-            if size is None:
-                free = free_memory(self.device) // (
-                    1 if self.device.type == 'cuda' else distributed.world_size())
-                most = max(1, -(-n_groups // distributed.world_size()))
-                size = batch_that_fits(self.psp, 102, self.settings.precision, free,
-                                       most=min(most, 8 if self.device.type == 'cpu' else 64))
-            with sealing(path):
-                write_text(path, f'{size}\n')
+        if distributed.is_main():
+            if not has_seal(path):
+                with sealing(path):
+                    write_text(path, f'{self.settings.group_batch or size}\n')
+            check_intact(path, remedy=_ANEW)
         distributed.barrier()
-        check_intact(path, remedy=_ANEW)
-        return int(path.read_text())
+        recorded = int(path.read_text())
+        if recorded != (self.settings.group_batch or recorded):
+            log.warning('going on with %d groups at a time, as this run began', recorded)
+        return recorded
 
     def _group(self, members, latents, content):
         return Group(torch.from_numpy(np.array(latents[members])),
@@ -368,6 +424,10 @@ class Pipeline:
 
     def run(self, staging: Path) -> dict | None:
         """All stages; returns the manifest of the release in `staging`, on process 0."""
+        with deterministic_algorithms(self.settings.deterministic and self.device.type == 'cuda'):
+            return self._run(staging)
+
+    def _run(self, staging: Path) -> dict | None:
         self.work.mkdir(parents=True, exist_ok=True)
         if distributed.is_main():
             for torn in [*self.private.glob('.*.tmp'), *self.work.glob('.*.tmp')]:
@@ -380,32 +440,6 @@ class Pipeline:
             return None
         shutil.rmtree(staging, ignore_errors=True)
         return self.write(labels, names, results, staging)
-
-
-def run_within_memory(engine, groups, *, on_step=None):
-    """engine.run(groups), in halves where the card's memory does not suffice."""
-    try:
-        return engine.run(groups, on_step=on_step)
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        if len(groups) == 1:
-            raise UserError('one group does not fit the memory of the card; use --precision '
-                            'bf16, or --device cpu') from None
-    half = len(groups) // 2
-    log.warning('out of memory with %d groups; going on in halves', len(groups))
-    parts = [run_within_memory(engine, part, on_step=on_step)
-             for part in (groups[:half], groups[half:])]
-    return type(parts[0])(torch.cat([p.ws for p in parts]), torch.cat([p.image for p in parts]),
-                          torch.cat([p.losses for p in parts], 1),
-                          torch.cat([p.centroid for p in parts]))
-
-
-def free_memory(device):
-    """Bytes free on the device (main memory for the CPU)."""
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # needed on the CPU only
-    return psutil.virtual_memory().available
 
 
 def _load_intact(path: Path, what: str, context: str = '') -> dict:

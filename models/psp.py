@@ -11,7 +11,6 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from models.encoders import encoder_from_state
@@ -19,6 +18,7 @@ from models.loading import named_tensors
 from models.stylegan2 import Generator, generator_from_state
 from models.stylegan2.frozen import FrozenSynthesis
 from utils.errors import UserError
+from utils.images import shrink
 from utils.io import load_weights
 
 _REMEDY = 'Train one with scripts/train_restyle_psp.py.'
@@ -47,7 +47,7 @@ class PSP(nn.Module):
 
     def pool(self, img):
         """[N, 3, R, R] -> [N, 3, S, S], the mean over each cell (published face_pool)."""
-        return F.adaptive_avg_pool2d(img, self.input_size)
+        return shrink(img, self.input_size)
 
     def decode(self, ws, *, noise='stored'):
         """ws [N, L, D] -> [N, 3, R, R]; `noise` as in Generator.synthesis."""

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import logging
+import os
 import shutil
 
 from matplotlib.figure import Figure
@@ -27,6 +28,7 @@ from anonymization.grouping import METHODS, POLICIES, SURPLUS
 from anonymization.optimize import PRECISIONS, OptimizeConfig
 from anonymization.photographs import hash_files
 from anonymization.pipeline import Pipeline, Settings
+from anonymization.workers import one_thread
 from configs.paths_config import model_paths
 from datasets.table import check_table_images, read_table
 from models.features.content import load_content_network
@@ -46,7 +48,7 @@ _NO_EFFECT = ('label_path', 'model_1_checkpoint_path', 'model_2_checkpoint_path'
 # Flags that may differ when a run goes on: they do not change what is computed, or the content of
 # the files they name is compared instead.
 _FREE = ('exp_dir', 'checkpoint_path', 'data_path', 'df', 'content_weights', 'style_weights',
-         'test_workers', 'device')
+         'test_workers', 'device', 'group_batch')
 
 
 def build_parser():
@@ -113,13 +115,18 @@ def build_parser():
                    help='name of the data set, kept in private/options.json')
     g = p.add_argument_group('machine')
     g.add_argument('--test_batch_size', type=cli.positive_int, default=8, metavar='N',
-                   help='photographs inverted together (memory only, not tied to k)')
+                   help='photographs per unit of work, on a GPU inverted together (not tied '
+                        'to k)')
     g.add_argument('--group_batch', type=cli.positive_int, metavar='N',
-                   help='groups optimised together (default: what memory allows)')
+                   help='groups optimised at a time (default: on a CPU one per core, on a GPU what '
+                        'memory allows)')
     g.add_argument('--test_workers', type=cli.nonnegative_int, default=2, metavar='N',
                    help='loading processes')
     g.add_argument('--precision', choices=PRECISIONS, default='fp32',
                    help='arithmetic of the optimisation')
+    g.add_argument('--deterministic', action='store_true',
+                   help='the same bytes again on a GPU too: deterministic operations, every '
+                        'photograph and group alone; slower. On a CPU it is always so')
     cli.add_common(g)
     g = p.add_argument_group('published flags without effect')
     for name in _NO_EFFECT:
@@ -182,6 +189,14 @@ def publish(staging, release, opts, table):
 
 def main(argv=None):
     opts = build_parser().parse_args(argv)
+    if opts.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')    # read at its first use
+    with one_thread() as threads:
+        return make_release(opts, threads)
+
+
+def make_release(opts, threads):
+    """The whole job; `threads` units of work at a time on a CPU. Returns the exit code."""
     device = distributed.init(cli.resolve_device(opts.device))
     setup_logging(level=logging.INFO if distributed.is_main() else logging.WARNING)
     table = check_options(opts)
@@ -218,7 +233,7 @@ def main(argv=None):
             reduce_dim=opts.reduce_dim, mirror_left=opts.mirror_left,
             n_iters=opts.n_iters_per_batch,
             batch_size=opts.test_batch_size, group_batch=opts.group_batch,
-            precision=opts.precision,
+            precision=opts.precision, deterministic=opts.deterministic,
             optimize=OptimizeConfig(n_steps=opts.num_steps, n_crop=opts.num_crop,
                                     content_weight=opts.content_weight,
                                     style_weight=opts.style_weight, lr=opts.lr),
@@ -226,7 +241,7 @@ def main(argv=None):
             centroids=opts.centroids, save_reconstructions=opts.save_reconstructions,
             seed=opts.seed),
         device=device, facts={'networks': networks, 'versions': versions()},
-        workers=opts.test_workers)
+        workers=opts.test_workers, threads=threads)
     staging = private / 'staging'
     pipeline.run(staging)
     if distributed.is_main():

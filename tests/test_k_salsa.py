@@ -138,19 +138,6 @@ def test_killed_run_ends_with_the_same_bytes(nets, tmp_path):
     assert tree_bytes(tmp_path / 'b/release') == tree_bytes(tmp_path / 'a/release')
 
 
-def test_two_processes_make_the_release_of_one(nets, tmp_path):
-    save_photographs(tmp_path / 'data', 22)
-    one = run_process(arguments(nets, tmp_path / 'data', tmp_path / 'one'))
-    assert one.wait() == 0, one.stderr.read()
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-         str(ROOT / 'scripts/k-SALSA.py'),
-         *arguments(nets, tmp_path / 'data', tmp_path / 'two')],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert tree_bytes(tmp_path / 'two/release') == tree_bytes(tmp_path / 'one/release')
-
-
 def test_identical_photographs_are_one_person(nets, tmp_path):
     assert merge_duplicates(None, ['a', 'b', 'a']) == [0, 1, 0]
     assert merge_duplicates(['p', 'q', 'r', 'p'], ['a', 'b', 'b', 'c']) == [0, 1, 1, 0]

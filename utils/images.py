@@ -6,6 +6,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils.errors import UserError
@@ -82,6 +83,16 @@ def resize(image, size):
     if image.size == (size, size):
         return image
     return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def shrink(img: torch.Tensor, side: int) -> torch.Tensor:
+    """[N, C, H, W] -> [N, C, side, side], the mean over each cell.
+
+    Where cells are equal, by an operation whose gradient has a deterministic form on GPUs.
+    """
+    if img.shape[-2] == img.shape[-1] and img.shape[-1] % side == 0:
+        return F.avg_pool2d(img, img.shape[-1] // side)
+    return F.adaptive_avg_pool2d(img, side)
 
 
 def pil_to_tensor(image):

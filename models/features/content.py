@@ -10,6 +10,7 @@ from torch import nn
 from models.loading import mismatch, named_tensors
 from models.resnet import ARCHS, build_resnet, describe_resnet
 from utils.errors import UserError
+from utils.images import shrink
 from utils.io import load_weights
 
 FORMAT = 'k-salsa-content-encoder'
@@ -46,7 +47,7 @@ class ContentNetwork(nn.Module):
             if self.resize == 'nearest':
                 img = F.interpolate(img, size=self.input_size, mode='nearest')
             elif img.shape[-1] > self.input_size:
-                img = F.adaptive_avg_pool2d(img, self.input_size)
+                img = shrink(img, self.input_size)
             else:
                 img = F.interpolate(img, size=self.input_size, mode='bilinear',
                                     align_corners=False)
