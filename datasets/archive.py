@@ -21,7 +21,7 @@ from PIL import Image
 
 from utils.errors import UserError, listing
 from utils.images import IMAGE_SUFFIXES, as_rgb, decode_reason, open_image
-from utils.io import atomic_path
+from utils.io import atomic_path, sha256_bytes
 from utils.leftovers import SUFFIX, claimed, remove_leftovers
 
 _MAX_FILE = 2 ** 29     # bytes
@@ -78,6 +78,15 @@ class FileStore:
         """(width, height) of one image, from its header; UserError when it cannot be read."""
         with open_image(lambda: self.open(name), f'{self.path}: {name}') as image:
             return image.size
+
+    def digest(self, names: Sequence[str]) -> str:
+        """Hex digest of names and sizes, in a ZIP of checksums too: another when files changed."""
+        if self.is_zip:
+            members = map(self._open_zip().getinfo, names)
+            rows = [f'{m.filename} {m.file_size} {m.CRC}' for m in members]
+        else:
+            rows = [f'{name} {(self.path / name).stat().st_size}' for name in names]
+        return sha256_bytes('\n'.join(rows).encode())[:16]
 
     def labels(self) -> dict[str, object] | None:
         """{name: label} from dataset.json, or None when there is none; UserError for others."""
@@ -190,6 +199,10 @@ class ImageArchive(torch.utils.data.Dataset):
         flip, i = divmod(i, len(self.names))
         img = self._decode(i)
         return img.flip(2) if flip else img, self._labels[i]
+
+    def digest(self) -> str:
+        """Hex digest that changes with the pictures' files (their names, sizes, checksums)."""
+        return self.store.digest(self.names)
 
     def images(self, indices):
         """uint8 [n, 3, H, W] of several items."""

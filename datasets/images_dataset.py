@@ -66,6 +66,10 @@ class ImagesDataset(torch.utils.data.Dataset):
         picture = resize(self._store.image(self.names[i]), self.size)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
+    def digest(self) -> str:
+        """Hex digest that changes with the pictures' files (their names, sizes, checksums)."""
+        return self._store.digest(self.names)
+
     def __len__(self):
         return len(self.names)
 

@@ -315,7 +315,8 @@ def training_metric(names, dataset, *, n_images, content_weights=None, inception
                     seed=0, batch_size=32):
     """A function (generator, device) -> {name: number}, for snapshots during GAN training.
 
-    names: of METRICS. dataset: ImageArchive with the real pictures, all of which are used.
+    names: of METRICS. dataset: ImageArchive with the real pictures, all of which are used once,
+    without the mirror images that a training adds.
     n_images generated pictures from fixed seeds, stored noise. Networks are read here, so that
     missing files fail before training; real features are computed on the first call and kept.
     """
@@ -340,8 +341,8 @@ def training_metric(names, dataset, *, n_images, content_weights=None, inception
             if kind not in real:
                 found = [extract_features(network, dataset.images(part), device=device,
                                           batch_size=batch_size)
-                         for part in np.array_split(np.arange(len(dataset)),
-                                                    -(-len(dataset) // 512))]
+                         for part in np.array_split(np.arange(len(dataset.names)),
+                                                    -(-len(dataset.names) // 512))]
                 real[kind] = np.concatenate(found)
             fake[kind] = extract_features(network, pictures, device=device,
                                           batch_size=batch_size)

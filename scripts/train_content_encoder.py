@@ -42,7 +42,7 @@ from training.moco import EXPORT_NAME, MocoConfig, MocoTrainer, ViewConfig
 from utils import cli, distributed
 from utils.errors import UserError
 from utils.images import from_uint8
-from utils.io import sha256_bytes, write_json
+from utils.io import write_json
 from utils.logs import progress, setup_logging
 from utils.runs import run_record, start_run
 from utils.seeds import numpy_generator, seed_everything
@@ -223,8 +223,7 @@ def main(argv=None):
                           workers=0 if images.cached else opts.workers,
                           keep_states=opts.keep_states)
     if distributed.is_main():
-        names = sha256_bytes('\n'.join(images.names).encode())[:16]
-        record = run_record({**given, 'images': f'{len(images)} images, names {names}'},
+        record = run_record({**given, 'images': f'{len(images)} images, {images.digest()}'},
                             seed=opts.seed)
         start_run(opts.out_dir, record, resume=opts.resume, free_options=_FREE,
                   resume_flag='--resume')

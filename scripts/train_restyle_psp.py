@@ -39,7 +39,7 @@ from training.coach_restyle_psp import AMP_DTYPES, Coach, CoachConfig
 from training.reconstruction import ContentTerm, L2Term, LpipsTerm
 from utils import cli, distributed
 from utils.errors import UserError
-from utils.io import load_weights, sha256_bytes
+from utils.io import load_weights
 from utils.logs import setup_logging
 from utils.runs import run_record, start_run
 from utils.seeds import seed_everything, torch_generator
@@ -276,8 +276,8 @@ def main(argv=None):
                   keep_states=opts.keep_states)
     if distributed.is_main():
         record = run_record(
-            {**vars(opts), 'train_images': _names_hash(train_set),
-             'test_images': _names_hash(test_set)},
+            {**vars(opts), 'train_images': f'{len(train_set)} images, {train_set.digest()}',
+             'test_images': f'{len(test_set)} images, {test_set.digest()}'},
             inputs={'stylegan_weights': None if opts.checkpoint_path else opts.stylegan_weights,
                     'checkpoint_path': opts.checkpoint_path,
                     'resnet34_weights': opts.resnet34_weights,
@@ -298,10 +298,6 @@ def main(argv=None):
              coach.step_count, opts.exp_dir / 'checkpoints')
     distributed.shutdown()
     return 0
-
-
-def _names_hash(dataset):
-    return f'{len(dataset)} images, names {sha256_bytes(chr(10).join(dataset.names).encode())[:16]}'
 
 
 if __name__ == '__main__':

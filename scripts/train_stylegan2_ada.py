@@ -6,15 +6,16 @@
 Every run gets its own numbered folder in --outdir with snapshots (network-snapshot-<kimg>.pt,
 which the other scripts read), sample grids, stats.jsonl, TensorBoard logs and curves.png.
 """
+import argparse
 import os
 import re
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import argparse
 import json
 import logging
 import math
@@ -24,14 +25,20 @@ import torch
 from datasets.archive import ImageArchive
 from training.adversarial import LOSSES
 from training.augment import MAX_STRENGTH, PIPES
-from training.stylegan2_config import PRESETS, make_config
+from training.stylegan2_config import PRESETS, TrainConfig, make_config
 from training.stylegan2_growing import grow
 from training.stylegan2_loop import (
-    SNAPSHOT_PREFIX,
     Trainer,
     export_inference,
-    latest_snapshot,
     train,
+)
+from training.stylegan2_resume import (
+    Start,
+    check_flags,
+    flag_of,
+    load_start,
+    read_start,
+    resumed_config,
 )
 from utils import distributed
 from utils.cli import (
@@ -46,14 +53,18 @@ from utils.cli import (
     run,
 )
 from utils.errors import UserError
-from utils.io import load_weights, sha256_file
+from utils.io import sha256_file
 from utils.logs import setup_logging
-from utils.runs import add_continuation, hold_run, run_record, start_run
+from utils.runs import RECORD_NAME, add_continuation, hold_run, run_record, start_run
 from utils.signals import run_launcher, stop_on_signal
 
 log = logging.getLogger(__name__)
 
 TICK_KIMG = 4
+Metric = Callable[[torch.nn.Module, torch.device], dict[str, float]]
+_UNNAMED = object()
+# What shapes a run beside its TrainConfig and seed, and is kept in snapshots.
+_SETTINGS = ('cfg', 'aug', 'augpipe', 'p', 'target', 'mirror', 'subset')
 
 # Flags that may change when a run folder is gone on in: they do not touch what is learnt, or say
 # how long.
@@ -62,7 +73,7 @@ _FREE = ('outdir', 'resume', 'kimg', 'snap', 'metrics', 'metric_network', 'incep
          'allow_tf32', 'workers', 'max_minutes', 'dry_run', 'data')
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
     g = p.add_argument_group('required, except with --resume RUN')
     g.add_argument('--outdir', type=Path, metavar='DIR', help='where the numbered run folders go')
@@ -171,7 +182,7 @@ def resolve_augmentation(opts: argparse.Namespace) -> None:
         opts.augpipe = opts.augpipe or 'diff'
 
 
-def check_options(opts):
+def check_options(opts: argparse.Namespace) -> None:
     if opts.cond:
         raise UserError('--cond=1: the weight format has no class input, so training is '
                         'unconditional; train one generator per class with --data per class')
@@ -206,38 +217,48 @@ def check_options(opts):
                         'with --resume FILE')
 
 
-def run_name(opts, config):
+def run_name(opts: argparse.Namespace, batch: int) -> str:
     """What tells runs of one folder apart: the data, the configuration, and what is unusual."""
     parts = [opts.data.stem, 'mirror' if opts.mirror else None,
-             f'subset{opts.subset}' if opts.subset else None, opts.cfg, f'batch{config.batch}',
+             f'subset{opts.subset}' if opts.subset else None, opts.cfg, f'batch{batch}',
              f'gamma{opts.gamma:g}' if opts.gamma is not None else None,
              None if opts.discriminator == 'stylegan2' else opts.discriminator,
-             None if opts.aug == 'ada' else opts.aug, opts.augpipe,
+             None if opts.aug == 'ada' else opts.aug,
+             None if opts.augpipe == 'bgc' else opts.augpipe,
              'resume' if opts.resume else None, 'grow' if opts.grow else None,
              f'freezed{opts.freezed}' if opts.freezed else None]
     return '-'.join(p for p in parts if p)
 
 
-def new_run_dir(outdir, name):
+def new_run_dir(outdir: Path, name: str) -> Path:
     numbers = [int(m.group(1)) for p in (outdir.iterdir() if outdir.is_dir() else [])
                if (m := re.match(r'(\d{5})-', p.name))]
     return outdir / f'{max(numbers, default=-1) + 1:05d}-{name}'
 
 
-def resumed_options(opts, argv):
+def given_flags(argv: Sequence[str]) -> dict[str, object]:
+    """The options that a command line names, by name; without those left at their defaults."""
+    p = build_parser()
+    p.set_defaults(**dict.fromkeys(vars(p.parse_args([])), _UNNAMED))
+    return {k: v for k, v in vars(p.parse_args(argv)).items() if v is not _UNNAMED}
+
+
+def resumed_options(opts: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
     """Options of the run folder to go on in; UserError when a flag given now contradicts them."""
-    path = opts.resume / 'options.json'
+    path = opts.resume / RECORD_NAME
     if not path.is_file():
-        raise UserError(f'--resume {opts.resume}: not a run folder (no options.json)')
-    record = json.loads(path.read_text(encoding='utf-8'))
-    saved = build_parser().parse_args(record['options']['flags'])
-    given = build_parser().parse_args([*record['options']['flags'], *argv])
-    resolved = record['options']
-    changes = [f'--{name}: was {resolved.get(name) if value is None else value}, '
-               f'now {getattr(given, name)}'
-               for name, value in vars(saved).items()
-               if name not in _FREE and getattr(given, name) != value]
-    wanted = record['inputs'].get('data')
+        raise UserError(f'--resume {opts.resume}: not a run folder (no {RECORD_NAME})')
+    try:
+        record = json.loads(path.read_text(encoding='utf-8'))
+        resolved, wanted = record['options'], record['inputs'].get('data')
+        saved = build_parser().parse_args(resolved['flags'])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{path} is damaged; begin a new run from the newest snapshot beside it: '
+                        '--resume FILE --outdir DIR --data ZIP') from error
+    given = build_parser().parse_args([*resolved['flags'], *argv])
+    changes = [f'{flag_of(name)}: was {resolved.get(name, getattr(saved, name))}, now {value}'
+               for name, value in given_flags(argv).items()
+               if name not in _FREE and value != resolved.get(name, getattr(saved, name))]
     if not given.data.exists():
         raise UserError(f'--data {given.data}: not there any more; say where it is now')
     if wanted and (not given.data.is_file() or sha256_file(given.data) != wanted):
@@ -252,38 +273,44 @@ def resumed_options(opts, argv):
     return given
 
 
-def load_resumed(trainer, opts):
-    """Fills `trainer` from the file --resume; UserError when it does not go with the options."""
-    weights = load_weights(opts.resume, what='generator file or training snapshot')
-    if not isinstance(weights, dict) or 'g_ema' not in weights:
-        raise UserError(f'--resume {opts.resume}: neither a training snapshot nor a generator file')
-    if 'g_optim' not in weights or 'n_img' not in weights or opts.transfer:
-        if opts.freezed and 'd' not in weights:
-            raise UserError(f'--freezed: {opts.resume} holds no discriminator; give a snapshot '
-                            f'({SNAPSHOT_PREFIX}*.pt) with --transfer=1, or a converted .pkl')
-        trainer.transfer(weights)
-        log.info('transfer learning from %s', opts.resume)
-        return
-    if weights['config']['freezed'] != opts.freezed:
-        raise UserError(f'--freezed {opts.freezed}: {opts.resume} was trained with '
-                        f'{weights["config"]["freezed"]} and would go on exactly; give '
-                        '--transfer=1 to begin anew from its networks')
-    if weights['n_img'] >= trainer.config.kimg * 1000:
-        raise UserError(f'{opts.resume} is at {weights["n_img"] / 1000:g} kimg already, and would '
-                        'go on exactly; raise --kimg, or give --transfer=1 to begin anew from its '
-                        'networks')
-    trainer.load_state(weights)
-    log.info('going on exactly from %s', opts.resume)
+def build_config(opts: argparse.Namespace, argv: Sequence[str], start: Start, size: int,
+                 world: int) -> TrainConfig:
+    """The configuration of the flags, or of the snapshot that is gone on from."""
+    try:
+        if start.exact:
+            given = given_flags(argv)
+            return resumed_config(start.weights['config'], world, kimg=given.get('kimg'),
+                                  batch_gpu=given.get('batch_gpu'))
+        return make_config(opts.cfg, size, world, kimg=opts.kimg, batch=opts.batch,
+                           batch_gpu=opts.batch_gpu, gamma=opts.gamma, pl_weight=opts.pl_weight,
+                           n_mlp=opts.n_mlp, freezed=opts.freezed, use_noise=opts.use_noise,
+                           cbase=opts.cbase, cmax=opts.cmax, discriminator=opts.discriminator,
+                           d_lr=opts.d_lr)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
 
 
-def start_processes(n, argv):
+def check_data(dataset: ImageArchive, config: TrainConfig, start: Start, opts: argparse.Namespace
+               ) -> None:
+    """UserError when there are too few pictures, or others than the training had so far."""
+    if len(dataset) < config.batch:
+        raise UserError(f'{opts.data} holds {len(dataset)} images, fewer than one batch of '
+                        f'{config.batch}; lower --batch or add images')
+    had = start.settings().get('images')
+    if dataset.resolution != config.size or had not in (None, dataset.digest()):
+        raise UserError(f'--data {opts.data}: other pictures than {start.path} was trained with; '
+                        'give those, or begin anew from its networks: --resume FILE --transfer=1')
+
+
+def start_processes(n: int, argv: Sequence[str]) -> int:
     """Runs this script under torchrun with `n` processes; returns its exit code."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
                f'--nproc_per_node={n}', '--', str(Path(__file__).resolve()), *argv]
     return run_launcher(command)
 
 
-def build_metric(opts, dataset):
+def build_metric(opts: argparse.Namespace, dataset: ImageArchive) -> Metric | None:
+    """The function that measures snapshots, or None for --metrics=none."""
     if opts.metrics == 'none':
         return None
     from evaluation.fidelity import training_metric
@@ -293,13 +320,47 @@ def build_metric(opts, dataset):
                            inception_weights=opts.inception_weights)
 
 
-def main(argv=None):
+def build_trainer(opts: argparse.Namespace, dataset: ImageArchive, config: TrainConfig,
+                  device: torch.device, precision: str) -> Trainer:
+    """The networks and their training, with the settings that a resumed run takes over."""
+    torch.backends.cudnn.benchmark = not opts.nobench
+    torch.backends.cuda.matmul.allow_tf32 = opts.allow_tf32
+    torch.backends.cudnn.allow_tf32 = opts.allow_tf32
+    settings = {name: getattr(opts, name) for name in _SETTINGS}
+    return Trainer(dataset, config, device=device, seed=opts.seed, augment=opts.aug,
+                   augment_names=PIPES[opts.augpipe], augment_p=opts.p or 0.0,
+                   ada_target=opts.target, precision=None if precision == 'fp32' else precision,
+                   workers=opts.workers if device.type == 'cuda' else 0,
+                   settings={**settings, 'images': dataset.digest()})
+
+
+def start_folder(opts: argparse.Namespace, argv: Sequence[str], start: Start, resolved: dict
+                 ) -> Path:
+    """The run folder, with this start in its record; the first process holds it from here on."""
+    run_dir = opts.resume if start.same_folder else distributed.broadcast_object(
+        new_run_dir(opts.outdir, run_name(opts, resolved['batch'])))
+    if distributed.is_main():
+        if start.same_folder:
+            hold_run(run_dir)
+            add_continuation(run_dir, argv, from_snapshot=start.path.name)
+        else:
+            inputs = {'resume': opts.resume, 'grow': opts.grow}
+            if opts.data.is_file():
+                inputs['data'] = opts.data
+            start_run(run_dir, run_record(resolved, inputs=inputs, seed=opts.seed))
+        setup_logging(run_dir / 'log.txt')
+        log.info('run folder %s', run_dir)
+        if start.same_folder:
+            log.info('going on from %s', start.path.name)
+    return run_dir
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     opts = build_parser().parse_args(argv)
     resolve_augmentation(opts)
     check_options(opts)
-    continuing = opts.resume is not None and opts.resume.is_dir()
-    if continuing:
+    if opts.resume is not None and opts.resume.is_dir():
         opts = resumed_options(opts, argv)
         resolve_augmentation(opts)
     device = resolve_device(opts.device)
@@ -313,79 +374,49 @@ def main(argv=None):
         setup_logging(level=logging.WARNING)
     world = max(opts.gpus, distributed.world_size())
     on_gpu = device.type == 'cuda'
+    start = read_start(opts.resume, transfer=opts.transfer, freezed=opts.freezed)
+    check_flags(start, given_flags(argv))
+    for name in (*_SETTINGS, 'seed'):
+        setattr(opts, name, start.settings().get(name, getattr(opts, name)))
+    opts.augpipe = opts.augpipe or 'bgc'
+    opts.target = 0.6 if opts.target is None else opts.target
     dataset = ImageArchive(opts.data, mirror=opts.mirror, subset=opts.subset, seed=opts.seed,
                            cache=not on_gpu)
-    try:
-        config = make_config(opts.cfg, dataset.resolution, world, kimg=opts.kimg,
-                             batch=opts.batch, batch_gpu=opts.batch_gpu, gamma=opts.gamma,
-                             pl_weight=opts.pl_weight, n_mlp=opts.n_mlp, freezed=opts.freezed,
-                             use_noise=opts.use_noise, cbase=opts.cbase, cmax=opts.cmax,
-                             discriminator=opts.discriminator, d_lr=opts.d_lr)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    config = build_config(opts, argv, start, dataset.resolution, world)
+    check_data(dataset, config, start, opts)
+    opts.discriminator = config.discriminator
     snap = opts.snap or (4 if opts.cfg == 'small' else 50)
     if config.batch_gpu == 1:
         log.warning('one image per pass: the discriminator sees no statistics over a group; give a '
                     'larger --batch or --batch-gpu')
-    if len(dataset) < config.batch:
-        raise UserError(f'{opts.data} holds {len(dataset)} images, fewer than one batch of '
-                        f'{config.batch}; lower --batch or add images')
-    augpipe = opts.augpipe or 'bgc'
     precision = 'fp32' if opts.fp32 else opts.precision or ('fp16' if on_gpu else 'fp32')
-    resolved = {'flags': argv, **config.to_dict(),
-                'data': opts.data, 'n_images': len(dataset), 'precision': precision,
-                'aug': opts.aug, 'augpipe': augpipe, 'p': opts.p,
-                'target': opts.target or 0.6, 'mirror': opts.mirror, 'subset': opts.subset,
-                'snap': snap, 'metrics': opts.metrics, 'world_size': world}
+    resolved = {'flags': argv, **config.to_dict(), 'data': opts.data, 'n_images': len(dataset),
+                'precision': precision, **{name: getattr(opts, name) for name in _SETTINGS},
+                'seed': opts.seed, 'snap': snap, 'metrics': opts.metrics, 'world_size': world}
     metric = build_metric(opts, dataset)
     if opts.dry_run:
         print(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in resolved.items()},
                          indent=2))
         return 0
-    torch.backends.cudnn.benchmark = not opts.nobench
-    torch.backends.cuda.matmul.allow_tf32 = opts.allow_tf32
-    torch.backends.cudnn.allow_tf32 = opts.allow_tf32
+    trainer = build_trainer(opts, dataset, config, device, precision)
+    load_start(trainer, start)
+    if opts.grow and start.weights is None:
+        grow(trainer, opts.grow)
+        log.info('grown from %s', opts.grow)
+    run_dir = start_folder(opts, argv, start, resolved)
+    log.info('%d images of %d px, batch %d, %s, %s, %g kimg', len(dataset), config.size,
+             config.batch, precision, device, config.kimg)
+    return run_to_the_end(trainer, run_dir, opts, snap=snap, metric=metric)
 
-    trainer = Trainer(dataset, config, device=device, seed=opts.seed, augment=opts.aug,
-                      augment_names=PIPES[augpipe], augment_p=opts.p or 0.0,
-                      ada_target=opts.target or 0.6,
-                      precision=None if precision == 'fp32' else precision,
-                      workers=opts.workers if on_gpu else 0)
-    if continuing:
-        run_dir = opts.resume
-        if distributed.is_main():
-            hold_run(run_dir)
-            setup_logging(run_dir / 'log.txt')
-        found = latest_snapshot(run_dir)
-        if found is None:
-            raise UserError(f'--resume {run_dir}: no loadable {SNAPSHOT_PREFIX}*.pt in it; begin '
-                            'anew, with a lower --snap for snapshots more often')
-        trainer.load_state(found[1])
-    else:
-        if opts.resume:
-            load_resumed(trainer, opts)
-        elif opts.grow:
-            grow(trainer, opts.grow)
-            log.info('grown from %s', opts.grow)
-        run_dir = distributed.broadcast_object(new_run_dir(opts.outdir, run_name(opts, config)))
-    if distributed.is_main():
-        if continuing:
-            add_continuation(run_dir, argv, from_snapshot=found[0].name)
-        else:
-            inputs = {'resume': opts.resume, 'grow': opts.grow}
-            if opts.data.is_file():
-                inputs['data'] = opts.data
-            start_run(run_dir, run_record(resolved, inputs=inputs, seed=opts.seed))
-        setup_logging(run_dir / 'log.txt')
-        log.info('run folder %s', run_dir)
-        if continuing:
-            log.info('going on from %s', found[0].name)
-        log.info('%d images of %d px, batch %d, %s, %s, %g kimg', len(dataset), config.size,
-                 config.batch, precision, device, config.kimg)
+
+def run_to_the_end(trainer: Trainer, run_dir: Path, opts: argparse.Namespace, *, snap: float,
+                   metric: Metric | None) -> int:
+    """Trains, exports the generator, and returns the exit code."""
+    kimg = trainer.config.kimg
     limit = time.monotonic() + 60 * (opts.max_minutes or math.inf)
     with stop_on_signal() as signalled:
-        last = train(trainer, run_dir, kimg=config.kimg, snapshot_kimg=snap * TICK_KIMG,
-                     tick_kimg=min(TICK_KIMG, config.kimg / 10), metric=metric,
+        last = train(trainer, run_dir, kimg=kimg, snapshot_kimg=snap * TICK_KIMG,
+                     tick_kimg=min(TICK_KIMG, kimg / 10), metric=metric,
                      should_stop=lambda: signalled() or time.monotonic() > limit)
     if distributed.is_main():
         export_inference(last, run_dir / 'generator.pt')

@@ -72,6 +72,11 @@ def make_config(preset, size, n_gpus, *, cbase=None, cmax=None, **overrides):
             # Small nets draw vessels as a texture of the noise and never learn their course.
             values['use_noise'] = False
         batch_gpu = batch // n_gpus
+        if preset == 'auto':
+            # As published: what --batch does not name stays the preset's.
+            usual = max(min(n_gpus * min(4096 // size, most), 64), n_gpus)
+            values.update(gamma=0.0002 * size ** 2 / usual, ema_kimg=usual * 10 / 32,
+                          mbstd_group=min(usual // n_gpus, 4))
     else:
         kimg, batch, mbstd, multiplier, lr, gamma, ema = {
             'stylegan2': (25_000, 32, 4, 2, 0.002, 10.0, 10),
@@ -84,21 +89,35 @@ def make_config(preset, size, n_gpus, *, cbase=None, cmax=None, **overrides):
         batch = given.get('batch', batch)
         # These presets were made for 8 GPUs; fewer accumulate gradients over rounds.
         batch_gpu = max(batch // max(n_gpus, 8), 1) if batch >= n_gpus else 1
-    if cbase is not None or cmax is not None:
-        preset_channels = values['channels']
-        cbase = cbase or preset_channels[size] * size
-        cmax = cmax or max(preset_channels.values())
-        if cbase < size:
-            raise ValueError(f'--cbase {cbase} leaves no channel at {size} px')
-        values['channels'] = {r: min(cbase // r, cmax) for r in preset_channels}
+    values['channels'] = widths(values['channels'], size, cbase, cmax)
     values['batch_gpu'] = batch_gpu
     if given.get('discriminator') == 'projected':
         # The published rate, and no penalties: spectral norms hold the heads.
         values.update(lr=0.002, gamma=0.0, pl_weight=0.0)
     values.update(given)
     config = TrainConfig(size=size, **values)
+    check_division(config, n_gpus)
+    return config
+
+
+def widths(channels: dict[int, int], size: int, cbase: int | None, cmax: int | None
+            ) -> dict[int, int]:
+    """The table `channels`, or that of --cbase and --cmax (where None, as wide as the table).
+
+    ValueError when it leaves a resolution without channels.
+    """
+    if cbase is None and cmax is None:
+        return channels
+    cbase = cbase or channels[size] * size
+    cmax = cmax or max(channels.values())
+    if cbase < size:
+        raise ValueError(f'--cbase {cbase} leaves no channel at {size} px')
+    return {r: min(cbase // r, cmax) for r in channels}
+
+
+def check_division(config: TrainConfig, n_gpus: int) -> None:
+    """ValueError when processes and passes do not divide the batch."""
     if config.batch % (config.batch_gpu * n_gpus):
         raise ValueError(f'--batch {config.batch} is not a multiple of {n_gpus} process(es) x '
                          f'{config.batch_gpu} images per pass; choose --batch, --gpus or '
                          '--batch-gpu so that it is')
-    return config

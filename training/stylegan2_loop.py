@@ -41,6 +41,7 @@ _ADA_INTERVAL = 4         # steps between two adjustments of the augmentation st
 _MEAN_LATENT_SAMPLES = 20_000
 _TRANSFER_ADA_KIMG = 100  # the published value when training goes on from a network
 _STATUS_SECONDS = 60      # a sign of life between ticks
+_SPOILT_STEPS = 16        # so many steps in a row with values that are not finite end a run
 
 
 class EndlessSampler(torch.utils.data.Sampler):
@@ -72,12 +73,15 @@ class Trainer:
     """Holds networks, optimisers and counters; `step()` is one optimiser step of both networks.
 
     dataset: items (uint8 [3, R, R], label). config: TrainConfig. precision: None, 'fp16' or
-    'bf16' for the four highest resolutions. augment: 'ada', 'fixed' or 'noaug'.
+    'bf16' for the four highest resolutions. augment: 'ada', 'fixed' or 'noaug'. settings: what
+    else shapes the run, plain values that are kept in snapshots.
     """
 
     def __init__(self, dataset, config, *, device, seed=0, augment='ada', augment_names=(),
-                 augment_p=0.0, ada_target=0.6, ada_kimg=500, precision=None, workers=0):
+                 augment_p=0.0, ada_target=0.6, ada_kimg=500, precision=None, workers=0,
+                 settings=None):
         self.config, self.device, self.seed = config, torch.device(device), seed
+        self.settings = settings or {}
         self.augment = augment
         world = distributed.world_size()
         self.rounds = config.batch // (config.batch_gpu * world)
@@ -102,6 +106,8 @@ class Trainer:
         self.n_steps = self.n_img = 0
         self.ema_warm = False        # a transferred network needs no ramp-up of its average
         self._signs = torch.zeros(2, dtype=torch.float64, device=self.device)    # sum, count
+        # Steps in a row, to this one, of which a value was not finite in this process.
+        self.spoilt_steps = torch.zeros([], dtype=torch.int64, device=self.device)
         self.dataset, self.workers = dataset, workers
         self._batches = None
 
@@ -155,7 +161,13 @@ class Trainer:
             images = self.pipe(images, self.ada.p, generator=draw)
         return self.d(images)
 
-    def step(self):
+    def _count_signs(self, logits: torch.Tensor) -> None:
+        """Notes the signs of scores of photographs; those that are not finite do not count."""
+        finite = logits.detach().isfinite()
+        signs = torch.where(finite, logits.detach().sign(), 0)
+        self._signs += torch.stack([signs.double().sum(), finite.double().sum()])
+
+    def step(self) -> dict[str, torch.Tensor]:
         """One step; returns a dict of 0-d tensors averaged over this process's passes."""
         stats = {}
         cfg = self.config
@@ -180,7 +192,8 @@ class Trainer:
                 record('loss_pl', loss)
                 (loss * cfg.g_reg_interval / self.rounds).backward()
             mean = distributed.all_reduce_mean(torch.stack(lengths).mean())
-            self.pl_mean.lerp_(mean, cfg.pl_decay)
+            moved = self.pl_mean.lerp(mean, cfg.pl_decay)
+            self.pl_mean = torch.where(moved.isfinite(), moved, self.pl_mean)
             self._update(self.g_optim)
         self._unfreeze_trained()
 
@@ -194,9 +207,7 @@ class Trainer:
             reals.append(self._next_reals())
             logits = self._judge(reals[-1], draw)
             loss_real = self.loss.real(logits).mean()
-            self._signs += torch.stack([logits.detach().sign().double().sum(),
-                                        torch.tensor(float(logits.numel()), device=self.device,
-                                                     dtype=torch.float64)])
+            self._count_signs(logits)
             record('loss_d', loss_fake + loss_real)
             record('score_real', logits)
             ((loss_fake + loss_real) / self.rounds).backward()
@@ -205,14 +216,18 @@ class Trainer:
             for draw, real in zip(self._passes('d_reg'), reals):
                 real = real.detach().requires_grad_()
                 logits = self._judge(real, draw)
+                self._count_signs(logits)
                 # The gradient is taken at the image before augmentation (ADA, section 2).
                 grad, = torch.autograd.grad(logits.sum(), real, create_graph=True)
                 penalty = grad.square().sum((1, 2, 3)).mean()
                 record('r1', penalty)
                 loss = penalty * (cfg.gamma / 2 * cfg.d_reg_interval) / self.rounds
+                # Layers the penalty does not reach get a gradient of 0, so that Adam counts a step.
                 (loss + 0 * logits.sum()).backward()
             self._update(self.d_optim)
 
+        finite = torch.stack(list(stats.values())).isfinite().all()
+        self.spoilt_steps = torch.where(finite, 0, self.spoilt_steps + 1)
         self.n_steps += 1
         self.n_img += cfg.batch
         self._average_weights()
@@ -220,14 +235,21 @@ class Trainer:
             self._adapt()
         return stats
 
-    def _path_length(self, ws, draw):
+    def _path_length(self, ws: torch.Tensor, draw: torch.Generator
+                     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Penalty and mean path length of one pass, for ws [n, L, D].
+
+        As published, the target first moves to this pass's mean, and the gradient goes through it.
+        """
         images = self.g.synthesis(ws, noise=self.noise, generator=draw)
         noise = torch.randn(images.shape, device=self.device, generator=draw)
         noise = noise / math.sqrt(images.shape[2] * images.shape[3])
         grad, = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
         lengths = grad.square().sum(2).mean(1).sqrt()
-        penalty = (lengths - self.pl_mean).square().mean()
-        return penalty * self.config.pl_weight, lengths.detach().mean()
+        target = self.pl_mean.lerp(lengths.mean(), self.config.pl_decay)
+        penalty = (lengths - target).square().mean() * self.config.pl_weight
+        # The biases of to-RGB layers get a gradient of 0, so that Adam counts a step.
+        return penalty + 0 * images[:, 0, 0, 0].sum(), lengths.detach().mean()
 
     def _update(self, optimizer):
         parameters = [p for group in optimizer.param_groups for p in group['params']]
@@ -256,6 +278,8 @@ class Trainer:
 
     def _adapt(self):
         total = distributed.all_reduce_sum(self._signs.clone())
+        if not total[1]:
+            return
         mean_sign = float(total[0] / total[1])
         if self.augment == 'ada':
             self.ada.update(mean_sign, self.config.batch * _ADA_INTERVAL)
@@ -276,14 +300,25 @@ class Trainer:
                     'signs': self._signs},
             'pl_mean': self.pl_mean, 'n_steps': self.n_steps, 'n_img': self.n_img,
             'ema_warm': self.ema_warm, 'seed': self.seed, 'config': self.config.to_dict(),
+            'settings': self.settings,
         }
 
+    def weights_finite(self) -> bool:
+        """Whether all weights of the three networks are numbers."""
+        return all(bool(p.isfinite().all()) for net in (self.g, self.d, self.g_ema)
+                   for p in net.parameters())
+
     def load_state(self, state):
-        """Continues exactly from `state()`; UserError when the networks differ."""
+        """Continues exactly from `state()`; UserError when the networks differ.
+
+        A fixed augmentation strength stays this trainer's own.
+        """
         self._load_networks(state)
         self.g_optim.load_state_dict(state['g_optim'])
         self.d_optim.load_state_dict(state['d_optim'])
-        self.ada.p, self.ada.overfitting = state['ada']['p'], state['ada']['overfitting']
+        self.ada.overfitting = state['ada']['overfitting']
+        if self.augment == 'ada':
+            self.ada.p = state['ada']['p']
         self._signs.copy_(state['ada']['signs'])
         self.pl_mean.copy_(state['pl_mean'])
         self.n_steps, self.n_img = state['n_steps'], state['n_img']
@@ -302,6 +337,9 @@ class Trainer:
         self.ada.adjust_kimg = _TRANSFER_ADA_KIMG
 
     def _load_networks(self, weights):
+        if not isinstance(weights.get('g_ema'), dict):
+            raise UserError('the weight file holds no generator (g_ema); give a snapshot or a '
+                            'generator file')
         parts = {'g_ema': self.g_ema, 'g': self.g, 'd': self.d}
         opponent = weights.get('config', {}).get('discriminator', 'stylegan2')
         if opponent != self.config.discriminator:
@@ -397,11 +435,11 @@ def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, me
                  kimg)
     started = tick_start = last_status = time.monotonic()
     tick_img, start_img = trainer.n_img, trainer.n_img
-    sums, count = {}, {}
+    sums = {}    # of each value, and of the steps in which it was finite, [2]
 
     def averages():
         now = time.monotonic()
-        return {**{k: float(v / count[k]) for k, v in sums.items()},
+        return {**{k: float(v[0] / v[1]) for k, v in sums.items() if v[1]},
                 'augment_p': trainer.ada.p, 'overfitting': trainer.ada.overfitting,
                 'images_per_second': (trainer.n_img - tick_img) / max(now - tick_start, 1e-9),
                 'kimg': trainer.n_img / 1000, 'memory_gb': _memory_gb(trainer.device)}
@@ -414,13 +452,13 @@ def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, me
                or distributed.world_size() == 1)
         stopping = ask and not done and distributed.any_process(should_stop(), trainer.device)
         if trainer.n_img - tick_img >= tick_kimg * 1000 or done or stopping:
-            sums = {k: distributed.all_reduce_mean(v) for k, v in sums.items()}
-            _check_finite({k: float(v) for k, v in sums.items()}, trainer)
+            sums = {k: distributed.all_reduce_sum(v) for k, v in sums.items()}
+            _check_finite(trainer)
             if main and sums:
                 values = averages()
                 scalars.log(trainer.n_img, values)
                 _status(trainer, values, time.monotonic() - started, start_img, total)
-            sums, count = {}, {}
+            sums = {}
             tick_img, tick_start = trainer.n_img, time.monotonic()
             last_status = tick_start
         elif main and sums and time.monotonic() - last_status > _STATUS_SECONDS:
@@ -429,6 +467,7 @@ def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, me
         crossed = (trainer.n_img // (snapshot_kimg * 1000)
                    > (trainer.n_img - trainer.config.batch) // (snapshot_kimg * 1000))
         if (crossed and trainer.n_img > start_img) or done or stopping:
+            _check_finite(trainer, saving=True)
             # A scheduler that asks to stop waits seconds, which a metric would not fit in.
             last = _snapshot(trainer, run_dir, side, n_grid, None if stopping else metric, scalars,
                              keep_snapshots)
@@ -436,8 +475,8 @@ def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, me
         if done or stopping:
             break
         for name, value in trainer.step().items():
-            sums[name] = sums.get(name, 0) + value
-            count[name] = count.get(name, 0) + 1
+            sums[name] = sums.get(name, 0) + torch.stack(
+                [value.nan_to_num(0, 0, 0), value.isfinite().float()])
     if main:
         scalars.close()
         if stopping:
@@ -467,12 +506,20 @@ def _snapshot(trainer, run_dir, side, n_grid, metric, scalars, keep):
     return path
 
 
-def _check_finite(values, trainer):
-    bad = [k for k, v in values.items() if not math.isfinite(v)]
-    if bad:
-        raise UserError(f'training diverged: {", ".join(bad)} is not finite at kimg '
-                        f'{trainer.n_img / 1000:.1f}; resume from an earlier snapshot with a '
-                        'larger --gamma or full precision (--fp32=1)')
+def _check_finite(trainer: Trainer, *, saving: bool = False) -> None:
+    """UserError when weights are not finite, or losses have not been for many steps.
+
+    Weights are looked at after a step whose losses were not finite, and before `saving`.
+
+    float16 without loss scaling overflows in single steps, whose gradients are cleaned: such a
+    step is survived.
+    """
+    spoilt = torch.stack([(trainer.spoilt_steps >= _SPOILT_STEPS), trainer.spoilt_steps > 0])
+    lasting, now = distributed.all_reduce_sum(spoilt.float()).tolist()
+    if lasting or ((now or saving) and not trainer.weights_finite()):
+        raise UserError(f'training diverged: losses or weights are not finite at kimg '
+                        f'{trainer.n_img / 1000:.1f}; resume from an earlier snapshot, with '
+                        '--transfer=1 and a larger --gamma, or in full precision (--fp32=1)')
 
 
 def _memory_gb(device):
@@ -488,7 +535,7 @@ def _status(trainer, values, elapsed, start_img, total):
              'mem %.1fG', trainer.n_img / 1000, _clock(elapsed), _clock(eta),
              values['images_per_second'], trainer.ada.p,
              ' (at its cap)' if trainer.ada.p >= MAX_STRENGTH else '', trainer.ada.overfitting,
-             values['loss_g'], values['loss_d'], values['memory_gb'])
+             values.get('loss_g', math.nan), values.get('loss_d', math.nan), values['memory_gb'])
 
 
 def _clock(seconds):
