@@ -15,28 +15,45 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from criteria.content import content_loss
-from criteria.local_style import local_style_loss, patch_grams
+from criteria.gram_style import STRIDES, StyleTargets, StyleTerm
+from models.features.pretrained import FeatureNetwork
+from models.psp import PSP
 from models.stylegan2.frozen import FrozenSynthesis
+from models.stylegan2.sampling import latent_spread
 from utils.errors import UserError
+from utils.images import from_uint8
 
 log = logging.getLogger(__name__)
 
 ACTIVATIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16}
 PRECISIONS = tuple(ACTIVATIONS)
 _FEATURE_BATCH = 8    # member photographs per pass through the style network
+AUTO = 'auto'
+# The peak rate of lr='auto', in standard deviations of the generator's latents.
+_AUTO_RATE = 0.025
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizeConfig:
-    """Settings of the optimisation; defaults are the paper's."""
+    """Settings of the optimisation; defaults are the paper's.
+
+    style_weight: 'auto' makes the style loss relative (criteria.gram_style) and gives it the
+    content loss's weight. lr: 'auto' takes 1/40 of the spread of the generator's latents.
+    style_mode: of criteria.gram_style; None takes 'best_match' (published) for the published
+    kinds of style network, and 'whole' for pretrained feature networks. style_strides: of the
+    latter's maps.
+    """
 
     n_steps: int = 100
     n_crop: int = 4
     content_weight: float = 1e2
-    style_weight: float = 1e-6
-    lr: float = 0.1
+    style_weight: float | str = 1e-6
+    lr: float | str = 0.1
+    style_mode: str | None = None
+    style_strides: tuple[int, ...] = STRIDES
 
 
 class Group(NamedTuple):
@@ -51,8 +68,7 @@ class Targets(NamedTuple):
     """What the groups of a batch are drawn towards; constant over the steps."""
 
     content: torch.Tensor    # [G, F] mean of the members' content features
-    grams: torch.Tensor      # [G, K, P, C, C]
-    weights: torch.Tensor    # [G, K] 1 / group size, 0 for padding
+    style: StyleTargets
 
 
 class Result(NamedTuple):
@@ -86,17 +102,27 @@ def matmul_precision(precision):
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
 
 
+def style_term(net: nn.Module, config: OptimizeConfig) -> StyleTerm:
+    """The style loss of a network under the settings of `config`."""
+    mode = config.style_mode or ('whole' if isinstance(net, FeatureNetwork) else 'best_match')
+    return StyleTerm(net, mode=mode, n_crop=config.n_crop, strides=config.style_strides,
+                     relative=config.style_weight == AUTO)
+
+
 class GroupOptimizer:
     """Holds the frozen networks and optimises batches of groups.
 
-    psp: models.psp.PSP; content_net: models.features.content.ContentNetwork; style_net with
-    `features(img)`. precision: 'fp32', 'tf32', or 'bf16' (generator and feature networks in
-    bfloat16; latents, styles, Adam, Gram matrices and losses stay float32). The networks are
-    moved to `device`, the feature networks are converted in place, and the generator's weights
-    are copied: later changes to it have no effect.
+    psp: models.psp.PSP; content_net: ContentNetwork or FeatureNetwork of models.features;
+    style_net: a network of models.features.style, or a FeatureNetwork. The same FeatureNetwork
+    given as both is passed once a step. precision: 'fp32', 'tf32', or 'bf16' (generator and
+    feature networks in bfloat16; latents, styles, Adam, Gram matrices and losses stay float32).
+    The networks are moved to `device`, the feature networks are converted in place, and the
+    generator's weights are copied: later changes to it have no effect.
     """
 
-    def __init__(self, psp, content_net, style_net, *, config, device, precision='fp32'):
+    def __init__(self, psp: PSP, content_net: nn.Module, style_net: nn.Module, *,
+                 config: OptimizeConfig, device: torch.device | str,
+                 precision: str = 'fp32') -> None:
         if precision not in PRECISIONS:
             raise ValueError(f'precision={precision!r}, want one of {PRECISIONS}')
         self.config, self.device, self.precision = config, torch.device(device), precision
@@ -106,35 +132,44 @@ class GroupOptimizer:
         layout = {'device': self.device, 'dtype': dtype, 'memory_format': torch.channels_last}
         self.content_net = content_net.to(**layout)
         self.style_net = style_net.to(**layout)
+        self.style = style_term(self.style_net, config)
+        shared = content_net is style_net and isinstance(content_net, FeatureNetwork)
+        self._shared_strides = content_net.pooled_strides if shared else ()
 
     @torch.no_grad()
-    def targets(self, groups):
+    def targets(self, groups: list[Group]) -> Targets:
         """Targets of a list of Group."""
-        sizes = [len(g.ws) for g in groups]
-        most = max(sizes)
-        grams = None
-        for i, group in enumerate(groups):
-            photos = group.photos.to(self.device)
-            parts = []
-            for part in photos.split(_FEATURE_BATCH):
-                x = part.float().div(127.5).sub(1)
-                parts.append(patch_grams(self.style_net.features(x), self.config.n_crop))
-            own = torch.cat(parts)
-            if grams is None:
-                grams = own.new_zeros(len(groups), most, *own.shape[1:])
-            grams[i, :sizes[i]] = own
-        weights = torch.tensor([[1 / k if j < k else 0.0 for j in range(most)] for k in sizes],
-                               device=self.device)
+        grams, weights = [], []
+        for group in groups:
+            parts = [self.style.grams(self.style.maps(from_uint8(part)))
+                     for part in group.photos.to(self.device).split(_FEATURE_BATCH)]
+            grams.append([torch.cat(stride) for stride in zip(*parts)])
+            k = len(group.ws)
+            weights.append(torch.full((k,), 1 / k, device=self.device))
         content = torch.stack([g.content.to(self.device).mean(0) for g in groups])
-        return Targets(content, grams, weights)
+        return Targets(content, self.style.targets(grams, weights))
 
-    def losses(self, ws, targets):
+    def losses(self, ws: torch.Tensor,
+               targets: Targets) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(L_c [G], L_s [G], pictures [G, 3, R, R]) of latents ws [G, L, D]."""
         image = self.synthesis(ws)
         y = self.psp.pool(image)
-        content = content_loss(self.content_net.features(y), targets.content)
-        grams = patch_grams(self.style_net.features(y), self.config.n_crop)
-        return content, local_style_loss(grams, targets.grams, targets.weights), image
+        maps = self.style.maps(y, self._shared_strides)
+        features = (self.content_net.pool(maps) if self._shared_strides
+                    else self.content_net.features(y))
+        return (content_loss(features, targets.content), self.style.loss(maps, targets.style),
+                image)
+
+    def _weights_and_rate(self) -> tuple[float, float, float]:
+        """(content weight, style weight, peak learning rate), 'auto' resolved."""
+        cfg = self.config
+        style = cfg.style_weight
+        if style == AUTO:
+            style = cfg.content_weight or 1.0
+        rate = cfg.lr
+        if rate == AUTO:
+            rate = _AUTO_RATE * latent_spread(self.psp.decoder)
+        return cfg.content_weight, style, rate
 
     def run(self, groups, *, on_step=None):
         """Optimises a list of Group together; returns a Result on the CPU.
@@ -147,13 +182,14 @@ class GroupOptimizer:
             targets = self.targets(groups)
             start = torch.stack([g.ws.to(self.device).mean(0) for g in groups])
             ws = start.clone().requires_grad_(True)
-            adam = torch.optim.Adam([ws], lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8)
+            content_weight, style_weight, rate = self._weights_and_rate()
+            adam = torch.optim.Adam([ws], lr=rate, betas=(0.9, 0.999), eps=1e-8)
             history = torch.empty(cfg.n_steps, len(groups), 2, device=self.device)
             centroid = None
             for step in range(cfg.n_steps):
-                adam.param_groups[0]['lr'] = learning_rate(step, cfg.n_steps, cfg.lr)
+                adam.param_groups[0]['lr'] = learning_rate(step, cfg.n_steps, rate)
                 content, style, image = self.losses(ws, targets)
-                total = cfg.content_weight * content + cfg.style_weight * style
+                total = content_weight * content + style_weight * style
                 ws.grad, = torch.autograd.grad(total.sum(), ws)
                 adam.step()
                 history[step, :, 0], history[step, :, 1] = content.detach(), style.detach()

@@ -45,6 +45,7 @@ from anonymization.workers import deterministic_algorithms, each, memory, run_wi
 from datasets.people import merge_duplicates
 from datasets.table import Table
 from models.features.content import ContentNetwork
+from models.features.pretrained import FeatureNetwork
 from models.psp import PSP, FrozenPSP, invert
 from utils import distributed
 from utils.errors import PrivacyError, UserError
@@ -214,7 +215,7 @@ class Pipeline:
             each(one, zip(mine, loader), self.threads)
         bar.close()
 
-    def _invert_batch(self, psp: FrozenPSP, net: ContentNetwork,
+    def _invert_batch(self, psp: FrozenPSP, net: ContentNetwork | FeatureNetwork,
                       u8: torch.Tensor) -> dict[str, torch.Tensor]:
         """Of photographs uint8 [N, 3, S, S]: ws, recon, content features, error [N], on the CPU."""
         x = u8.to(self.device).float().div(127.5).sub(1)
@@ -222,8 +223,10 @@ class Pipeline:
         if not torch.isfinite(found.ws).all():
             raise UserError('the inversion gives numbers that are not finite; is the checkpoint '
                             'of --checkpoint_path a trained one?')
+        # A pretrained network sees what the inversion loses, and looks at the photograph.
+        seen = x if net.of_photographs else found.recon
         return {'ws': found.ws.cpu(), 'recon': found.recon.cpu(),
-                'content': net.features(found.recon).cpu(),
+                'content': net.features(seen).cpu(),
                 'error': (found.recon - x).square().mean((1, 2, 3)).cpu()}
 
     def _collect(self, latents: Path, content: Path) -> None:

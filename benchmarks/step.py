@@ -25,7 +25,6 @@ from benchmarks.anonymise import one_step, operations, photographs, random_netwo
 from benchmarks.layers import best_ms
 from benchmarks.machine import describe, matrix_rate
 from criteria.content import content_loss
-from criteria.local_style import local_style_loss, patch_grams
 from utils.cli import parser, positive_int, power_of_two, resolve_device, run
 
 
@@ -59,8 +58,7 @@ def parts_of_a_step(engine, groups):
         return content_loss(engine.content_net.features(y), targets.content)
 
     def style(y):
-        grams = patch_grams(engine.style_net.features(y), engine.config.n_crop)
-        return local_style_loss(grams, targets.grams, targets.weights)
+        return engine.style.loss(engine.style.maps(y), targets.style)
 
     return {'generator': lambda: gradient(engine.synthesis, start),
             'content loss': lambda: gradient(content, picture),

@@ -25,13 +25,16 @@ from matplotlib.figure import Figure
 
 from anonymization.audit import audit_release, plot_distances, report_dict, report_text
 from anonymization.grouping import METHODS, POLICIES, SURPLUS
-from anonymization.optimize import PRECISIONS, OptimizeConfig
+from anonymization.optimize import PRECISIONS, OptimizeConfig, style_term
 from anonymization.photographs import hash_files
 from anonymization.pipeline import Pipeline, Settings
 from anonymization.workers import one_thread
 from configs.paths_config import model_paths
+from criteria.gram_style import MODES as STYLE_MODES
+from criteria.gram_style import STRIDES
 from datasets.table import check_table_images, read_table
 from models.features.content import load_content_network
+from models.features.pretrained import FeatureNetwork, weight_file
 from models.features.style import FILTERS, load_style_network
 from models.psp import load_psp
 from utils import cli, distributed
@@ -48,7 +51,7 @@ _NO_EFFECT = ('label_path', 'model_1_checkpoint_path', 'model_2_checkpoint_path'
 # Flags that may differ when a run goes on: they do not change what is computed, or the content of
 # the files they name is compared instead.
 _FREE = ('exp_dir', 'checkpoint_path', 'data_path', 'df', 'content_weights', 'style_weights',
-         'test_workers', 'device', 'group_batch')
+         'test_workers', 'device', 'group_batch')    # networks: their digests
 
 
 def build_parser():
@@ -89,19 +92,36 @@ def build_parser():
                    help='patch grid is N x N')
     g.add_argument('--content_weight', type=cli.nonnegative_float, default=1e2, metavar='FLOAT',
                    help='weight of the content loss')
-    g.add_argument('--style_weight', type=cli.nonnegative_float, default=1e-6, metavar='FLOAT',
-                   help='weight of the local style loss')
-    g.add_argument('--lr', type=cli.positive_float, default=0.1, metavar='FLOAT',
-                   help='peak learning rate of the latents; less for generators whose latents '
-                        'vary less')
+    g.add_argument('--style_weight', type=cli.auto_or(cli.nonnegative_float), default=1e-6,
+                   metavar='FLOAT|auto',
+                   help='weight of the style loss; auto: the loss is divided by the squared norm '
+                        'of its target, and weighs as much as the content loss')
+    g.add_argument('--lr', type=cli.auto_or(cli.positive_float), default=0.1,
+                   metavar='FLOAT|auto',
+                   help='peak learning rate of the latents; auto: 1/40 of the standard deviation '
+                        'of the generator\'s latents')
+    g.add_argument('--style_mode', choices=STYLE_MODES,
+                   help='best_match: every patch of a member draws the patch most like it '
+                        '(published); same_place: patches are drawn to the mean of the members\' '
+                        'patches; whole: the picture is one patch (default: best_match for VGG19 '
+                        'and filters, whole for other networks)')
+    g.add_argument('--style_strides', type=cli.positive_int, nargs='+', default=STRIDES,
+                   metavar='N', help='maps of these strides carry the style; VGG19 and filters '
+                                     'have one map only')
     g.add_argument('--n_iters_per_batch', type=cli.positive_int, default=5, metavar='N',
                    help='refinements of the inversion')
-    g.add_argument('--content_weights', type=Path, metavar='FILE',
-                   help='content network: MoCo v2, or from scripts/train_content_encoder.py '
+    g.add_argument('--content_weights', metavar='FILE|lite0',
+                   help='content network: MoCo v2, from scripts/train_content_encoder.py, an '
+                        'installed network (lite0, lite1, lite2), or a file with --content_arch '
                         '(default: "moco" in configs/paths_config.py)')
-    g.add_argument('--style_weights', metavar='FILE',
-                   help=f'VGG19 file, or {FILTERS!r} for the built-in filter bank, which needs no '
-                        'file (default: "vgg19" in configs/paths_config.py)')
+    g.add_argument('--content_arch', metavar='NAME',
+                   help='timm architecture of the file of --content_weights')
+    g.add_argument('--style_weights', metavar='FILE|lite0',
+                   help=f'VGG19 file, an installed network (lite0, lite1, lite2), {FILTERS!r} for '
+                        'the built-in filter bank, or a file with --style_arch (default: "vgg19" '
+                        'in configs/paths_config.py)')
+    g.add_argument('--style_arch', metavar='NAME',
+                   help='timm architecture of the file of --style_weights')
     g = p.add_argument_group('output')
     g.add_argument('--resize_outputs', action='store_true',
                    help='write pictures at the encoder\'s size instead of the generator\'s')
@@ -163,10 +183,33 @@ def style_path(opts):
 def network_inputs(opts):
     """Weight files by role, for the run record."""
     files = {'checkpoint': opts.checkpoint_path,
-             'content network': opts.content_weights or model_paths['moco']}
+             'content network': weight_file(opts.content_weights or model_paths['moco'])}
     if style_path(opts) != FILTERS:
-        files['style network'] = style_path(opts)
+        files['style network'] = weight_file(style_path(opts))
     return files
+
+
+def feature_networks(opts, side):
+    """The content and the style network, one object where they are the same.
+
+    UserError when a file is none, and when pictures of `side` px are too small for a network.
+    """
+    content = opts.content_weights or model_paths['moco'], opts.content_arch
+    style = style_path(opts), opts.style_arch
+    content_net = load_content_network(content[0], arch=content[1])
+    same = content == style and isinstance(content_net, FeatureNetwork)
+    style_net = content_net if same else load_style_network(style[0], arch=style[1])
+    if isinstance(content_net, FeatureNetwork):
+        content_net.check_side(side)
+    style_term(style_net, optimize_config(opts)).check_side(side)
+    return content_net, style_net
+
+
+def optimize_config(opts):
+    return OptimizeConfig(n_steps=opts.num_steps, n_crop=opts.num_crop,
+                          content_weight=opts.content_weight, style_weight=opts.style_weight,
+                          lr=opts.lr, style_mode=opts.style_mode,
+                          style_strides=tuple(opts.style_strides))
 
 
 def publish(staging, release, opts, table):
@@ -202,11 +245,7 @@ def make_release(opts, threads):
     table = check_options(opts)
     files = network_inputs(opts)
     psp = load_psp(opts.checkpoint_path)
-    content_net = load_content_network(files['content network'])
-    style_net = load_style_network(style_path(opts))
-    if psp.input_size // opts.num_crop < 1:
-        raise UserError(f'--num_crop {opts.num_crop}: more than the {psp.input_size} px of the '
-                        'encoder')
+    content_net, style_net = feature_networks(opts, psp.input_size)
     private, release = opts.exp_dir / 'private', opts.exp_dir / 'release'
     digests, joint = hash_files(table.paths)
     if distributed.is_main():
@@ -234,9 +273,7 @@ def make_release(opts, threads):
             n_iters=opts.n_iters_per_batch,
             batch_size=opts.test_batch_size, group_batch=opts.group_batch,
             precision=opts.precision, deterministic=opts.deterministic,
-            optimize=OptimizeConfig(n_steps=opts.num_steps, n_crop=opts.num_crop,
-                                    content_weight=opts.content_weight,
-                                    style_weight=opts.style_weight, lr=opts.lr),
+            optimize=optimize_config(opts),
             resize_outputs=opts.resize_outputs, soft_labels=opts.soft_labels,
             centroids=opts.centroids, save_reconstructions=opts.save_reconstructions,
             seed=opts.seed),

@@ -4,6 +4,7 @@ import errno
 import logging
 import signal
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -53,6 +54,13 @@ positive_float = _number(float, lambda v: 0 < v < float('inf'), 'a number above 
 nonnegative_float = _number(float, lambda v: 0 <= v < float('inf'), 'a number, 0 or more')
 fraction = _number(float, lambda v: 0 <= v <= 1, 'a number between 0 and 1')
 power_of_two = _number(int, lambda v: v > 0 and v & (v - 1) == 0, 'a power of two')
+
+
+def auto_or(convert: Callable[[str], float]) -> Callable[[str], float | str]:
+    """The type of a flag that takes 'auto' beside numbers."""
+    def parse(text: str) -> float | str:
+        return text if text == 'auto' else convert(text)
+    return parse
 
 
 def boolean(text):

