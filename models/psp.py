@@ -179,7 +179,8 @@ def psp_from_checkpoint(checkpoint: object, *, source: str | Path = 'checkpoint'
     decoder = generator_from_state(parts['decoder'], source=f'{source}: the decoder weights')
     encoder, input_size = encoder_from_state(
         parts['encoder'], n_styles=decoder.n_latent, style_dim=decoder.style_dim,
-        input_size=(opts or {}).get('encoder_size'), source=str(source))
+        input_size=(opts or {}).get('encoder_size'),
+        encoder_type=(opts or {}).get('encoder_type'), source=str(source))
     latent_avg = _start(checkpoint.get('latent_avg'), decoder, source)
     return PSP(encoder, decoder, latent_avg, input_size)
 

@@ -22,6 +22,7 @@ stats.jsonl and curves.png with the losses after every refinement.
 """
 import argparse
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,6 +47,8 @@ from utils.seeds import seed_everything, torch_generator
 
 log = logging.getLogger(__name__)
 
+DEFAULT_ENCODER = 'ResNetBackboneEncoder'
+
 # Flags that may differ when a run goes on: they do not change what is computed, or the content
 # of the files they name is compared instead.
 _FREE = ('exp_dir', 'train_path', 'test_path', 'stylegan_weights', 'checkpoint_path',
@@ -56,8 +59,10 @@ _PATHS = ('exp_dir', 'train_path', 'test_path', 'stylegan_weights', 'checkpoint_
           'content_weights', 'lpips_weights', 'resnet34_weights', 'resume')
 
 
-def build_parser():
-    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+def build_parser(doc: str = __doc__, encoders: Iterable[str] = ENCODERS,
+                 default_encoder: str = DEFAULT_ENCODER) -> argparse.ArgumentParser:
+    """The flags of an encoder training; doc: what its script says of itself."""
+    p = cli.parser(doc.splitlines()[0], '\n'.join(doc.splitlines()[1:]))
     g = p.add_argument_group('required')
     g.add_argument('--exp_dir', type=Path, required=True, metavar='DIR', help='run folder')
     g.add_argument('--stylegan_weights', type=Path, metavar='FILE',
@@ -76,12 +81,12 @@ def build_parser():
     g.add_argument('--test_workers', type=cli.nonnegative_int, default=2, metavar='N',
                    help='the same for validation')
     g = p.add_argument_group('networks')
-    g.add_argument('--encoder_type', choices=sorted(ENCODERS),
-                   help='encoder class (default: ResNetBackboneEncoder)')
+    g.add_argument('--encoder_type', choices=sorted(encoders),
+                   help=f'encoder class (default: {default_encoder})')
     g.add_argument('--encoder_size', type=cli.positive_int, metavar='PX',
                    help='side of the encoder\'s input and of the losses (default: 256)')
     g.add_argument('--light_width', type=cli.positive_int, default=64, metavar='N',
-                   help='channels of LightEncoder\'s first feature map')
+                   help='channels of the first feature map of a Light encoder')
     g.add_argument('--input_nc', type=int, default=6, metavar='N',
                    help='encoder input channels: photograph and reconstruction, always 6')
     g.add_argument('--output_size', type=cli.power_of_two, metavar='PX',
@@ -94,6 +99,9 @@ def build_parser():
                         'model_paths[\'resnet34\'] when that file exists, else a random start)')
     g.add_argument('--train_decoder', type=cli.boolean, nargs='?', const=True, default=False,
                    metavar='BOOL', help='train the generator too')
+    g.add_argument('--synthetic', type=cli.fraction, default=0.0, metavar='SHARE',
+                   help='share of every batch that the generator draws, with known latents: 1 to '
+                        'pretrain, then 0.5 with --checkpoint_path')
     g = p.add_argument_group('losses')
     for name, text in (('l2', 'mean squared error'),
                        ('lpips', 'LPIPS (needs AlexNet weights)'),
@@ -102,6 +110,8 @@ def build_parser():
                        ('id', 'face identity; retinas have none, so only 0 is possible')):
         g.add_argument(f'--{name}_lambda', type=cli.nonnegative_float, default=0.0,
                        metavar='WEIGHT', help=f'weight of the {text}')
+    g.add_argument('--latent_lambda', type=cli.nonnegative_float, default=0.1, metavar='WEIGHT',
+                   help='weight of the distance from the known latents of --synthetic')
     g.add_argument('--start_from_latent_avg', action='store_true',
                    help='the latent norm counts from the average latent')
     g.add_argument('--content_weights', '--moco_weights', dest='content_weights', type=Path,
@@ -181,7 +191,7 @@ def data_roots(opts):
     return roots
 
 
-def build_psp(opts):
+def build_psp(opts: argparse.Namespace, default_encoder: str) -> PSP:
     """Networks from --checkpoint_path or new ones around --stylegan_weights."""
     if opts.checkpoint_path:
         checkpoint = load_weights(opts.checkpoint_path, what='ReStyle-pSp checkpoint')
@@ -197,8 +207,8 @@ def build_psp(opts):
     decoder, latent_avg = load_generator(opts.stylegan_weights)
     check_size(opts, decoder.size, opts.stylegan_weights)
     seed_everything(opts.seed, 'encoder')
-    name = opts.encoder_type or 'ResNetBackboneEncoder'
-    options = {'width': opts.light_width} if name == 'LightEncoder' else {}
+    name = opts.encoder_type or default_encoder
+    options = {'width': opts.light_width} if name.startswith('Light') else {}
     try:
         encoder = build_encoder(name, n_styles=decoder.n_latent, style_dim=decoder.style_dim,
                                 input_size=opts.encoder_size or 256, **options)
@@ -240,8 +250,21 @@ def build_losses(opts, device):
     return losses
 
 
-def main(argv=None):
-    opts = build_parser().parse_args(argv)
+def coach_config(opts: argparse.Namespace) -> CoachConfig:
+    return CoachConfig(
+        batch_size=opts.batch_size, test_batch_size=opts.test_batch_size,
+        learning_rate=opts.learning_rate, optim_name=opts.optim_name,
+        train_decoder=opts.train_decoder, n_iters=opts.n_iters_per_batch,
+        max_steps=opts.max_steps, image_interval=opts.image_interval,
+        board_interval=opts.board_interval, val_interval=opts.val_interval,
+        save_interval=opts.save_interval, accumulate=opts.accumulate, amp=opts.amp,
+        mirror=opts.mirror, half_export=opts.half_export, seed=opts.seed,
+        synthetic=opts.synthetic, latent_lambda=opts.latent_lambda)
+
+
+def train(opts: argparse.Namespace, make_coach: Callable[..., Coach] = Coach,
+          default_encoder: str = DEFAULT_ENCODER) -> int:
+    """Runs the training of `opts` with the Coach that `make_coach` builds; returns 0."""
     setup_logging()
     check_options(opts)
     train_path, test_path = data_roots(opts)
@@ -249,31 +272,23 @@ def main(argv=None):
     opts.content_weights = opts.content_weights or Path(model_paths['moco'])
     device = distributed.init(cli.resolve_device(opts.device))
     losses = build_losses(opts, device)
-    psp = build_psp(opts)
+    psp = build_psp(opts, default_encoder)
     opts.encoder_type, opts.encoder_size = type(psp.encoder).__name__, psp.input_size
     opts.output_size = psp.decoder.size
     if opts.mirror is None:
         opts.mirror = DATASETS[opts.dataset_type]['transforms'].mirror
     train_set = ImagesDataset(train_path, psp.input_size)
     test_set = ImagesDataset(test_path, psp.input_size)
-    config = CoachConfig(
-        batch_size=opts.batch_size, test_batch_size=opts.test_batch_size,
-        learning_rate=opts.learning_rate, optim_name=opts.optim_name,
-        train_decoder=opts.train_decoder, n_iters=opts.n_iters_per_batch,
-        max_steps=opts.max_steps, image_interval=opts.image_interval,
-        board_interval=opts.board_interval, val_interval=opts.val_interval,
-        save_interval=opts.save_interval, accumulate=opts.accumulate, amp=opts.amp,
-        mirror=opts.mirror, half_export=opts.half_export, seed=opts.seed)
     penalty = None
     if opts.w_norm_lambda:
         average = psp.latent_avg.to(device) if opts.start_from_latent_avg else None
         penalty = latent_norm(average), opts.w_norm_lambda
-    coach = Coach(psp, train_set, test_set, config, run_dir=opts.exp_dir, losses=losses,
-                  device=device, latent_penalty=penalty,
-                  meta={k: v for k, v in vars(opts).items() if k not in _PATHS},
-                  workers=0 if train_set.cached else opts.workers,
-                  test_workers=0 if test_set.cached else opts.test_workers,
-                  keep_states=opts.keep_states)
+    coach = make_coach(psp, train_set, test_set, coach_config(opts), run_dir=opts.exp_dir,
+                       losses=losses, device=device, latent_penalty=penalty,
+                       meta={k: v for k, v in vars(opts).items() if k not in _PATHS},
+                       workers=0 if train_set.cached else opts.workers,
+                       test_workers=0 if test_set.cached else opts.test_workers,
+                       keep_states=opts.keep_states)
     if distributed.is_main():
         record = run_record(
             {**vars(opts), 'train_images': f'{len(train_set)} images, {train_set.digest()}',
@@ -298,6 +313,10 @@ def main(argv=None):
              coach.step_count, opts.exp_dir / 'checkpoints')
     distributed.shutdown()
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return train(build_parser().parse_args(argv))
 
 
 if __name__ == '__main__':

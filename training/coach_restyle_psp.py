@@ -21,6 +21,7 @@ from datasets.images_dataset import StepSampler
 from models.psp import psp_checkpoint
 from models.stylegan2.model import set_low_precision
 from training.checkpoints import latest_checkpoint, save_checkpoint
+from training.known_latents import KnownLatents
 from training.sync_batchnorm import share_batch_statistics
 from utils import distributed
 from utils.errors import UserError
@@ -63,6 +64,8 @@ class CoachConfig:
     mirror: bool = True
     half_export: bool = False
     seed: int = 0
+    synthetic: float = 0.0         # share of every batch that the generator draws
+    latent_lambda: float = 0.1     # weight of the distance from their known latents
 
 
 def build_optimizer(name, parameters, lr):
@@ -114,6 +117,8 @@ class Coach:
         self.amp_dtype = AMP_DTYPES[config.amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == 'fp16')
         self._average = None
+        count = round(config.synthetic * config.batch_size)
+        self.known = KnownLatents(self.psp, count=count, seed=config.seed) if count else None
 
     def _check(self):
         cfg, world = self.config, distributed.world_size()
@@ -140,13 +145,19 @@ class Coach:
         return self._average
 
     def _noise(self, t, part):
-        """Noise maps of the samples `part` of this step's batch at refinement t."""
+        """Noise maps of the samples `part` of this step's batch at refinement t.
+
+        t = 'sample' for the pictures that the generator draws.
+        """
         draw = torch_generator(self.config.seed, 'noise', self.step_count, t, device=self.device)
         maps = self.psp.decoder.noise_maps('random', self.config.batch_size, self.device, draw)
         return [m[part] for m in maps]
 
-    def _terms(self, y, targets, ws):
-        """Mean of every loss over [N, 3, S, S] reconstructions, and their weighted sum."""
+    def _terms(self, y, targets, ws, part):
+        """Mean of every loss over [N, 3, S, S] reconstructions, and their weighted sum.
+
+        part: positions of the reconstructions in the batch of all processes.
+        """
         values = {name: term.distance(y, targets[name]).mean()
                   for name, (term, _) in self.losses.items()}
         total = sum(weight * values[name] for name, (_, weight) in self.losses.items())
@@ -154,6 +165,9 @@ class Coach:
             penalty, weight = self.latent_penalty
             values['w_norm'] = penalty(ws).mean()
             total = total + weight * values['w_norm']
+        if self.known is not None:
+            values['latent'] = self.known.distance(ws, self.step_count, part)
+            total = total + self.config.latent_lambda * values['latent']
         return values, total
 
     def _targets(self, x):
@@ -191,6 +205,8 @@ class Coach:
 
     def _refine(self, x, start, part):
         """Forward and backward of all refinements of one pass; see `step`."""
+        if self.known is not None:
+            x = self.known.replace(x, self.step_count, part, self._noise('sample', part))
         with self._autocast():
             targets = self._targets(x)
         ws = self.psp.latent_avg.expand(len(x), -1, -1)
@@ -201,7 +217,7 @@ class Coach:
                 ws = self.psp.step(x, y, ws)
             y = self.psp.pool(self.psp.decode(ws, noise=self._noise(t, part)))
             with self._autocast():
-                values, total = self._terms(y, targets, ws)
+                values, total = self._terms(y, targets, ws, part)
             self.scaler.scale(total / self.config.accumulate).backward()
             ws, y = ws.detach(), y.detach()
             pictures.append(y)

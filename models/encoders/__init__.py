@@ -1,4 +1,4 @@
-"""Image-to-latent encoders: the four published ones and a small one."""
+"""Image-to-latent encoders: those of pSp and e4e as published, and small ones."""
 import math
 import re
 from pathlib import Path
@@ -8,6 +8,11 @@ from torch import nn
 
 from models.encoders.fpn_encoders import GradualStyleEncoder, ResNetGradualStyleEncoder
 from models.encoders.light_encoder import LightEncoder
+from models.encoders.restyle_e4e_encoders import (
+    LightProgressiveEncoder,
+    ProgressiveBackboneEncoder,
+    ResNetProgressiveBackboneEncoder,
+)
 from models.encoders.restyle_psp_encoders import BackboneEncoder, ResNetBackboneEncoder
 from models.loading import fill, load_state, mismatch, named_tensors
 from utils.errors import UserError
@@ -16,9 +21,16 @@ _MAX_SIZE = 4096    # pixels
 ENCODERS = {cls.__name__: cls for cls in (
     BackboneEncoder, GradualStyleEncoder, ResNetBackboneEncoder, ResNetGradualStyleEncoder,
     LightEncoder)}
+# Those of e4e, and the class whose names and shapes their weights share.
+PROGRESSIVE_ENCODERS = {cls.__name__: cls for cls in (
+    ProgressiveBackboneEncoder, ResNetProgressiveBackboneEncoder, LightProgressiveEncoder)}
+_TWINS = {'BackboneEncoder': 'ProgressiveBackboneEncoder',
+          'LightEncoder': 'LightProgressiveEncoder',
+          'ResNetBackboneEncoder': 'ResNetProgressiveBackboneEncoder'}
+_CLASSES = ENCODERS | PROGRESSIVE_ENCODERS
 
-__all__ = ['ENCODERS', 'BackboneEncoder', 'GradualStyleEncoder', 'LightEncoder',
-           'ResNetBackboneEncoder', 'ResNetGradualStyleEncoder', 'build_encoder',
+__all__ = ['ENCODERS', 'PROGRESSIVE_ENCODERS', 'BackboneEncoder', 'GradualStyleEncoder',
+           'LightEncoder', 'ResNetBackboneEncoder', 'ResNetGradualStyleEncoder', 'build_encoder',
            'encoder_from_state', 'init_from_resnet34', 'load_resnet34']
 
 
@@ -28,26 +40,29 @@ def build_encoder(name, *, n_styles, input_nc=6, input_size=256, style_dim=512, 
     options: further arguments of the class (`width` of LightEncoder). Raises UserError for an
     unknown name, ValueError for a size the class cannot take.
     """
-    if name not in ENCODERS:
-        raise UserError(f'unknown encoder {name!r}; choose one of {", ".join(ENCODERS)}')
-    return ENCODERS[name](n_styles=n_styles, input_nc=input_nc, input_size=input_size,
+    if name not in _CLASSES:
+        raise UserError(f'unknown encoder {name!r}; choose one of {", ".join(_CLASSES)}')
+    return _CLASSES[name](n_styles=n_styles, input_nc=input_nc, input_size=input_size,
                           style_dim=style_dim, **options)
 
 
 def encoder_from_state(state: object, *, n_styles: int, style_dim: int,
-                       input_size: int | None = None, source: str | Path = 'encoder weights'
-                       ) -> tuple[nn.Module, int]:
+                       input_size: int | None = None, encoder_type: object = None,
+                       source: str | Path = 'encoder weights') -> tuple[nn.Module, int]:
     """(encoder, input_size): class, channels and input side are read from names and shapes.
 
     n_styles, style_dim: what the generator takes; UserError naming `source` when the weights
     are not an encoder's or predict something else. input_size: the side in pixels if recorded
-    (several odd sizes share the same shapes).
+    (several odd sizes share the same shapes). encoder_type: the class if recorded; it tells e4e's
+    encoders from those of pSp with the same weights.
     """
     state = named_tensors(state, source=source)
     if input_size is not None and not (isinstance(input_size, int) and 0 < input_size <= _MAX_SIZE):
         raise UserError(f'{source}: encoder_size is no side in pixels up to {_MAX_SIZE}')
     try:
         name, input_nc, size, options = _describe(state)
+        if encoder_type == _TWINS.get(name, name):
+            name = encoder_type
         if size > _MAX_SIZE:
             raise ValueError(f'an input side above {_MAX_SIZE} px')
         encoder = fill(lambda: build_encoder(
