@@ -25,8 +25,7 @@ WEIGHTS = {'best': 'best_validation_weights.pt', 'final': 'final_weights.pt'}
 _RESULT = 'result.json'
 
 
-def run_seeds(data, pictures, test, test_pictures, *, config, out_dir, device, n_draw=None,
-              imagenet_weights=None):
+def run_seeds(data, pictures, test, test_pictures, *, config, out_dir, device, n_draw=None):
     """Trains one grader per seed of `config` and tests each; returns the JSON-able results.
 
     A network or a probe, as `config.grader` says (a probe has no epochs and leaves no weights).
@@ -50,8 +49,7 @@ def run_seeds(data, pictures, test, test_pictures, *, config, out_dir, device, n
             write_json(folder / _RESULT, records[-1])
             continue
         records.append(_run_seed(seed, rows, folder, data, pictures, test, test_pictures,
-                                 config=config, device=device,
-                                 imagenet_weights=imagenet_weights))
+                                 config=config, device=device))
     _draw(records, test, config, out_dir)
     return {
         'n_test': len(test), 'n_test_people': len(set(test.patients)) if test.patients else None,
@@ -76,8 +74,7 @@ def _drawn(n, n_draw, seed):
     return np.sort(draw.choice(n, n_draw, replace=False))
 
 
-def _run_seed(seed, rows, folder, data, pictures, test, test_pictures, *, config, device,
-              imagenet_weights):
+def _run_seed(seed, rows, folder, data, pictures, test, test_pictures, *, config, device):
     settings = config.settings
     groups = None if data.groups is None else [data.groups[i] for i in rows]
     train, val = split_validation(data.labels[rows], fraction=config.validation_fraction,
@@ -92,7 +89,7 @@ def _run_seed(seed, rows, folder, data, pictures, test, test_pictures, *, config
     checkpoint = folder / 'checkpoint.pt'
     result = train_grader(pictures[train], data.targets(config.labels)[train], pictures[val],
                           data.labels[val], settings=settings, seed=seed, device=device,
-                          imagenet_weights=imagenet_weights, checkpoint=checkpoint,
+                          imagenet_weights=config.initial_weights or None, checkpoint=checkpoint,
                           on_epoch=report)
     record = {'seed': seed, 'n_train': len(train), 'n_validation': len(val),
               'best_epoch': result.best_epoch,

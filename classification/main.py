@@ -30,6 +30,7 @@ from classification.experiment import results_table, run_seeds
 from classification.inputs import test_table, training_set
 from classification.settings import GRADERS, LABELS, PRECISIONS, TARGETS, Config, load_config
 from datasets.pictures import load_pictures
+from models.features.pretrained import WHEELS, wheel_file
 from models.resnet import ARCHS
 from utils.cli import boolean, nonnegative_int, parser, positive_int, resolve_device, run
 from utils.errors import UserError
@@ -89,16 +90,18 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument('--features_arch', metavar='NAME', help='timm architecture of that file')
     g.add_argument('--target', choices=TARGETS, help='what the grader predicts')
     g.add_argument('--labels', choices=LABELS, help='majority grade, or shares of the grades')
-    g.add_argument('--arch', choices=ARCHS, help='network')
+    g.add_argument('--arch', metavar='NAME',
+                   help=f'network: {", ".join(ARCHS)}, or any timm architecture')
     g.add_argument('--image_size', type=positive_int, metavar='PX', help='side of the pictures')
     g.add_argument('--epochs', type=positive_int, metavar='INT', help='epochs')
     g.add_argument('--batch_size', type=positive_int, metavar='INT', help='pictures per step')
     g.add_argument('--precision', choices=PRECISIONS, help='of the network')
     g.add_argument('--seed', '--seeds', dest='seeds', type=nonnegative_int, nargs='+',
                    metavar='INT', help='one training per seed')
-    g.add_argument('--imagenet_weights', type=Path, metavar='FILE',
-                   help='ResNet weights to start from: torchvision\'s, or a content encoder '
-                        '(default: random weights)')
+    g.add_argument('--imagenet_weights', metavar='FILE',
+                   help='weights to start from: of a ResNet torchvision\'s or a content encoder; '
+                        'of a timm architecture its file, or lite0, lite1, lite2 (default: '
+                        'random weights)')
     g = p.add_argument_group('general')
     g.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
     g.add_argument('--out_dir', type=Path, metavar='DIR',
@@ -129,11 +132,21 @@ def remove_run(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+def initial_weights(config: Config) -> str:
+    """What a grader starts from, in a word: random, file, or the name of a known network."""
+    given = config.features if config.grader == 'probe' else config.initial_weights
+    return given if given in WHEELS else 'file' if given else 'random'
+
+
 def record_of(opts: argparse.Namespace, config: Config, training: np.ndarray, test: np.ndarray
               ) -> dict:
     """The run record: settings, and digests of tables, pictures and weights."""
-    inputs = {name: getattr(opts, name) for name in ('labels_train', 'labels_test', 'df',
-                                                     'imagenet_weights')}
+    inputs = {name: getattr(opts, name) for name in ('labels_train', 'labels_test', 'df')}
+    name = 'features' if config.grader == 'probe' else 'initial_weights'
+    if value := getattr(config, name):
+        inputs[name] = wheel_file(value) if value in WHEELS else Path(value)
+        if not inputs[name].is_file():
+            raise UserError(f'{name}: {value} is no file and none of {", ".join(WHEELS)}')
     if opts.release is not None:
         inputs['labels of the release'] = opts.release / 'labels.csv'
     options = {'config': config.to_dict(), **{name: getattr(opts, name) for name in (
@@ -150,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                          image_size=opts.image_size, epochs=opts.epochs,
                          grader=opts.grader, features=opts.features,
                          features_arch=opts.features_arch,
+                         initial_weights=opts.imagenet_weights,
                          batch_size=opts.batch_size, precision=opts.precision, seeds=opts.seeds)
     if opts.print_config:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end='')
@@ -159,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data.targets(config.labels)
     test, dropped = test_table(opts, source, config.settings.positive_from)
     log.info('%d training pictures, %d test photographs', n_draw or len(data), len(test))
-    if config.grader == 'network' and opts.imagenet_weights is None:
+    if config.grader == 'network' and not config.initial_weights:
         log.info('starting from random weights; --imagenet_weights starts from a file')
 
     size = config.settings.image_size
@@ -171,9 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_text(out_dir / 'config.yaml', yaml.safe_dump(config.to_dict(), sort_keys=False))
     setup_logging(out_dir / 'log.txt')
     results = run_seeds(data, pictures[0], test, pictures[1], config=config, out_dir=out_dir,
-                        device=device, n_draw=n_draw, imagenet_weights=opts.imagenet_weights)
-    results = {'initial_weights': 'file' if opts.imagenet_weights else
-               'random' if config.grader == 'network' else config.features,
+                        device=device, n_draw=n_draw)
+    results = {'initial_weights': initial_weights(config),
                'test_rows_dropped': dropped, 'test_people_checked': source is not None, **results}
     write_json(out_dir / 'results.json', results)
     print(results_table(results))

@@ -18,10 +18,17 @@ PRECISIONS = ('fp32', 'bf16', 'fp16')
 SAMPLINGS = ('instance', 'class')
 
 
+def is_timm_model(name: str) -> bool:
+    """Whether timm can build the architecture `name`."""
+    import timm  # slow to import, and most runs need none of it
+    return timm.is_model(name)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How one grader is trained. The defaults are the published ones where those are sound.
 
+    arch: a ResNet of the published code, or any timm architecture.
     target: 'regression' of the grade (one output, squared error, published), '5-class'
     (cross-entropy) or 'binary' (grade >= positive_from, binary cross-entropy).
     small_stem: a 3x3 first convolution and no max-pool, for pictures below about 100 px.
@@ -61,11 +68,14 @@ class Settings:
     translation: float = 0.2
 
     def __post_init__(self):
-        for name, choices in (('target', TARGETS), ('arch', ARCHS), ('precision', PRECISIONS),
+        for name, choices in (('target', TARGETS), ('precision', PRECISIONS),
                               ('sampling', SAMPLINGS)):
             if getattr(self, name) not in choices:
                 raise UserError(f'{name}: {getattr(self, name)!r} is none of '
                                 f'{", ".join(choices)}')
+        if self.arch not in ARCHS and not is_timm_model(self.arch):
+            raise UserError(f'arch: {self.arch!r} is none of {", ".join(ARCHS)} and no '
+                            'architecture of timm (timm.list_models() names them)')
         for name in ('n_classes', 'image_size', 'epochs', 'batch_size', 'cosine_epochs',
                      'eval_interval'):
             if getattr(self, name) < 1:

@@ -18,6 +18,7 @@ from torchvision.transforms import InterpolationMode
 from classification import data
 from classification.augment import apply_parameters, draw_parameters
 from classification.grader import (
+    build_grader,
     interpret,
     learning_rate,
     loss_function,
@@ -33,6 +34,7 @@ from classification.metrics import (
 from classification.settings import CONFIG_DIR, Settings, load_config
 from datasets.pictures import load_pictures
 from datasets.table import read_table
+from models.features.pretrained import load_feature_network
 from utils.errors import UserError
 from utils.io import save_torch
 
@@ -348,8 +350,8 @@ def test_identical_photographs_are_on_one_side(study):
 
 def test_all_configurations_load():
     names = sorted(p.name for p in CONFIG_DIR.glob('*.yaml'))
-    assert names == ['aptos.yaml', 'eyepacs.yaml', 'eyepacs_2cls.yaml', 'probe.yaml',
-                     'small.yaml']
+    assert names == ['aptos.yaml', 'eyepacs.yaml', 'eyepacs_2cls.yaml', 'finetune.yaml',
+                     'probe.yaml', 'small.yaml']
     assert load_config('./configs/aptos.yaml').settings == Settings()
     for name in names:
         load_config(name)
@@ -444,6 +446,36 @@ def test_the_probe_is_a_grader(study, monkeypatch, capsys):
     assert main([*flags, '--baseline', 'random-average', '--group_size', '2', '--out_dir',
                  'means', '--seed', '0', '1']) == 0
     assert 'auc_referable' in capsys.readouterr().out
+
+
+def test_a_pretrained_network_is_trained_further():
+    settings = Settings(target='5-class', arch='tf_efficientnet_lite0', image_size=64, epochs=1,
+                        batch_size=8, learning_rate=0.01)
+    one, other = (build_grader(settings, seed=s, imagenet_weights='lite0') for s in (0, 1))
+    frozen = load_feature_network('lite0').net.state_dict()
+    for key, value in one.state_dict().items():
+        if not key.startswith('classifier'):
+            assert torch.equal(value, frozen[key])
+    assert not torch.equal(one.classifier.weight, other.classifier.weight)
+    grades = np.arange(10) % 5
+    result = train_grader(pictures(grades, 64), np.eye(5)[grades], settings=settings,
+                          imagenet_weights='lite0')
+    trained = result.net.state_dict()
+    assert all(not torch.equal(trained[k], frozen[k]) for k in ('conv_stem.weight',
+                                                                'conv_head.weight'))
+    assert result.predict(pictures(grades, 64)).outputs.shape == (10, 5)
+    assert build_grader(dataclasses.replace(settings, arch='mobilenetv3_small_050'),
+                        seed=0)(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_pretrained_networks_are_named_rightly(study):
+    with pytest.raises(UserError, match="'resnet19' is none of.*timm"):
+        Settings(arch='resnet19')
+    with pytest.raises(UserError, match='lite1 holds weights of tf_efficientnet_lite1'):
+        build_grader(Settings(arch='tf_efficientnet_lite0'), seed=0, imagenet_weights='lite1')
+    flags = ['-config', 'finetune.yaml', '--release', 'release', *TEST_FLAGS, '--device', 'cpu']
+    with pytest.raises(UserError, match='initial_weights: nowhere.pth is no file'):
+        main([*flags, '--imagenet_weights', 'nowhere.pth', '--out_dir', 'out'])
 
 
 def in_run_folder(study):
