@@ -21,7 +21,7 @@ from PIL import Image
 
 from utils.errors import UserError, listing
 from utils.images import IMAGE_SUFFIXES, as_rgb, decode_reason, open_image
-from utils.io import atomic_path, sha256_bytes
+from utils.io import atomic_path, digest_files, sha256_bytes
 from utils.leftovers import SUFFIX, claimed, remove_leftovers
 
 _MAX_FILE = 2 ** 29     # bytes
@@ -80,12 +80,11 @@ class FileStore:
             return image.size
 
     def digest(self, names: Sequence[str]) -> str:
-        """Hex digest of names and sizes, in a ZIP of checksums too: another when files changed."""
-        if self.is_zip:
-            members = map(self._open_zip().getinfo, names)
-            rows = [f'{m.filename} {m.file_size} {m.CRC}' for m in members]
-        else:
-            rows = [f'{name} {(self.path / name).stat().st_size}' for name in names]
+        """Hex digest of names and contents (in a ZIP: of its checksums): changes with the files."""
+        if not self.is_zip:
+            return digest_files(names, [self.path / name for name in names])
+        members = map(self._open_zip().getinfo, names)
+        rows = [f'{m.filename} {m.file_size} {m.CRC}' for m in members]
         return sha256_bytes('\n'.join(rows).encode())[:16]
 
     def labels(self) -> dict[str, object] | None:
@@ -152,6 +151,7 @@ class ImageArchive(torch.utils.data.Dataset):
         self.label_dim = table.shape[1]
         self.mirror = mirror
         self._cache = {} if cache else None
+        self._digest: str | None = None
 
     def _check_headers(self) -> int:
         sizes, bad = {}, {}
@@ -201,8 +201,10 @@ class ImageArchive(torch.utils.data.Dataset):
         return img.flip(2) if flip else img, self._labels[i]
 
     def digest(self) -> str:
-        """Hex digest that changes with the pictures' files (their names, sizes, checksums)."""
-        return self.store.digest(self.names)
+        """Hex digest that changes with the pictures' files; read once, at the first call."""
+        if self._digest is None:
+            self._digest = self.store.digest(self.names)
+        return self._digest
 
     def images(self, indices):
         """uint8 [n, 3, H, W] of several items."""

@@ -67,7 +67,7 @@ class ImagesDataset(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
     def digest(self) -> str:
-        """Hex digest that changes with the pictures' files (their names, sizes, checksums)."""
+        """Hex digest that changes with the pictures' files (names and contents)."""
         return self._store.digest(self.names)
 
     def __len__(self):

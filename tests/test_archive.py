@@ -15,6 +15,7 @@ from PIL import Image
 
 from datasets.archive import ArchiveWriter, FileStore, ImageArchive, encode_labels
 from utils.errors import UserError
+from utils.io import digest_files
 
 
 def picture(seed, size=16):
@@ -77,6 +78,24 @@ def test_labels_are_null_when_one_is_missing(tmp_path):
         assert json.loads(file.read('dataset.json')) == {'labels': None}
     with pytest.raises(UserError, match='no labels'):
         ImageArchive(tmp_path / 'a.zip', labels=True)
+
+
+def test_the_digest_sees_other_pictures_of_the_same_names_and_sizes(tmp_path):
+    for kind in ('zip', 'folder'):
+        found = []
+        for content in (0, 0, 1):
+            path = tmp_path / f'{kind}{len(found)}' / ('a.zip' if kind == 'zip' else 'a')
+            with ArchiveWriter(path) as writer:    # uncompressed: all files are equally large
+                for i in range(3):
+                    writer.add(picture(i + content))
+            data = ImageArchive(path)
+            found.append((data.digest(), ImageArchive(path, subset=2).digest()))
+        assert found[0] == found[1] and found[0][0] != found[0][1]
+        assert found[2][0] != found[0][0] and found[2][1] != found[0][1]
+    names = ['00000/img00000000.png', '00000/img00000001.png']
+    paths = [tmp_path / 'folder0/a' / n for n in names]
+    assert digest_files(names, paths) == digest_files(names, paths)
+    assert digest_files(names, paths) != digest_files(names, paths[::-1])
 
 
 def test_mirror_subset_and_cache(archive):

@@ -32,6 +32,7 @@ from models.stylegan2 import (
 )
 from models.stylegan2.model import Discriminator
 from models.stylegan2.nvidia_pickle import convert, read_pickle
+from training.stylegan2_resume import read_start
 from utils.errors import UserError
 from utils.io import save_torch
 
@@ -111,6 +112,21 @@ def test_generators_of_absurd_size_take_no_memory():
             discriminator_from_state(changed)
     with pytest.raises(UserError, match='does not fit'):
         encoder_from_state({'stem.weight': torch.zeros(10 ** 6, 6, 1, 1)}, n_styles=8, style_dim=8)
+
+
+def test_what_a_training_begins_from(tmp_path):
+    net, file = small_generator(), tmp_path / 'generator.pt'
+    good = {'g_ema': net.state_dict(), 'latent_avg': None}
+    save_torch(file, good)
+    assert same(read_start(file).weights, good)
+    save_torch(file, {**good, 'config': [1]})
+    with pytest.raises(UserError, match='config'):
+        read_start(file)
+    for name in ('g_ema', 'g', 'd'):
+        for wrong in (None, [], 'text', torch.zeros(3), {1: torch.zeros(3)}):
+            save_torch(file, {**good, name: wrong})
+            with pytest.raises(UserError, match=f'generator.pt: {name} holds no weights'):
+                read_start(file)
 
 
 def test_encoder_checkpoints(tmp_path):

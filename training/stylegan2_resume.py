@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
+from models.loading import named_tensors
 from training.stylegan2_config import TrainConfig, check_division, widths
 from training.stylegan2_loop import SNAPSHOT_PREFIX, Trainer, latest_snapshot
 from utils.errors import UserError
@@ -44,6 +45,11 @@ def read_start(path: Path | None, *, transfer: bool = False, freezed: int = 0) -
     weights = load_weights(path, what='generator file or training snapshot')
     if not isinstance(weights, dict) or 'g_ema' not in weights:
         raise UserError(f'--resume {path}: neither a training snapshot nor a generator file')
+    for name in ('g_ema', 'g', 'd'):
+        if name in weights:
+            named_tensors(weights[name], source=f'--resume {path}: {name}')
+    if not isinstance(weights.get('config', {}), dict):
+        raise UserError(f'--resume {path}: its "config" is none')
     if freezed and 'd' not in weights:
         raise UserError(f'--freezed: {path} holds no discriminator; give a snapshot '
                         f'({SNAPSHOT_PREFIX}*.pt) with --transfer=1, or a converted .pkl')

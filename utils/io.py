@@ -7,7 +7,8 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,14 @@ def sha256_file(path):
         for block in iter(lambda: file.read(1 << 20), b''):
             digest.update(block)
     return digest.hexdigest()
+
+
+def digest_files(names: Sequence[str], paths: Sequence[Path]) -> str:
+    """16 hex digits that change with the names given to files, their order and their contents."""
+    with ThreadPoolExecutor(4) as pool:
+        hashes = pool.map(sha256_file, paths)
+        rows = [f'{name} {content}' for name, content in zip(names, hashes)]
+    return sha256_bytes('\n'.join(rows).encode())[:16]
 
 
 def sha256_bytes(data):
