@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from datasets.archive import FileStore
+from evaluation.bootstrap import People, draw_weights, unit_numbers
 from models.features.content import load_content_network
 from models.loading import load_state, mismatch
 from utils.errors import UserError, listing
@@ -232,10 +233,11 @@ def neighbourhood_scores(real, fake):
     }
 
 
-def _canonical(features):
-    """Rows in an order that depends on their values only."""
+def _canonical(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in an order that depends on their values only, and that order."""
     features = np.asarray(features, dtype=np.float64)
-    return features[np.lexsort(features[:, :8].T[::-1])]
+    order = np.lexsort(features[:, :8].T[::-1])
+    return features[order], order
 
 
 def _interval(value, draws, level, most=None):
@@ -252,8 +254,13 @@ def _interval(value, draws, level, most=None):
     return {'value': float(value), 'low': float(low), 'high': float(high)}
 
 
-def fidelity(real_features, fake_features, *, n_bootstrap=100, seed=0, level=0.95):
+def fidelity(real_features: np.ndarray, fake_features: np.ndarray, *,
+             real_people: People = None, n_bootstrap: int = 100, seed: int = 0,
+             level: float = 0.95) -> dict:
     """All statistics of two feature sets [n_r, d] and [n_f, d], with bootstrap intervals.
+
+    real_people [n_r]: whose photograph each real picture is (None: each its own), the unit that
+    is resampled and split; synthetic pictures are nobody's.
 
     Returns n_real, n_fake, dim, rank_deficient (fewer pictures than dimensions: the Fréchet
     distance is biased upward, prefer KID), fd, kid, precision, recall, density and coverage as
@@ -262,7 +269,8 @@ def fidelity(real_features, fake_features, *, n_bootstrap=100, seed=0, level=0.9
     fewer than 12 real pictures). The neighbourhood scores are resampled over the scored pictures,
     at fixed neighbourhoods.
     """
-    real, fake = _canonical(real_features), _canonical(fake_features)
+    real, order = _canonical(real_features)
+    fake, _ = _canonical(fake_features)
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f'features {real.shape} and {fake.shape} differ in dimension')
     terms = neighbourhood_scores(real, fake)
@@ -273,32 +281,42 @@ def fidelity(real_features, fake_features, *, n_bootstrap=100, seed=0, level=0.9
                     'distance is biased upward; read it beside the real-against-real split, and '
                     'prefer KID', n_real, n_fake, dim)
     rng = numpy_generator(seed, 'bootstrap')
-    picks = [(rng.integers(n_real, size=n_real), rng.integers(n_fake, size=n_fake))
-             for _ in range(n_bootstrap)]
-    counts_real = np.stack([np.bincount(r, minlength=n_real) for r, _ in picks]).astype(float)
-    counts_fake = np.stack([np.bincount(f, minlength=n_fake) for _, f in picks]).astype(float)
+    people = None if real_people is None else np.asarray(real_people, dtype=str)[order]
+    counts_real, counts_fake = (np.concatenate(list(draw_weights(who, n, n_bootstrap, rng)))
+                                for who, n in ((people, n_real), (None, n_fake)))
     result = {'n_real': n_real, 'n_fake': n_fake, 'dim': dim, 'rank_deficient': bool(deficient)}
     result['fd'] = _interval(_distance_of_samples(real, fake), [
-        _distance_of_samples(real[r], fake[f]) for r, f in picks], level, most=np.inf)
+        _distance_of_samples(np.repeat(real, r.astype(int), axis=0),
+                             np.repeat(fake, f.astype(int), axis=0))
+        for r, f in zip(counts_real, counts_fake)], level, most=np.inf)
     result['kid'] = _interval(kernel_distance(real, fake),
                               _kernel_distances(real, fake, counts_real, counts_fake), level)
     for name, term in terms.items():
         counts = counts_real if name in ('recall', 'coverage') else counts_fake
-        result[name] = _interval(term.mean(), counts @ term / len(term), level,
+        result[name] = _interval(term.mean(), counts @ term / counts.sum(1), level,
                                  most=np.inf if name == 'density' else 1)
-    result['real_split'] = _real_split(real, n_fake, seed)
+    result['real_split'] = _real_split(real, people, n_fake, seed)
     return result
 
 
-def _real_split(real, n_fake, seed):
-    """Mean statistics of random real-against-real splits at the synthetic sample's size."""
+def _real_split(real, people, n_fake, seed):
+    """Mean statistics of random real-against-real splits at the synthetic sample's size.
+
+    Nobody is on both sides: who is in the sample is left out of the reference.
+    """
     n_sample = min(n_fake, len(real) // 2)
     if n_sample <= DC_NEIGHBOURS:
         return None
-    rng = numpy_generator(seed, 'real split')
-    orders = [rng.permutation(len(real)) for _ in range(N_SPLITS)]
-    parts = [(real[o[n_sample:]], real[o[:n_sample]]) for o in orders]
-    return {'n_reference': len(real) - n_sample, 'n_sample': n_sample,
+    rng, unit = numpy_generator(seed, 'real split'), unit_numbers(people, len(real))
+    parts = []
+    for _ in range(N_SPLITS):
+        place = np.argsort(rng.permutation(unit.max() + 1))    # of every person in a random order
+        sample = np.argsort(place[unit], kind='stable')[:n_sample]
+        parts.append((real[~np.isin(unit, unit[sample])], real[sample]))
+    n_reference = min(len(a) for a, _ in parts)
+    if n_reference <= DC_NEIGHBOURS:
+        return None
+    return {'n_reference': n_reference, 'n_sample': n_sample,
             'fd': float(np.mean([_distance_of_samples(a, b) for a, b in parts])),
             'kid': float(np.mean([kernel_distance(a, b) for a, b in parts]))}
 

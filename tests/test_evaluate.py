@@ -1,14 +1,25 @@
-"""The whole comparison on a few tiny phantoms, and its complaints."""
+"""The whole comparison on a few tiny phantoms: rows, caching, own attacks, and its complaints."""
+import importlib.util
 import json
+import re
 
+import numpy as np
 import pytest
 import yaml
-from conftest import load_script
+from conftest import ROOT, load_script
 from release_fixture import save_networks
 
+from evaluation.attacks.nearest import pixel
+from evaluation.catalogue import MEASURES, METHODS
+from evaluation.registry import Candidate
+from evaluation.releases import read_release
+from evaluation.settings import read_settings
+from evaluation.study import open_study
 from utils.errors import UserError
 
 evaluate = load_script('evaluate')
+GROUPED = [m.name for m in METHODS.values() if m.grouped]
+ATTACKS = [m.name for m in MEASURES.values() if m.attack]
 
 
 @pytest.fixture(scope='module')
@@ -16,57 +27,192 @@ def config(tmp_path_factory):
     """A configuration file of a run of seconds."""
     folder = tmp_path_factory.mktemp('evaluation')
     save_networks(folder)
-    grader = yaml.safe_load((evaluate.ROOT / 'classification/configs/small.yaml').read_text())
+    grader = yaml.safe_load((ROOT / 'classification/configs/small.yaml').read_text())
     grader |= {'image_size': 32, 'small_stem': True, 'epochs': 1, 'batch_size': 8}
     (folder / 'grader.yaml').write_text(yaml.safe_dump(grader))
     entries = {'name': 'test', 'phantoms': {'n_patients': 40, 'size': 32, 'visits': 2, 'seed': 1},
                'checkpoint': str(folder / 'psp.pt'), 'content_weights': str(folder / 'content.pt'),
-               'num_steps': 1, 'k': [2, 3], 'methods': list(evaluate.METHODS),
+               'num_steps': 1, 'k': [2, 3], 'methods': list(METHODS),
                'grader': str(folder / 'grader.yaml'), 'seeds': [0]}
     (folder / 'config.yaml').write_text(yaml.safe_dump(entries))
     return folder / 'config.yaml'
 
 
-def test_the_comparison(config, tmp_path, capsys):
-    flags = [f'--config={config}', f'--out_dir={tmp_path / "out"}', '--device=cpu']
-    assert evaluate.main(flags) == 0
-    found = json.loads((tmp_path / 'out' / 'results.json').read_text())
-    names = [r['name'] for r in found['rows']]
-    assert sorted(names) == sorted(['real', 'real_same_n', 'inverted', 'unconditional'] + [
-        f'{m}_k{k}' for m in evaluate.GROUPED for k in (2, 3)])
-    rows = {r['name']: r for r in found['rows']}
+def change(config, folder, **entries):
+    """A changed copy of the configuration."""
+    changed = yaml.safe_load(config.read_text()) | entries
+    (folder / 'changed.yaml').write_text(yaml.safe_dump(changed))
+    return folder / 'changed.yaml'
+
+
+@pytest.fixture(scope='module')
+def finished(config, tmp_path_factory):
+    """The folder of a finished evaluation of all methods."""
+    out = tmp_path_factory.mktemp('finished') / 'out'
+    assert evaluate.main([f'--config={config}', f'--out_dir={out}', '--device=cpu']) == 0
+    return out
+
+
+def rows_of(out):
+    return {r['name']: r for r in json.loads((out / 'results.json').read_text())['rows']}
+
+
+def test_the_comparison(finished):
+    rows = rows_of(finished)
+    assert sorted(rows) == sorted(['real', 'real_same_n', 'inverted', 'unconditional'] + [
+        f'{m}_k{k}' for m in GROUPED for k in (2, 3)])
     assert rows['k_salsa_k2']['n'] > rows['k_salsa_k3']['n']
     assert rows['real_same_n']['n'] == rows['k_salsa_k2']['n']
     for row in rows.values():
-        assert set(row['attacks']) == set(evaluate.ATTACKS)
+        assert set(row['attacks']) == set(ATTACKS)
         assert 0 <= row['utility']['summary']['auc_referable']['mean'] <= 1
-    # The photographs themselves must be found by the attacks, or the attacks do not work.
-    assert all(a['auc']['value'] > 0.95 for a in rows['real']['attacks'].values())
+    # Photographs that are in the release must be found, or the attacks do not work.
+    for name in ('real', 'real_same_n'):
+        assert all(a['auc']['value'] > 0.95 for a in rows[name]['attacks'].values())
+        assert rows[name]['attacks']['pixel']['n_members'] == rows[name]['n']
     assert rows['k_salsa_k2']['reidentification']['n_probes'] > 0
     assert rows['unconditional']['reidentification'] is None
-    page = (tmp_path / 'out' / 'results.html').read_text()
-    for name in names:
+
+
+def test_the_page_shows_what_the_table_says(finished):
+    page = (finished / 'results.html').read_text()
+    lines = (finished / 'results.md').read_text().splitlines()
+    heads = lines[0].strip('| ').split(' | ')
+    assert heads[:3] == ['method', 'k', 'n'] and heads[-2:] == [
+        'TPR at 1 % FPR', 're-identified, rank 1']
+    assert re.findall('<th>(.*?)</th>', page)[:len(heads)] == heads
+    assert len(lines) == 2 + len(rows_of(finished))
+    for line in lines[2:]:
+        for cell in line.strip('| ').split(' | '):
+            assert f'>{cell}<' in page
+    for name in rows_of(finished):
         assert f'methods/{name}/examples.png' in page
-        assert (tmp_path / 'out' / 'methods' / name / 'examples.png').stat().st_size > 0
+        assert (finished / 'methods' / name / 'examples.png').stat().st_size > 0
+    for file in re.findall('<img src="(.*?)"', page):
+        assert (finished / file).is_file()
     assert 'http' not in page.replace('http-equiv', '')
-    table = (tmp_path / 'out' / 'results.md').read_bytes()
-    capsys.readouterr()
-    assert evaluate.main(flags) == 0    # everything is cached, and says the same
-    assert (tmp_path / 'out' / 'results.md').read_bytes() == table
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'methods': ['k_salsa', 'magic']}, 'unknown methods.*magic'),
-    ({'colour': 1}, "unknown.*colour"),
+def test_nothing_is_computed_twice_and_nothing_stale_is_shown(config, finished, tmp_path,
+                                                              monkeypatch):
+    """Content of the grader's file counts, not its name; a new measure leaves the others alone."""
+    table = (finished / 'results.md').read_bytes()
+    few = change(config, tmp_path, methods=['real', 'k_salsa'])
+    monkeypatch.setattr('classification.experiment.train_grader', None)    # must not be needed
+    for measure in MEASURES.values():
+        monkeypatch.setattr(f'{measure.prepare.__module__}.attack_metrics', None, raising=False)
+    flags = [f'--out_dir={finished}', '--device=cpu']
+    assert evaluate.main([f'--config={config}', *flags]) == 0
+    assert (finished / 'results.md').read_bytes() == table
+    assert evaluate.main([f'--config={few}', *flags]) == 0
+    before = rows_of(finished)
+    assert set(before) == {'real', 'k_salsa_k2', 'k_salsa_k3'}
+    monkeypatch.undo()
+    grader = yaml.safe_load((config.parent / 'grader.yaml').read_text())
+    (config.parent / 'grader.yaml').write_text(yaml.safe_dump(grader | {'epochs': 2}))
+    try:
+        assert evaluate.main([f'--config={few}', *flags]) == 0
+    finally:
+        (config.parent / 'grader.yaml').write_text(yaml.safe_dump(grader))
+    after = rows_of(finished)
+    for name, row in after.items():
+        assert row['attacks'] == before[name]['attacks']
+        assert row['utility']['seeds'][0]['best_epoch'] <= 2
+        assert row['utility'] != before[name]['utility']
+    other = change(config, tmp_path, num_steps=2)
+    with pytest.raises(UserError, match='num_steps: was 1, now 2'):
+        evaluate.main([f'--config={other}', *flags])
+
+
+def documented_attack(folder):
+    """The module that docs/evaluation.md shows."""
+    page = (ROOT / 'docs/evaluation.md').read_text()
+    code = next(c for c in re.findall('```python\n(.*?)```', page, re.S) if '@attack' in c)
+    assert len(code.splitlines()) < 30
+    (folder / 'brightness.py').write_text(code)
+    spec = importlib.util.spec_from_file_location('brightness', folder / 'brightness.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.brightness
+
+
+def test_an_attack_of_ones_own(config, finished, tmp_path, monkeypatch):
+    brightness = documented_attack(tmp_path)
+    monkeypatch.setitem(MEASURES, 'brightness', brightness)
+    own = change(config, tmp_path, methods=['real', 'k_salsa'], measures=['utility', 'brightness'])
+    assert evaluate.main([f'--config={own}', f'--out_dir={finished}', '--device=cpu']) == 0
+    rows = rows_of(finished)
+    assert rows['real']['attacks']['brightness']['auc']['value'] == 1
+    assert set(rows['real']['attacks']) == {'brightness'}
+    assert 'attack: brightness' in (finished / 'results.md').read_text()
+    assert (finished / 'roc_brightness.png').stat().st_size > 0
+
+
+def test_members_outside_a_release_are_on_neither_side(config, finished, tmp_path):
+    """The first half of the members are shown as they are; the others must not count."""
+    study = open_study(read_settings(config), finished, device='cpu', seed=0)
+    half = len(study.members) // 2
+    group_of = np.where(np.arange(len(study.members)) < half, np.arange(len(study.members)), -1)
+    candidate = Candidate(study.members[:half], study.population.members.labels[:half],
+                          np.eye(5)[study.population.members.labels[:half]], group_of)
+    found = pixel.prepare(study)(candidate, tmp_path)
+    assert found['n_members'] == half and found['auc']['value'] == 1
+    nobody = Candidate(candidate.pictures, candidate.labels, candidate.shares,
+                       np.full(len(study.members), -1))
+    assert pixel.prepare(study)(nobody, tmp_path)['n_members'] == len(study.members)
+
+
+def test_pictures_of_photographs_know_their_people(config, finished):
+    """So that the graders' validation splits keep people together, of inverted pictures too."""
+    study = open_study(read_settings(config), finished, device='cpu', seed=0)
+    members = study.population.members
+    release = read_release(finished / 'k2', 2, members)
+    for name in ('real', 'real_same_n', 'inverted'):
+        found = METHODS[name].make(study, release)
+        rows = np.flatnonzero(found.group_of >= 0)
+        assert found.people == [members.patients[i] for i in rows]
+        assert len(set(found.people)) < len(found.people) == len(found.pictures)
+    assert METHODS['k_salsa'].make(study, release).people is None
+
+
+@pytest.mark.parametrize('entries, message', [
+    ({'methods': ['k_salsa', 'magic']}, 'unknown methods magic'),
+    ({'measures': ['pixel', 'palm']}, 'unknown measures palm'),
+    ({'colour': 1}, 'unknown: colour'),
     ({'table': 'x.csv'}, 'either phantoms or table'),
-    ({'k': None}, 'k: '),
+    ({'k': None}, 'k: want'), ({'k': [0]}, 'k: want'), ({'k': ['a']}, 'k: want'),
+    ({'k': [2, 2]}, 'k: want a list of different'), ({'seeds': [True]}, 'seeds: want'),
+    ({'grader': [1]}, 'grader: want text'), ({'members': 1.5}, 'members: want'),
+    ({'phantoms': {'n_patients': 40}}, 'phantoms: want'),
+    ({'phantoms': {'n_patients': '40', 'size': 32, 'visits': 1, 'seed': 1}}, 'phantoms: want'),
+    ({'split_column': 'train'}, 'split_column: want'), ({'lr': 'fast'}, 'lr: want a number'),
+    ({'checkpoint': 1}, 'checkpoint: want text'),
     ({'methods': ['unconditional', 'k_salsa']}, 'list real'),
-    ({'checkpoint': 'nowhere.pt'}, 'nowhere.pt'),
+    ({'checkpoint': 'nowhere.pt'}, 'nowhere.pt'), ({'grader': 'nothing.yaml'}, 'no such file'),
 ])
-def test_bad_configuration(config, tmp_path, change, message):
-    entries = yaml.safe_load(config.read_text()) | change
-    (tmp_path / 'config.yaml').write_text(yaml.safe_dump(entries))
+def test_bad_configuration(config, tmp_path, entries, message):
+    """Nothing is drawn before the configuration is known to be good."""
     with pytest.raises(UserError, match=message):
-        evaluate.main([f'--config={tmp_path / "config.yaml"}', f'--out_dir={tmp_path / "out"}',
-                       '--device=cpu'])
+        evaluate.main([f'--config={change(config, tmp_path, **entries)}',
+                       f'--out_dir={tmp_path / "out"}', '--device=cpu'])
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('content', [b'\xff\xfe\x00k', b'n\xe4me: x', b'[' * 3000, b'a: [', b'1'])
+def test_files_that_are_no_configuration(tmp_path, content):
+    (tmp_path / 'c.yaml').write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f'--config {tmp_path / "c.yaml"}')):
+        read_settings(tmp_path / 'c.yaml')
+
+
+def test_all_that_is_wrong_is_said_at_once(config, tmp_path):
+    path = change(config, tmp_path, k=[0], seeds=[], colour=1)
+    with pytest.raises(UserError, match='(?s)unknown: colour.*k: want.*seeds: want'):
+        read_settings(path)
+
+
+def test_too_few_people(config, tmp_path):
+    few = change(config, tmp_path,
+                 phantoms={'n_patients': 8, 'size': 32, 'visits': 1, 'seed': 1})
+    with pytest.raises(UserError, match='4 people are too few others.*at least 8'):
+        evaluate.main([f'--config={few}', f'--out_dir={tmp_path / "out"}', '--device=cpu'])

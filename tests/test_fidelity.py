@@ -225,3 +225,20 @@ def test_training_metric(content_file, folders, tmp_path):
         training_metric(['is'], None, n_images=1)
     with pytest.raises(UserError, match='--inception_weights'):
         training_metric(['fid'], None, n_images=1)
+
+
+def test_people_are_the_unit_of_the_photographs():
+    """Six like photographs of everybody are no more evidence than one, and split no better."""
+    rng = np.random.default_rng(5)
+    single, fake = rng.normal(size=(60, 4)), rng.normal(0.3, 1, (200, 4))
+    real = single.repeat(6, 0) + rng.normal(0, 1e-3, (360, 4))
+    people = np.repeat(np.arange(60), 6)
+    blind, aware = (fidelity(real, fake, real_people=p) for p in (None, people))
+    assert aware['fd']['value'] == blind['fd']['value']
+    for name in ('fd', 'kid', 'recall'):
+        width = [r[name]['high'] - r[name]['low'] for r in (blind, aware)]
+        assert width[1] > 1.3 * width[0], name
+    # With the same people on both sides the halves look more alike than people are.
+    assert aware['real_split']['fd'] > 1.3 * blind['real_split']['fd']
+    shuffled = rng.permutation(360)
+    assert fidelity(real[shuffled], fake, real_people=people[shuffled]) == aware

@@ -18,7 +18,7 @@ from evaluation.attacks.metrics import (
     precision_at_k,
     reidentification_rates,
 )
-from evaluation.attacks.nearest import closest_release_scores, reidentification_ranks
+from evaluation.attacks.nearest import nearest_attack, pixels, reidentification_ranks
 from evaluation.attacks.pairs import PairAttack, PairConfig, standardisation, step_pairs
 from evaluation.attacks.vessels import VesselAttack, best_correlations, vessel_maps
 from evaluation.bootstrap import rate_interval
@@ -39,10 +39,6 @@ def phantoms(patients, size, visit=0):
 def people():
     """64-px phantoms of 90 people."""
     return phantoms(range(90), 64)
-
-
-def pixels(u8):
-    return u8.reshape(len(u8), -1).astype(np.float32)
 
 
 # -- metrics ------------------------------------------------------------------------------------
@@ -144,7 +140,7 @@ def test_controls(people, attack):
         if attack == 'vessel':
             scores = VesselAttack(members, others, reference).scores(release)
         else:
-            scores = closest_release_scores(members, others, release, reference, pixels)
+            scores = nearest_attack(members, others, reference, pixels)(release)
         return attack_metrics(*scores, level=0.99)['auc']
     leaking, clean = run(blurred), run(strangers)
     assert leaking['value'] > 0.95 and leaking['low'] > 0.8
@@ -166,7 +162,7 @@ def vessel_features(u8):
 
 def test_nothing_to_attack(people):
     with pytest.raises(UserError, match='no release'):
-        closest_release_scores(people[:5], people[5:9], people[:0], people[9:], pixels)
+        nearest_attack(people[:5], people[5:9], people[9:], pixels)(people[:0])
     flat = np.full((2, 3, 64, 64), 90, np.uint8)
     assert np.isfinite(VesselAttack(flat, flat, flat).scores(flat)[0]).all()
 
@@ -443,8 +439,8 @@ def test_split_command(tmp_path):
     (tmp_path / 'images').mkdir()
     frame = pd.DataFrame({'id_code': [f'a{i}' for i in range(12)],
                           'patient_id': [f'p{i // 2}' for i in range(12)]})
-    for i in frame.id_code:
-        Image.new('RGB', (8, 8)).save(tmp_path / f'images/{i}.png')
+    for shade, i in enumerate(frame.id_code):
+        Image.new('RGB', (8, 8), (shade, 0, 0)).save(tmp_path / f'images/{i}.png')
     frame.to_csv(tmp_path / 'labels.csv', index=False)
     flags = [f'--df={tmp_path / "labels.csv"}', f'--out_dir={tmp_path / "split"}']
     assert split_main(flags) == 0

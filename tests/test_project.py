@@ -12,7 +12,7 @@ ALLOWED = {
     'models': {'utils'}, 'datasets': {'utils'}, 'criteria': {'models', 'utils'},
     'training': {'models', 'criteria', 'datasets', 'utils'},
     'anonymization': {'models', 'criteria', 'datasets', 'utils'},
-    'evaluation': {'models', 'criteria', 'datasets', 'utils'},
+    'evaluation': {'models', 'criteria', 'datasets', 'classification', 'utils'},
     'scripts': {'configs', 'models', 'criteria', 'datasets', 'training', 'anonymization',
                 'evaluation', 'classification', 'MIA', 'utils'},
     'classification': {'configs', 'models', 'datasets', 'evaluation', 'utils'},

@@ -4,44 +4,73 @@ Pictures are uint8 [n, 3, S, S]; `embed` turns them into features [n, F].
 Sources: GAN-Leaks (Chen et al. 2020) for the calibration by reference people; the attacker has
 the release, and photographs of the person in question and of people who are surely not in it.
 """
+from collections.abc import Callable
+
 import numpy as np
 from sklearn.metrics import pairwise_distances_chunked
 
+from evaluation.registry import Scorer, attack
+from evaluation.study import Study
 from utils.errors import UserError
+
+Embed = Callable[[np.ndarray], np.ndarray]
 
 _SMALL = 1e-12
 
 
-def nearest_distances(queries, pool):
+def nearest_distances(queries: np.ndarray, pool: np.ndarray) -> np.ndarray:
     """Euclidean distance of every query [n, F] to the nearest of pool [m, F]."""
     parts = pairwise_distances_chunked(queries, pool, reduce_func=lambda d, _: d.min(1))
     return np.concatenate(list(parts))
 
 
-def closest_release_scores(members, nonmembers, release, reference, embed):
-    """Scores of members [m] and others [n]: how much nearer the release is than reference people.
+def nearest_attack(members: np.ndarray, nonmembers: np.ndarray, reference: np.ndarray,
+                   embed: Embed) -> Scorer:
+    """Scores how much nearer the release is to a person than reference people are.
 
+    Returns a function release [n] -> scores of members [m] and others [o]:
     log(distance to the nearest reference photograph / distance to the nearest release picture),
     so that pictures that are near to everything gain nothing by it. UserError when a set is
     empty.
     """
-    _not_empty(members=members, nonmembers=nonmembers, release=release, reference=reference)
-    release, reference = embed(release), embed(reference)
-    scores = []
-    for people in (members, nonmembers):
-        features = embed(people)
-        scores.append(np.log(nearest_distances(features, reference) + _SMALL)
-                      - np.log(nearest_distances(features, release) + _SMALL))
-    return scores[0], scores[1]
+    not_empty(members=members, nonmembers=nonmembers, reference=reference)
+    people, pool = [embed(p) for p in (members, nonmembers)], embed(reference)
+    usual = [np.log(nearest_distances(p, pool) + _SMALL) for p in people]
+
+    def scores(release: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        not_empty(release=release)
+        pictures = embed(release)
+        return tuple(far - np.log(nearest_distances(p, pictures) + _SMALL)
+                     for p, far in zip(people, usual))
+    return scores
 
 
-def reidentification_ranks(probes, release_of_probe, release, embed):
+def pixels(pictures: np.ndarray) -> np.ndarray:
+    """uint8 [n, 3, S, S] -> [n, 3 S S] in [0, 1]."""
+    return pictures.reshape(len(pictures), -1).astype(np.float32) / 255
+
+
+@attack('pixel', 'nearest in pixels')
+def pixel(study: Study) -> Scorer:
+    """Sees copies."""
+    return nearest_attack(study.members, study.nonmembers, study.reference, pixels)
+
+
+@attack('content', 'nearest in content features',
+        depends=lambda study: {'content encoder': study.content_digest})
+def content(study: Study) -> Scorer:
+    """Sees what the content encoder sees."""
+    return nearest_attack(study.members, study.nonmembers, study.reference, study.content)
+
+
+def reidentification_ranks(probes: np.ndarray, release_of_probe: np.ndarray, release: np.ndarray,
+                           embed: Embed) -> np.ndarray:
     """At which place the picture of the own group comes, by distance to another photograph.
 
     probes [q]: later photographs of members. release_of_probe [q]: index of the picture that
     the person stands behind. Ranks from 1; ties count against the attacker.
     """
-    _not_empty(probes=probes, release=release)
+    not_empty(probes=probes, release=release)
     ranks, start = [], 0
     own = np.asarray(release_of_probe)
     for distances in pairwise_distances_chunked(embed(probes), embed(release)):
@@ -51,6 +80,7 @@ def reidentification_ranks(probes, release_of_probe, release, embed):
     return np.concatenate(ranks)
 
 
-def _not_empty(**sets):
+def not_empty(**sets: np.ndarray) -> None:
+    """UserError that names the sets without pictures."""
     if empty := [name for name, pictures in sets.items() if len(pictures) == 0]:
         raise UserError(f'nothing to attack: no {", ".join(empty)}')

@@ -11,7 +11,9 @@ import torch
 from scipy.fft import next_fast_len
 from skimage.filters import gaussian, sato
 
-from utils.errors import UserError
+from evaluation.attacks.nearest import not_empty
+from evaluation.registry import Scorer, attack
+from evaluation.study import Study
 
 ROTATIONS = (-6.0, -3.0, 0.0, 3.0, 6.0)    # degrees that a head tilts between photographs
 MAX_SHIFT = 0.12                           # of the side: how far gaze moves the picture
@@ -101,7 +103,7 @@ class VesselAttack:
 
     def __init__(self, members, nonmembers, reference, *, device='cpu'):
         self.device = device
-        _not_empty(members=members, nonmembers=nonmembers, reference=reference)
+        not_empty(members=members, nonmembers=nonmembers, reference=reference)
         self.people = [vessel_maps(p) for p in (members, nonmembers)]
         reference = vessel_maps(reference)
         self.usual = [self._best(p, reference) for p in self.people]
@@ -111,11 +113,13 @@ class VesselAttack:
 
     def scores(self, release):
         """Of members [m] and others [n]: best match in the release minus that in the reference."""
-        _not_empty(release=release)
+        not_empty(release=release)
         pool = vessel_maps(release)
         return tuple(self._best(p, pool) - usual for p, usual in zip(self.people, self.usual))
 
 
-def _not_empty(**sets):
-    if empty := [name for name, pictures in sets.items() if len(pictures) == 0]:
-        raise UserError(f'nothing to attack: no {", ".join(empty)}')
+
+@attack('vessel', 'vessel maps after registration')
+def vessel(study: Study) -> Scorer:
+    """Sees a person's vascular tree."""
+    return VesselAttack(study.members, study.nonmembers, study.reference).scores

@@ -1,0 +1,18 @@
+"""All methods and measures, in the order in which tables show them. A new one is added here."""
+from evaluation.appearance import fundus_distances, spectra
+from evaluation.attacks.nearest import content, pixel
+from evaluation.attacks.reidentification import reidentification
+from evaluation.attacks.vessels import vessel
+from evaluation.methods.groups import centroid, pixel_average
+from evaluation.methods.k_salsa import k_salsa
+from evaluation.methods.photographs import inverted, real, real_same_n
+from evaluation.methods.samples import unconditional
+from evaluation.registry import Registry
+from evaluation.utility import utility
+
+METHODS = Registry('methods', [
+    real, real_same_n, inverted, pixel_average, centroid, unconditional, k_salsa,
+])
+MEASURES = Registry('measures', [
+    fundus_distances, spectra, utility, pixel, content, vessel, reidentification,
+])

@@ -1,0 +1,66 @@
+"""Methods against measures: one row per release, every result kept beside what it depends on."""
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from evaluation.cache import RESULT, cached, folder_of
+from evaluation.registry import SIDES, Candidate, Measure, Method
+from evaluation.study import Study
+from utils.images import from_uint8, grid, save_png
+
+log = logging.getLogger(__name__)
+
+_EXAMPLES = 8
+
+
+class Row(NamedTuple):
+    """What was measured on one release. results: by measure; scores: of members and others, by
+    attack."""
+
+    name: str
+    method: Method
+    k: int
+    n: int
+    results: dict[str, Any]
+    scores: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def candidates(study: Study, methods: list[Method]) -> Iterator[tuple[str, Method, int, Candidate]]:
+    """(name, method, k, release) of all that is compared; k is 0 where no group has a size."""
+    releases = list(study.releases.values())
+    for method in methods:
+        if method.grouped:
+            for release in releases:
+                yield (f'{method.name}_k{release.k}', method, release.k,
+                       method.make(study, release))
+        else:
+            candidate = method.make(study, releases[0])
+            yield method.name, method, int((candidate.group_of >= 0).any()), candidate
+
+
+def compare(study: Study, methods: list[Method], measures: list[Measure]) -> list[Row]:
+    """A row for every method (and k); results that are there and not stale are read."""
+    prepared, rows = {}, []
+    for name, method, k, candidate in candidates(study, methods):
+        folder = study.folder / 'methods' / name
+        save_png(grid(from_uint8(torch.from_numpy(candidate.pictures[:_EXAMPLES])), _EXAMPLES),
+                 folder / 'examples.png')
+        row = Row(name, method, k, len(candidate.pictures), {}, {})
+        for m in measures:
+            depends = {'candidate': candidate.digest, 'people': study.digest, 'seed': study.seed,
+                       **m.depends(study)}
+            own = folder_of(folder, m.name, depends)
+
+            def compute(m=m, own=own, name=name, candidate=candidate):
+                log.info('%s: %s', name, m.title)
+                if m.name not in prepared:    # when first needed, not when all is cached
+                    prepared[m.name] = m.prepare(study)
+                return {'value': prepared[m.name](candidate, own)}
+            row.results[m.name] = cached(own / RESULT, depends, compute)['value']
+            if m.attack:
+                row.scores[m.name] = tuple(np.load(own / f'{side}.npy') for side in SIDES)
+        rows.append(row)
+    return rows

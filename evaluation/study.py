@@ -1,0 +1,142 @@
+"""What every method and measure of an evaluation may use: people, pictures, networks, releases."""
+import dataclasses
+import functools
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from classification.metrics import check_test_labels
+from classification.settings import Config, find_config, load_config
+from datasets.people import merge_identical
+from datasets.pictures import load_pictures
+from datasets.table import Table, read_table
+from evaluation.attacks.metrics import MIN_PEOPLE
+from evaluation.cache import digest
+from evaluation.fidelity import extract_features
+from evaluation.population import Population, people_of, populate, roles_of
+from evaluation.releases import Release, call, make_release
+from evaluation.settings import FILTERS, Settings
+from evaluation.splits import split_table
+from models.features.content import ContentNetwork, load_content_network
+from utils.errors import UserError
+from utils.io import sha256_file, write_csv
+from utils.runs import run_record, start_run
+
+log = logging.getLogger(__name__)
+
+# What the releases in the folder do not depend on; results keep their own account (cache.py).
+_FREE = ('name', 'k', 'methods', 'measures', 'grader', 'seeds')
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """An evaluation under way. Pictures are uint8 [*, 3, S, S], S the grader's image_size."""
+
+    settings: Settings
+    grader: Config
+    network: ContentNetwork
+    population: Population
+    folder: Path
+    device: torch.device
+    seed: int
+
+    def pictures(self, paths: list[Path]) -> np.ndarray:
+        """Picture files at the grader's size."""
+        return load_pictures([[p] for p in paths], self.grader.settings.image_size)
+
+    @functools.cached_property
+    def members(self) -> np.ndarray:
+        """Photographs that the releases are made of."""
+        return self.pictures(self.population.members.paths)
+
+    @functools.cached_property
+    def others(self) -> np.ndarray:
+        """Photographs of people who are in no release."""
+        return self.pictures(self.population.others.paths)
+
+    @functools.cached_property
+    def again(self) -> np.ndarray:
+        """Later photographs of members' eyes; none where there are no visits."""
+        table = self.population.again
+        return self.pictures([] if table is None else table.paths)
+
+    @property
+    def nonmembers(self) -> np.ndarray:
+        """Photographs of the half of the others that attacks must tell from members."""
+        return self.others[self.population.nonmember]
+
+    @property
+    def reference(self) -> np.ndarray:
+        """Photographs of the other half, whom attackers know not to be members."""
+        return self.others[~self.population.nonmember]
+
+    def content(self, pictures: np.ndarray) -> np.ndarray:
+        """Features [n, F] of the content encoder."""
+        return extract_features(self.network, pictures, device=self.device)
+
+    @functools.cached_property
+    def content_digest(self) -> str:
+        """Of the content encoder's file."""
+        return sha256_file(self.settings.file('content_weights'))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Changes with any photograph, grade, person or role."""
+        p = self.population
+        tables = [[people_of(t), t.labels.tolist()] for t in (p.members, p.others)]
+        return digest(self.members, self.others, self.again, p.again_of, p.nonmember, tables,
+                      p.again and people_of(p.again))
+
+    @functools.cached_property
+    def releases(self) -> dict[int, Release]:
+        """The k-SALSA release of every k; the first is the one that methods without groups
+        follow."""
+        return {k: make_release(self.settings, self.population.members, k, self.folder,
+                                device=str(self.device), seed=self.seed)
+                for k in self.settings.first_k()}
+
+
+def open_study(settings: Settings, folder: Path, *, device: torch.device, seed: int) -> Study:
+    """Reads networks and photographs, splits the people (split.csv), and enters the run folder.
+
+    UserError for unfit files, too few people, and a folder that holds another evaluation.
+    """
+    grader = load_config(find_config(settings.grader), seeds=tuple(settings.seeds))
+    network = load_content_network(settings.file('content_weights'))
+    inputs = {n: settings.file(n) for n in ('checkpoint', 'content_weights')}
+    if settings.style_weights != FILTERS:
+        inputs['style_weights'] = settings.file('style_weights')
+    if settings.table is not None:
+        inputs['table'] = settings.file('table')
+    start_run(folder, run_record(dataclasses.asdict(settings), inputs=inputs, seed=seed),
+              resume=True, free_options=_FREE)
+    table = merge_identical(_table(settings, folder))
+    roles = roles_of(table, share=settings.members, column=settings.split_column, seed=seed)
+    population = populate(table, roles, seed=seed)
+    _check(population, grader)
+    write_csv(folder / 'split.csv', split_table(table, roles))
+    return Study(settings, grader, network, population, folder, device, seed)
+
+
+def _table(settings: Settings, folder: Path) -> Table:
+    """The labelled photographs; phantoms are drawn where they are wanted and not there yet."""
+    if settings.phantoms is None:
+        return read_table(settings.file('table'),
+                          settings.image_dir and settings.file('image_dir'), require_label=True)
+    drawn = folder / 'phantoms'
+    if not (drawn / 'labels.csv').exists():
+        call('make_phantoms', f'--out_dir={drawn}',
+             *(f'--{name}={value}' for name, value in settings.phantoms.items()))
+    return read_table(drawn / 'labels.csv', require_label=True)
+
+
+def _check(population: Population, grader: Config) -> None:
+    sides = {'members': people_of(population.members),
+             'others': people_of(population.others)}
+    least = {'members': MIN_PEOPLE, 'others': 2 * MIN_PEOPLE}
+    if few := [n for n, people in sides.items() if len(set(people)) < least[n]]:
+        raise UserError(f'{len(set(sides[few[0]]))} people are too few {few[0]}; an evaluation '
+                        f'needs at least {least[few[0]]}')
+    check_test_labels(population.others.labels, positive_from=grader.settings.positive_from)

@@ -1,0 +1,62 @@
+"""What a grader learns from a release: trained on it, tested on photographs of other people."""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from classification.data import TrainingSet
+from classification.experiment import WEIGHTS, run_seeds
+from classification.grader import GraderResult, build_grader
+from evaluation.cache import folder_of
+from evaluation.registry import Candidate, measure, spread
+from evaluation.study import Study
+from utils.io import load_weights
+
+
+def _cells(result: dict) -> dict[str, str]:
+    score = result['summary']
+    return {'AUC referable': spread(score['auc_referable']), 'kappa': spread(score['kappa'])}
+
+
+def _score(result: dict) -> tuple[float, float | None]:
+    score = result['summary']['auc_referable']
+    return score['mean'], score['std']
+
+
+@measure('utility', 'grader on real eyes, AUC of referable DR', _cells, score=_score,
+         depends=lambda study: study.grader.to_dict())
+def utility(study: Study):
+    """Scores of graders trained on a candidate, over the seeds."""
+    return lambda candidate, folder: train_graders(study, candidate)
+
+
+def _grader_folder(study: Study, candidate: Candidate) -> Path:
+    """Where the graders of a candidate lie; not a matter of the seeds, which are folders there."""
+    config = {k: v for k, v in study.grader.to_dict().items() if k not in ('seeds', 'save_path')}
+    return folder_of(study.folder / 'graders', 'grader', {
+        'candidate': candidate.digest, 'people': study.digest, 'grader': config})
+
+
+def train_graders(study: Study, candidate: Candidate) -> dict:
+    """Trains and tests a grader per seed on a candidate; finished ones are read."""
+    n = len(candidate.pictures)
+    training = TrainingSet([str(i) for i in range(n)], [[] for _ in range(n)], candidate.labels,
+                           candidate.shares, candidate.people)
+    return run_seeds(training, candidate.pictures, study.population.others, study.others,
+                     config=study.grader, out_dir=_grader_folder(study, candidate),
+                     device=study.device)
+
+
+def grades_by(study: Study, trained_on: Candidate, pictures: np.ndarray) -> np.ndarray:
+    """Grades [n] of pictures by the grader of the first seed that a candidate trains."""
+    train_graders(study, trained_on)
+    folder = _grader_folder(study, trained_on) / f'seed_{study.grader.seeds[0]}'
+    record = json.loads((folder / 'result.json').read_text(encoding='utf-8'))
+    net = build_grader(study.grader.settings, seed=0)
+    net.load_state_dict(load_weights(folder / WEIGHTS['best'], what='grader weights'))
+    mean, std = (torch.tensor(record[f'channel_{name}']).to(study.device)
+                 for name in ('mean', 'std'))
+    result = GraderResult(net.to(study.device), study.grader.settings, mean, std,
+                          device=study.device)
+    return result.predict(pictures).grades
