@@ -584,7 +584,8 @@ def _published(units, k):
             fresh = len(pool.index)
         elif kept is not None:
             sums = sums[torch.from_numpy(kept).to(sums.device)]
-        chosen = pool.group(int((sums >= sums.max() * (1 - TIE)).nonzero()[0, 0]))
+        top = sums.max()    # which rounding makes negative where all units left are identical
+        chosen = pool.group(int((sums >= top - TIE * abs(top)).nonzero()[0, 0]))
         place = torch.from_numpy(chosen).to(sums.device)
         sums -= _distance_sums(pool, place)
         sums[place] = -torch.inf

@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import logging
 import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,17 +59,27 @@ class OptimizeConfig:
 
 
 class Group(NamedTuple):
-    """One group's members: ws [k, L, D], photographs u8 [k, 3, S, S], content features [k, F]."""
+    """One group's members: ws [k, L, D], photographs u8 [k, 3, S, S], content features [k, F].
+
+    shares: [k], how much each member counts, with sum 1; None: all the same.
+    """
 
     ws: torch.Tensor
     photos: torch.Tensor
     content: torch.Tensor
+    shares: torch.Tensor | None = None
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over the members of values [k, ...]."""
+        if self.shares is None:
+            return values.mean(0)
+        return torch.tensordot(self.shares.to(values), values, dims=1)
 
 
 class Targets(NamedTuple):
     """What the groups of a batch are drawn towards; constant over the steps."""
 
-    content: torch.Tensor    # [G, F] mean of the members' content features
+    content: torch.Tensor    # [G, F] mean over the members' content features
     style: StyleTargets
 
 
@@ -81,6 +93,17 @@ class Result(NamedTuple):
     image: torch.Tensor
     losses: torch.Tensor
     centroid: torch.Tensor
+
+
+def equal_shares(people: Sequence[Hashable]) -> torch.Tensor | None:
+    """Shares [k] of a group's images by which people count the same; None when all have one.
+
+    people: who is on each image.
+    """
+    images = Counter(people)
+    if len(images) == len(people):
+        return None
+    return torch.tensor([1 / (images[p] * len(images)) for p in people], dtype=torch.float64)
 
 
 def learning_rate(step, n_steps, lr=0.1):
@@ -145,8 +168,9 @@ class GroupOptimizer:
                      for part in group.photos.to(self.device).split(_FEATURE_BATCH)]
             grams.append([torch.cat(stride) for stride in zip(*parts)])
             k = len(group.ws)
-            weights.append(torch.full((k,), 1 / k, device=self.device))
-        content = torch.stack([g.content.to(self.device).mean(0) for g in groups])
+            shares = torch.full((k,), 1 / k) if group.shares is None else group.shares
+            weights.append(shares.float().to(self.device))
+        content = torch.stack([g.mean(g.content.to(self.device)) for g in groups])
         return Targets(content, self.style.targets(grams, weights))
 
     def losses(self, ws: torch.Tensor,
@@ -180,7 +204,7 @@ class GroupOptimizer:
         cfg = self.config
         with matmul_precision(self.precision):
             targets = self.targets(groups)
-            start = torch.stack([g.ws.to(self.device).mean(0) for g in groups])
+            start = torch.stack([g.mean(g.ws.to(self.device)) for g in groups])
             ws = start.clone().requires_grad_(True)
             content_weight, style_weight, rate = self._weights_and_rate()
             adam = torch.optim.Adam([ws], lr=rate, betas=(0.9, 0.999), eps=1e-8)

@@ -29,6 +29,14 @@ class Photographs(Dataset):
         return u8
 
 
+def copies(digests: Sequence[str], ids: Sequence[str]) -> np.ndarray:
+    """bool [n]: photographs with the digest of another one whose id comes first by alphabet."""
+    kept: dict[str, str] = {}
+    for digest, name in zip(digests, ids):
+        kept[digest] = min(name, kept.get(digest, name))
+    return np.array([kept[digest] != name for digest, name in zip(digests, ids)])
+
+
 def hash_files(paths: Sequence[Path]) -> tuple[list[str], str]:
     """(SHA-256 of each file, one digest over all of them)."""
     digests = []

@@ -27,12 +27,12 @@ from anonymization.optimize import (
     ACTIVATIONS,
     Group,
     GroupOptimizer,
-    OptimizeConfig,
     Result,
     batch_that_fits,
+    equal_shares,
     matmul_precision,
 )
-from anonymization.photographs import Photographs
+from anonymization.photographs import Photographs, copies
 from anonymization.records import (
     GroupResult,
     pixel_digest,
@@ -41,6 +41,7 @@ from anonymization.records import (
     write_records,
 )
 from anonymization.release import GroupFacts, release_names, write_release
+from anonymization.settings import Settings
 from anonymization.workers import deterministic_algorithms, each, memory, run_within_memory
 from datasets.people import merge_duplicates
 from datasets.table import Table
@@ -49,7 +50,7 @@ from models.features.pretrained import FeatureNetwork
 from models.psp import PSP, FrozenPSP, invert
 from utils import distributed
 from utils.errors import PrivacyError, UserError
-from utils.images import save_png, to_uint8
+from utils.images import png_names, save_png, to_uint8
 from utils.io import (
     check_intact,
     has_seal,
@@ -71,36 +72,6 @@ log = logging.getLogger(__name__)
 _ANEW = 'remove it and its .sha256 and run the same command again: it is computed anew'
 GROUP_TABLE = 'groups.csv'
 N_GRADES = 5
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What shapes a release; paper settings are the defaults.
-
-    strata: names of table columns ('eyes', 'labels') that groups never cross. group_batch: most
-    groups optimised at a time, None takes what memory allows. reduce_dim: group on that many
-    principal components. mirror_left: left eyes are mirrored, so that optic discs align.
-    deterministic: the same bytes again on a GPU, too, more slowly.
-    """
-
-    k: int = 5
-    clustering: str = 'default'
-    policy: str = 'distinct'
-    surplus: str = 'error'
-    strata: tuple = ()
-    reduce_dim: int | None = None
-    mirror_left: bool = False
-    n_iters: int = 5
-    batch_size: int = 8
-    group_batch: int | None = None
-    precision: str = 'fp32'
-    deterministic: bool = False
-    optimize: OptimizeConfig = OptimizeConfig()
-    resize_outputs: bool = False
-    soft_labels: bool = False
-    centroids: bool = False
-    save_reconstructions: bool = False
-    seed: int = 0
-
 
 class Pipeline:
     """One run in `exp_dir`.
@@ -125,10 +96,10 @@ class Pipeline:
         self.photos = Photographs(table, psp.input_size, settings.mirror_left)
         self.people = merge_duplicates(table.patients, digests)
         self.unit = 'images' if table.patients is None else 'patients'
-        n_double = len(table) - len(set(digests))
-        if n_double:
-            log.warning('%d photographs are byte-identical copies of others; each counts as the '
-                        'same person as its copy', n_double)
+        self.copies = copies(digests, table.ids)
+        if self.copies.any():
+            log.warning('%d photographs are byte-identical copies of others: they show the same '
+                        'person, and are left out', self.copies.sum())
         if settings.mirror_left and not table.eyes:
             raise UserError('--mirror_left needs an eye column in the table')
         self.strata = self._strata()
@@ -194,6 +165,7 @@ class Pipeline:
         log.info('inverting %d photographs, %d refinements', len(self.table),
                  self.settings.n_iters)
         bar = progress(total=sum(len(chunks[i]) for i in mine), desc='inversion', unit='img')
+        names = png_names(self.table.ids)
 
         def one(item: tuple[int, torch.Tensor], check: Callable[[], None]) -> None:
             i, u8 = item
@@ -205,8 +177,7 @@ class Pipeline:
             recon = found.pop('recon')
             if self.settings.save_reconstructions:
                 for j, y in zip(chunks[i], recon):
-                    name = f'{Path(self.table.ids[j]).stem}.png'
-                    save_png(y, self.private / 'reconstructions' / name)
+                    save_png(y, self.private / 'reconstructions' / names[j])
             with sealing(self._chunk_file(i)):
                 save_torch(self._chunk_file(i), found)
             bar.update(len(u8))
@@ -264,19 +235,24 @@ class Pipeline:
         names = {int(c): n for c, n in zip(table['centers'], table['release_name']) if c}
         return labels, [names[c] for c in range(1, len(names) + 1)]
 
-    def _assign(self, latents):
+    def _assign(self, latents: np.ndarray) -> np.ndarray:
         s = self.settings
-        found = assign_groups(latents.reshape(len(latents), -1), s.k, patients=self.people,
-                              strata=self.strata, method=s.clustering, policy=s.policy,
-                              surplus=s.surplus, seed=s.seed, reduce=s.reduce_dim or 'auto',
-                              device=self.device)
+        latents = latents.reshape(len(latents), -1)
+        rows = np.flatnonzero(~self.copies)
+        found = assign_groups(latents[rows] if self.copies.any() else latents, s.k,
+                              patients=[self.people[i] for i in rows],
+                              strata=self.strata and [self.strata[i] for i in rows],
+                              method=s.clustering, policy=s.policy, surplus=s.surplus, seed=s.seed,
+                              reduce=s.reduce_dim or 'auto', device=self.device)
         log.info('%d groups of %s; squared error within groups %.1f %% of the total',
                  found.labels.max(), _sizes(found.labels),
                  100 * found.info['sse_ratio'])
         for reason in sorted({r for _, r in found.suppressed}):
             log.warning('left out %d photographs: %s',
                         sum(r == reason for _, r in found.suppressed), reason)
-        return found.labels
+        labels = np.zeros(len(latents), np.int64)
+        labels[rows] = found.labels
+        return labels
 
     def _check(self, labels):
         check_groups(labels, self.settings.k, patients=self.people, strata=self.strata,
@@ -379,10 +355,11 @@ class Pipeline:
             log.warning('going on with %d groups at a time, as this run began', recorded)
         return recorded
 
-    def _group(self, members, latents, content):
+    def _group(self, members: np.ndarray, latents: np.ndarray, content: np.ndarray) -> Group:
         return Group(torch.from_numpy(np.array(latents[members])),
                      torch.stack([self.photos[int(i)] for i in members]),
-                     torch.from_numpy(np.array(content[members])))
+                     torch.from_numpy(np.array(content[members])),
+                     equal_shares([self.people[i] for i in members]))
 
     def _output(self, image):
         if self.settings.resize_outputs:

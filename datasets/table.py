@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from utils.errors import UserError, listing
-from utils.images import IMAGE_SUFFIXES, check_image_files
+from utils.images import IMAGE_SUFFIXES, check_image_files, strip_suffix
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ def read_table(csv, image_dir=None, *, require_label=False, ids_only=False, spli
 
     image_dir: folder of `<id>` with any usual image suffix; None takes `images/` beside the
     table, or the table's folder. ids_only: do not look for files. split: keep those rows only.
-    Without a patient column, ids of the form `<patient>_left` and `<patient>_right` name it.
+    Without a patient column, ids of the form `<patient>_left` and `<patient>_right` name it;
+    patients that differ in capital letters only are one.
     UserError, listing all bad rows together, for: no table, no id column, empty or duplicate
     ids, ids without a file or with several, grades that are not 0 to 4, half-filled patients.
     """
@@ -130,20 +131,51 @@ def _strings(frame, column):
     return [v.strip() for v in frame[column]] if column in frame else None
 
 
-def _patients(frame, ids, csv):
+def _patients(frame: pd.DataFrame, ids: list[str], csv: Path) -> list[str] | None:
     column = next((c for c in PATIENT_COLUMNS if c in frame), None)
     if column is None:
-        matches = [_EYEPACS_ID.fullmatch(Path(v).stem) for v in ids]
-        if not all(matches):
-            return None
-        log.info('%s: patients taken from ids of the form <patient>_left, <patient>_right', csv)
-        return [m.group(1) for m in matches]
+        return _patients_of_ids(ids, csv)
     patients = _strings(frame, column)
     empty = [f'row {i + 2} ({ids[i]})' for i, v in enumerate(patients) if not v]
     if empty:
         raise UserError(listing(f'{csv}: column {column} is empty in some rows; fill it, or '
                                  'remove the column if every image is another person', empty))
-    return patients
+    return _one_spelling(patients, csv)
+
+
+def _patients_of_ids(ids: list[str], csv: Path) -> list[str] | None:
+    """Patients of ids <patient>_left and _right; None when no id has that form.
+
+    UserError when most ids have it and some do not: whose eyes those are, nobody can tell. Where
+    it is the minority, the others count as persons of their own, with a warning.
+    """
+    matches = [_EYEPACS_ID.fullmatch(strip_suffix(v)) for v in ids]
+    odd = [v for v, m in zip(ids, matches) if not m]
+    if len(odd) == len(ids):
+        return None
+    if 0 < len(odd) < len(ids) / 2:
+        raise UserError(listing(
+            f'{csv} has no patient column, and {len(odd)} of {len(ids)} ids are not of the form '
+            '<patient>_left or <patient>_right, from which patients could be taken; add a '
+            'patient_id column or remove these rows', odd))
+    if odd:
+        log.warning('%s: patients taken from %d ids of the form <patient>_left, <patient>_right; '
+                    'the other %d images count as one person each. A patient_id column would say '
+                    'who they are', csv, len(ids) - len(odd), len(odd))
+    else:
+        log.info('%s: patients taken from ids of the form <patient>_left, <patient>_right', csv)
+    return _one_spelling([m.group(1) if m else v for v, m in zip(ids, matches)], csv)
+
+
+def _one_spelling(patients: list[str], csv: Path) -> list[str]:
+    """The patients, those that differ in capital letters only being one; the first one names it."""
+    first: dict[str, str] = {}
+    merged = [first.setdefault(p.casefold(), p) for p in patients]
+    if double := sorted(set(patients) - set(merged)):
+        log.warning('%s: patients whose names differ in capital letters only count as one person: '
+                    '%s', csv, ', '.join(f'{first[p.casefold()]} and {p}' for p in double[:5])
+                    + (f' and {len(double) - 5} more' if len(double) > 5 else ''))
+    return merged
 
 
 def _eyes(frame, ids):
@@ -152,7 +184,7 @@ def _eyes(frame, ids):
             named = {'l': 'left', 'left': 'left', 'os': 'left',
                      'r': 'right', 'right': 'right', 'od': 'right'}
             return [named.get(v.strip().lower(), '') for v in frame[column]]
-    matches = [_EYEPACS_ID.fullmatch(Path(v).stem) for v in ids]
+    matches = [_EYEPACS_ID.fullmatch(strip_suffix(v)) for v in ids]
     return [m.group(2).lower() for m in matches] if all(matches) else None
 
 
@@ -166,7 +198,7 @@ def _only_split(table, split, csv):
     return table.subset(keep)
 
 
-def _find_files(ids, csv, image_dir):
+def _find_files(ids: list[str], csv: Path, image_dir: str | Path | None) -> list[Path]:
     if image_dir is None:
         image_dir = csv.parent / 'images' if (csv.parent / 'images').is_dir() else csv.parent
     image_dir = Path(image_dir)
@@ -179,7 +211,8 @@ def _find_files(ids, csv, image_dir):
             by_stem.setdefault(path.stem, []).append(path)
     paths, missing, unclear = [], [], []
     for v in ids:
-        found = [by_name[v]] if v in by_name else by_stem.get(v, [])
+        # Archives that keep names turn img1.jpg into img1.png.
+        found = [by_name[v]] if v in by_name else by_stem.get(v) or by_stem.get(strip_suffix(v), [])
         if len(found) == 1:
             paths.append(found[0])
         elif found:
@@ -193,4 +226,9 @@ def _find_files(ids, csv, image_dir):
     if unclear:
         raise UserError(listing(f'ids of {csv} with more than one image in {image_dir}; keep '
                                  'one file of each', unclear))
+    users: dict[Path, list[str]] = {}
+    for v, path in zip(ids, paths):
+        users.setdefault(path, []).append(v)
+    if shared := [f'{p.name}: {", ".join(vs)}' for p, vs in users.items() if len(vs) > 1]:
+        raise UserError(listing(f'{csv}: several ids of one image; keep one row of each', shared))
     return paths

@@ -22,7 +22,7 @@ import torch
 from models.psp import FrozenPSP, invert, load_psp, refine
 from utils import cli
 from utils.errors import UserError
-from utils.images import check_image_files, find_images, grid, load_tensor, save_png
+from utils.images import check_image_files, find_images, grid, load_tensor, png_names, save_png
 from utils.io import load_weights, save_npy, save_torch, sha256_bytes, write_csv
 from utils.logs import progress, setup_logging
 from utils.runs import run_record, start_run
@@ -132,9 +132,8 @@ def main(argv=None):
         log.info('%d latents improved; their mean square error fell from %.4f to %.4f',
                  int(changed.sum()), *(float(e[changed].mean()) if changed.any() else 0.0
                                        for e in (errors[:, -1], last)))
-    for name, w in zip(names, ws):
-        flat = name.replace('/', '__').rpartition('.')[0]
-        save_png(draw(psp, w, device), opts.out_dir / 'reconstructions' / f'{flat}.png')
+    for name, w in zip(png_names(names), ws):
+        save_png(draw(psp, w, device), opts.out_dir / 'reconstructions' / name)
     save_npy(opts.out_dir / 'latents.npy', ws.numpy())
     order = np.argsort(-last.numpy())
     shown = [*order[:_SHEET_ROWS // 2], *order[-_SHEET_ROWS // 2:]][:len(order)]

@@ -27,7 +27,8 @@ from anonymization.audit import audit_release, plot_distances, report_dict, repo
 from anonymization.grouping import METHODS, POLICIES, SURPLUS
 from anonymization.optimize import PRECISIONS, OptimizeConfig, style_term
 from anonymization.photographs import hash_files
-from anonymization.pipeline import Pipeline, Settings
+from anonymization.pipeline import Pipeline
+from anonymization.settings import Settings
 from anonymization.workers import one_thread
 from configs.paths_config import model_paths
 from criteria.gram_style import MODES as STYLE_MODES

@@ -299,6 +299,16 @@ def test_identical_rows(method):
     assert found.sse == 0 and found.info['sse_ratio'] == 0 and found.info['n_groups'] == 2
 
 
+@pytest.mark.parametrize('seed', range(5))
+def test_published_greedy_ends_among_identical_rows(seed):
+    """Rounding makes the sums of the last, identical rows negative."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((34, 3)).astype(np.float32)
+    x[rng.permutation(34)[:24]] = x[0]
+    labels = assign_groups(x, 3, method='published').labels
+    assert labels.max() == 11 and np.bincount(labels)[1:].min() >= 3
+
+
 def test_squared_errors_far_from_the_origin():
     x = normal(60, 4) + 1000
     labels = np.arange(60) % 12 + 1

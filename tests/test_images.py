@@ -13,7 +13,7 @@ from anonymization.audit import _check_pictures
 from datasets.archive import FileStore
 from datasets.images_dataset import ImagesDataset
 from utils.errors import UserError
-from utils.images import check_image_files, load_rgb
+from utils.images import check_image_files, load_rgb, png_names
 
 PROGRAM = """%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 8 8
@@ -141,3 +141,11 @@ def test_pictures_stand_upright(orientation, turn, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert np.array_equal(saved(tmp_path, Image.fromarray(pixels), exif=exif), turn(pixels))
+
+
+def test_names_of_pictures_do_not_collide():
+    names = ['a/b.png', 'a__b.png', 'x.png', 'x.jpg', '1.2.840.1', '1.2.840.2', 'X.tif', 'y.png']
+    found = png_names(names)
+    assert len({n.lower() for n in found}) == len(names)
+    assert found[4:6] == ['1.2.840.1.png', '1.2.840.2.png'] and found[7] == 'y.png'
+    assert found[2:4] == ['x.png.png', 'x.jpg.png']

@@ -17,6 +17,7 @@ from PIL import Image
 from release_fixture import arguments, save_networks, save_photographs, tree_bytes
 
 from anonymization import pipeline
+from anonymization.photographs import copies
 from datasets.people import merge_duplicates
 from utils.errors import PrivacyError, UserError
 from utils.images import load_rgb
@@ -140,21 +141,44 @@ def test_killed_run_ends_with_the_same_bytes(nets, tmp_path):
 
 def test_identical_photographs_are_one_person(nets, tmp_path):
     assert merge_duplicates(None, ['a', 'b', 'a']) == [0, 1, 0]
+    assert copies(['a', 'b', 'a'], ['z', 'x', 'y']).tolist() == [True, False, False]
     assert merge_duplicates(['p', 'q', 'r', 'p'], ['a', 'b', 'b', 'c']) == [0, 1, 1, 0]
     save_photographs(tmp_path / 'data', 12)
     images = tmp_path / 'data/images'
     shutil.copy(images / 'eye000x.png', images / 'eye010x.png')
     k_salsa.main(arguments(nets, tmp_path / 'data', tmp_path / 'run'))
     groups = pd.read_csv(tmp_path / 'run/private/groups.csv').set_index('id_code').centers
-    assert groups['eye000x'] != groups['eye010x']
-    # Three copies cannot be kept apart in two groups: the run says so, or leaves one out.
-    shutil.copy(images / 'eye000x.png', images / 'eye011x.png')
-    command = arguments(nets, tmp_path / 'data', tmp_path / 'two')
-    with pytest.raises(UserError, match='more images than there are groups'):
-        k_salsa.main(command)
-    k_salsa.main(arguments(nets, tmp_path / 'data', tmp_path / 'three', surplus='suppress'))
-    groups = pd.read_csv(tmp_path / 'three/private/groups.csv', keep_default_na=False)
-    assert (groups.centers == 0).sum() == 1 and (groups.release_name == '').sum() == 1
+    # One photograph in one group, and in one picture.
+    assert groups['eye000x'] > 0 and groups['eye010x'] == 0 and (groups == 0).sum() == 1
+    manifest = json.loads((tmp_path / 'run/release/manifest.json').read_text())
+    assert manifest['n_suppressed'] == 1
+
+
+def test_reconstructions_of_ids_with_dots(nets, tmp_path):
+    table = save_photographs(tmp_path / 'data', 10)
+    images = tmp_path / 'data/images'
+    names = [f'1.2.840.{i}' for i in range(10)]
+    for old, new in zip(table.id_code, names):
+        (images / f'{old}.png').rename(images / f'{new}.png')
+    table.assign(id_code=names).to_csv(tmp_path / 'data/labels.csv', index=False)
+    k_salsa.main([*arguments(nets, tmp_path / 'data', tmp_path / 'run'), '--save_reconstructions'])
+    found = {p.name for p in (tmp_path / 'run/private/reconstructions').iterdir()}
+    assert found == {f'{n}.png' for n in names}
+
+
+def test_together_weighs_people(nets, tmp_path):
+    """A patient with many photographs counts as much in the average as one with a single one."""
+    patients = ['many'] * 9 + [f'person{i}' for i in range(6)]
+    save_photographs(tmp_path / 'data', 15, patients=patients)
+    k_salsa.main(arguments(nets, tmp_path / 'data', tmp_path / 'run', policy='together',
+                           num_steps=0))
+    groups = pd.read_csv(tmp_path / 'run/private/groups.csv')
+    latents = np.load(tmp_path / 'run/private/latents.npy')
+    centre = np.load(tmp_path / 'run/private/group_latents.npy')[0]
+    members = groups[groups.centers == 1]
+    assert len(members) == 15
+    want = np.mean([latents[part.index].mean(0) for _, part in members.groupby('patient_id')], 0)
+    assert np.allclose(centre, want, atol=1e-6)
 
 
 def test_other_pictures_are_read(nets, tmp_path):

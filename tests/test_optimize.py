@@ -5,7 +5,13 @@ import torchvision
 from conftest import relative_error
 from golden_fill import fill_image, fill_state_dict, fill_tensor
 
-from anonymization.optimize import Group, GroupOptimizer, OptimizeConfig, learning_rate
+from anonymization.optimize import (
+    Group,
+    GroupOptimizer,
+    OptimizeConfig,
+    equal_shares,
+    learning_rate,
+)
 from models.encoders import build_encoder
 from models.features.content import content_network_from_state
 from models.features.style import FILTERS, VGGStyle, load_style_network
@@ -125,6 +131,17 @@ def test_optimisation_lowers_the_loss_and_bf16_agrees():
     # bfloat16 keeps 8 bits: a few percent on the losses.
     assert relative_error(total[1][0], total[0][0]) < 0.05
     assert low.ws.dtype == torch.float32
+
+
+def test_shares_of_people():
+    """Two copies of a member at half its share change nothing."""
+    engine = small_engine()
+    group, = small_groups(engine, (3,))
+    twice = Group(*(torch.cat([t, t[:1]]) for t in group[:3]), equal_shares(['a', 'b', 'c', 'a']))
+    want, got = engine.run([group]), engine.run([twice])
+    assert equal_shares(['a', 'b']) is None
+    assert relative_error(got.ws, want.ws) < 1e-4
+    assert relative_error(got.losses, want.losses) < 1e-4
 
 
 def test_zero_steps_give_the_centroid():

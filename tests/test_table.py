@@ -28,6 +28,31 @@ def test_eyepacs_names_give_patients_and_eyes(tmp_path):
     assert table.patients == ['7', '7'] and table.eyes == ['left', 'right']
 
 
+def test_one_odd_id_does_not_switch_patients_off(tmp_path):
+    ids = [f'{n}_{side}' for n in range(4) for side in ('left', 'right')]
+    csv = make(tmp_path, '\n'.join(['id_code', *ids, 'extra01']), [])
+    with pytest.raises(UserError, match='1 of 9 ids are not of the form(.|\n)*extra01'):
+        read_table(csv, ids_only=True)
+    csv.write_text('\n'.join(['id_code', 'a_left', 'a_right', 'x', 'y', 'z']))
+    assert read_table(csv, ids_only=True).patients == ['a', 'a', 'x', 'y', 'z']
+    csv.write_text('id_code\n1.2_left.png\n1.2_right.png\n1.3_left.png\n')
+    assert read_table(csv, ids_only=True).patients == ['1.2', '1.2', '1.3']
+
+
+def test_patients_in_any_letters(tmp_path, caplog):
+    csv = make(tmp_path, 'id_code,patient_id\na,P1\nb,p1\nc,p2\n', [])
+    assert read_table(csv, ids_only=True).patients == ['P1', 'P1', 'p2']
+    assert 'P1 and p1' in caplog.text
+
+
+def test_ids_with_suffixes_find_files_of_another(tmp_path):
+    csv = make(tmp_path, 'filename\nimg1.jpg\n1.2.840\n', ['img1.png', '1.2.840.png'])
+    assert [p.name for p in read_table(csv).paths] == ['img1.png', '1.2.840.png']
+    csv.write_text('filename\nimg1.jpg\nimg1.png\n')
+    with pytest.raises(UserError, match='several ids of one image(.|\n)*img1.jpg, img1.png'):
+        read_table(csv)
+
+
 def test_split_and_subset(tmp_path):
     csv = make(tmp_path, 'id_code,patient_id,eye,split\na,p,OS,train\nb,q,OD,val\n',
                ['a.png', 'b.png'])

@@ -1,5 +1,6 @@
 """Images as files, PIL pictures and tensors. Tensors are float32 RGB in [-1, 1]."""
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -131,6 +132,33 @@ def grid(imgs, n_cols, pad=2, fill=-1.0):
         y, x = pad + (i // n_cols) * (h + pad), pad + (i % n_cols) * (w + pad)
         sheet[:, y:y + h, x:x + w] = imgs[i]
     return sheet
+
+
+def strip_suffix(name: str) -> str:
+    """A name without the suffix of an image file, if it has one; other dots belong to the name."""
+    stem, dot, suffix = name.rpartition('.')
+    return stem if stem and f'{dot}{suffix}'.lower() in IMAGE_SUFFIXES else name
+
+
+def png_names(names: Sequence[str]) -> list[str]:
+    """File names `<name>.png`, all distinct (in any case of letters), for pictures of these names.
+
+    Slashes become `__`, image suffixes are dropped; names that would collide keep theirs, and
+    what still collides gets a number.
+    """
+    flat = [name.replace('/', '__') for name in names]
+    times = Counter(strip_suffix(name).lower() for name in flat)
+    found, taken = [], set()
+    for name in flat:
+        stem = strip_suffix(name)
+        base = unique = stem if times[stem.lower()] == 1 else name
+        number = 1
+        while unique.lower() in taken:
+            number += 1
+            unique = f'{base}~{number}'
+        taken.add(unique.lower())
+        found.append(f'{unique}.png')
+    return found
 
 
 def find_images(folder):
