@@ -3,7 +3,7 @@
 Minimises content_weight * L_c + style_weight * L_s over W+ latents, starting from the centroid of
 the members' latents (paper, section 3; learning-rate schedule of the StyleGAN2 projector). Groups
 share every pass through the frozen networks but nothing else: Adam works element by element, so a
-group's result does not depend on which groups stand beside it.
+group's result depends on the groups beside it by rounding only.
 
 Shapes: G groups, K members (the largest group of the batch), L styles, D style dimension, S side
 of the encoder, R side of the generator, F content features, P patches, C style channels.
