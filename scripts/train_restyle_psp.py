@@ -34,6 +34,7 @@ from configs.paths_config import model_paths
 from criteria.w_norm import latent_norm
 from datasets.images_dataset import ImagesDataset
 from models.encoders import ENCODERS, build_encoder, init_from_resnet34, load_resnet34
+from models.features.pretrained import weight_file
 from models.psp import PSP, psp_from_checkpoint
 from models.stylegan2 import load_generator
 from training.coach_restyle_psp import AMP_DTYPES, Coach, CoachConfig
@@ -115,10 +116,12 @@ def build_parser(doc: str = __doc__, encoders: Iterable[str] = ENCODERS,
     g.add_argument('--start_from_latent_avg', action='store_true',
                    help='the latent norm counts from the average latent')
     g.add_argument('--content_weights', '--moco_weights', dest='content_weights', type=Path,
-                   metavar='FILE', help='MoCo v2 ResNet-50 file, or an encoder made by '
-                   'scripts/train_content_encoder.py (default: model_paths[\'moco\'])')
-    g.add_argument('--lpips_weights', type=Path, metavar='FILE',
-                   help='torchvision AlexNet file (default: model_paths[\'alexnet\'])')
+                   metavar='FILE|lite0', help='MoCo v2 ResNet-50 file, an encoder made by '
+                   'scripts/train_content_encoder.py, or an installed network: lite0, lite1, '
+                   'lite2 (default: model_paths[\'moco\'])')
+    g.add_argument('--lpips_weights', type=Path, metavar='FILE|lite0',
+                   help='torchvision AlexNet file, or an installed network, lite0 and its kin, '
+                        'with a distance like LPIPS (default: model_paths[\'alexnet\'])')
     g = p.add_argument_group('training')
     g.add_argument('--max_steps', type=cli.positive_int, default=100_000, metavar='STEPS',
                    help='optimiser steps')
@@ -250,6 +253,11 @@ def build_losses(opts, device):
     return losses
 
 
+def used(weights: Path, weight: float) -> Path | None:
+    """The file of a loss's network, None when the loss is off."""
+    return weight_file(weights) if weight else None
+
+
 def coach_config(opts: argparse.Namespace) -> CoachConfig:
     return CoachConfig(
         batch_size=opts.batch_size, test_batch_size=opts.test_batch_size,
@@ -296,8 +304,8 @@ def train(opts: argparse.Namespace, make_coach: Callable[..., Coach] = Coach,
             inputs={'stylegan_weights': None if opts.checkpoint_path else opts.stylegan_weights,
                     'checkpoint_path': opts.checkpoint_path,
                     'resnet34_weights': opts.resnet34_weights,
-                    'lpips_weights': opts.lpips_weights if opts.lpips_lambda else None,
-                    'content_weights': opts.content_weights if opts.moco_lambda else None},
+                    'lpips_weights': used(opts.lpips_weights, opts.lpips_lambda),
+                    'content_weights': used(opts.content_weights, opts.moco_lambda)},
             seed=opts.seed)
         start_run(opts.exp_dir, record, resume=opts.resume is not None, free_options=_FREE,
                   resume_flag='--resume')

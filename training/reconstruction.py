@@ -3,8 +3,15 @@
 A term has `targets(x)`, the constant part of photographs x [N, 3, S, S], and
 `distance(y, targets)`, the loss of each reconstruction y [N, 3, S, S], as [N].
 """
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from criteria.feature_distance import FeatureDistance
 from criteria.lpips_loss import LPIPSLoss
 from models.features.content import load_content_network
+from models.features.pretrained import WHEELS, load_feature_network
 
 
 class L2Term:
@@ -18,7 +25,7 @@ class L2Term:
 
 
 class ContentTerm:
-    """1 - cosine similarity of content features (MoCo v2, or this project's encoder)."""
+    """1 - cosine similarity of content features (MoCo v2, this project's encoder, or 'lite0')."""
 
     def __init__(self, path, device):
         self.network = load_content_network(path).to(device)
@@ -31,13 +38,15 @@ class ContentTerm:
 
 
 class LpipsTerm:
-    """LPIPS with the AlexNet backbone."""
+    """LPIPS with the AlexNet backbone of a file, or the distance on 'lite0', 'lite1', 'lite2'."""
 
-    def __init__(self, path, device):
-        self.network = LPIPSLoss(path).to(device)
+    def __init__(self, path: str | Path, device: torch.device | str) -> None:
+        network = (FeatureDistance(load_feature_network(path)) if str(path) in WHEELS
+                   else LPIPSLoss(path))
+        self.network = network.to(device)
 
-    def targets(self, x):
+    def targets(self, x: Tensor) -> list[Tensor]:
         return self.network.features(x)
 
-    def distance(self, y, targets):
+    def distance(self, y: Tensor, targets: list[Tensor]) -> Tensor:
         return self.network.distance(self.network.features(y), targets)
