@@ -6,8 +6,10 @@ resized with antialiasing before either network sees them (Parmar et al. 2022).
 
 Shapes: n_r real and n_f synthetic pictures, feature dimension d.
 """
+import hashlib
 import logging
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,13 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from datasets.archive import FileStore
+from datasets.archive import FileStore, ImageArchive
 from evaluation.bootstrap import People, draw_weights, unit_numbers
 from models.features.content import load_content_network
 from models.loading import load_state, mismatch
 from utils.errors import UserError, listing
 from utils.images import CONTACT_SHEET, from_uint8, to_uint8
-from utils.io import save_torch
+from utils.io import save_npy, save_torch, sha256_bytes
 from utils.logs import progress
 from utils.seeds import numpy_generator, torch_generator
 
@@ -329,14 +331,42 @@ def check_metric_names(names):
                         f'{", ".join(METRICS)}, or none (fid50k_full is fid here)')
 
 
-def training_metric(names, dataset, *, n_images, content_weights=None, inception_weights=None,
-                    seed=0, batch_size=32):
-    """A function (generator, device) -> {name: number}, for snapshots during GAN training.
+def _real_features(network: torch.nn.Module, dataset: ImageArchive, folder: Path | None, *,
+                   device: torch.device, batch_size: int) -> np.ndarray:
+    """Features [n, d] of the archive's pictures, kept in `folder` under their content's name."""
+    path = None
+    if folder is not None:
+        weights = hashlib.sha256()
+        for name, value in sorted(network.state_dict().items()):
+            weights.update(name.encode() + value.cpu().numpy().tobytes())
+        key = sha256_bytes(f'{dataset.digest()} {weights.hexdigest()} {network.input_size}'
+                           .encode())[:16]
+        path = Path(folder) / f'real-features-{key}.npy'
+        if path.is_file():
+            try:
+                return np.load(path, allow_pickle=False)
+            except (ValueError, OSError, EOFError) as error:
+                log.warning('%s cannot be read (%s) and is made again', path, error)
+    n = len(dataset.names)
+    found = np.concatenate([
+        extract_features(network, dataset.images(part), device=device, batch_size=batch_size)
+        for part in np.array_split(np.arange(n), -(-n // 512))])
+    if path is not None:
+        save_npy(path, found)
+    return found
+
+
+def training_metric(names: Sequence[str], dataset: ImageArchive, *, n_images: int,
+                    content_weights: Path | None = None, inception_weights: Path | None = None,
+                    seed: int = 0, batch_size: int = 32
+                    ) -> Callable[..., dict[str, float]]:
+    """A function (generator, device, folder=None) -> {name: number}, for snapshots of a training.
 
     names: of METRICS. dataset: ImageArchive with the real pictures, all of which are used once,
     without the mirror images that a training adds.
     n_images generated pictures from fixed seeds, stored noise. Networks are read here, so that
-    missing files fail before training; real features are computed on the first call and kept.
+    missing files fail before training; real features are computed on the first call and kept, in
+    memory and, named after their content, as files of `folder`, for a resumed training.
     """
     check_metric_names(names)
     kinds = {name: 'fundus' if name.endswith('_fundus') else 'inception' for name in names}
@@ -352,16 +382,14 @@ def training_metric(names, dataset, *, n_images, content_weights=None, inception
         return torch.cat([to_uint8(generator(part.to(device))).cpu()
                           for part in z.split(batch_size)])
 
-    def metric(generator, device):
+    def metric(generator: torch.nn.Module, device: torch.device, folder: Path | None = None
+               ) -> dict[str, float]:
         pictures = generate(generator, device)
         fake = {}
         for kind, network in networks.items():
             if kind not in real:
-                found = [extract_features(network, dataset.images(part), device=device,
-                                          batch_size=batch_size)
-                         for part in np.array_split(np.arange(len(dataset.names)),
-                                                    -(-len(dataset.names) // 512))]
-                real[kind] = np.concatenate(found)
+                real[kind] = _real_features(network, dataset, folder, device=device,
+                                            batch_size=batch_size)
             fake[kind] = extract_features(network, pictures, device=device,
                                           batch_size=batch_size)
             network.cpu()

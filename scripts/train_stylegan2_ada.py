@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -404,6 +405,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         grow(trainer, opts.grow)
         log.info('grown from %s', opts.grow)
     run_dir = start_folder(opts, argv, start, resolved)
+    if metric is not None:
+        metric = partial(metric, folder=run_dir)
     log.info('%d images of %d px, batch %d, %s, %s, %g kimg', len(dataset), config.size,
              config.batch, precision, device, config.kimg)
     return run_to_the_end(trainer, run_dir, opts, snap=snap, metric=metric)

@@ -3,6 +3,8 @@ import ctypes
 import itertools
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +20,7 @@ def test_kernels_compile_without_a_gpu(tmp_path):
         build.find_nvcc()
     except build.BuildError as error:
         pytest.skip(str(error))
-    try:
-        path = build.compile_kernels('sm_90', tmp_path / 'with space')
-    except build.BuildError as error:
-        if 'ninja' in str(error) and 'missing' in str(error):
-            pytest.skip(str(error))
-        raise
+    path = build.compile_kernels('sm_90', tmp_path / 'with space')
     assert build.compile_kernels('sm_90', tmp_path / 'with space') == path
     symbols = path.read_bytes()
     assert b'ksalsa_upfirdn2d' in symbols and b'ksalsa_activate' in symbols
@@ -48,8 +45,77 @@ def test_missing_compiler_names_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(build.shutil, 'which', lambda name: None)
     for variable in ('CUDA_HOME', 'CUDA_PATH'):
         monkeypatch.setenv(variable, str(tmp_path))
-    with pytest.raises(build.BuildError, match='pip install ninja "cuda-toolkit'):
+    with pytest.raises(build.BuildError, match='"cuda-toolkit|CUDA toolkit .*CUDA_HOME'):
         build.find_nvcc()
+
+
+@pytest.mark.parametrize('version,remedy', [
+    ('12.8', 'install the CUDA toolkit 12.8'), ('13.0', 'pip install "cuda-toolkit')])
+def test_the_remedy_fits_the_cuda_version(monkeypatch: pytest.MonkeyPatch, version: str,
+                                          remedy: str) -> None:
+    monkeypatch.setattr(torch.version, 'cuda', version)
+    assert build.toolkit_hint().startswith(remedy)
+
+
+def without_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail() -> Path:
+        raise RuntimeError('Could not determine home directory.')
+    monkeypatch.setattr(build.Path, 'home', fail)
+
+
+def without_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('KSALSA_CACHE', str(tmp_path / 'file'))
+    monkeypatch.setattr(build, 'find_nvcc', lambda: Path('nvcc'))
+    monkeypatch.setattr(build.shutil, 'which', lambda name: name)
+
+
+def without_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, 'SOURCE', tmp_path / 'kernels.cu')
+
+
+@pytest.mark.parametrize('spoil', [without_home, without_room, without_source])
+def test_first_use_falls_back_whatever_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                  caplog: pytest.LogCaptureFixture, spoil) -> None:
+    for variable in ('KSALSA_CACHE', 'XDG_CACHE_HOME'):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (9, 0))
+    spoil(monkeypatch, tmp_path)
+    build.library.cache_clear()
+    assert build.library(0) is None
+    build.library.cache_clear()
+    assert 'KSALSA_CACHE' in caplog.text
+    with pytest.raises(build.BuildError):
+        build.load_kernels(0)
+
+
+def test_the_cache_follows_its_variable_without_a_home(monkeypatch: pytest.MonkeyPatch,
+                                                       tmp_path: Path) -> None:
+    without_home(monkeypatch, tmp_path)
+    monkeypatch.delenv('KSALSA_CACHE', raising=False)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    assert tmp_path in build.cache_dir('sm_90').parents
+
+
+NVCC = '''#!/bin/sh
+while [ "$1" != -o ]; do shift; done
+sleep 0.5; echo built > "$2"
+'''
+
+
+def test_processes_of_one_number_build_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+                                             ) -> None:
+    """Two machines with a common cache may have the same process numbers."""
+    compiler = tmp_path / 'nvcc'
+    compiler.write_text(NVCC)
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build, 'find_nvcc', lambda: compiler)
+    monkeypatch.setenv('NVCC_CCBIN', 'g++')
+    monkeypatch.setattr(build.os, 'getpid', lambda: 7)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(build.compile_kernels, 'sm_90', tmp_path / 'cache') for _ in range(2)]
+    assert [job.result() for job in jobs] == [tmp_path / 'cache' / 'kernels.so'] * 2
+    assert [p.name for p in (tmp_path / 'cache').iterdir()] == ['kernels.so']
 
 
 def test_cpu_tensors_take_the_pytorch_path():

@@ -2,6 +2,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ def test_missing_weights_name_the_file_and_the_flag(folders, tmp_path):
         script.main([*map(str, folders), '--metrics', 'fvd'])
 
 
-def test_training_metric(content_file, folders, tmp_path):
+def test_training_metric(content_file, folders, tmp_path, monkeypatch):
     with ArchiveWriter(tmp_path / 'data.zip') as writer:
         for picture in read_pictures(folders[0], 32):
             writer.add(Image.fromarray(picture.transpose(1, 2, 0)))
@@ -221,6 +222,19 @@ def test_training_metric(content_file, folders, tmp_path):
     values = metric(generator, torch.device('cpu'))
     assert values == metric(generator, torch.device('cpu'))
     assert set(values) == {'fd_fundus', 'kid_fundus'} and values['fd_fundus'] > 0
+
+    # With a folder, another process reads no picture again; mirror images never count.
+    def build() -> Callable:
+        mirrored = ImageArchive(tmp_path / 'data.zip', mirror=True)
+        return training_metric(['fd_fundus', 'kid_fundus'], mirrored, n_images=10,
+                               content_weights=content_file)
+    assert build()(generator, torch.device('cpu'), tmp_path / 'run') == values
+    kept, = (tmp_path / 'run').iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageArchive, 'images', None)
+        assert build()(generator, torch.device('cpu'), tmp_path / 'run') == values
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert build()(generator, torch.device('cpu'), tmp_path / 'run') == values
     with pytest.raises(UserError, match='unknown metric'):
         training_metric(['is'], None, n_images=1)
     with pytest.raises(UserError, match='--inception_weights'):

@@ -1,6 +1,7 @@
 """Membership attacks: metrics against scikit-learn, controls, the published commands."""
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -184,6 +185,19 @@ def test_split_keeps_patients_together():
 
 
 # -- the pair attack ----------------------------------------------------------------------------
+
+
+def test_standardisation_is_exact_in_little_memory() -> None:
+    photos = np.random.default_rng(0).integers(0, 256, (64, 3, 64, 64), dtype=np.uint8)
+    photos[:, 1] //= 7
+    tracemalloc.start()
+    mean, std = standardisation(photos)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    x = photos.astype(np.float64) / 127.5 - 1
+    assert np.allclose(mean.flatten(), x.mean((0, 2, 3)), rtol=1e-6)
+    assert np.allclose(std.flatten(), x.std((0, 2, 3)), rtol=1e-6)
+    assert mean.shape == (1, 3, 1, 1) and peak < photos.nbytes    # float64 copies take 8 times it
 
 
 def test_pairs_of_a_step():

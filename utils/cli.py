@@ -10,6 +10,7 @@ import torch
 
 from utils import distributed
 from utils.errors import UserError
+from utils.precision import full_precision
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
@@ -72,8 +73,12 @@ def boolean(text):
     return value
 
 
-def resolve_device(name):
-    """Turns --device into a torch.device; UserError when it is not there."""
+def resolve_device(name: str) -> torch.device:
+    """Turns --device into a torch.device; UserError when it is not there.
+
+    From here on float32 is float32 (`utils.precision`).
+    """
+    full_precision()
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:

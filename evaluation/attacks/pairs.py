@@ -87,11 +87,20 @@ def build_pair_net(config, *, imagenet_weights=None):
     return net
 
 
-def standardisation(photos):
-    """Channel mean and standard deviation of photographs: two tensors [1, 3, 1, 1] in [-1, 1]."""
-    x = photos.reshape(len(photos), 3, -1).astype(np.float64) / 127.5 - 1
-    return tuple(torch.tensor(v, dtype=torch.float32).reshape(1, 3, 1, 1)
-                 for v in (x.mean((0, 2)), x.std((0, 2))))
+def standardisation(photos: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Channel mean and standard deviation of photographs: two tensors [1, 3, 1, 1] in [-1, 1].
+
+    photos: uint8 [n, 3, S, S]. Counted by value, photograph by photograph: exact, and in the
+    memory of one of them.
+    """
+    counts = np.zeros((3, 256), np.int64)
+    for photo in photos:
+        counts += np.stack([np.bincount(channel.ravel(), minlength=256) for channel in photo])
+    values = np.arange(256) / 127.5 - 1
+    share = counts / counts.sum(1, keepdims=True)
+    mean = share @ values
+    std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(1))
+    return tuple(torch.tensor(v, dtype=torch.float32).reshape(1, 3, 1, 1) for v in (mean, std))
 
 
 def step_pairs(group_of: np.ndarray, drawn: np.ndarray, pairs: str, rng: np.random.Generator
@@ -175,15 +184,14 @@ class PairAttack:
         """Softmax scores float32 [C, n, 2] of every release picture with every photograph."""
         self.net.eval()
         found = np.empty((len(pictures), len(photos), 2), np.float32)
-        batches = [self._input(photos[i:i + batch_size])
-                   for i in range(0, len(photos), batch_size)]
-        for c in progress(range(len(pictures)), desc='scoring', unit='picture'):
-            picture, start = self._input(pictures[c:c + 1]), 0
-            for batch in batches:
+        # Of the photographs, only one batch is on the device at a time.
+        for start in progress(range(0, len(photos), batch_size), desc='scoring', unit='batch'):
+            batch = self._input(photos[start:start + batch_size])
+            for c in range(len(pictures)):
+                picture = self._input(pictures[c:c + 1])
                 with self._autocast():
                     logits = self.net(batch, picture.expand(len(batch), -1, -1, -1)).float()
                 found[c, start:start + len(batch)] = logits.softmax(1).cpu().numpy()
-                start += len(batch)
         return found
 
     def state(self):

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -28,13 +28,16 @@ class BuildError(RuntimeError):
     """The kernels could not be compiled or loaded; the message names the remedy."""
 
 
-def toolkit_hint():
-    """The pip command that installs the matching compiler."""
+def toolkit_hint() -> str:
+    """How to get the compiler that matches PyTorch: a pip command, or which toolkit to install."""
     version = torch.version.cuda or '13'
-    return f'pip install ninja "cuda-toolkit[nvcc,cccl,crt]=={version}.*"'
+    if int(version.split('.')[0]) < 13:    # the wheels before CUDA 13 hold no nvcc
+        return (f'install the CUDA toolkit {version} (of your distribution, or from NVIDIA) and '
+                'set CUDA_HOME to its folder')
+    return f'pip install "cuda-toolkit[nvcc,cccl,crt]=={version}.*"'
 
 
-def find_nvcc():
+def find_nvcc() -> Path:
     """Path of nvcc: CUDA_HOME, then the PyPI compiler beside PyTorch's CUDA libraries, then PATH.
 
     Raises BuildError when there is none.
@@ -54,61 +57,53 @@ def find_nvcc():
     raise BuildError(f'no CUDA compiler (nvcc) found; {toolkit_hint()}')
 
 
-def cache_dir(architecture):
-    """Where the built library for (source, PyTorch, architecture) lives."""
+def cache_dir(architecture: str) -> Path:
+    """Where the built library for (source, PyTorch, architecture) lives.
+
+    OSError without the source; RuntimeError where a user has no home and no variable is set.
+    """
     root = os.environ.get('KSALSA_CACHE')
-    root = Path(root) if root else Path(
-        os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'k-salsa'
+    if not root:
+        home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+        root = Path(home) / 'k-salsa'
     key = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
-    return root / f'ops-{key}-torch{torch.__version__}-{architecture}'
+    return Path(root) / f'ops-{key}-torch{torch.__version__}-{architecture}'
 
 
-def compile_kernels(architecture, folder=None):
-    """Builds the library for one architecture ('sm_90') with ninja; returns its path.
+def compile_kernels(architecture: str, folder: Path | None = None) -> Path:
+    """Builds the library for one architecture ('sm_90') with nvcc; returns its path.
 
     A library that is already in the cache is returned as it is. Raises BuildError with the
-    compiler's last line and the remedy.
+    compiler's first complaint and the remedy, OSError when the cache cannot be written to.
     """
     folder = Path(folder) if folder else cache_dir(architecture)
     library = folder / 'kernels.so'
     if library.is_file():
         return library
-    nvcc, ninja = find_nvcc(), _find_ninja()
-    work = folder / f'build-{os.getpid()}'    # processes that race build apart and rename
-    work.mkdir(parents=True, exist_ok=True)
-    # The runtime is the one PyTorch has loaded, so none is linked in.
-    flags = f'-O3 -std=c++17 -arch={architecture} -shared -Xcompiler -fPIC -cudart none'
-    (work / 'build.ninja').write_text(
-        f'rule nvcc\n  command = {_ninja_path(nvcc)} {flags} $in -o $out\n'
-        f'build kernels.so: nvcc {_ninja_path(SOURCE)}\n', encoding='utf-8')
-    try:
-        done = subprocess.run([*ninja, '-C', str(work)], capture_output=True, text=True)
+    nvcc = find_nvcc()
+    if not os.environ.get('NVCC_CCBIN') and not shutil.which('g++'):
+        raise BuildError('nvcc needs a C++ compiler (g++), and there is none; install it with your '
+                         "distribution's package manager")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Processes that race, on machines with a common cache too, build apart and rename.
+    with tempfile.TemporaryDirectory(prefix='build-', dir=folder) as work:
+        built = Path(work) / 'kernels.so'
+        # The runtime is the one PyTorch has loaded, so none is linked in.
+        done = subprocess.run(
+            [str(nvcc), '-O3', '-std=c++17', f'-arch={architecture}', '-shared', '-Xcompiler',
+             '-fPIC', '-cudart', 'none', str(SOURCE), '-o', str(built)],
+            capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in (done.stdout + done.stderr).splitlines()
-                     if re.search(r'\b(error|fatal)\b.*:|not found', line, re.I)
-                     and not line.startswith('ninja:')]
-            reason = lines[0].strip() if lines else f'ninja ended with code {done.returncode}'
+                     if re.search(r'\b(error|fatal)\b.*:|not found', line, re.I)]
+            reason = lines[0].strip() if lines else f'nvcc ended with code {done.returncode}'
             raise BuildError(f'the CUDA ops did not compile ({reason}); {toolkit_hint()}')
-        os.replace(work / 'kernels.so', library)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        os.replace(built, library)
     return library
 
 
-def _find_ninja():
-    if importlib.util.find_spec('ninja'):
-        return [sys.executable, '-m', 'ninja']
-    if shutil.which('ninja'):
-        return [shutil.which('ninja')]
-    raise BuildError('ninja is missing; pip install ninja')
-
-
-def _ninja_path(path):
-    return str(path).replace('$', '$$').replace(' ', '$ ').replace(':', '$:')
-
-
 @functools.cache
-def library(device_index):
+def library(device_index: int) -> ctypes.CDLL | None:
     """The loaded kernels for one GPU, or None; the reason is logged once per process and GPU."""
     try:
         return load_kernels(device_index)
@@ -117,17 +112,23 @@ def library(device_index):
         return None
 
 
-def load_kernels(device_index):
+def load_kernels(device_index: int) -> ctypes.CDLL:
     """Builds if needed and loads the kernels for one GPU; BuildError when that fails."""
     major, minor = torch.cuda.get_device_capability(device_index)
-    path = compile_kernels(f'sm_{major}{minor}')
+    try:
+        path = compile_kernels(f'sm_{major}{minor}')
+    except BuildError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise BuildError(f'the CUDA ops cannot be kept ({error}); set KSALSA_CACHE to a folder '
+                         'that can be written to') from error
     try:
         return declare(ctypes.CDLL(str(path)))
     except OSError as error:
         raise BuildError(f'{path} does not load ({error}); delete it and try again') from error
 
 
-def declare(kernels):
+def declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     """Sets the argument types of the C functions."""
     i32, i64, f32, ptr = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     kernels.ksalsa_upfirdn2d.argtypes = [ptr, ptr, ptr, ctypes.POINTER(i64), *[i32] * 7, ptr]
@@ -135,7 +136,7 @@ def declare(kernels):
     return kernels
 
 
-def get(x, impl):
+def get(x: torch.Tensor, impl: str) -> ctypes.CDLL | None:
     """The kernels for tensor `x`, or None when the PyTorch path is to be taken.
 
     impl: 'auto' takes them on CUDA tensors where they build; 'cuda' insists (BuildError);
@@ -152,7 +153,7 @@ def get(x, impl):
     return library(x.device.index)
 
 
-def check(code, name):
+def check(code: int, name: str) -> None:
     """Raises when a launcher reported a CUDA error."""
     if code:
         raise RuntimeError(f'{name} failed with CUDA error {code}')

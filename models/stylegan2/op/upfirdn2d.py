@@ -66,7 +66,7 @@ def _upfirdn2d_ref(x, kernel, up, down, pad):
         return x[:, :, ::down, ::down] if down > 1 else x
     if up > 1:    # in half precision CPUs take ten times as long for a transposed convolution
         wide = torch.empty((*x.shape[:2], x.shape[2] * up, x.shape[3] * up), dtype=x.dtype,
-                           memory_format=_layout(x)).zero_()
+                           device=x.device, memory_format=_layout(x)).zero_()
         wide[:, :, ::up, ::up] = x
         x = wide
     # conv2d correlates, so the kernel is flipped to give a convolution.
