@@ -21,6 +21,7 @@ from models.features.content import (
     content_network_from_state,
     load_content_network,
 )
+from models.features.pretrained import load_feature_network
 from models.features.style import load_style_network
 from models.psp import PSP, load_psp, psp_checkpoint
 from models.resnet import build_resnet
@@ -187,6 +188,16 @@ def test_every_weight_flag_refuses_other_files(load, tmp_path):
         file.write_bytes(data)
         with pytest.raises(UserError, match='other.pt'):
             load(file)
+
+
+def test_feature_networks_of_timm(tmp_path):
+    file, itself = tmp_path / 'other.pt', {}
+    itself['state_dict'] = itself
+    for content in (*WRONG, itself, {'model': {'model': {'a': 1}}},
+                    {'conv1.weight': torch.zeros(3)}, {'_conv_stem.weight': torch.zeros(1)}):
+        save_torch(file, content)
+        with pytest.raises(UserError, match='other.pt'):
+            load_feature_network(file, arch='resnet18')
 
 
 def test_what_was_checked_is_what_torch_fidelity_reads(tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ WHEELS = {
 }
 _HEADS = ('head', 'fc.', 'classifier', 'fc_norm', 'decoder', 'mask_token')
 _CONTAINERS = ('state_dict', 'model', 'model_state', 'teacher')
+_MAX_WRAPPINGS = 5
 _SEPARABLE = {'conv_dw': '_depthwise_conv', 'bn1': '_bn1', 'conv_pw': '_project_conv',
               'bn2': '_bn2'}
 _INVERTED = {'conv_pw': '_expand_conv', 'bn1': '_bn0', 'conv_dw': '_depthwise_conv',
@@ -185,7 +186,9 @@ def _from_wheel(name: str) -> FeatureNetwork:
 
 def _plain_state(checkpoint: object, source: str | Path) -> dict[str, Tensor]:
     """The state dict of a checkpoint, without its wrappings; UserError when there is none."""
-    while isinstance(checkpoint, dict):
+    for _ in range(_MAX_WRAPPINGS):    # a dict may hold itself
+        if not isinstance(checkpoint, dict):
+            break
         inner = next((checkpoint[k] for k in _CONTAINERS if isinstance(checkpoint.get(k), dict)),
                      None)
         if inner is None:
@@ -212,7 +215,7 @@ def _frozen(arch: str, state: dict[str, Tensor], *, source: str | Path, name: st
     if not (hasattr(net, 'forward_intermediates') and hasattr(net, 'feature_info')):
         raise UserError(f'timm gives no maps between the layers of {arch}; choose a ResNet, '
                         'EfficientNet, ConvNeXt or ViT')
-    if '_conv_stem.weight' in state:
+    if '_conv_stem.weight' in state and hasattr(net, 'blocks'):
         state = _timm_names(net, state)
     wanted = net.state_dict()
     # Heads differ with what a network was trained for; features do not need them.
