@@ -40,7 +40,7 @@ from anonymization.records import (
     write_contact_sheet,
     write_records,
 )
-from anonymization.release import GroupFacts, release_names, write_release
+from anonymization.release import GroupFacts, png_encoder, release_names, write_release
 from anonymization.settings import Settings
 from anonymization.workers import deterministic_algorithms, each, memory, run_within_memory
 from datasets.people import merge_duplicates
@@ -397,10 +397,11 @@ class Pipeline:
     def _manifest_facts(self, labels, size):
         s = self.settings
         settings = {'n_iters': s.n_iters, **dataclasses.asdict(s.optimize),
-                    'precision': s.precision, 'mirror_left': s.mirror_left, 'seed': s.seed}
+                    'precision': s.precision, 'mirror_left': s.mirror_left}
         return {'k': s.k, 'unit': self.unit, 'policy': s.policy, 'clustering': s.clustering,
                 'strata': list(s.strata), 'n_suppressed': int((labels == 0).sum()),
-                'image_size': size, 'settings': settings, **self.facts}
+                'image_size': size, 'settings': settings, **self.facts,
+                'png_encoder': png_encoder()}
 
     def run(self, staging: Path) -> dict | None:
         """All stages; returns the manifest of the release in `staging`, on process 0."""

@@ -6,21 +6,32 @@ counts per group. The same inputs give the same bytes.
 import dataclasses
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
 import pandas as pd
+import PIL
+import torch
+from PIL import Image, features
 
 from utils.images import save_png
 from utils.io import sha256_file, write_csv, write_json, write_text
 from utils.seeds import derive
 
-MANIFEST = 'manifest.json'
-FORMAT = 'k-salsa-release-1'
+MANIFEST, LABELS = 'manifest.json', 'labels.csv'
+DATASHEET, REPORT = 'DATASHEET.md', 'report.html'
+# Stands for the wording of the templates too: a recipient renders them again and compares.
+FORMAT = 'k-salsa-release-2'
 RISK_LINE = 0.09    # re-identification risk accepted by EMA policy 0070 and Health Canada
+DECIMALS = 6        # of shares and distances
 _LETTERS = 'bcdfghjkmnpqrstvwxz'    # no vowels: no words; no digits: no mistaking for an id
 _NAME_LENGTH = 8
+_SHOWN = 24         # pictures in report.html
 _TEMPLATES = Path(__file__).parent / 'templates'
 
 
@@ -31,10 +42,10 @@ class GroupFacts:
     name: str
     n_images: int
     n_patients: int
-    grades: tuple | None    # counts of grades 0, 1, ...; None without labels
+    grades: tuple[int, ...] | None    # counts of grades 0, 1, ...; None without labels
 
 
-def release_names(n, secret, seed):
+def release_names(n: int, secret: bytes, seed: int) -> list[str]:
     """`n` distinct letter codes in an order that says nothing about the groups.
 
     secret: bytes that only the holder of the photographs has (the group table), so that the
@@ -51,83 +62,108 @@ def release_names(n, secret, seed):
     return names
 
 
-def majority_grade(grades):
+def majority_grade(grades: Iterable[int]) -> int:
     """The most frequent grade of a count vector; ties go to the lowest (published)."""
-    return int(np.argmax(grades))
+    return int(np.argmax(list(grades)))
 
 
-def label_table(groups, *, soft_labels=False):
+def label_table(groups: Iterable[GroupFacts], *, soft_labels: bool = False) -> pd.DataFrame:
     """labels.csv: image, label and, on request, the share p<g> of each grade; sorted by name."""
     groups = sorted(groups, key=lambda g: g.name)
-    columns = {'image': [g.name for g in groups]}
+    columns: dict[str, list] = {'image': [g.name for g in groups]}
     if groups and groups[0].grades is not None:
         columns['label'] = [majority_grade(g.grades) for g in groups]
         if soft_labels:
             for grade in range(len(groups[0].grades)):
-                columns[f'p{grade}'] = [round(g.grades[grade] / sum(g.grades), 6) for g in groups]
+                columns[f'p{grade}'] = [round(g.grades[grade] / sum(g.grades), DECIMALS)
+                                        for g in groups]
     return pd.DataFrame(columns)
 
 
-def grade_diversity(groups):
+def grade_diversity(groups: list[GroupFacts]) -> dict[str, float] | None:
     """l-diversity and t-closeness of the grade over the groups, or None without labels.
 
     Returns {'homogeneous': share of groups with one single grade, 'l_min', 'l_mean': distinct
     grades per group, 't_max', 't_mean': earth mover's distance between a group's grades and all
-    grades, over the range of grades, in [0, 1]} (Machanavajjhala 2007; Li 2007).
+    grades, over the range of grades, in [0, 1]} (Machanavajjhala 2007; Li 2007). Worked out in
+    fractions, so that whoever derives it again gets the same digits.
     """
     if not groups or groups[0].grades is None:
         return None
-    counts = np.array([g.grades for g in groups], dtype=float)
-    shares = counts / counts.sum(1, keepdims=True)
-    overall = counts.sum(0) / counts.sum()
-    distinct = (counts > 0).sum(1)
-    moved = np.abs(np.cumsum(shares - overall, 1))[:, :-1].sum(1) / (counts.shape[1] - 1)
-    return {'homogeneous': float((distinct == 1).mean()), 'l_min': int(distinct.min()),
-            'l_mean': float(distinct.mean()), 't_max': float(moved.max()),
-            't_mean': float(moved.mean())}
+    n_grades = len(groups[0].grades)
+    overall = [sum(g.grades[i] for g in groups) for i in range(n_grades)]
+    distinct = [sum(c > 0 for c in g.grades) for g in groups]
+    moved = []
+    for group in groups:
+        gaps = [Fraction(own, sum(group.grades)) - Fraction(everyone, sum(overall))
+                for own, everyone in zip(group.grades, overall)]
+        moved.append(sum(abs(sum(gaps[:i], Fraction(0))) for i in range(1, n_grades))
+                     / (n_grades - 1))
+    n = len(groups)
+    exact = {'homogeneous': Fraction(distinct.count(1), n), 'l_min': min(distinct),
+             'l_mean': Fraction(sum(distinct), n), 't_max': max(moved), 't_mean': sum(moved) / n}
+    return {name: value if isinstance(value, int) else round(float(value), DECIMALS)
+            for name, value in exact.items()}
 
 
-def _histogram(values):
-    return {str(v): int(c) for v, c in zip(*np.unique(list(values), return_counts=True))}
+def png_encoder() -> str:
+    """What compresses the pictures here; another one writes other bytes for the same pixels."""
+    library = 'zlib-ng' if features.check_feature('zlib_ng') else 'zlib'
+    version = features.version_feature('zlib_ng') if library == 'zlib-ng' else \
+        features.version_codec('zlib')
+    return f'pillow {PIL.__version__}, {library} {version}'
 
 
-def write_release(folder, groups, pictures, *, facts, soft_labels=False):
+def _histogram(values: Iterable[int]) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(Counter(map(int, values)).items())}
+
+
+def render_pages(manifest: dict[str, Any], labels: pd.DataFrame) -> dict[str, str]:
+    """DATASHEET.md and report.html as text, from the manifest and labels.csv alone."""
+    page = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), trim_blocks=True,
+                              lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+                              autoescape=jinja2.select_autoescape(['html']))
+    smallest = min(int(v) for v in manifest['patients_per_group'])
+    grades = labels['label'] if 'label' in labels else [None] * len(labels)
+    values = {'m': manifest, 'smallest': smallest, 'risk': 1 / smallest, 'risk_line': RISK_LINE,
+              'shown': [{'name': n, 'label': g} for n, g in
+                        zip(labels['image'][:_SHOWN], grades[:_SHOWN])],
+              'soft_labels': 'p0' in labels, 'grade_share': _shares(manifest['grades'])}
+    return {DATASHEET: page.get_template('datasheet.md').render(values),
+            REPORT: page.get_template('report.html').render(values)}
+
+
+def write_release(folder: str | Path, groups: list[GroupFacts],
+                  pictures: Callable[[str], Image.Image | torch.Tensor], *,
+                  facts: dict[str, Any], soft_labels: bool = False) -> dict[str, Any]:
     """Writes images/, labels.csv, DATASHEET.md, report.html and manifest.json into `folder`.
 
     groups: list of GroupFacts; pictures: function name -> float [3, R, R] or PIL picture;
-    facts: plain dict for the manifest (k, unit, policy, networks, settings, versions, ...).
-    `folder` must be new. Returns the manifest.
+    facts: plain dict for the manifest (k, unit, policy, networks, settings, versions, png_encoder,
+    ...). `folder` must be new. Returns the manifest.
     """
     folder = Path(folder)
     (folder / 'images').mkdir(parents=True)
     for group in sorted(groups, key=lambda g: g.name):
         save_png(pictures(group.name), folder / 'images' / f'{group.name}.png')
     labels = label_table(groups, soft_labels=soft_labels)
-    write_csv(folder / 'labels.csv', labels)
+    write_csv(folder / LABELS, labels)
     manifest = {
         'format': FORMAT, **facts, 'n_images': len(groups),
         'images_per_group': _histogram(g.n_images for g in groups),
         'patients_per_group': _histogram(g.n_patients for g in groups),
         'grades': _histogram(labels['label']) if 'label' in labels else None,
         'grade_diversity': grade_diversity(groups)}
-    page = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), trim_blocks=True,
-                              lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-                              autoescape=jinja2.select_autoescape(['html']))
-    smallest = min(int(v) for v in manifest['patients_per_group'])
-    shown = [{'name': n, 'label': g} for n, g in
-             zip(labels['image'][:24], labels['label'][:24] if 'label' in labels else [None] * 24)]
-    values = {'m': manifest, 'smallest': smallest, 'risk': 1 / smallest, 'risk_line': RISK_LINE,
-              'shown': shown, 'soft_labels': soft_labels,
-              'grade_share': _shares(manifest['grades'])}
-    write_text(folder / 'DATASHEET.md', page.get_template('datasheet.md').render(values))
-    write_text(folder / 'report.html', page.get_template('report.html').render(values))
+    manifest = json.loads(json.dumps(manifest))    # as a reader has it: lists, not tuples
+    for name, text in render_pages(manifest, labels).items():
+        write_text(folder / name, text)
     manifest['files'] = {str(p.relative_to(folder).as_posix()): sha256_file(p)
                          for p in sorted(folder.rglob('*')) if p.is_file()}
     write_json(folder / MANIFEST, manifest)
     return json.loads((folder / MANIFEST).read_text(encoding='utf-8'))
 
 
-def _shares(counts):
+def _shares(counts: dict[str, int] | None) -> list[dict[str, Any]]:
     if not counts:
         return []
     most = max(counts.values())

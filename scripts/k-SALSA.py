@@ -217,7 +217,7 @@ def publish(staging, release, opts, table):
     """Verifies the staged release and moves it into place; PrivacyError when it fails."""
     private = opts.exp_dir / 'private'
     audit = audit_release(staging, private=private, source_table=table)
-    write_json(private / 'audit.json', report_dict(audit))
+    write_json(private / 'audit.json', report_dict(audit, private=True))
     if audit.distances is not None:
         figure = Figure(figsize=(8, 4), layout='constrained')
         plot_distances(audit, figure.subplots())

@@ -1,58 +1,100 @@
-"""Checks independently that a release keeps its promises.
+"""Checks independently that a release is what its groups and its run record say.
 
     python scripts/verify_release.py runs/aptos_k5/release --private runs/aptos_k5/private
+    python scripts/verify_release.py release --public_key institution.pem.pub
 
-With --private: group sizes in distinct patients, disjoint groups, names and texts free of source
-ids, no copy of a photograph, grade diversity. Without it, only what any recipient can check:
-files and hashes, pictures and metadata, labels. Exit code 0 when all is well, 1 when not.
+With --private, the maker's way: pages, labels and manifest are derived again and compared byte for
+byte, pictures with the digests of the run; groups are counted anew in distinct patients, and with
+--recompute pictures are synthesised anew. Messages carry no source id; what does is written to
+audit.json in the private folder. Without --private, what a recipient can check: names, form,
+schema, sums and hashes, and with --public_key the signature. Exit code 0 when all is well, 1 when
+not, 2 when the check could not be made.
 """
+import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import json
-
 from matplotlib.figure import Figure
 
 from anonymization.audit import audit_release, plot_distances, report_dict, report_text
-from datasets.table import read_table
+from anonymization.signature import check_signature, signature_path
+from datasets.table import Table, read_table
 from utils import cli
 from utils.errors import UserError
 from utils.io import atomic_path, write_json
 from utils.logs import setup_logging
 
 
-def build_parser():
+def _how_many(text: str) -> int | None:
+    return None if text == 'all' else cli.nonnegative_int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
     p.add_argument('release', type=Path, metavar='RELEASE', help='release folder')
     p.add_argument('--private', type=Path, metavar='DIR', help='the private folder of the same run')
     p.add_argument('--data_path', type=Path, metavar='DIR',
                    help='folder of the photographs (default: as in the run)')
     p.add_argument('--df', type=Path, metavar='CSV', help='their table (default: as in the run)')
+    p.add_argument('--recompute', type=_how_many, default=0, metavar='N',
+                   help='synthesise N pictures anew from the latents of their groups, or "all"')
+    p.add_argument('--checkpoint_path', type=Path, metavar='FILE',
+                   help='networks for --recompute (default: as in the run)')
+    p.add_argument('--device', default='auto', metavar='DEVICE',
+                   help='for --recompute: cpu, cuda, cuda:N, or auto')
+    p.add_argument('--public_key', type=Path, metavar='PEM',
+                   help='check the signature with this Ed25519 key')
+    p.add_argument('--signature', type=Path, metavar='FILE',
+                   help='signature file (default: RELEASE.sig beside the folder)')
     p.add_argument('--out', type=Path, metavar='JSON',
-                   help='also write the verdict here, and the distances beside it as .png')
+                   help='also write the verdict here, without source ids, and the distances beside '
+                        'it as .png')
     return p
 
 
-def source_table(opts):
+def source_table(opts: argparse.Namespace) -> Table:
     """The table of the photographs, from the flags or from the run's own record."""
     try:
         record = json.loads((opts.private / 'options.json').read_text(encoding='utf-8'))['options']
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f'{opts.private} is not the private folder of a run: {error}') from error
-    df, data_path = opts.df or record['df'], opts.data_path or record['data_path']
-    table = read_table(df, data_path, split=record.get('split'))
-    if record.get('n_images'):
-        table = table.subset(range(min(record['n_images'], len(table))))
+        df, data_path = opts.df or record['df'], opts.data_path or record['data_path']
+        split, n_images = record.get('split'), record.get('n_images')
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f'{opts.private} is not the private folder of a run (options.json is '
+                        'missing or damaged)') from error
+    table = read_table(df, data_path, split=split)
+    if n_images:
+        table = table.subset(range(min(n_images, len(table))))
     return table
 
 
-def main(argv=None):
+def check_flags(opts: argparse.Namespace) -> None:
+    """Flags that mean nothing without another."""
+    for flag in ('data_path', 'df', 'recompute', 'checkpoint_path'):
+        if opts.private is None and getattr(opts, flag) not in (None, 0):
+            raise UserError(f'--{flag} needs --private')
+    if opts.private is None and opts.recompute is None:
+        raise UserError('--recompute needs --private')
+    if opts.signature is not None and opts.public_key is None:
+        raise UserError('--signature needs --public_key')
+
+
+def main(argv: list[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()
+    check_flags(opts)
     table = source_table(opts) if opts.private else None
-    audit = audit_release(opts.release, private=opts.private, source_table=table)
+    audit = audit_release(opts.release, private=opts.private, source_table=table,
+                          recompute_n=opts.recompute, checkpoint=opts.checkpoint_path,
+                          device=cli.resolve_device(opts.device) if opts.recompute != 0 else 'cpu')
+    if opts.public_key is not None:
+        audit.checks.append(check_signature(opts.release, opts.public_key, opts.signature))
+    elif signature_path(opts.release).exists():
+        audit.notes.append('there is a signature; --public_key would check it')
+    if opts.private is not None:
+        write_json(opts.private / 'audit.json', report_dict(audit, private=True))
     if opts.out is not None:
         write_json(opts.out, report_dict(audit))
         if audit.distances is not None:
@@ -61,6 +103,8 @@ def main(argv=None):
             with atomic_path(opts.out.with_suffix('.png')) as temp:
                 figure.savefig(temp, format='png')
     print(report_text(audit))
+    if not audit.passed and any(c.private for c in audit.checks) and opts.private is not None:
+        print(f'names and ids: {opts.private / "audit.json"}')
     print('the release keeps its promises' if audit.passed else
           'THE RELEASE FAILS: do not share it')
     return 0 if audit.passed else 1

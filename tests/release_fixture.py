@@ -1,16 +1,22 @@
 """Tiny networks and photographs for end-to-end runs of the main job."""
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from anonymization.release import render_pages
 from models.encoders import build_encoder
 from models.features.content import content_checkpoint
 from models.psp import PSP, psp_checkpoint
 from models.resnet import build_resnet
 from models.stylegan2 import Generator
-from utils.io import save_torch
+from utils.images import load_rgb
+from utils.io import save_torch, sha256_file
 
 CHANNELS = {4: 8, 8: 8, 16: 8, 32: 8}
 
@@ -57,3 +63,48 @@ def tree_bytes(folder):
     """{relative path: bytes} of all files below a folder."""
     return {p.relative_to(folder).as_posix(): p.read_bytes()
             for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+class Spoiled(NamedTuple):
+    """A copy of a finished run to spoil: run/release, run/private; the photographs and networks."""
+
+    run: Path
+    photographs: Path
+    networks: Path
+
+    @property
+    def release(self) -> Path:
+        return self.run / 'release'
+
+    @property
+    def private(self) -> Path:
+        return self.run / 'private'
+
+    @property
+    def pictures(self) -> list[Path]:
+        return sorted((self.release / 'images').iterdir())
+
+    def photograph(self, name: str = 'eye007x') -> Image.Image:
+        """A source at the size of the release."""
+        side = Image.open(self.pictures[0]).size
+        return load_rgb(self.photographs / f'{name}.png').resize(side)
+
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.release / 'manifest.json').read_text())
+
+    def seal(self, manifest: dict[str, Any] | None = None, *, render: bool = False) -> None:
+        """Writes the manifest with the right hashes; render: and pages that go with it."""
+        manifest = manifest or self.manifest()
+        if render:
+            labels = pd.read_csv(self.release / 'labels.csv')
+            for name, text in render_pages(manifest, labels).items():
+                (self.release / name).write_text(text)
+        manifest['files'] = {p.relative_to(self.release).as_posix(): sha256_file(p)
+                             for p in sorted(self.release.rglob('*'))
+                             if p.is_file() and p.name != 'manifest.json'}
+        (self.release / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
+
+    def reseal_private(self, name: str) -> None:
+        """Gives a changed private record the checksum that belongs to it."""
+        path = self.private / name
+        path.with_name(f'{name}.sha256').write_text(f'{sha256_file(path)}  {name}\n')

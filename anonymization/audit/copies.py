@@ -1,0 +1,229 @@
+"""A diagnostic: does a release picture look like a copy of one photograph?
+
+Pictures are compared as two maps of 32 x 32: tone (ranks of grey levels, which no tone curve
+changes) and detail (the same after taking the local mean away). Each release picture is tried in
+328 views: the eight mirrored and quarter-turned ones, each shifted, turned, cropped or padded. Half
+of the views at half the size choose the sources that are compared in all of them. A copy explains
+the picture far better than any other person's photograph does; an average lies about equally far
+from several people. What is blended, painted over, or made in another way slips through: that every
+picture is the one which the optimisation made is shown by its digest, not here.
+
+Shapes: n sources, V views, S = 32 the side of a map, F = 2 maps.
+"""
+import functools
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from scipy.sparse import csr_matrix
+from scipy.stats import rankdata
+
+from anonymization.audit.checks import Audit, Check, Findings
+from anonymization.audit.derive import Run
+from utils.errors import UserError
+from utils.images import load_rgb
+from utils.logs import progress
+
+COPIES = 'no release picture looks like a copy of a photograph'
+SIDE, COARSE = 32, 16
+LEFT_OVER = 0.12     # a copy leaves at most this share of the variance unexplained,
+RATIO = 0.45         # and at most this part of what the nearest other person leaves
+_CANDIDATES = 24     # sources per map that are compared at full side
+_YARDSTICK = 300     # sources that are compared with the other people's
+_STEP = 4            # grey levels that count as equal, so that noise in black gets no ranks
+
+Features = np.ndarray    # float32 [F, S, S]
+
+
+def features(pixels: np.ndarray) -> Features:
+    """Tone and detail of a picture uint8 [H, W, 3], float32 [2, 32, 32] in [-0.5, 0.5]."""
+    small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX)
+    grey = np.asarray(small, dtype=np.float64).mean(2)
+    detail = grey - gaussian_filter(grey, 2.0, mode='nearest')
+    return np.stack([_ranks(grey, _STEP), _ranks(detail, _STEP / 4)]).astype(np.float32)
+
+
+def _ranks(values: np.ndarray, step: float) -> np.ndarray:
+    ranks = rankdata(np.round(values / step)).reshape(values.shape)
+    return ranks / values.size - 0.5
+
+
+class _Views(NamedTuple):
+    """All views as one linear map.
+
+    matrix: sparse [V * S * S, S * S], bilinear. masks: float32 [V, S * S], 1 where a view shows
+    the picture.
+    """
+
+    matrix: csr_matrix
+    masks: np.ndarray
+
+
+@functools.lru_cache(maxsize=2)
+def _views(side: int) -> _Views:
+    """8 orientations x (25 shifts or, at half the size, 9; 11 turns; 5 sizes)."""
+    steps = (-2, -1, 0, 1, 2) if side == SIDE else (-2, 0, 2)
+    shifts = [(0.0, 1.0, dx, dy) for dx, dy in itertools.product(steps, repeat=2)]
+    turns = [(a, 1.0, 0.0, 0.0) for a in (-30, -20, -15, -10, -5, 5, 10, 15, 20, 30, 45)]
+    sizes = [(0.0, s, 0.0, 0.0) for s in (0.8, 0.9, 0.95, 1.1, 1.2)]
+    maps, masks = [], []
+    axis = (np.arange(side) + 0.5) / side - 0.5
+    y, x = (v.ravel() for v in np.meshgrid(axis, axis, indexing='ij'))
+    for (angle, size, dx, dy), quarter, mirrored in itertools.product(
+            shifts + turns + sizes, range(4), (False, True)):
+        turn = np.deg2rad(angle + 90 * quarter)
+        u = (np.cos(turn) * x - np.sin(turn) * y) / size + dx / SIDE
+        v = (np.sin(turn) * x + np.cos(turn) * y) / size + dy / SIDE
+        weights, mask = _bilinear(-u if mirrored else u, v, side)
+        maps.append(weights)
+        masks.append(mask)
+    rows, columns, values = (np.concatenate(parts) for parts in zip(
+        *((r + i * side * side, c, w) for i, (r, c, w) in enumerate(maps))))
+    matrix = csr_matrix((values, (rows, columns)),
+                        shape=(len(maps) * side * side, side * side), dtype=np.float32)
+    return _Views(matrix, np.stack(masks).astype(np.float32))
+
+
+def _bilinear(u: np.ndarray, v: np.ndarray, side: int
+              ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """(rows, columns, weights) that read a map at u, v in [-0.5, 0.5], and where it is there."""
+    px, py = (u + 0.5) * side - 0.5, (v + 0.5) * side - 0.5
+    inside = (np.abs(u) <= 0.5) & (np.abs(v) <= 0.5)
+    px, py = np.clip(px, 0, side - 1), np.clip(py, 0, side - 1)
+    x0, y0 = (np.minimum(np.floor(p).astype(int), side - 2) for p in (px, py))
+    fx, fy = px - x0, py - y0
+    rows = np.tile(np.arange(len(u)), 4)
+    columns = np.concatenate([(y0 + j) * side + x0 + i for j in (0, 1) for i in (0, 1)])
+    weights = np.concatenate([(fy if j else 1 - fy) * (fx if i else 1 - fx)
+                              for j in (0, 1) for i in (0, 1)])
+    return (rows, columns, weights), inside
+
+
+class _Pool:
+    """Maps of the sources at one side, with what masked correlations need of them."""
+
+    def __init__(self, maps: np.ndarray) -> None:
+        """maps: float32 [n, S * S]."""
+        self.maps = maps
+        self.views = _views(int(maps.shape[1] ** 0.5))
+        masks = self.views.masks
+        self.count = masks.sum(1)
+        self.sums, squares = maps @ masks.T, (maps ** 2) @ masks.T
+        self.spread = squares - self.sums ** 2 / self.count          # [n, V]
+
+    def left_over(self, query: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Share of variance [n] that each source leaves unexplained in its best view, in [0, 1].
+
+        query: map [S * S]. A negative explains as much as the picture.
+        """
+        masks = self.views.masks
+        views = (self.views.matrix @ query).reshape(masks.shape) * masks
+        means = views.sum(1) / self.count
+        spread = (views ** 2).sum(1) - means ** 2 * self.count       # [V]
+        cross = self.maps[rows] @ views.T - self.sums[rows] * means  # [n, V]
+        both = np.maximum(self.spread[rows] * spread, 1e-9)
+        return np.clip(1 - (cross ** 2 / both).max(1), 0, 1)
+
+
+class Detector:
+    """Compares pictures with the photographs behind a release.
+
+    sources: features of the photographs [n, F, S, S]; people: person of each [n].
+    """
+
+    def __init__(self, sources: np.ndarray, people: Sequence[int]) -> None:
+        self.people = np.asarray(people)
+        n, maps = sources.shape[:2]
+        self.fine = [_Pool(sources[:, m].reshape(n, -1)) for m in range(maps)]
+        self.coarse = [_Pool(_shrink(sources[:, m])) for m in range(maps)]
+
+    def compare(self, picture: Features, *, other_than: int | None = None
+                ) -> tuple[float, float, int]:
+        """What the nearest source and the nearest other person leave unexplained, and the source.
+
+        Of the map (tone or detail) in which the nearest stands out most. other_than: a person
+        who is left out.
+        """
+        allowed = np.flatnonzero(self.people != other_than)
+        best: tuple[float, float, int] = (1.0, 1.0, int(allowed[0]))
+        for plane, fine, coarse in zip(picture, self.fine, self.coarse):
+            rough = coarse.left_over(_shrink(plane[None])[0], allowed)
+            rows = allowed[np.argsort(rough, kind='stable')[:_CANDIDATES]]
+            left = fine.left_over(plane.ravel(), rows)
+            first = int(left.argmin())
+            others = left[self.people[rows] != self.people[rows[first]]]
+            found = float(left[first]), float(others.min(initial=1.0)), int(rows[first])
+            if found[0] * best[1] < best[0] * found[1] or best[0] == 1.0:
+                best = found
+        return best
+
+
+def _shrink(maps: np.ndarray) -> np.ndarray:
+    """[n, S, S] -> [n, 16 * 16], means of 2 x 2."""
+    n = len(maps)
+    blocks = maps.reshape(n, COARSE, SIDE // COARSE, COARSE, SIDE // COARSE)
+    return np.ascontiguousarray(blocks.mean((2, 4)).reshape(n, -1))
+
+
+def is_copy(left: float, other: float) -> bool:
+    """Whether a source that leaves `left` unexplained, the next person `other`, is copied."""
+    return left < LEFT_OVER and left < RATIO * other
+
+
+def check_copies(pictures: Sequence[tuple[str, Features | None]], run: Run, audit: Audit) -> Check:
+    """The check, and distances for the report in `audit`. pictures: (name, features)."""
+    found = Findings(COPIES)
+    try:
+        sources = np.stack(_source_features(run.table.paths))
+    except UserError as error:
+        found.add('a photograph cannot be read', [error])
+        return found.check('')
+    detector = Detector(sources, run.people)
+    rows = np.linspace(0, len(run.people) - 1, min(_YARDSTICK, len(run.people))).astype(int)
+    yardstick = [detector.compare(sources[i], other_than=run.people[i])[0] for i in rows]
+    distances = []
+    for name, maps in pictures:
+        if maps is None:
+            continue
+        left, other, nearest = detector.compare(maps)
+        distances.append(left)
+        if is_copy(left, other):
+            found.add(f'a picture explains one photograph to {1 - left:.0%}, the next person\'s '
+                      f'to {1 - other:.0%}', [name, run.table.ids[nearest]])
+    if not distances:
+        return found.check('no picture could be compared')
+    audit.distances, audit.yardstick = np.array(distances), np.array(yardstick)
+    audit.facts['nearest_source_unexplained'] = _quantiles(audit.distances)
+    audit.facts['nearest_other_patient_unexplained'] = _quantiles(audit.yardstick)
+    return found.check(
+        f'the nearest photograph leaves {min(distances):.0%} to {max(distances):.0%} of a '
+        f'picture\'s variance unexplained, median {np.median(distances):.0%}; between two '
+        f'people\'s photographs the median is {np.median(yardstick):.0%}')
+
+
+def _source_features(paths: Sequence[Path]) -> list[Features]:
+    with ThreadPoolExecutor(4) as pool:
+        return list(progress(pool.map(lambda p: features(np.asarray(load_rgb(p))), paths),
+                             total=len(paths), desc='comparing', unit='img'))
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    points = (0, 5, 25, 50, 75, 95, 100)
+    return {f'p{q}': round(float(v), 4) for q, v in zip(points, np.percentile(values, points))}
+
+
+def plot_distances(audit: Audit, axes: Axes) -> None:
+    """Histogram of what the nearest source leaves unexplained, beside that between people."""
+    values = [audit.distances, audit.yardstick]
+    bins = np.linspace(0, max(float(v.max()) for v in values) * 1.02 + 1e-6, 40)
+    axes.hist(values, bins=bins, density=True, histtype='stepfilled', alpha=0.6,
+              label=['release picture by nearest source', 'source by nearest other patient'])
+    axes.axvline(LEFT_OVER, color='black', linestyle=':', label='a copy lies below')
+    axes.set(xlabel='share of variance left unexplained', ylabel='density')
+    axes.legend()

@@ -1,0 +1,356 @@
+"""What a release must say, worked out anew from the group table, the photographs and the record.
+
+Own code for people, counts, grades, l-diversity and t-closeness: none is shared with grouping and
+writing, so that a fault there is not repeated here. Grades and patients are those of the table of
+photographs, and identical photographs are found in the files; the run's copies are compared.
+"""
+import dataclasses
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from anonymization.audit.checks import Check, Findings
+from anonymization.audit.files import Fault, read_regular
+from anonymization.release import FORMAT, release_names
+from datasets.table import Table
+from utils.errors import UserError
+from utils.io import sha256_file
+
+RECORDS = 'the records of the run are whole and belong to these photographs'
+TWICE = 'no patient is counted twice in a group'
+GRADES = 'grades within groups'
+_SEALED = ('groups.csv', 'pictures.json', 'group_latents.npy', 'facts.json')
+_COLUMNS = ('id_code', 'centers', 'count_centers', 'release_name', 'patient_id')
+_N_GRADES = 5
+# manifest setting -> option of scripts/k-SALSA.py
+_SETTINGS = {'n_iters': 'n_iters_per_batch', 'n_steps': 'num_steps', 'n_crop': 'num_crop',
+             'content_weight': 'content_weight', 'style_weight': 'style_weight', 'lr': 'lr',
+             'style_mode': 'style_mode', 'style_strides': 'style_strides',
+             'precision': 'precision', 'mirror_left': 'mirror_left'}
+_STRATA = {'eye': 'eyes', 'label': 'labels', 'visit': 'visits', 'split': 'splits'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The private records of a run and the photographs, as read for the audit.
+
+    numbers: group of each photograph, 0 for left out. people: person of each photograph, by
+    patient id and identical bytes. pictures: release name -> SHA-256 of the pixels.
+    """
+
+    private: Path
+    record: dict[str, Any]
+    facts: dict[str, Any]
+    soft_labels: bool
+    pictures: dict[str, str]
+    groups: pd.DataFrame
+    numbers: list[int]
+    table: Table
+    digests: list[str]
+    people: list[int]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of scripts/k-SALSA.py, as recorded."""
+        return self.record['options']
+
+    @property
+    def k(self) -> int:
+        """Fewest distinct patients in a group, as asked for."""
+        return self.options['same_k']
+
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return 'images' if self.table.patients is None else 'patients'
+
+    @property
+    def members(self) -> dict[int, list[int]]:
+        """Group number -> rows of its photographs, ascending."""
+        found: dict[int, list[int]] = {}
+        for row, number in enumerate(self.numbers):
+            if number:
+                found.setdefault(number, []).append(row)
+        return dict(sorted(found.items()))
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Group number -> release name."""
+        return {number: self.groups['release_name'].iloc[rows[0]]
+                for number, rows in self.members.items()}
+
+
+def read_run(private: Path, table: Table) -> Run:
+    """Reads the records in `private` and hashes the photographs of `table`.
+
+    UserError when a record is missing or cannot be read; what they say is judged elsewhere.
+    """
+    record = _json(private / 'options.json')
+    facts, pictures = _json(private / 'facts.json'), _json(private / 'pictures.json')
+    groups = _read_groups(private / 'groups.csv', len(table))
+    with ThreadPoolExecutor(4) as pool:
+        digests = list(pool.map(sha256_file, table.paths))
+    try:
+        pixels = {name: str(entry['pixels']) for name, entry in pictures.items()}
+        # Looked up here, so that a record without them is an error in the input.
+        [record['options'][name] for name in ('same_k', 'policy', 'clustering', 'strata')]
+        [record['options'][name] for name in _SETTINGS.values()]
+        [record[name] for name in ('seed', 'inputs')]
+        [facts['facts'][name] for name in ('networks', 'versions', 'image_size', 'png_encoder')]
+        soft_labels = bool(facts['soft_labels'])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'the records in {private} lack {error}; were they written by this '
+                        'version of scripts/k-SALSA.py?') from error
+    return Run(private, record, facts['facts'], soft_labels, pixels, groups,
+               groups['centers'].tolist(), table, digests, _people(table.patients, digests))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(read_regular(path))
+        if not isinstance(value, dict):
+            raise Fault('holds no JSON object')
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, Fault) else 'is damaged'
+        raise UserError(f'{path} {reason}; without it the release cannot be derived again'
+                        ) from error
+    return value
+
+
+def _read_groups(path: Path, n: int) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(io.BytesIO(read_regular(path)), dtype=str, keep_default_na=False)
+        for name in ('centers', 'count_centers'):
+            table[name] = table[name].astype(int)
+        table[list(_COLUMNS)]
+    except Fault as error:
+        raise UserError(f'{path} {error}; it says who is in which group') from error
+    except (KeyError, ValueError, OverflowError) as error:
+        raise UserError(f'{path} is not a group table of this tool: {error}') from error
+    numbers = set(table['centers']) - {0}
+    if len(table) != n or not numbers or numbers != set(range(1, len(numbers) + 1)):
+        raise UserError(f'{path} does not hold one row for each of {n} photographs, in groups '
+                        'numbered 1, 2, ... (0: left out)')
+    return table
+
+
+def _people(patients: Sequence[str] | None, digests: Sequence[str]) -> list[int]:
+    """Person of each photograph: one patient id or one file content makes one person."""
+    n = len(digests)
+    keys = [('file', d) for d in digests] + [('patient', p) for p in patients or []]
+    number = {key: n + i for i, key in enumerate(dict.fromkeys(keys))}
+    rows = list(range(n)) * (2 if patients else 1)
+    columns = [number[key] for key in keys]
+    links = coo_matrix(([1] * len(rows), (rows, columns)), shape=(n + len(number),) * 2)
+    return connected_components(links, directed=False)[1][:n].tolist()
+
+
+# -- checks of the records and of the groups ------------------------------------------------
+
+
+def check_records(run: Run) -> Check:
+    """Checksums, photographs and weight files of the run record; the group table's own columns."""
+    found = Findings(RECORDS)
+    for name in _SEALED:
+        seal = run.private / f'{name}.sha256'
+        try:
+            wanted = read_regular(seal)[:64].decode('latin-1')
+        except Fault:
+            found.add(f'private/{name} has no readable checksum beside it')
+            continue
+        if sha256_file(run.private / name) != wanted:
+            found.add(f'private/{name} is not the file that the run wrote')
+    joint = hashlib.sha256('\n'.join(run.digests).encode()).hexdigest()
+    if joint != run.record['inputs'].get('photographs'):
+        found.add('the photographs are not those of the run')
+    table, groups = run.table, run.groups
+    if groups['id_code'].tolist() != list(table.ids):
+        found.add('the group table does not hold the ids of the source table',
+                  set(groups['id_code']) ^ set(table.ids))
+    elif table.patients is not None and groups['patient_id'].tolist() != list(table.patients):
+        found.add('patients of the group table are not those of the source table',
+                  [i for i, a, b in zip(table.ids, groups['patient_id'], table.patients)
+                   if a != b])
+    if ('diagnosis' in groups) != (table.labels is not None) or (
+            table.labels is not None
+            and groups['diagnosis'].tolist() != [str(v) for v in table.labels]):
+        found.add('grades of the group table are not those of the source table')
+    return found.check(f'{len(table)} photographs, {len(set(run.digests))} of them different')
+
+
+def check_groups(run: Run) -> list[Check]:
+    """At least k distinct people in each group, disjoint groups, strata, names."""
+    found = Findings(f'every group has at least k = {run.k} distinct {run.unit}, '
+                     'groups are disjoint')
+    twice, smallest, members = Findings(TWICE), None, run.members
+    if not isinstance(run.k, int) or run.k < 2:
+        found.add(f'k is {run.k}, below 2')
+    for number, rows in members.items():
+        part = run.groups.iloc[rows]
+        ids = part['id_code'].tolist()
+        distinct = len({run.people[r] for r in rows})
+        smallest = distinct if smallest is None else min(smallest, distinct)
+        if distinct < run.k:
+            found.add(f'group {number} has {distinct} distinct {run.unit}', ids)
+        if (part['count_centers'] != len(part)).any():
+            found.add(f'group {number} has {len(part)} rows and says otherwise')
+        if part['release_name'].nunique() != 1:
+            found.add(f'group {number} has several release names')
+        if run.options['policy'] == 'distinct' and distinct < len(rows):
+            twice.add(f'group {number}', ids)
+    kept = run.groups[run.groups['centers'] != 0]
+    if double := sorted(set(kept['id_code'][kept['id_code'].duplicated()])):
+        found.add(f'{len(double)} photographs are in more than one group', double)
+    left_out = run.groups[run.groups['centers'] == 0]
+    if (left_out['release_name'] != '').any() or (left_out['count_centers'] != 0).any():
+        found.add('photographs that were left out have a group')
+    _check_people(run, found)
+    _check_strata(run, found)
+    if run.names != _derived_names(run):
+        found.add('release names do not follow from the seed and the group table')
+    return [found.check(f'{len(members)} groups, smallest {smallest}'),
+            twice.check(f'policy {run.options["policy"]}')]
+
+
+def _check_people(run: Run, found: Findings) -> None:
+    """Identical photographs, and under 'together' people, stand in one group only."""
+    for label, keys, applies in (
+            ('identical photographs', run.digests, True),
+            ('patients', run.people, run.options['policy'] == 'together')):
+        groups: dict[Any, set[int]] = {}
+        for key, number in zip(keys, run.numbers):
+            if number:
+                groups.setdefault(key, set()).add(number)
+        if applies and (many := sum(len(g) > 1 for g in groups.values())):
+            found.add(f'{many} {label} are in more than one group',
+                      [run.table.ids[i] for i, key in enumerate(keys)
+                       if len(groups.get(key, ())) > 1])
+
+
+def _check_strata(run: Run, found: Findings) -> None:
+    for name in run.options['strata']:
+        values = getattr(run.table, _STRATA[name])
+        mixed = [number for number, rows in run.members.items()
+                 if values is None or len({values[r] for r in rows}) != 1]
+        if mixed:
+            found.add(f'{len(mixed)} groups cross the strata of {name}')
+
+
+def _derived_names(run: Run) -> dict[int, str]:
+    secret = '\n'.join(f'{i} {c}' for i, c in zip(run.groups['id_code'], run.numbers)).encode()
+    names = release_names(len(run.members), secret, run.record['seed'])
+    return dict(zip(run.members, names))
+
+
+# -- what follows from them -----------------------------------------------------------------
+
+
+def grade_counts(run: Run) -> dict[int, tuple[int, ...]] | None:
+    """Group number -> how many photographs have grade 0, 1, ... 4; None without grades."""
+    if run.table.labels is None:
+        return None
+    counts = {}
+    for number, rows in run.members.items():
+        count = Counter(int(run.table.labels[r]) for r in rows)
+        counts[number] = tuple(count.get(g, 0) for g in range(_N_GRADES))
+    return counts
+
+
+def _majority(counts: tuple[int, ...]) -> int:
+    return next(g for g, c in enumerate(counts) if c == max(counts))
+
+
+def diversity(counts: Sequence[tuple[int, ...]]) -> dict[str, float]:
+    """l-diversity and t-closeness in fractions, rounded to six decimals."""
+    everyone = [sum(column) for column in zip(*counts)]
+    total, n = sum(everyone), len(counts)
+    distances, kinds = [], []
+    for own in counts:
+        size, below, gap = sum(own), Fraction(0), Fraction(0)
+        for mine, all_of_them in zip(own[:-1], everyone[:-1]):
+            below += Fraction(mine, size) - Fraction(all_of_them, total)
+            gap += abs(below)
+        distances.append(gap / (_N_GRADES - 1))
+        kinds.append(_N_GRADES - own.count(0))
+    return {'homogeneous': round(float(Fraction(kinds.count(1), n)), 6), 'l_min': min(kinds),
+            'l_mean': round(float(Fraction(sum(kinds), n)), 6),
+            't_max': round(float(max(distances)), 6),
+            't_mean': round(float(sum(distances) / n), 6)}
+
+
+def labels_text(run: Run) -> str:
+    """labels.csv as it must be, byte for byte."""
+    counts = grade_counts(run)
+    header = ['image']
+    if counts is not None:
+        header += ['label'] + [f'p{g}' for g in range(_N_GRADES)] * run.soft_labels
+    lines = [','.join(header)]
+    for name, number in sorted((name, number) for number, name in run.names.items()):
+        cells = [name]
+        if counts is not None:
+            own = counts[number]
+            cells.append(str(_majority(own)))
+            if run.soft_labels:
+                cells += [repr(round(c / sum(own), 6)) for c in own]
+        lines.append(','.join(cells))
+    return '\n'.join(lines) + '\n'
+
+
+def manifest_without_files(run: Run) -> dict[str, Any]:
+    """The manifest as it must be, but for the hashes of the files."""
+    counts, sizes, people = grade_counts(run), [], []
+    for rows in run.members.values():
+        sizes.append(len(rows))
+        people.append(len({run.people[r] for r in rows}))
+    grades = None if counts is None else _histogram([_majority(c) for c in counts.values()])
+    return {
+        'format': FORMAT, 'k': run.k, 'unit': run.unit, 'policy': run.options['policy'],
+        'clustering': run.options['clustering'],
+        'strata': [_STRATA[s] for s in run.options['strata']],
+        'n_suppressed': run.numbers.count(0), 'image_size': run.facts['image_size'],
+        'settings': {name: run.options[option] for name, option in _SETTINGS.items()},
+        'networks': run.facts['networks'], 'versions': run.facts['versions'],
+        'png_encoder': run.facts['png_encoder'], 'n_images': len(run.members),
+        'images_per_group': _histogram(sizes), 'patients_per_group': _histogram(people),
+        'grades': grades,
+        'grade_diversity': None if counts is None else diversity(list(counts.values()))}
+
+
+def _histogram(values: Sequence[int]) -> dict[str, int]:
+    return {str(v): values.count(v) for v in sorted(set(values))}
+
+
+def check_networks(run: Run, found: Findings) -> None:
+    """The networks named in the manifest are the weight files of the run record."""
+    inputs, networks = run.record['inputs'], run.facts['networks']
+    style = inputs.get('style network')
+    wanted = {'generator and encoder': inputs.get('checkpoint'),
+              'content': inputs.get('content network'), 'style': style or 'filters'}
+    if not isinstance(networks, dict) or list(networks) != list(wanted) or any(
+            str(networks[role]).split(' ')[-1] != value for role, value in wanted.items()):
+        found.add('networks are not the weight files of the run record')
+
+
+def check_grades(run: Run) -> tuple[Check, dict[str, Any]]:
+    """Attribute disclosure in words and numbers; never fails."""
+    counts = grade_counts(run)
+    if not counts:
+        return Check(GRADES, True, 'no grades were given'), {}
+    found = diversity(list(counts.values()))
+    one = sum(c.count(0) == _N_GRADES - 1 for c in counts.values())
+    words = (f'{one} of {len(counts)} groups hold one single grade: whoever knows that a person is '
+             'in such a group knows the grade. ' if one else '')
+    most = max(_N_GRADES - c.count(0) for c in counts.values())
+    return Check(GRADES, True, (
+        f'{words}l-diversity {found["l_min"]} to {most} (mean {found["l_mean"]:.1f}), '
+        f't-closeness at most {found["t_max"]:.2f} (mean {found["t_mean"]:.2f})')), found
