@@ -253,7 +253,7 @@ def resumed_options(opts: argparse.Namespace, argv: Sequence[str]) -> argparse.N
         record = json.loads(path.read_text(encoding='utf-8'))
         resolved, wanted = record['options'], record['inputs'].get('data')
         saved = build_parser().parse_args(resolved['flags'])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f'{path} is damaged; begin a new run from the newest snapshot beside it: '
                         '--resume FILE --outdir DIR --data ZIP') from error
     given = build_parser().parse_args([*resolved['flags'], *argv])

@@ -47,7 +47,8 @@ def read_start(path: Path | None, *, transfer: bool = False, freezed: int = 0) -
         raise UserError(f'--resume {path}: neither a training snapshot nor a generator file')
     for name in ('g_ema', 'g', 'd'):
         if name in weights:
-            named_tensors(weights[name], source=f'--resume {path}: {name}')
+            named_tensors(weights[name], source=f'--resume {path}: {name}',
+                          what='discriminator' if name == 'd' else 'generator')
     if not isinstance(weights.get('config', {}), dict):
         raise UserError(f'--resume {path}: its "config" is none')
     if freezed and 'd' not in weights:
