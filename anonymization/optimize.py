@@ -80,7 +80,7 @@ class Targets(NamedTuple):
     """What the groups of a batch are drawn towards; constant over the steps."""
 
     content: torch.Tensor    # [G, F] mean over the members' content features
-    style: StyleTargets
+    style: StyleTargets | None
 
 
 class Result(NamedTuple):
@@ -136,14 +136,15 @@ class GroupOptimizer:
     """Holds the frozen networks and optimises batches of groups.
 
     psp: models.psp.PSP; content_net: ContentNetwork or FeatureNetwork of models.features;
-    style_net: a network of models.features.style, or a FeatureNetwork. The same FeatureNetwork
-    given as both is passed once a step. precision: 'fp32', 'tf32', or 'bf16' (generator and
-    feature networks in bfloat16; latents, styles, Adam, Gram matrices and losses stay float32).
-    The networks are moved to `device`, the feature networks are converted in place, and the
-    generator's weights are copied: later changes to it have no effect.
+    style_net: a network of models.features.style, or a FeatureNetwork; None for no style loss
+    (L_s is 0). The same FeatureNetwork given as both is passed once a step. precision: 'fp32',
+    'tf32', or 'bf16' (generator and feature networks in bfloat16; latents, styles, Adam, Gram
+    matrices and losses stay float32). The networks are moved to `device`, the feature networks
+    are converted in place, and the generator's weights are copied: later changes to it have no
+    effect.
     """
 
-    def __init__(self, psp: PSP, content_net: nn.Module, style_net: nn.Module, *,
+    def __init__(self, psp: PSP, content_net: nn.Module, style_net: nn.Module | None, *,
                  config: OptimizeConfig, device: torch.device | str,
                  precision: str = 'fp32') -> None:
         if precision not in PRECISIONS:
@@ -154,14 +155,16 @@ class GroupOptimizer:
         self.synthesis = FrozenSynthesis(self.psp.decoder, dtype=dtype)
         layout = {'device': self.device, 'dtype': dtype, 'memory_format': torch.channels_last}
         self.content_net = content_net.to(**layout)
-        self.style_net = style_net.to(**layout)
-        self.style = style_term(self.style_net, config)
+        self.style = None if style_net is None else style_term(style_net.to(**layout), config)
         shared = content_net is style_net and isinstance(content_net, FeatureNetwork)
         self._shared_strides = content_net.pooled_strides if shared else ()
 
     @torch.no_grad()
     def targets(self, groups: list[Group]) -> Targets:
         """Targets of a list of Group."""
+        content = torch.stack([g.mean(g.content.to(self.device)) for g in groups])
+        if self.style is None:
+            return Targets(content, None)
         grams, weights = [], []
         for group in groups:
             parts = [self.style.grams(self.style.maps(from_uint8(part)))
@@ -170,7 +173,6 @@ class GroupOptimizer:
             k = len(group.ws)
             shares = torch.full((k,), 1 / k) if group.shares is None else group.shares
             weights.append(shares.float().to(self.device))
-        content = torch.stack([g.mean(g.content.to(self.device)) for g in groups])
         return Targets(content, self.style.targets(grams, weights))
 
     def losses(self, ws: torch.Tensor,
@@ -178,6 +180,9 @@ class GroupOptimizer:
         """(L_c [G], L_s [G], pictures [G, 3, R, R]) of latents ws [G, L, D]."""
         image = self.synthesis(ws)
         y = self.psp.pool(image)
+        if self.style is None:
+            content = content_loss(self.content_net.features(y), targets.content)
+            return content, torch.zeros_like(content), image
         maps = self.style.maps(y, self._shared_strides)
         features = (self.content_net.pool(maps) if self._shared_strides
                     else self.content_net.features(y))

@@ -95,8 +95,9 @@ def build_parser():
                    help='weight of the content loss')
     g.add_argument('--style_weight', type=cli.auto_or(cli.nonnegative_float), default=1e-6,
                    metavar='FLOAT|auto',
-                   help='weight of the style loss; auto: the loss is divided by the squared norm '
-                        'of its target, and weighs as much as the content loss')
+                   help='weight of the style loss; 0 needs no style network; auto: the loss is '
+                        'divided by the squared norm of its target, and weighs as much as the '
+                        'content loss')
     g.add_argument('--lr', type=cli.auto_or(cli.positive_float), default=0.1,
                    metavar='FLOAT|auto',
                    help='peak learning rate of the latents; auto: 1/40 of the standard deviation '
@@ -177,7 +178,9 @@ def check_options(opts):
 
 
 def style_path(opts):
-    """'filters', or the VGG19 file of the flag or of paths_config."""
+    """What the flag names, or the VGG19 file of paths_config; None for no style at all."""
+    if opts.style_weights is None and opts.style_weight == 0:
+        return None
     return opts.style_weights or model_paths['vgg19']
 
 
@@ -185,25 +188,34 @@ def network_inputs(opts):
     """Weight files by role, for the run record."""
     files = {'checkpoint': opts.checkpoint_path,
              'content network': weight_file(opts.content_weights or model_paths['moco'])}
-    if style_path(opts) != FILTERS:
+    if style_path(opts) not in (None, FILTERS):
         files['style network'] = weight_file(style_path(opts))
     return files
 
 
 def feature_networks(opts, side):
-    """The content and the style network, one object where they are the same.
+    """The content and the style network, one object where they are the same; style may be None.
 
     UserError when a file is none, and when pictures of `side` px are too small for a network.
     """
     content = opts.content_weights or model_paths['moco'], opts.content_arch
     style = style_path(opts), opts.style_arch
     content_net = load_content_network(content[0], arch=content[1])
-    same = content == style and isinstance(content_net, FeatureNetwork)
-    style_net = content_net if same else load_style_network(style[0], arch=style[1])
     if isinstance(content_net, FeatureNetwork):
         content_net.check_side(side)
+    if style[0] is None:
+        return content_net, None
+    same = content == style and isinstance(content_net, FeatureNetwork)
+    style_net = content_net if same else load_style_network(style[0], arch=style[1])
     style_term(style_net, optimize_config(opts)).check_side(side)
     return content_net, style_net
+
+
+def network_facts(net, file):
+    """Name and SHA-256 of a network, for the manifest."""
+    if net is None:
+        return 'none'
+    return net.name + (f' {sha256_file(file)}' if file else '')
 
 
 def optimize_config(opts):
@@ -262,9 +274,8 @@ def make_release(opts, threads):
         log.info('%s is complete; choose another --exp_dir for another run', release)
         return 0
     networks = {'generator and encoder': sha256_file(opts.checkpoint_path),
-                'content': f'{content_net.name} {sha256_file(files["content network"])}',
-                'style': style_net.name + (f' {sha256_file(files["style network"])}'
-                                           if 'style network' in files else '')}
+                'content': network_facts(content_net, files.get('content network')),
+                'style': network_facts(style_net, files.get('style network'))}
     pipeline = Pipeline(
         opts.exp_dir, table, digests, psp=psp, content_net=content_net, style_net=style_net,
         settings=Settings(

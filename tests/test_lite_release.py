@@ -1,0 +1,56 @@
+"""The main job on pretrained networks: what stands in the manifest, and early errors."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_script
+from release_fixture import arguments, save_networks, save_photographs
+
+from models.encoders import build_encoder
+from models.features.pretrained import WHEELS
+from models.psp import PSP, psp_checkpoint
+from models.stylegan2 import Generator
+from utils.errors import UserError
+from utils.io import save_torch
+
+k_salsa = load_script('k-SALSA')
+LITE0 = f'lite0 {WHEELS["lite0"].sha256}'
+
+
+@pytest.fixture(scope='module')
+def setting(tmp_path_factory):
+    """Untrained networks of 64 px, and ten photographs."""
+    folder = tmp_path_factory.mktemp('lite')
+    torch.manual_seed(0)
+    decoder = Generator(64, style_dim=16, n_mlp=2, 
+                        channels=dict.fromkeys((4, 8, 16, 32, 64), 8))
+    encoder = build_encoder('LightEncoder', n_styles=10, input_size=64, style_dim=16, width=8)
+    save_torch(folder / 'psp.pt', psp_checkpoint(PSP(encoder, decoder, torch.zeros(16), 64), {}))
+    save_photographs(folder / 'data', 10)
+    return folder
+
+
+@pytest.mark.parametrize('options, style', [
+    ({'style_weights': 'lite0', 'style_weight': 'auto'}, LITE0),
+    ({'style_weights': 'filters', 'style_weight': 'auto', 'style_mode': 'same_place'}, 'filters'),
+    ({'style_weights': None, 'style_weight': 0}, 'none')])
+def test_networks_stand_in_the_manifest(setting, tmp_path, options, style):
+    options = {'content_weights': 'lite0', 'lr': 'auto', 'num_steps': 2, **options}
+    command = [a for a in arguments(setting, setting / 'data', tmp_path / 'run', **options)
+               if not a.endswith('=None')]
+    assert k_salsa.main(command) == 0
+    manifest = json.loads((tmp_path / 'run/release/manifest.json').read_text())
+    assert manifest['networks']['content'] == LITE0
+    assert manifest['networks']['style'] == style
+    assert manifest['settings']['lr'] == 'auto'
+    losses = np.load(tmp_path / 'run/private/losses.npy')
+    assert np.isfinite(losses).all() and (losses[..., 1].max() == 0) == (style == 'none')
+
+
+def test_encoders_below_64_px_are_refused_before_the_work(setting, tmp_path):
+    save_networks(tmp_path)
+    command = arguments(tmp_path, setting / 'data', tmp_path / 'run', content_weights='lite0')
+    with pytest.raises(UserError, match='32 px are too small(.|\n)*lite0'):
+        k_salsa.main(command)
+    assert not (tmp_path / 'run').exists()
