@@ -23,7 +23,7 @@ def setting(tmp_path_factory):
     """Untrained networks of 64 px, and ten photographs."""
     folder = tmp_path_factory.mktemp('lite')
     torch.manual_seed(0)
-    decoder = Generator(64, style_dim=16, n_mlp=2, 
+    decoder = Generator(64, style_dim=16, n_mlp=2,
                         channels=dict.fromkeys((4, 8, 16, 32, 64), 8))
     encoder = build_encoder('LightEncoder', n_styles=10, input_size=64, style_dim=16, width=8)
     save_torch(folder / 'psp.pt', psp_checkpoint(PSP(encoder, decoder, torch.zeros(16), 64), {}))
