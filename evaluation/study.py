@@ -16,10 +16,12 @@ from evaluation.attacks.metrics import MIN_PEOPLE
 from evaluation.cache import digest
 from evaluation.fidelity import extract_features
 from evaluation.population import Population, people_of, populate, roles_of
+from evaluation.probe import pooled_features
 from evaluation.releases import Release, call, make_release
-from evaluation.settings import FILTERS, Settings
+from evaluation.settings import Settings
 from evaluation.splits import split_table
 from models.features.content import ContentNetwork, load_content_network
+from models.features.pretrained import FeatureNetwork
 from utils.errors import UserError
 from utils.io import sha256_file, write_csv
 from utils.runs import run_record, start_run
@@ -36,7 +38,7 @@ class Study:
 
     settings: Settings
     grader: Config
-    network: ContentNetwork
+    network: ContentNetwork | FeatureNetwork
     population: Population
     folder: Path
     device: torch.device
@@ -73,13 +75,14 @@ class Study:
         return self.others[~self.population.nonmember]
 
     def content(self, pictures: np.ndarray) -> np.ndarray:
-        """Features [n, F] of the content encoder."""
-        return extract_features(self.network, pictures, device=self.device)
+        """Features [n, F] of the content network."""
+        extract = pooled_features if isinstance(self.network, FeatureNetwork) else extract_features
+        return extract(self.network, pictures, device=self.device)
 
     @functools.cached_property
     def content_digest(self) -> str:
-        """Of the content encoder's file."""
-        return sha256_file(self.settings.file('content_weights'))
+        """Of the content network's file."""
+        return sha256_file(self.settings.weights()['content_weights'])
 
     @functools.cached_property
     def digest(self) -> str:
@@ -104,10 +107,8 @@ def open_study(settings: Settings, folder: Path, *, device: torch.device, seed: 
     UserError for unfit files, too few people, and a folder that holds another evaluation.
     """
     grader = load_config(find_config(settings.grader), seeds=tuple(settings.seeds))
-    network = load_content_network(settings.file('content_weights'))
-    inputs = {n: settings.file(n) for n in ('checkpoint', 'content_weights')}
-    if settings.style_weights != FILTERS:
-        inputs['style_weights'] = settings.file('style_weights')
+    network = load_content_network(settings.network('content_weights'))
+    inputs = settings.weights()
     if settings.table is not None:
         inputs['table'] = settings.file('table')
     start_run(folder, run_record(dataclasses.asdict(settings), inputs=inputs, seed=seed),

@@ -109,6 +109,8 @@ def tiny_net(monkeypatch):
 
 
 TEST_FLAGS = ['--labels_test', 'test.csv', '--test_images_path', 'test']
+PUBLISHED = ['-overwrite', '--k', 'k2', '--crop', 'crop4', '--lambda1', '1e2', '--lambda2',
+             '1e-6', '--df', 'k2_nearest_df.csv', '--labels_train', 'train.csv', *TEST_FLAGS]
 
 
 # metrics
@@ -262,6 +264,41 @@ def test_resumed_training_equals_an_uninterrupted_one(tiny_net, tmp_path):
         train_grader(images, (grades + 1) % 5, checkpoint=checkpoint, **arguments)
 
 
+@pytest.mark.parametrize('damage', [False, True])
+def test_an_ended_command_goes_on_exactly(study, tiny_net, monkeypatch, damage):
+    """Killed in the second seed; a flipped bit in its checkpoint is noticed."""
+    class Killed(BaseException):
+        pass
+
+    def train(*arguments, on_epoch, **options):
+        def report(record):
+            on_epoch(record)
+            if options['seed'] == 2 and record['epoch'] == 2:
+                raise Killed
+        return train_grader(*arguments, on_epoch=report, checkpoint_seconds=0, **options)
+    flags = [*CLI, *PUBLISHED, '--images_path', 'style_proj', '--epochs', '3']
+    main([*flags, '--out_dir', 'whole'])
+    monkeypatch.setattr('classification.experiment.train_grader', train)
+    with pytest.raises(Killed):
+        main([*flags, '--out_dir', 'ended'])
+    monkeypatch.setattr('classification.experiment.train_grader', train_grader)
+    checkpoint = study / 'ended/seed_2/checkpoint.pt'
+    again = [f for f in flags if f != '-overwrite'] + ['--out_dir', 'ended']
+    if damage:
+        content = bytearray(checkpoint.read_bytes())
+        content[len(content) // 2] ^= 4
+        checkpoint.write_bytes(content)
+        with pytest.raises(UserError, match='checkpoint.pt.*Remove it to start again'):
+            main(again)
+        checkpoint.unlink()
+    main(again)
+    for seed in (1, 2):
+        for name in ('best_validation_weights.pt', 'final_weights.pt'):
+            whole, ended = (torch.load(study / run / f'seed_{seed}' / name, weights_only=True)
+                            for run in ('whole', 'ended'))
+            assert all(torch.equal(whole[k], ended[k]) for k in whole)
+
+
 def test_imagenet_weights_by_path(tmp_path):
     import torchvision
     state = torchvision.models.resnet18(weights=None).state_dict()
@@ -365,10 +402,6 @@ def test_bad_configuration(tmp_path, text, message):
     (tmp_path / 'bad.yaml').write_text(text)
     with pytest.raises(UserError, match=message):
         load_config(tmp_path / 'bad.yaml')
-
-
-PUBLISHED = ['-overwrite', '--k', 'k2', '--crop', 'crop4', '--lambda1', '1e2', '--lambda2',
-             '1e-6', '--df', 'k2_nearest_df.csv', '--labels_train', 'train.csv', *TEST_FLAGS]
 
 
 @pytest.mark.parametrize('kind', ['style_proj', 'centroid', 'release'])
