@@ -7,7 +7,6 @@ import numpy as np
 from classification.data import split_validation
 from classification.grader import metric_options, train_grader
 from classification.metrics import (
-    REFERABLE_FROM,
     bootstrap_intervals,
     grading_metrics,
     referable_roc,
@@ -15,6 +14,7 @@ from classification.metrics import (
 )
 from classification.plots import plot_confusion, plot_history, plot_roc
 from classification.probe import ProbeGrader
+from evaluation.scores import REFERABLE_FROM
 from utils.io import save_torch, write_json
 from utils.seeds import numpy_generator
 

@@ -6,11 +6,9 @@ weightings of the photographs at once.
 import numpy as np
 
 from evaluation.bootstrap import draw_weights, percentiles
-from evaluation.scores import roc, weighted_auc
+from evaluation.scores import REFERABLE_FROM, quadratic_kappa, roc, weighted_auc
 from utils.errors import UserError
 from utils.seeds import numpy_generator
-
-REFERABLE_FROM = 2    # referable diabetic retinopathy: moderate (grade 2) and worse
 
 
 def check_test_labels(labels, *, positive_from=REFERABLE_FROM):
@@ -56,23 +54,12 @@ def _weighted_scores(labels, predicted, score, weights, n_classes, positive_from
     found = {
         'accuracy': right.sum(1) / total,
         'balanced_accuracy': np.nanmean(recall, axis=1),
-        'kappa': _quadratic_kappa(confusion),
+        'kappa': quadratic_kappa(confusion),
         'auc_referable': weighted_auc(labels >= REFERABLE_FROM, score, weights),
     }
     if positive_from is not None:
         found['auc'] = weighted_auc(truth == 1, score, weights)
     return found, confusion
-
-
-def _quadratic_kappa(confusion):
-    """Quadratic weighted kappa of confusion matrices [b, C, C]; 0 where it is undefined."""
-    grade = np.arange(confusion.shape[1])
-    penalty = np.subtract.outer(grade, grade) ** 2
-    total = confusion.sum((1, 2))
-    chance = np.einsum('bi,bj->bij', confusion.sum(2), confusion.sum(1))
-    seen, expected = ((penalty * m).sum((1, 2)) for m in (confusion, chance))
-    # No penalty is possible by chance when truth and prediction are one and the same grade.
-    return 1 - np.divide(seen * total, expected, out=np.ones_like(total), where=expected > 0)
 
 
 def referable_roc(labels, score, *, positive_from=REFERABLE_FROM):

@@ -7,12 +7,11 @@ import warnings
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-REFERABLE_GRADE = 2    # moderate retinopathy or worse
+from evaluation.scores import REFERABLE_FROM, auc, quadratic_kappa
 
 
 def nearest_neighbours(features, *, groups=None, block=2048):
@@ -101,15 +100,17 @@ def linear_probe(features, labels, *, patients=None, folds=5, seed=0):
         probability[np.ix_(test, columns)] = model.predict_proba(x[test])
     grades = np.asarray(grades)
     guess = grades[probability.argmax(1)]
-    areas = [roc_auc_score(y == g, probability[:, i]) for i, g in enumerate(grades)]
-    referable, severe = y >= REFERABLE_GRADE, grades >= REFERABLE_GRADE
+    areas = [auc(p[y == g], p[y != g]) for g, p in zip(grades, probability.T)]
+    confusion = np.zeros((1, grades.max() + 1, grades.max() + 1))
+    np.add.at(confusion[0], (y, guess), 1)
+    referable, severe = y >= REFERABLE_FROM, grades >= REFERABLE_FROM
+    score = probability[:, severe].sum(1)
     both = referable.any() and not referable.all()
     return {'images': int(keep.sum()), 'accuracy': float((guess == y).mean()),
             'majority': float(max((y == g).mean() for g in grades)),
-            'kappa': float(cohen_kappa_score(y, guess, weights='quadratic')),
+            'kappa': float(quadratic_kappa(confusion)[0]),
             'auc': float(np.mean(areas)),
-            'referable_auc': float(roc_auc_score(referable, probability[:, severe].sum(1)))
-            if both else None}
+            'referable_auc': auc(score[referable], score[~referable]) if both else None}
 
 
 def feature_quality(features, *, labels=None, patients=None, eyes=None, seed=0):

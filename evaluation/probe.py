@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
 
 from evaluation.bootstrap import People, draw_weights, percentiles, unit_numbers
-from evaluation.feature_quality import REFERABLE_GRADE
+from evaluation.scores import REFERABLE_FROM
 from models.features.pretrained import FeatureNetwork
 from utils.errors import UserError
 from utils.images import from_uint8
@@ -94,7 +94,7 @@ def fit_probe(features: np.ndarray, shares: np.ndarray, *, people: People = None
     if kind not in KINDS:
         raise ValueError(f'kind={kind!r}, want one of {KINDS}')
     shares = np.asarray(shares, np.float64)
-    referable, grade = shares[:, REFERABLE_GRADE:].sum(1), shares @ np.arange(shares.shape[1])
+    referable, grade = shares[:, REFERABLE_FROM:].sum(1), shares @ np.arange(shares.shape[1])
     if referable.max() < _TINY or referable.min() > 1 - _TINY or np.ptp(referable) < _TINY:
         raise UserError(f'all {len(shares)} training pictures have the same share of referable '
                         f'retinopathy ({referable[0]:.2f}), so there is nothing to learn; add '

@@ -1,8 +1,10 @@
-"""How well numbers separate two sides, and rates at low error: one AUC and one ROC for all uses.
+"""How well numbers separate two sides and grades agree: one AUC, ROC and kappa for all uses.
 
 Shapes: n scored things, of which some are on the positive side; b weightings of them.
 """
 import numpy as np
+
+REFERABLE_FROM = 2    # referable diabetic retinopathy: moderate (grade 2) and worse
 
 
 def weighted_auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -33,3 +35,17 @@ def roc(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndar
     fpr, tpr = (np.searchsorted(np.sort(-np.asarray(s, np.float64)), -cuts, side='right') / len(s)
                 for s in (negative, positive))
     return np.concatenate([[0.0], fpr]), np.concatenate([[0.0], tpr])
+
+
+def quadratic_kappa(confusion: np.ndarray) -> np.ndarray:
+    """Quadratic weighted kappa of confusion matrices [b, C, C], [b]; 0 where it is undefined.
+
+    Row: truth.
+    """
+    grade = np.arange(confusion.shape[1])
+    penalty = np.subtract.outer(grade, grade) ** 2
+    total = confusion.sum((1, 2))
+    chance = np.einsum('bi,bj->bij', confusion.sum(2), confusion.sum(1))
+    seen, expected = ((penalty * m).sum((1, 2)) for m in (confusion, chance))
+    # No penalty is possible by chance when truth and prediction are one and the same grade.
+    return 1 - np.divide(seen * total, expected, out=np.ones_like(total), where=expected > 0)
