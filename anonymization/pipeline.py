@@ -66,6 +66,7 @@ from utils.io import (
     write_text,
 )
 from utils.logs import progress
+from utils.signals import leave_signals_to_parent
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,8 @@ class Pipeline:
         psp = FrozenPSP(self.psp.to(self.device), ACTIVATIONS[self.settings.precision])
         net = self.content_net.to(device=self.device, memory_format=torch.channels_last)
         loader = DataLoader(self.photos, batch_sampler=[list(chunks[i]) for i in mine],
-                            num_workers=min(self.workers, len(mine)))
+                            num_workers=min(self.workers, len(mine)),
+                            worker_init_fn=leave_signals_to_parent)
         log.info('inverting %d photographs, %d refinements', len(self.table),
                  self.settings.n_iters)
         bar = progress(total=sum(len(chunks[i]) for i in mine), desc='inversion', unit='img')
@@ -409,10 +411,8 @@ class Pipeline:
             return self._run(staging)
 
     def _run(self, staging: Path) -> dict | None:
-        self.work.mkdir(parents=True, exist_ok=True)
         if distributed.is_main():
-            for torn in [*self.private.glob('.*.tmp'), *self.work.glob('.*.tmp')]:
-                torn.unlink()
+            self.work.mkdir(mode=0o700, parents=True, exist_ok=True)
         distributed.barrier()
         latents, content = self.invert()
         labels, names = self.group(latents)

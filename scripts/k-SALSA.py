@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import argparse
+import json
 import logging
 import os
 import shutil
@@ -28,6 +30,7 @@ from anonymization.grouping import METHODS, POLICIES, SURPLUS
 from anonymization.optimize import PRECISIONS, OptimizeConfig, style_term
 from anonymization.photographs import hash_files
 from anonymization.pipeline import Pipeline
+from anonymization.release import MANIFEST
 from anonymization.settings import Settings
 from anonymization.workers import one_thread
 from configs.paths_config import model_paths
@@ -39,7 +42,7 @@ from models.features.pretrained import FeatureNetwork, weight_file
 from models.features.style import FILTERS, load_style_network
 from models.psp import load_psp
 from utils import cli, distributed
-from utils.errors import PrivacyError, UserError
+from utils.errors import PrivacyError, UserError, listing
 from utils.io import atomic_path, sha256_file, write_json
 from utils.logs import setup_logging
 from utils.runs import run_record, start_run, versions
@@ -173,8 +176,48 @@ def check_options(opts):
     for name in _NO_EFFECT:
         if getattr(opts, name) is not None:
             log.warning('--%s has no effect (it had none in the published code)', name)
-    check_table_images(table)
+    if distributed.is_main():
+        check_table_images(table)
     return table
+
+
+def check_folders(opts: argparse.Namespace) -> None:
+    """UserError for an --exp_dir among the photographs, or with a release/ of something else."""
+    exp_dir, photos = opts.exp_dir.resolve(), opts.data_path.resolve()
+    if exp_dir == photos or photos in exp_dir.parents:
+        raise UserError(f'--exp_dir {opts.exp_dir} lies in --data_path {opts.data_path}: results '
+                        'would stand among the photographs; choose another folder')
+    release = opts.exp_dir / 'release'
+    if release.is_dir() and (release / MANIFEST).is_file():
+        return
+    if release.exists() and not (release.is_dir() and not any(release.iterdir())):
+        raise UserError(f'{release} exists and is no finished release (no {MANIFEST}); move it '
+                        'away, and the same command makes it anew')
+
+
+def make_folders(exp_dir: Path, private: Path) -> None:
+    """Makes --exp_dir and its private folder, which only its owner enters."""
+    try:
+        exp_dir.mkdir(parents=True, exist_ok=True)
+        private.mkdir(mode=0o700, exist_ok=True)
+        private.chmod(0o700)
+    except OSError as error:
+        raise UserError(f'--exp_dir {exp_dir} cannot be made ({error.strerror}); choose another '
+                        'folder') from error
+
+
+def check_finished(release: Path) -> None:
+    """UserError when a published release is no longer what its manifest says."""
+    try:
+        listed = json.loads((release / MANIFEST).read_text(encoding='utf-8'))['files']
+        bad = sorted(n for n, digest in listed.items()
+                     if not (release / n).is_file() or sha256_file(release / n) != digest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        bad = [MANIFEST]
+    if bad:
+        raise UserError(listing(f'{release} is finished, but {len(bad)} of its files are damaged '
+                                'or missing; move it away, and the same command makes it anew',
+                                bad))
 
 
 def style_path(opts):
@@ -255,22 +298,24 @@ def make_release(opts, threads):
     """The whole job; `threads` units of work at a time on a CPU. Returns the exit code."""
     device = distributed.init(cli.resolve_device(opts.device))
     setup_logging(level=logging.INFO if distributed.is_main() else logging.WARNING)
+    check_folders(opts)
     table = check_options(opts)
     files = network_inputs(opts)
     psp = load_psp(opts.checkpoint_path)
     content_net, style_net = feature_networks(opts, psp.input_size)
     private, release = opts.exp_dir / 'private', opts.exp_dir / 'release'
-    digests, joint = hash_files(table.paths)
+    digests, joint = distributed.broadcast_object(
+        hash_files(table.paths) if distributed.is_main() else None)
     if distributed.is_main():
-        opts.exp_dir.mkdir(parents=True, exist_ok=True)
-        private.mkdir(mode=0o700, exist_ok=True)
-        private.chmod(0o700)
+        make_folders(opts.exp_dir, private)
         record = run_record({k: v for k, v in vars(opts).items() if k not in _NO_EFFECT},
                             inputs={**files, 'table': opts.df}, seed=opts.seed)
         record['inputs']['photographs'] = joint
         start_run(private, record, resume=True, free_options=_FREE)
     distributed.barrier()
-    if (release / 'manifest.json').exists():
+    if (release / MANIFEST).exists():
+        if distributed.is_main():
+            check_finished(release)
         log.info('%s is complete; choose another --exp_dir for another run', release)
         return 0
     networks = {'generator and encoder': sha256_file(opts.checkpoint_path),

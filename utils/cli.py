@@ -51,8 +51,9 @@ def _number(convert, accept, wanted):
 
 positive_int = _number(int, lambda v: v > 0, 'a whole number above 0')
 nonnegative_int = _number(int, lambda v: v >= 0, 'a whole number, 0 or more')
-positive_float = _number(float, lambda v: 0 < v < float('inf'), 'a number above 0')
-nonnegative_float = _number(float, lambda v: 0 <= v < float('inf'), 'a number, 0 or more')
+_MOST = torch.finfo(torch.float32).max    # above it is infinity, where it is computed with
+positive_float = _number(float, lambda v: 0 < v <= _MOST, 'a number above 0, below 3.4e38')
+nonnegative_float = _number(float, lambda v: 0 <= v <= _MOST, 'a number, 0 or more, below 3.4e38')
 fraction = _number(float, lambda v: 0 <= v <= 1, 'a number between 0 and 1')
 power_of_two = _number(int, lambda v: v > 0 and v & (v - 1) == 0, 'a power of two')
 
@@ -95,7 +96,7 @@ def resolve_device(name: str) -> torch.device:
 
 # What a wrong path looks like, as against a fault of this software.
 _FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-                errno.ENAMETOOLONG)
+                errno.ENAMETOOLONG, errno.ENOENT, errno.ELOOP)
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)    # EFBIG: a limit set for the process
 

@@ -30,10 +30,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced and renamed into place.
 
     On any error the temporary file is removed and an existing `path` stays as it was; what a
-    killed process leaves is found by `utils.leftovers`.
+    killed process leaves is found by `utils.leftovers`. Nobody may read or write the file who may
+    not do so with its folder: below a folder of mode 0700 files are 0600.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
 
     def make() -> str:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}.', suffix=SUFFIX)
@@ -47,13 +48,21 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             umask = os.umask(0)
             os.umask(umask)
-            temp.chmod(0o666 & ~umask)    # mkstemp made it 0600; the final file follows the umask
+            # mkstemp made it 0600; the file is as open as umask and folder are.
+            temp.chmod(0o666 & ~umask & path.parent.stat().st_mode)
             os.replace(temp, path)
         except BaseException as error:
             temp.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = str(path)    # a full disk does not say which file was written
             raise
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, none more open than the one it lies in."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(mode=0o777 & folder.parent.stat().st_mode, exist_ok=True)
 
 
 def write_text(path, text):

@@ -78,8 +78,8 @@ def start_run(run_dir, record, *, resume=False, free_options=(), resume_flag=Non
         return True
     if run_dir.exists() and any(p.name not in ('log.txt', _LOCK_NAME) and not is_leftover(p.name)
                                 for p in run_dir.iterdir()):
-        raise UserError(f'{run_dir} is not empty and holds no run of this tool; '
-                        'choose a new folder')
+        raise UserError(f'{run_dir} is not empty and holds no run of this tool; choose a new '
+                        f'folder, or put its {RECORD_NAME} back')
     hold_run(run_dir)
     write_json(path, record)
     return False
