@@ -23,7 +23,15 @@ from models.psp import FrozenPSP, invert, load_psp, refine
 from utils import cli
 from utils.errors import UserError
 from utils.images import check_image_files, find_images, grid, load_tensor, png_names, save_png
-from utils.io import load_weights, save_npy, save_torch, sha256_bytes, write_csv
+from utils.io import (
+    is_intact,
+    load_weights,
+    save_npy,
+    save_torch,
+    sealing,
+    sha256_bytes,
+    write_csv,
+)
 from utils.logs import progress, setup_logging
 from utils.runs import run_record, start_run
 
@@ -59,13 +67,14 @@ def encode(psp, paths, work, opts, device):
     bar = progress(total=len(paths), desc='inversion', unit='img')
     for i in range(0, len(paths), opts.test_batch_size):
         part, file = paths[i:i + opts.test_batch_size], work / f'batch_{i:07d}.pt'
-        if not file.exists():
+        if not is_intact(file):
             x = torch.stack([load_tensor(p, psp.input_size) for p in part]).to(device)
             found = invert(psp, x, n_iters=opts.n_iters_per_batch, keep_iterations=True)
             with torch.no_grad():
                 errors = torch.stack([(psp.pool(psp.decode(ws)) - x).square().mean((1, 2, 3))
                                       for ws in found.iterations], 1)
-            save_torch(file, {'ws': found.ws.cpu(), 'errors': errors.cpu()})
+            with sealing(file):
+                save_torch(file, {'ws': found.ws.cpu(), 'errors': errors.cpu()})
         bar.update(len(part))
     bar.close()
     files = [load_weights(f, what='inversion batch') for f in sorted(work.glob('batch_*.pt'))]
@@ -83,11 +92,12 @@ def improve(psp, paths, ws, errors, work, opts, device):
     bar = progress(total=len(poor), desc='optimisation', unit='img')
     for i in range(0, len(poor), opts.test_batch_size):
         rows, file = poor[i:i + opts.test_batch_size], work / f'refined_{i:07d}.pt'
-        if not file.exists():
+        if not is_intact(file):
             x = torch.stack([load_tensor(paths[j], psp.input_size) for j in rows]).to(device)
             better, error = refine(psp, x, ws[rows].to(device), n_steps=opts.refine,
                                    lr=opts.refine_lr)
-            save_torch(file, {'ws': better.cpu(), 'errors': error.cpu()})
+            with sealing(file):
+                save_torch(file, {'ws': better.cpu(), 'errors': error.cpu()})
         part = load_weights(file, what='refined batch')
         ws[rows], errors[rows] = part['ws'], part['errors']
         bar.update(len(rows))
