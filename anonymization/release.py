@@ -53,7 +53,8 @@ def release_names(n: int, secret: bytes, seed: int) -> list[str]:
     """
     rng = np.random.default_rng([derive(seed, 'release names'),
                                  int.from_bytes(hashlib.sha256(secret).digest()[:8], 'big')])
-    names, taken = [], set()
+    names: list[str] = []
+    taken: set[str] = set()
     while len(names) < n:
         name = ''.join(rng.choice(list(_LETTERS), _NAME_LENGTH))
         if name not in taken:
@@ -71,12 +72,12 @@ def label_table(groups: Iterable[GroupFacts], *, soft_labels: bool = False) -> p
     """labels.csv: image, label and, on request, the share p<g> of each grade; sorted by name."""
     groups = sorted(groups, key=lambda g: g.name)
     columns: dict[str, list] = {'image': [g.name for g in groups]}
-    if groups and groups[0].grades is not None:
-        columns['label'] = [majority_grade(g.grades) for g in groups]
+    counts = [g.grades for g in groups if g.grades is not None]
+    if counts:
+        columns['label'] = [majority_grade(c) for c in counts]
         if soft_labels:
-            for grade in range(len(groups[0].grades)):
-                columns[f'p{grade}'] = [round(g.grades[grade] / sum(g.grades), DECIMALS)
-                                        for g in groups]
+            for grade in range(len(counts[0])):
+                columns[f'p{grade}'] = [round(c[grade] / sum(c), DECIMALS) for c in counts]
     return pd.DataFrame(columns)
 
 
@@ -88,18 +89,19 @@ def grade_diversity(groups: list[GroupFacts]) -> dict[str, float] | None:
     grades, over the range of grades, in [0, 1]} (Machanavajjhala 2007; Li 2007). Worked out in
     fractions, so that whoever derives it again gets the same digits.
     """
-    if not groups or groups[0].grades is None:
+    counts = [g.grades for g in groups if g.grades is not None]
+    if not counts:
         return None
-    n_grades = len(groups[0].grades)
-    overall = [sum(g.grades[i] for g in groups) for i in range(n_grades)]
-    distinct = [sum(c > 0 for c in g.grades) for g in groups]
+    n_grades = len(counts[0])
+    overall = [sum(column) for column in zip(*counts)]
+    distinct = [sum(n > 0 for n in own) for own in counts]
     moved = []
-    for group in groups:
-        gaps = [Fraction(own, sum(group.grades)) - Fraction(everyone, sum(overall))
-                for own, everyone in zip(group.grades, overall)]
+    for own in counts:
+        gaps = [Fraction(n, sum(own)) - Fraction(everyone, sum(overall))
+                for n, everyone in zip(own, overall)]
         moved.append(sum(abs(sum(gaps[:i], Fraction(0))) for i in range(1, n_grades))
                      / (n_grades - 1))
-    n = len(groups)
+    n = len(counts)
     exact = {'homogeneous': Fraction(distinct.count(1), n), 'l_min': min(distinct),
              'l_mean': Fraction(sum(distinct), n), 't_max': max(moved), 't_mean': sum(moved) / n}
     return {name: value if isinstance(value, int) else round(float(value), DECIMALS)

@@ -48,9 +48,9 @@ class Findings:
     def add(self, fault: str, names: Iterable[object] = ()) -> None:
         """fault: says nothing of a source. names: what it is about, kept private."""
         self.public.append(fault)
-        names = [str(n) for n in names]
-        if names:
-            self.private.append(f'{fault}: {", ".join(names)}')
+        words = [str(n) for n in names]
+        if words:
+            self.private.append(f'{fault}: {", ".join(words)}')
 
     def check(self, good: str) -> Check:
         """The Check: passed, with the text `good`, when nothing was found."""

@@ -2,8 +2,8 @@
 
 Pictures are compared as two maps of 32 x 32: tone (ranks of grey levels, which no tone curve
 changes) and detail (the same after taking the local mean away). Each release picture is tried in
-328 views: the eight mirrored and quarter-turned ones, each shifted, turned, cropped or padded. Half
-of the views at half the size choose the sources that are compared in all of them. A copy explains
+328 views: the eight mirrored and quarter-turned ones, each shifted, turned, cropped or padded; 200
+views at half the size choose the sources that are compared in all of them. A copy explains
 the picture far better than any other person's photograph does; an average lies about equally far
 from several people. What is blended, painted over, or made in another way slips through: that every
 picture is the one which the optimisation made is shown by its digest, not here.
@@ -219,9 +219,12 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 
 def plot_distances(audit: Audit, axes: Axes) -> None:
-    """Histogram of what the nearest source leaves unexplained, beside that between people."""
-    values = [audit.distances, audit.yardstick]
-    bins = np.linspace(0, max(float(v.max()) for v in values) * 1.02 + 1e-6, 40)
+    """Histogram of what the nearest source leaves unexplained, beside that between people.
+
+    audit: of a release that was compared with its photographs.
+    """
+    values = [v for v in (audit.distances, audit.yardstick) if v is not None]
+    bins = np.linspace(0, max(float(v.max()) for v in values) * 1.02 + 1e-6, 40).tolist()
     axes.hist(values, bins=bins, density=True, histtype='stepfilled', alpha=0.6,
               label=['release picture by nearest source', 'source by nearest other patient'])
     axes.axvline(LEFT_OVER, color='black', linestyle=':', label='a copy lies below')

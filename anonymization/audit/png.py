@@ -23,7 +23,8 @@ def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
     """(type, body) of each chunk. Fault for no PNG, a wrong checksum or bytes after the end."""
     if data[:8] != _SIGNATURE:
         raise Fault('is not a PNG')
-    found, at = [], len(_SIGNATURE)
+    found: list[tuple[bytes, bytes]] = []
+    at = len(_SIGNATURE)
     while at + 12 <= len(data):
         length, kind = struct.unpack('>I4s', data[at:at + 8])
         body, crc = data[at + 8:at + 8 + length], data[at + 8 + length:at + 12 + length]
