@@ -36,7 +36,7 @@ from anonymization.workers import one_thread
 from configs.paths_config import model_paths
 from criteria.gram_style import MODES as STYLE_MODES
 from criteria.gram_style import STRIDES
-from datasets.table import check_table_images, read_table
+from datasets.table import Table, check_table_images, read_table
 from models.features.content import load_content_network
 from models.features.pretrained import FeatureNetwork, weight_file
 from models.features.style import FILTERS, load_style_network
@@ -159,7 +159,7 @@ def build_parser():
     return p
 
 
-def check_options(opts):
+def check_options(opts: argparse.Namespace) -> Table:
     """Everything that can be said without opening a weight file."""
     if opts.same_k < 2:
         raise UserError('--same_k 1: a group of one is the patient\'s own picture; use 2 or more')
@@ -294,7 +294,7 @@ def main(argv=None):
         return make_release(opts, threads)
 
 
-def make_release(opts, threads):
+def make_release(opts: argparse.Namespace, threads: int) -> int:
     """The whole job; `threads` units of work at a time on a CPU. Returns the exit code."""
     device = distributed.init(cli.resolve_device(opts.device))
     setup_logging(level=logging.INFO if distributed.is_main() else logging.WARNING)
