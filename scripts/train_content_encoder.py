@@ -39,6 +39,7 @@ from evaluation.feature_quality import describe_quality, feature_quality
 from models.features.content import content_network_from_state
 from models.resnet import ARCHS, build_resnet
 from training.moco import EXPORT_NAME, MocoConfig, MocoTrainer, ViewConfig
+from training.run import finish
 from utils import cli, distributed
 from utils.errors import UserError
 from utils.images import from_uint8
@@ -46,6 +47,7 @@ from utils.io import write_json
 from utils.logs import progress, setup_logging
 from utils.runs import run_record, start_run
 from utils.seeds import numpy_generator, seed_everything
+from utils.signals import stop_on_signal
 
 log = logging.getLogger(__name__)
 
@@ -234,13 +236,14 @@ def main(argv=None):
     log.info('%d images of %d px, %s%s, batch %d on %d process(es), queue %d, %s', len(images),
              opts.input_size, opts.arch, ' with the small stem' if opts.small_stem else '',
              opts.batch_size, distributed.world_size(), trainer.queue_size, device)
-    done = trainer.train(max_minutes=opts.max_minutes)
+    with stop_on_signal() as signalled:
+        done = trainer.train(max_minutes=opts.max_minutes, should_stop=signalled)
     log.info('%s after %d steps; the encoder is %s', 'finished' if done else 'stopped',
              trainer.step_count, opts.out_dir / EXPORT_NAME)
-    if table is not None and distributed.is_main():
+    # A scheduler that asks to stop waits seconds, which the report would not fit in.
+    if table is not None and distributed.is_main() and not signalled():
         report_quality(opts, trainer, table, device)
-    distributed.shutdown()
-    return 0
+    return finish(signalled)
 
 
 if __name__ == '__main__':

@@ -39,12 +39,14 @@ from models.psp import PSP, psp_from_checkpoint
 from models.stylegan2 import load_generator
 from training.coach_restyle_psp import AMP_DTYPES, Coach, CoachConfig
 from training.reconstruction import ContentTerm, L2Term, LpipsTerm
+from training.run import finish
 from utils import cli, distributed
 from utils.errors import UserError
 from utils.io import load_weights
 from utils.logs import setup_logging
 from utils.runs import run_record, start_run
 from utils.seeds import seed_everything, torch_generator
+from utils.signals import stop_on_signal
 
 log = logging.getLogger(__name__)
 
@@ -316,11 +318,11 @@ def train(opts: argparse.Namespace, make_coach: Callable[..., Coach] = Coach,
     log.info('%d training and %d validation images of %d px, generator %d px, %s, batch %d on %d '
              'process(es), %s', len(train_set), len(test_set), psp.input_size, psp.decoder.size,
              opts.encoder_type, opts.batch_size, distributed.world_size(), device)
-    done = coach.train(max_minutes=opts.max_minutes)
+    with stop_on_signal() as signalled:
+        done = coach.train(max_minutes=opts.max_minutes, should_stop=signalled)
     log.info('%s after %d steps; checkpoints in %s', 'finished' if done else 'stopped',
              coach.step_count, opts.exp_dir / 'checkpoints')
-    distributed.shutdown()
-    return 0
+    return finish(signalled)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,6 @@ import argparse
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import json
 import logging
-import math
 
 import torch
 
 from datasets.archive import ImageArchive
 from training.adversarial import LOSSES
 from training.augment import MAX_STRENGTH, PIPES
+from training.run import Stopping, finish
 from training.stylegan2_config import PRESETS, TrainConfig, make_config
 from training.stylegan2_growing import grow
 from training.stylegan2_loop import (
@@ -416,19 +415,16 @@ def run_to_the_end(trainer: Trainer, run_dir: Path, opts: argparse.Namespace, *,
                    metric: Metric | None) -> int:
     """Trains, exports the generator, and returns the exit code."""
     kimg = trainer.config.kimg
-    limit = time.monotonic() + 60 * (opts.max_minutes or math.inf)
     with stop_on_signal() as signalled:
         last = train(trainer, run_dir, kimg=kimg, snapshot_kimg=snap * TICK_KIMG,
                      tick_kimg=min(TICK_KIMG, kimg / 10), metric=metric,
-                     should_stop=lambda: signalled() or time.monotonic() > limit)
+                     should_stop=Stopping(trainer.device, requested=signalled,
+                                          max_minutes=opts.max_minutes).wished)
     if distributed.is_main():
         export_inference(last, run_dir / 'generator.pt')
         log.info('generator for the other scripts: %s (sha256 %s)', run_dir / 'generator.pt',
                  sha256_file(run_dir / 'generator.pt')[:12])
-    alone = distributed.world_size() == 1
-    distributed.shutdown()
-    # Under torchrun another code than 0 would be reported as a crash.
-    return 128 + signalled.number if signalled() and alone else 0
+    return finish(signalled)
 
 
 if __name__ == '__main__':

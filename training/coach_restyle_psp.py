@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from models.psp import psp_checkpoint
 from models.stylegan2.model import set_low_precision
 from training.checkpoints import latest_checkpoint, save_checkpoint
 from training.known_latents import KnownLatents
+from training.run import Stopping
 from training.sync_batchnorm import share_batch_statistics
 from utils import distributed
 from utils.errors import UserError
@@ -318,9 +320,11 @@ class Coach:
 
     # -- the run ----------------------------------------------------------------------------
 
-    def train(self, *, max_minutes=None):
-        """Runs to `max_steps`, or stops in good order after `max_minutes` with a saved state.
+    def train(self, *, max_minutes: float | None = None,
+              should_stop: Callable[[], bool] | None = None) -> bool:
+        """Runs to `max_steps`, or stops in good order with a saved state.
 
+        It stops after `max_minutes`, or when `should_stop` says so in any process.
         Leaves checkpoints/, logs/, stats.jsonl, curves.png and avg_image.png in the run folder.
         Returns True when all steps are done. Raises UserError when a loss is not finite.
         """
@@ -338,14 +342,12 @@ class Coach:
         loader = DataLoader(self.train_set, batch_sampler=sampler, num_workers=self.workers,
                             pin_memory=self.device.type == 'cuda',
                             worker_init_fn=leave_signals_to_parent)
-        started = tick = time.monotonic()
-        tick_step, stopping = self.step_count, False
+        asked = Stopping(self.device, requested=should_stop, max_minutes=max_minutes)
+        tick, tick_step = time.monotonic(), self.step_count
         for u8 in loader:
             values, pictures = self.step(from_uint8(u8.to(self.device, non_blocking=True)))
             step, last = self.step_count, self.step_count == cfg.max_steps
-            if max_minutes is not None:
-                stopping = distributed.broadcast_object(
-                    time.monotonic() - started > 60 * max_minutes)
+            stopping = asked()
             saving = last or stopping or step % cfg.val_interval == 0
             if step % cfg.board_interval == 0 or saving:
                 numbers = self._reduced(values)

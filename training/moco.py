@@ -23,6 +23,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from datasets.images_dataset import StepSampler
 from models.features.content import content_checkpoint
 from models.resnet import build_resnet
 from training.checkpoints import latest_checkpoint, save_checkpoint
+from training.run import Stopping
 from training.sync_batchnorm import share_batch_statistics
 from utils import distributed
 from utils.errors import UserError
@@ -396,26 +398,26 @@ class MocoTrainer:
 
     # -- the run ----------------------------------------------------------------------------
 
-    def train(self, *, max_minutes=None):
-        """Runs to `max_steps`, or stops in good order after `max_minutes` with a saved state.
+    def train(self, *, max_minutes: float | None = None,
+              should_stop: Callable[[], bool] | None = None) -> bool:
+        """Runs to `max_steps`, or stops in good order with a saved state.
 
+        It stops after `max_minutes`, or when `should_stop` says so in any process.
         Leaves content_encoder.pt, checkpoints/, stats.jsonl, curves.png, views.png (photographs
         with two views each) and logs/ in the run folder. Returns True when all steps are done.
         Raises UserError when the loss is not finite.
         """
         cfg, main = self.config, distributed.is_main()
         scalars = ScalarLog(self.run_dir, resume_step=self.step_count or -1) if main else None
-        started = tick = time.monotonic()
-        tick_step, stopping, window = self.step_count, False, []
+        asked = Stopping(self.device, requested=should_stop, max_minutes=max_minutes)
+        tick, tick_step, window = time.monotonic(), self.step_count, []
         for u8 in self._loader():
             img = from_uint8(u8.to(self.device, non_blocking=True))
             if main and self.step_count == 0:
                 self._views_sheet(img)
             window.append(torch.stack(list((values := self.step(img)).values())))
             step, last = self.step_count, self.step_count == cfg.max_steps
-            if max_minutes is not None:
-                stopping = distributed.broadcast_object(
-                    time.monotonic() - started > 60 * max_minutes)
+            stopping = asked()
             saving = last or stopping or step % cfg.save_interval == 0
             if saving or step % cfg.log_interval == 0:
                 means = distributed.all_reduce_mean(torch.stack(window).mean(0)).tolist()

@@ -1,13 +1,16 @@
 """Stopping in good order when a person (Ctrl-C) or a scheduler (SIGTERM) asks for it."""
 import contextlib
+import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import psutil
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SAME_SIGNAL = 3.0    # seconds
 
 
 class StopRequest:
@@ -15,6 +18,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.time = 0.0
 
     def __call__(self) -> bool:
         return self.number is not None
@@ -22,9 +26,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Yields a StopRequest that the first SIGINT or SIGTERM sets; a second one acts as usual.
+    """Yields a StopRequest that the first SIGINT or SIGTERM sets; a later one acts as usual.
 
-    Outside the main thread, where no handler can be set, the request is never set.
+    Within `_SAME_SIGNAL` seconds it counts as the same: launchers such as torchrun pass on what
+    a terminal's Ctrl-C has sent to all processes already. Outside the main thread, where no
+    handler can be set, the request is never set.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -36,9 +42,12 @@ def stop_on_signal() -> Iterator[StopRequest]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def handle(number, frame):
-        request.number = number
-        restore()
+    def handle(number: int, frame: object) -> None:
+        if request.number is None:
+            request.number, request.time = number, time.monotonic()
+        elif time.monotonic() - request.time > _SAME_SIGNAL:
+            restore()
+            os.kill(os.getpid(), number)
 
     for number in _SIGNALS:
         signal.signal(number, handle)
