@@ -33,7 +33,14 @@ from configs.data_configs import DATASETS
 from configs.paths_config import model_paths
 from criteria.w_norm import latent_norm
 from datasets.images_dataset import ImagesDataset
-from models.encoders import ENCODERS, build_encoder, init_from_resnet34, load_resnet34
+from models.encoders import (
+    ENCODERS,
+    LiteEncoder,
+    build_encoder,
+    init_from_lite0,
+    init_from_resnet34,
+    load_resnet34,
+)
 from models.features.pretrained import weight_file
 from models.psp import PSP, psp_from_checkpoint
 from models.stylegan2 import load_generator
@@ -232,6 +239,9 @@ def check_size(opts, size, path):
 
 
 def start_from_imagenet(encoder, opts):
+    if isinstance(encoder, LiteEncoder):
+        init_from_lite0(encoder, generator=torch_generator(opts.seed, 'stem'))
+        return
     configured = Path(model_paths['resnet34'])
     if opts.resnet34_weights is None and 'ResNet' in type(encoder).__name__:
         if configured.is_file():

@@ -54,11 +54,12 @@ def make_coach(run_dir: Path, psp: PSP | None = None, e4e: E4EConfig | None = E4
 @pytest.mark.parametrize('name, twin', [
     ('ProgressiveBackboneEncoder', 'BackboneEncoder'),
     ('ResNetProgressiveBackboneEncoder', 'ResNetBackboneEncoder'),
-    ('LightProgressiveEncoder', 'LightEncoder')])
+    ('LightProgressiveEncoder', 'LightEncoder'), ('LiteProgressiveEncoder', 'LiteEncoder')])
 def test_styles_are_the_first_plus_deltas_up_to_the_stage(name: str, twin: str) -> None:
-    size = {'n_styles': 8, 'input_size': 32, 'style_dim': 512 if 'Light' not in name else 16}
+    side = 64 if 'Lite' in name else 32
+    size = {'n_styles': 8, 'input_size': side, 'style_dim': 512 if 'Backbone' in name else 16}
     encoder, plain = build_encoder(name, **size).eval(), build_encoder(twin, **size).eval()
-    x = torch.rand(1, 6, 32, 32, generator=torch_generator(0))
+    x = torch.rand(1, 6, side, side, generator=torch_generator(0))
     with torch.no_grad():
         first = encoder(x)
         assert torch.equal(first, first[:, :1].expand_as(first))    # deltas start at 0

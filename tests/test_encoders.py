@@ -11,9 +11,11 @@ from models.encoders import (
     ENCODERS,
     build_encoder,
     encoder_from_state,
+    init_from_lite0,
     init_from_resnet34,
     load_resnet34,
 )
+from models.features.pretrained import load_feature_network
 from models.psp import PSP, invert, load_psp, psp_checkpoint
 from models.stylegan2 import Generator
 from utils.errors import UserError
@@ -154,3 +156,23 @@ def test_inversion_refuses_wrong_use():
         invert(psp, torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match='want \\[N, 3, 32, 32\\]'):
         invert(psp.eval(), torch.zeros(1, 3, 64, 64))
+
+
+def test_lite_encoder_starts_from_imagenet_and_keeps_its_statistics() -> None:
+    encoder = build_encoder('LiteEncoder', n_styles=8, input_size=64, style_dim=16)
+    init_from_lite0(encoder, generator=torch.Generator().manual_seed(0))
+    features = load_feature_network('lite0')
+    x = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    blank = torch.cat([x, torch.zeros_like(x)], 1)
+    want = features.maps(x, (8, 16, 32))
+    encoder.train()
+    for got, maps in zip(encoder.body(blank), want.values(), strict=True):
+        assert torch.allclose(got, maps, atol=1e-4 * float(maps.abs().max()))
+    other = encoder.body(torch.cat([x, x], 1))[0]
+    assert not torch.allclose(other, want[8], atol=0.1)    # the reconstruction is seen too
+    trained = encoder(blank)
+    assert torch.equal(encoder.eval()(blank), trained) and trained.shape == (2, 8, 16)
+    again, size = encoder_from_state(encoder.state_dict(), n_styles=8, style_dim=16, input_size=64)
+    assert size == 64 and torch.equal(again.eval()(blank), trained)
+    with pytest.raises(ValueError, match='from 32 on'):
+        build_encoder('LiteEncoder', n_styles=8, input_size=16)

@@ -8,8 +8,10 @@ from torch import nn
 
 from models.encoders.fpn_encoders import GradualStyleEncoder, ResNetGradualStyleEncoder
 from models.encoders.light_encoder import LightEncoder
+from models.encoders.lite_encoder import LiteEncoder, init_from_lite0
 from models.encoders.restyle_e4e_encoders import (
     LightProgressiveEncoder,
+    LiteProgressiveEncoder,
     ProgressiveBackboneEncoder,
     ResNetProgressiveBackboneEncoder,
 )
@@ -20,18 +22,20 @@ from utils.errors import UserError
 _MAX_SIZE = 4096    # pixels
 ENCODERS = {cls.__name__: cls for cls in (
     BackboneEncoder, GradualStyleEncoder, ResNetBackboneEncoder, ResNetGradualStyleEncoder,
-    LightEncoder)}
+    LightEncoder, LiteEncoder)}
 # Those of e4e, and the class whose names and shapes their weights share.
 PROGRESSIVE_ENCODERS = {cls.__name__: cls for cls in (
-    ProgressiveBackboneEncoder, ResNetProgressiveBackboneEncoder, LightProgressiveEncoder)}
+    ProgressiveBackboneEncoder, ResNetProgressiveBackboneEncoder, LightProgressiveEncoder,
+    LiteProgressiveEncoder)}
 _TWINS = {'BackboneEncoder': 'ProgressiveBackboneEncoder',
-          'LightEncoder': 'LightProgressiveEncoder',
+          'LightEncoder': 'LightProgressiveEncoder', 'LiteEncoder': 'LiteProgressiveEncoder',
           'ResNetBackboneEncoder': 'ResNetProgressiveBackboneEncoder'}
 _CLASSES = ENCODERS | PROGRESSIVE_ENCODERS
 
 __all__ = ['ENCODERS', 'PROGRESSIVE_ENCODERS', 'BackboneEncoder', 'GradualStyleEncoder',
-           'LightEncoder', 'ResNetBackboneEncoder', 'ResNetGradualStyleEncoder', 'build_encoder',
-           'encoder_from_state', 'init_from_resnet34', 'load_resnet34']
+           'LightEncoder', 'LiteEncoder', 'ResNetBackboneEncoder', 'ResNetGradualStyleEncoder',
+           'build_encoder', 'encoder_from_state', 'init_from_lite0', 'init_from_resnet34',
+           'load_resnet34']
 
 
 def build_encoder(name, *, n_styles, input_nc=6, input_size=256, style_dim=512, **options):
@@ -76,6 +80,8 @@ def encoder_from_state(state: object, *, n_styles: int, style_dim: int,
 
 def _describe(state):
     """Class name, input channels, input side and further options of an encoder's state dict."""
+    if 'body.conv_stem.weight' in state:
+        return 'LiteEncoder', 6, 256, {}    # any side has these shapes
     if 'stem.weight' in state:
         width, channels = state['stem.weight'].shape[:2]    # channels = 6 * (input side / 32)^2
         return 'LightEncoder', 6, 32 * math.isqrt(channels // 6), {'width': width}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models.encoders.light_encoder import LightEncoder
+from models.encoders.lite_encoder import LiteEncoder
 from models.encoders.restyle_psp_encoders import BackboneEncoder, ResNetBackboneEncoder
 
 
@@ -24,7 +25,7 @@ def from_first(styles: Tensor, stage: int | None) -> Tensor:
 
 
 class _Progressive:
-    """Deltas in place of independent styles; they start at 0 where the head is one per style.
+    """Deltas in place of independent styles; they start at 0.
 
     stage: the last delta in use, 0 for none, None for all; it is no part of the state dict.
     """
@@ -52,10 +53,16 @@ class ResNetProgressiveBackboneEncoder(_ProgressiveBackbone, ResNetBackboneEncod
     """ResNet-34 body."""
 
 
-class LightProgressiveEncoder(_Progressive, LightEncoder):
-    """LightEncoder with deltas, for 64 and 128 px on a CPU."""
-
+class _ProgressiveHead(_Progressive):
     def __init__(self, **options) -> None:
         super().__init__(**options)
         with torch.no_grad():
             self.head.weight[self.style_dim:].zero_()
+
+
+class LightProgressiveEncoder(_ProgressiveHead, LightEncoder):
+    """LightEncoder with deltas, for 64 and 128 px on a CPU."""
+
+
+class LiteProgressiveEncoder(_ProgressiveHead, LiteEncoder):
+    """LiteEncoder with deltas."""
