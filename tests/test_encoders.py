@@ -114,7 +114,7 @@ def test_light_encoder_is_small():
         build_encoder('LightEncoder', n_styles=12, input_size=100)
     narrow = build_encoder('LightEncoder', n_styles=8, input_size=64, style_dim=16, width=8)
     again, size = encoder_from_state(narrow.state_dict(), n_styles=8, style_dim=16)
-    assert size == 64 and again.stem.weight.shape == narrow.stem.weight.shape
+    assert size == 128 and again.stem.weight.shape == narrow.stem.weight.shape
 
 
 def test_imagenet_start_reaches_the_body(tmp_path):
@@ -159,7 +159,7 @@ def test_inversion_refuses_wrong_use():
 
 
 def test_lite_encoder_starts_from_imagenet_and_keeps_its_statistics() -> None:
-    encoder = build_encoder('LiteEncoder', n_styles=8, input_size=64, style_dim=16)
+    encoder = build_encoder('LiteEncoder', n_styles=8, input_size=128, style_dim=16)
     init_from_lite0(encoder, generator=torch.Generator().manual_seed(0))
     features = load_feature_network('lite0')
     x = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -172,7 +172,7 @@ def test_lite_encoder_starts_from_imagenet_and_keeps_its_statistics() -> None:
     assert not torch.allclose(other, want[8], atol=0.1)    # the reconstruction is seen too
     trained = encoder(blank)
     assert torch.equal(encoder.eval()(blank), trained) and trained.shape == (2, 8, 16)
-    again, size = encoder_from_state(encoder.state_dict(), n_styles=8, style_dim=16, input_size=64)
-    assert size == 64 and torch.equal(again.eval()(blank), trained)
-    with pytest.raises(ValueError, match='from 32 on'):
+    again, size = encoder_from_state(encoder.state_dict(), n_styles=8, style_dim=16)
+    assert size == 128 and torch.equal(again.eval()(blank), trained)
+    with pytest.raises(ValueError, match='multiples of 32'):
         build_encoder('LiteEncoder', n_styles=8, input_size=16)

@@ -8,7 +8,7 @@ from torch import nn
 
 from models.encoders.fpn_encoders import GradualStyleEncoder, ResNetGradualStyleEncoder
 from models.encoders.light_encoder import LightEncoder
-from models.encoders.lite_encoder import LiteEncoder, init_from_lite0
+from models.encoders.lite_encoder import NUMBERS_PER_CELL, LiteEncoder, init_from_lite0
 from models.encoders.restyle_e4e_encoders import (
     LightProgressiveEncoder,
     LiteProgressiveEncoder,
@@ -81,7 +81,8 @@ def encoder_from_state(state: object, *, n_styles: int, style_dim: int,
 def _describe(state):
     """Class name, input channels, input side and further options of an encoder's state dict."""
     if 'body.conv_stem.weight' in state:
-        return 'LiteEncoder', 6, 256, {}    # any side has these shapes
+        cells = state['hidden.weight'].shape[1] // NUMBERS_PER_CELL
+        return 'LiteEncoder', 6, 32 * math.isqrt(cells), {}
     if 'stem.weight' in state:
         width, channels = state['stem.weight'].shape[:2]    # channels = 6 * (input side / 32)^2
         return 'LightEncoder', 6, 32 * math.isqrt(channels // 6), {'width': width}

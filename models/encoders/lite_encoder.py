@@ -9,22 +9,25 @@ from torch import Tensor, nn
 from models.features.pretrained import load_feature_network
 
 ARCH = 'tf_efficientnet_lite0'
-_STRIDES = {8: (16, 8), 16: (32, 8), 32: (64, 4)}    # channels and side of what the head sees
+# Stride of a map -> channels and further reduction of what the head sees of it.
+_STRIDES = {8: (16, 2), 16: (32, 1), 32: (64, 1)}
+NUMBERS_PER_CELL = 256    # of 32 x 32 pixels: 16 * 4 + 32 * 4 + 64
 _HIDDEN = 512
 
 
 class LiteEncoder(nn.Module):
-    """The body of EfficientNet-Lite0, maps of three strides, a low-rank head; 9 M parameters.
+    """The body of EfficientNet-Lite0, maps of three strides, a low-rank head.
 
-    input_size: from 32 px on, best a multiple of 32. Batch norms keep their statistics, so
+    input_size: a multiple of 32; 9 M parameters at 128 px. Batch norms keep their statistics, so
     training and inference compute the same for any batch.
     """
 
     def __init__(self, *, n_styles: int, input_nc: int = 6, input_size: int = 256,
                  style_dim: int = 512) -> None:
         super().__init__()
-        if input_size < 32:
-            raise ValueError(f'LiteEncoder takes input sizes from 32 on, not {input_size}')
+        if input_size % 32:
+            raise ValueError('LiteEncoder takes input sizes that are multiples of 32, not '
+                             f'{input_size}')
         import timm  # half of the start-up time of every script, if imported with this module
         self.n_styles, self.style_dim = n_styles, style_dim
         self.body = timm.create_model(ARCH, pretrained=False, in_chans=input_nc,
@@ -32,8 +35,7 @@ class LiteEncoder(nn.Module):
         self.squeeze = nn.ModuleList(
             nn.Conv2d(channels, out, 1) for channels, (out, _) in
             zip(self.body.feature_info.channels(), _STRIDES.values()))
-        n_features = sum(channels * side ** 2 for channels, side in _STRIDES.values())
-        self.hidden = nn.Linear(n_features, _HIDDEN)
+        self.hidden = nn.Linear(NUMBERS_PER_CELL * (input_size // 32) ** 2, _HIDDEN)
         self.head = nn.Linear(_HIDDEN, n_styles * style_dim)
         for module in (*self.squeeze, self.hidden, self.head):
             nn.init.kaiming_normal_(module.weight, a=0.2)
@@ -51,7 +53,7 @@ class LiteEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, input_nc, S, S] -> latent offsets [N, L, D]."""
-        parts = [F.adaptive_avg_pool2d(squeeze(maps), side).flatten(1) for squeeze, maps, (_, side)
+        parts = [F.avg_pool2d(squeeze(maps), reduce).flatten(1) for squeeze, maps, (_, reduce)
                  in zip(self.squeeze, self.body(x), _STRIDES.values())]
         x = F.leaky_relu(self.hidden(F.leaky_relu(torch.cat(parts, 1), 0.2)), 0.2)
         return self.head(x).unflatten(1, (self.n_styles, self.style_dim))
