@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from utils import cli
 from utils.io import save_torch, sha256_bytes
 from utils.logs import ScalarLog, setup_logging
 from utils.runs import run_record, start_run
+from utils.signals import stop_on_signal
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,24 @@ def begin(opts: argparse.Namespace, photos: np.ndarray, pictures: np.ndarray, ru
     return start_run(run_dir, record, resume=True, free_options=_FREE)
 
 
+def train(attack: PairAttack, release: tuple[np.ndarray, ...], run: Path, scalars: ScalarLog,
+          stopped: Callable[[], bool]) -> None:
+    """Epochs until the last one, or until `stopped` after one; every state is kept in `run`.
+
+    release: photographs, pictures and group_of. Checkpoints <run>_<epoch>.pth count from 0, as
+    published.
+    """
+    epochs = attack.config.epochs
+    while attack.epoch < epochs and not stopped():
+        record = attack.train_epoch(*release)
+        scalars.log(attack.epoch, record)
+        log.info('epoch %(epoch)d  loss %(loss).4f  accuracy %(accuracy).3f', record)
+        if attack.epoch % _SAVE_EVERY == 0 or attack.epoch == epochs:
+            save_torch(run.with_name(f'{run.name}_{attack.epoch - 1}.pth'),
+                       {k: v for k, v in attack.state().items() if k != 'optimizer'})
+        save_checkpoint(run, attack.epoch, attack.state(), prefix='state', keep=2)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()
@@ -94,16 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         attack.load_state(latest[0])
         log.info('going on after epoch %d', attack.epoch)
     scalars = ScalarLog(run_dir, resume_step=attack.epoch)
-    while attack.epoch < config.epochs:
-        record = attack.train_epoch(photos, pictures, group_of)
-        scalars.log(attack.epoch, record)
-        log.info('epoch %(epoch)d  loss %(loss).4f  accuracy %(accuracy).3f', record)
-        # The published names count epochs from 0.
-        if attack.epoch % _SAVE_EVERY == 0 or attack.epoch == config.epochs:
-            file = opts.out_dir / f'{name}_{attack.epoch - 1}.pth'
-            save_torch(file, {k: v for k, v in attack.state().items() if k != 'optimizer'})
-        save_checkpoint(run_dir, attack.epoch, attack.state(), prefix='state', keep=2)
+    with stop_on_signal() as stopped:
+        train(attack, (photos, pictures, group_of), opts.out_dir / name, scalars, stopped)
     scalars.close()
+    if attack.epoch < config.epochs:
+        log.info('stopped; the same command goes on')
+        return 128 + stopped.number
     print(f'attack: {opts.out_dir / f"{name}_{config.epochs - 1}.pth"}')
     return 0
 

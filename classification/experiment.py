@@ -1,11 +1,14 @@
 """Grader runs over several seeds: train, test, record, draw."""
 import json
 import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
+import torch
 
-from classification.data import split_validation
-from classification.grader import metric_options, train_grader
+from classification.data import TrainingSet, split_validation
+from classification.grader import metric_options
 from classification.metrics import (
     bootstrap_intervals,
     grading_metrics,
@@ -14,6 +17,9 @@ from classification.metrics import (
 )
 from classification.plots import plot_confusion, plot_history, plot_roc
 from classification.probe import ProbeGrader
+from classification.settings import Config
+from classification.train import train_grader
+from datasets.table import Table
 from evaluation.scores import REFERABLE_FROM
 from utils.io import save_torch, write_json
 from utils.seeds import numpy_generator
@@ -25,14 +31,17 @@ WEIGHTS = {'best': 'best_validation_weights.pt', 'final': 'final_weights.pt'}
 _RESULT = 'result.json'
 
 
-def run_seeds(data, pictures, test, test_pictures, *, config, out_dir, device, n_draw=None):
+def run_seeds(data: TrainingSet, pictures: np.ndarray, test: Table, test_pictures: np.ndarray, *,
+              config: Config, out_dir: Path, device: torch.device, n_draw: int | None = None,
+              stopped: Callable[[], bool] = lambda: False) -> dict | None:
     """Trains one grader per seed of `config` and tests each; returns the JSON-able results.
 
     A network or a probe, as `config.grader` says (a probe has no epochs and leaves no weights).
     data: TrainingSet with its pictures uint8 [n, 3, S, S]. test: labelled Table with its
     pictures [m, 3, S, S]. n_draw: train each seed on that many pictures, drawn by the seed.
     `out_dir`/seed_<s> holds the weights, pictures and checkpoint of a seed; finished seeds are
-    read, an interrupted one goes on from its checkpoint.
+    read, an interrupted one goes on from its checkpoint. stopped: asked after every epoch and
+    seed; None is returned where it was true before the end.
     """
     records, prober = [], None
     if config.grader == 'probe':
@@ -48,8 +57,11 @@ def run_seeds(data, pictures, test, test_pictures, *, config, out_dir, device, n
             records.append(prober.record(seed, rows))
             write_json(folder / _RESULT, records[-1])
             continue
-        records.append(_run_seed(seed, rows, folder, data, pictures, test, test_pictures,
-                                 config=config, device=device))
+        record = _run_seed(seed, rows, folder, data, pictures, test, test_pictures,
+                           config=config, device=device, stopped=stopped)
+        if record is None:
+            return None
+        records.append(record)
     _draw(records, test, config, out_dir)
     return {
         'n_test': len(test), 'n_test_people': len(set(test.patients)) if test.patients else None,
@@ -60,7 +72,7 @@ def run_seeds(data, pictures, test, test_pictures, *, config, out_dir, device, n
     }
 
 
-def summarise_seeds(records, part):
+def summarise_seeds(records: Sequence[dict], part: str) -> dict[str, dict | None]:
     """{score: {'mean', 'std', 'values'}} of the scores that are there."""
     return {name: summarise([r[part][name] for r in records]) for name in SCORES
             if name in records[0][part]}
@@ -74,7 +86,7 @@ def _drawn(n, n_draw, seed):
     return np.sort(draw.choice(n, n_draw, replace=False))
 
 
-def _run_seed(seed, rows, folder, data, pictures, test, test_pictures, *, config, device):
+def _run_seed(seed, rows, folder, data, pictures, test, test_pictures, *, config, device, stopped):
     settings = config.settings
     groups = None if data.groups is None else [data.groups[i] for i in rows]
     train, val = split_validation(data.labels[rows], fraction=config.validation_fraction,
@@ -90,7 +102,9 @@ def _run_seed(seed, rows, folder, data, pictures, test, test_pictures, *, config
     result = train_grader(pictures[train], data.targets(config.labels)[train], pictures[val],
                           data.labels[val], settings=settings, seed=seed, device=device,
                           imagenet_weights=config.initial_weights or None, checkpoint=checkpoint,
-                          on_epoch=report)
+                          on_epoch=report, stopped=stopped)
+    if result is None:
+        return None
     record = {'seed': seed, 'n_train': len(train), 'n_validation': len(val),
               'best_epoch': result.best_epoch,
               'validation_kappa': result.history[result.best_epoch - 1]['kappa'],

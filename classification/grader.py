@@ -1,13 +1,9 @@
-"""Training a grader of diabetic retinopathy on arrays of pictures.
+"""A grader of diabetic retinopathy: its network, what it is trained against, what it predicts.
 
 Shapes: n pictures, S side, C grades, B batch.
 """
 import dataclasses
-import hashlib
-import logging
 import math
-import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from classification.augment import augment
 from classification.metrics import grading_metrics
 from classification.settings import Settings
 from models.features.pretrained import WHEELS, load_feature_network
 from models.loading import load_state, mismatch
 from models.resnet import ARCHS, build_resnet, describe_resnet
 from utils.errors import UserError
-from utils.io import load_weights, save_torch
-from utils.seeds import derive, numpy_generator, torch_generator
-
-log = logging.getLogger(__name__)
+from utils.seeds import derive
 
 _AMP_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -66,11 +58,11 @@ class GraderResult:
         self.net.eval()
         raw = []
         for start in range(0, len(images), batch_size):
-            batch = _unit_range(images[start:start + batch_size], self.device)
+            batch = unit_range(images[start:start + batch_size], self.device)
             if batch.shape[-1] != self.settings.image_size:
                 batch = F.interpolate(batch, size=self.settings.image_size, mode='bilinear',
                                       antialias=True, align_corners=False)
-            raw.append(_forward(self.net, batch, self.mean, self.std, self.settings).cpu())
+            raw.append(forward(self.net, batch, self.mean, self.std, self.settings).cpu())
         return torch.cat(raw)
 
     def evaluate(self, images, labels):
@@ -206,170 +198,16 @@ def channel_statistics(images):
     return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
 
 
-def _unit_range(images, device):
+def unit_range(images, device):
     if not torch.is_tensor(images):
         images = torch.from_numpy(np.ascontiguousarray(images))
     return images.to(device, non_blocking=True).float() / 255
 
 
-def _forward(net, batch, mean, std, settings):
+def forward(net, batch, mean, std, settings):
     """Float32 outputs of pictures in [0, 1]."""
     batch = (batch - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
     batch = batch.contiguous(memory_format=torch.channels_last)
     dtype = _AMP_TYPES.get(settings.precision)
     with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
         return net(batch).float()
-
-
-def _epoch_order(classes, settings, seed, epoch):
-    """Indices of one epoch's pictures in training order, several rounds of small sets."""
-    rng = numpy_generator(seed, 'epoch', epoch)
-    n = len(classes)
-    rounds = max(1, -(-settings.min_steps_per_epoch * settings.batch_size // n))
-    if settings.sampling == 'instance':
-        return np.concatenate([rng.permutation(n) for _ in range(rounds)])
-    _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
-    weight = 1 / counts[inverse]
-    return rng.choice(n, size=rounds * n, p=weight / weight.sum())
-
-
-def _fingerprint(images, targets, settings, seed, imagenet_weights):
-    """Changes with anything that shapes the training."""
-    digest = hashlib.sha256(repr((dataclasses.astuple(settings), seed, len(images),
-                                  str(imagenet_weights))).encode())
-    digest.update(targets.numpy().tobytes())
-    for image in images:
-        digest.update(zlib.crc32(np.ascontiguousarray(image)).to_bytes(4, 'little'))
-    return digest.hexdigest()
-
-
-def train_grader(train_images, train_targets, val_images=None, val_labels=None, *,
-                 settings=None, seed=0, device='cpu', imagenet_weights=None, checkpoint=None,
-                 checkpoint_seconds=30.0, on_epoch=None):
-    """Trains a grader; returns a GraderResult that predicts with its best epoch.
-
-    train_images: uint8 [n, 3, S, S] with S = settings.image_size (numpy or CPU tensor).
-    train_targets: grades [n] (int) or shares [n, C] (soft labels, trained on as they are).
-    val_images, val_labels: pictures and grades the best epoch is chosen on (highest quadratic
-    kappa, then lowest loss); without them the last epoch is the best.
-    settings: `Settings`; None takes the published ones. Everything random is a function of
-    (seed, epoch), so a run resumed from `checkpoint` (a file written after an epoch, at most
-    every checkpoint_seconds) ends as an uninterrupted one. on_epoch: called with each history
-    record.
-
-    Raises UserError for an unfit checkpoint or weight file and when training diverges.
-    """
-    settings = settings or Settings()
-    device = torch.device(device)
-    if len(train_images) < 2:
-        raise UserError(f'{len(train_images)} training pictures are too few to train a grader')
-    if tuple(train_images.shape[1:]) != (3, settings.image_size, settings.image_size):
-        raise ValueError(f'train_images {tuple(train_images.shape)}, want [n, 3, '
-                         f'{settings.image_size}, {settings.image_size}]')
-    if settings.precision == 'fp16' and device.type != 'cuda':
-        raise UserError('fp16 needs a GPU; use --precision bf16 or fp32')
-    if torch.is_tensor(train_images):
-        train_images = train_images.numpy()
-    targets = training_targets(train_targets, settings)
-    classes = np.asarray(train_targets)
-    classes = classes.argmax(1) if classes.ndim == 2 else classes
-    if settings.mean is None:
-        mean, std = channel_statistics(train_images)
-    else:
-        mean, std = torch.tensor(settings.mean), torch.tensor(settings.std)
-    mean, std = mean.to(device), std.to(device)
-
-    net = build_grader(settings, seed=seed, imagenet_weights=imagenet_weights)
-    net.to(device=device, memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(net.parameters(), lr=settings.learning_rate,
-                                momentum=settings.momentum, nesterov=settings.momentum > 0,
-                                weight_decay=settings.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == 'fp16')
-    mark = _fingerprint(train_images, targets, settings, seed, imagenet_weights)
-    history, best = [], {'epoch': None, 'rank': None, 'state': None}
-    if checkpoint is not None and checkpoint.exists():
-        saved = load_weights(checkpoint, what='grader checkpoint',
-                             hint='Remove it to start again.')
-        if not isinstance(saved, dict) or saved.get('fingerprint') != mark:
-            raise UserError(f'{checkpoint} belongs to a training with other pictures, labels or '
-                            'settings; remove it or choose another output folder')
-        net.load_state_dict(saved['net'])
-        optimiser.load_state_dict(saved['optimiser'])
-        scaler.load_state_dict(saved['scaler'])
-        history, best = saved['history'], saved['best']
-        log.info('resuming after epoch %d', len(history))
-
-    batch_size = min(settings.batch_size, len(train_images))
-    result = GraderResult(net, settings, mean, std, device=device)
-    written = time.monotonic()
-    for epoch in range(len(history), settings.epochs):
-        rate = learning_rate(epoch, settings)
-        for group in optimiser.param_groups:
-            group['lr'] = rate
-        order = _epoch_order(classes, settings, seed, epoch)
-        loss = _train_epoch(net, optimiser, scaler, train_images, targets, order, mean, std,
-                            settings, batch_size=batch_size, device=device,
-                            generator=torch_generator(seed, 'augment', epoch))
-        if not math.isfinite(loss):
-            raise _diverged(epoch)
-        record = {'epoch': epoch + 1, 'loss': loss, 'learning_rate': rate}
-        last = epoch + 1 == settings.epochs
-        due = (epoch + 1) % settings.eval_interval == 0 or last
-        if val_images is not None and due:
-            raw = result.raw_outputs(val_images)
-            if not raw.isfinite().all():
-                raise _diverged(epoch)
-            record |= _validation_scores(raw, val_labels, settings)
-            rank = [record['kappa'], -record['val_loss']]
-        else:
-            rank = None
-        history.append(record)
-        if (rank and (best['rank'] is None or rank > best['rank'])) or (val_images is None
-                                                                        and last):
-            best = {'epoch': epoch + 1, 'rank': rank, 'state': _cpu_state(net)}
-        if checkpoint is not None and time.monotonic() - written >= checkpoint_seconds:
-            save_torch(checkpoint, {
-                'fingerprint': mark, 'net': _cpu_state(net), 'optimiser': optimiser.state_dict(),
-                'scaler': scaler.state_dict(), 'history': history, 'best': best})
-            written = time.monotonic()
-        if on_epoch is not None:
-            on_epoch(record)
-    return GraderResult(net, settings, mean, std, device=device, history=history,
-                        best_epoch=best['epoch'], best_state=best['state'],
-                        final_state=_cpu_state(net)).use('best')
-
-
-def _cpu_state(net):
-    return {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
-
-
-def _train_epoch(net, optimiser, scaler, images, targets, order, mean, std, settings, *,
-                 batch_size, device, generator):
-    """One pass over `order` in full batches; returns the mean loss."""
-    net.train()
-    total = torch.zeros((), device=device)
-    n_steps = len(order) // batch_size
-    for step in range(n_steps):
-        pick = order[step * batch_size:(step + 1) * batch_size]
-        batch = augment(_unit_range(images[pick], device), settings, generator)
-        raw = _forward(net, batch, mean, std, settings)
-        loss = loss_function(raw, targets[pick].to(device), settings)
-        optimiser.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimiser)
-        scaler.update()
-        total += loss.detach()
-    return float(total) / n_steps
-
-
-def _diverged(epoch):
-    return UserError(f'training diverged in epoch {epoch + 1}; lower learning_rate in the '
-                     'configuration')
-
-
-def _validation_scores(raw, labels, settings):
-    loss = loss_function(raw, training_targets(labels, settings), settings)
-    found = interpret(raw, settings)
-    values = grading_metrics(labels, found.grades, found.score, **metric_options(settings))
-    return {'val_loss': float(loss), **{name: values[name] for name in (
-        'kappa', 'accuracy', 'auc_referable')}}

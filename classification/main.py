@@ -37,6 +37,7 @@ from utils.errors import UserError
 from utils.io import sha256_bytes, write_json, write_text
 from utils.logs import setup_logging
 from utils.runs import RECORD_NAME, run_record, start_run
+from utils.signals import stop_on_signal
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,8 @@ def record_of(opts: argparse.Namespace, config: Config, training: np.ndarray, te
             raise UserError(f'{name}: {value} is no file and none of {", ".join(WHEELS)}')
     if opts.release is not None:
         inputs['labels of the release'] = opts.release / 'labels.csv'
-    options = {'config': config.to_dict(), **{name: getattr(opts, name) for name in (
+    settings = {k: v for k, v in config.to_dict().items() if k != name}    # compared by content
+    options = {'config': settings, **{name: getattr(opts, name) for name in (
         *_FREE, 'n_train', 'group_size', 'is_centroid', 'train_split', 'test_split')}}
     record = run_record(options, inputs=inputs)
     record['inputs'] |= {'training pictures': sha256_bytes(training.data),
@@ -184,8 +186,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_run(out_dir, record_of(opts, config, *pictures), resume=True, free_options=_FREE)
     write_text(out_dir / 'config.yaml', yaml.safe_dump(config.to_dict(), sort_keys=False))
     setup_logging(out_dir / 'log.txt')
-    results = run_seeds(data, pictures[0], test, pictures[1], config=config, out_dir=out_dir,
-                        device=device, n_draw=n_draw)
+    with stop_on_signal() as stopped:
+        results = run_seeds(data, pictures[0], test, pictures[1], config=config, out_dir=out_dir,
+                            device=device, n_draw=n_draw, stopped=stopped)
+    if results is None:
+        log.info('stopped; the same command goes on')
+        return 128 + stopped.number
     results = {'initial_weights': initial_weights(config),
                'test_rows_dropped': dropped, 'test_people_checked': source is not None, **results}
     write_json(out_dir / 'results.json', results)

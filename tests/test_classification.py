@@ -1,7 +1,9 @@
 """The grader: metrics, augmentation, soft labels, resuming, and the published commands."""
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -22,7 +24,6 @@ from classification.grader import (
     interpret,
     learning_rate,
     loss_function,
-    train_grader,
     training_targets,
 )
 from classification.main import main
@@ -32,6 +33,7 @@ from classification.metrics import (
     grading_metrics,
 )
 from classification.settings import CONFIG_DIR, Settings, load_config
+from classification.train import GraderTraining, train_grader
 from datasets.pictures import load_pictures
 from datasets.table import read_table
 from models.features.pretrained import load_feature_network
@@ -262,6 +264,27 @@ def test_resumed_training_equals_an_uninterrupted_one(tiny_net, tmp_path):
                                       whole.use(which).predict(images).outputs)
     with pytest.raises(UserError, match='other pictures, labels or settings'):
         train_grader(images, (grades + 1) % 5, checkpoint=checkpoint, **arguments)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_command_stops_in_good_order(study, tiny_net, monkeypatch, number):
+    flags = [*CLI, *PUBLISHED[1:], '--images_path', 'style_proj', '--epochs', '3']
+    main([*flags, '--out_dir', 'whole'])
+    epoch = GraderTraining.train_epoch
+
+    def interrupted(self):
+        if self.seed == 2 and len(self.history) == 1:
+            os.kill(os.getpid(), number)
+        return epoch(self)
+    with monkeypatch.context() as patch:
+        patch.setattr(GraderTraining, 'train_epoch', interrupted)
+        assert main([*flags, '--out_dir', 'stopped']) == 128 + number
+    saved = torch.load('stopped/seed_2/checkpoint.pt', weights_only=True)
+    assert len(saved['history']) == 2
+    assert main([*flags, '--out_dir', 'stopped']) == 0
+    whole, stopped = (json.loads((study / f / 'results.json').read_text())
+                      for f in ('whole', 'stopped'))
+    assert whole == stopped
 
 
 @pytest.mark.parametrize('damage', [False, True])

@@ -1,6 +1,8 @@
 """Membership attacks: metrics against scikit-learn, controls, the published commands."""
 import json
+import os
 import shutil
+import signal
 import tracemalloc
 
 import numpy as np
@@ -418,6 +420,29 @@ def test_an_ended_training_goes_on_exactly(tmp_path, monkeypatch, damage):
     MIA_train.main(ended)
     weights = [torch.load(tmp_path / out / 'centroid_ours_aptos_k2_3.pth', weights_only=True)['net']
                for out in ('whole', 'ended')]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_training_stops_in_good_order(tmp_path, monkeypatch, number):
+    study = make_study(tmp_path / 'train', n_groups=4)
+    whole, stopped = (train_flags(study, 'centroid_ours', tmp_path / out, '--epochs=3')
+                      for out in ('whole', 'stopped'))
+    MIA_train.main(whole)
+    epoch = PairAttack.train_epoch
+
+    def interrupted(self, *arguments):
+        if self.epoch == 1:
+            os.kill(os.getpid(), number)
+        return epoch(self, *arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(PairAttack, 'train_epoch', interrupted)
+        assert MIA_train.main(stopped) == 128 + number
+    states = sorted(p.name for p in (tmp_path / 'stopped/centroid_ours_aptos_k2').glob('state*'))
+    assert states == ['state_1.pt', 'state_2.pt']
+    assert MIA_train.main(stopped) == 0
+    weights = [torch.load(tmp_path / out / 'centroid_ours_aptos_k2_2.pth', weights_only=True)['net']
+               for out in ('whole', 'stopped')]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 

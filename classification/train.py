@@ -1,0 +1,227 @@
+"""The training of a grader on arrays of pictures: an epoch, a state, a result.
+
+Shapes: n pictures, S side, C grades.
+"""
+import dataclasses
+import hashlib
+import logging
+import math
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from classification.augment import augment
+from classification.grader import (
+    GraderResult,
+    build_grader,
+    channel_statistics,
+    forward,
+    interpret,
+    learning_rate,
+    loss_function,
+    metric_options,
+    training_targets,
+    unit_range,
+)
+from classification.metrics import grading_metrics
+from classification.settings import Settings
+from models.features.pretrained import weight_file
+from utils.errors import UserError
+from utils.io import load_weights, save_torch, sha256_file
+from utils.seeds import numpy_generator, torch_generator
+
+log = logging.getLogger(__name__)
+
+
+def _epoch_order(classes, settings, seed, epoch):
+    """Indices of one epoch's pictures in training order, several rounds of small sets."""
+    rng = numpy_generator(seed, 'epoch', epoch)
+    n = len(classes)
+    rounds = max(1, -(-settings.min_steps_per_epoch * settings.batch_size // n))
+    if settings.sampling == 'instance':
+        return np.concatenate([rng.permutation(n) for _ in range(rounds)])
+    _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
+    weight = 1 / counts[inverse]
+    return rng.choice(n, size=rounds * n, p=weight / weight.sum())
+
+
+def _fingerprint(images, targets, settings, seed, imagenet_weights):
+    """Changes with anything that shapes the training."""
+    weights = imagenet_weights and sha256_file(weight_file(imagenet_weights))
+    digest = hashlib.sha256(repr((dataclasses.astuple(settings), seed, len(images), weights)
+                                 ).encode())
+    digest.update(targets.numpy().tobytes())
+    for image in images:
+        digest.update(zlib.crc32(np.ascontiguousarray(image)).to_bytes(4, 'little'))
+    return digest.hexdigest()
+
+
+class GraderTraining:
+    """A grader in training. Everything random is a function of (seed, epoch).
+
+    images: uint8 [n, 3, S, S] with S = settings.image_size (numpy or CPU tensor). targets: grades
+    [n] (int) or shares [n, C] (soft labels, trained on as they are). val_images, val_labels:
+    pictures and grades the best epoch is chosen on (highest quadratic kappa, then lowest loss);
+    without them the last epoch is the best. history: one record per finished epoch.
+    UserError for too few pictures, an unfit weight file, and fp16 without a GPU.
+    """
+
+    def __init__(self, images: np.ndarray | Tensor, targets: np.ndarray,
+                 val_images: np.ndarray | None, val_labels: np.ndarray | None, *,
+                 settings: Settings, seed: int, device: torch.device,
+                 imagenet_weights: str | Path | None) -> None:
+        if len(images) < 2:
+            raise UserError(f'{len(images)} training pictures are too few to train a grader')
+        if tuple(images.shape[1:]) != (3, settings.image_size, settings.image_size):
+            raise ValueError(f'train_images {tuple(images.shape)}, want [n, 3, '
+                             f'{settings.image_size}, {settings.image_size}]')
+        if settings.precision == 'fp16' and device.type != 'cuda':
+            raise UserError('fp16 needs a GPU; use --precision bf16 or fp32')
+        self.images = images.numpy() if torch.is_tensor(images) else images
+        self.targets = training_targets(targets, settings)
+        classes = np.asarray(targets)
+        self.classes = classes.argmax(1) if classes.ndim == 2 else classes
+        self.validation = val_images, val_labels
+        self.settings, self.seed, self.device = settings, seed, device
+        mean, std = channel_statistics(self.images) if settings.mean is None else (
+            torch.tensor(settings.mean), torch.tensor(settings.std))
+        self.net = build_grader(settings, seed=seed, imagenet_weights=imagenet_weights)
+        self.net.to(device=device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), lr=settings.learning_rate, momentum=settings.momentum,
+            nesterov=settings.momentum > 0, weight_decay=settings.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == 'fp16')
+        self.grader = GraderResult(self.net, settings, mean.to(device), std.to(device),
+                                   device=device)
+        self.mark = _fingerprint(self.images, self.targets, settings, seed, imagenet_weights)
+        self.history: list[dict] = []
+        self.best: dict[str, Any] = {'epoch': None, 'rank': None, 'state': None}
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return len(self.history) >= self.settings.epochs
+
+    def train_epoch(self) -> dict:
+        """Trains and validates one epoch; its record. UserError when the training diverges."""
+        epoch, settings = len(self.history), self.settings
+        rate = learning_rate(epoch, settings)
+        for group in self.optimizer.param_groups:
+            group['lr'] = rate
+        record = {'epoch': epoch + 1, 'loss': self._pass(epoch), 'learning_rate': rate}
+        rank, last = None, epoch + 1 == settings.epochs
+        if self.validation[0] is not None and (
+                (epoch + 1) % settings.eval_interval == 0 or last):
+            raw = self.grader.raw_outputs(self.validation[0])
+            if not raw.isfinite().all():
+                raise _diverged(epoch)
+            record |= _validation_scores(raw, self.validation[1], settings)
+            rank = [record['kappa'], -record['val_loss']]
+        self.history.append(record)
+        better = rank is not None and (self.best['rank'] is None or rank > self.best['rank'])
+        if better or (self.validation[0] is None and last):
+            self.best = {'epoch': epoch + 1, 'rank': rank, 'state': _cpu_state(self.net)}
+        return record
+
+    def _pass(self, epoch: int) -> float:
+        """One pass over the pictures in full batches; the mean loss."""
+        order = _epoch_order(self.classes, self.settings, self.seed, epoch)
+        generator = torch_generator(self.seed, 'augment', epoch)
+        size = min(self.settings.batch_size, len(self.images))
+        total, n_steps = torch.zeros((), device=self.device), len(order) // size
+        self.net.train()
+        for step in range(n_steps):
+            pick = order[step * size:(step + 1) * size]
+            batch = augment(unit_range(self.images[pick], self.device), self.settings, generator)
+            raw = forward(self.net, batch, self.grader.mean, self.grader.std, self.settings)
+            loss = loss_function(raw, self.targets[pick].to(self.device), self.settings)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            total += loss.detach()
+        mean = float(total) / n_steps
+        if not math.isfinite(mean):
+            raise _diverged(epoch)
+        return mean
+
+    def state(self) -> dict:
+        """Everything needed to go on exactly where this epoch ended."""
+        return {'fingerprint': self.mark, 'net': _cpu_state(self.net),
+                'optimiser': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
+                'history': self.history, 'best': self.best}
+
+    def load_state(self, path: Path) -> None:
+        """Takes over a saved `state()`; UserError for that of another training."""
+        saved = load_weights(path, what='grader checkpoint', hint='Remove it to start again.')
+        if not isinstance(saved, dict) or saved.get('fingerprint') != self.mark:
+            raise UserError(f'{path} belongs to a training with other pictures, labels or '
+                            'settings; remove it or choose another output folder')
+        self.net.load_state_dict(saved['net'])
+        self.optimizer.load_state_dict(saved['optimiser'])
+        self.scaler.load_state_dict(saved['scaler'])
+        self.history, self.best = saved['history'], saved['best']
+
+    def result(self) -> GraderResult:
+        """The trained grader, which predicts with its best epoch."""
+        return GraderResult(self.net, self.settings, self.grader.mean, self.grader.std,
+                            device=self.device, history=self.history,
+                            best_epoch=self.best['epoch'], best_state=self.best['state'],
+                            final_state=_cpu_state(self.net)).use('best')
+
+
+def train_grader(train_images: np.ndarray | Tensor, train_targets: np.ndarray,
+                 val_images: np.ndarray | None = None, val_labels: np.ndarray | None = None, *,
+                 settings: Settings | None = None, seed: int = 0,
+                 device: torch.device | str = 'cpu', imagenet_weights: str | Path | None = None,
+                 checkpoint: Path | None = None, checkpoint_seconds: float = 30.0,
+                 on_epoch: Callable[[dict], None] | None = None,
+                 stopped: Callable[[], bool] = lambda: False) -> GraderResult | None:
+    """Trains a grader (see GraderTraining); None where it was stopped before its end.
+
+    settings: None takes the published ones. checkpoint: a file written after an epoch, at most
+    every checkpoint_seconds, and when the training is stopped; a run resumed from it ends as an
+    uninterrupted one. on_epoch: called with each history record. stopped: asked after every
+    epoch.
+    """
+    training = GraderTraining(train_images, train_targets, val_images, val_labels,
+                              settings=settings or Settings(), seed=seed,
+                              device=torch.device(device), imagenet_weights=imagenet_weights)
+    if checkpoint is not None and checkpoint.exists():
+        training.load_state(checkpoint)
+        log.info('resuming after epoch %d', len(training.history))
+    written = time.monotonic()
+    while not training.finished:
+        record = training.train_epoch()
+        halt = stopped()
+        if checkpoint is not None and (halt or time.monotonic() - written >= checkpoint_seconds):
+            save_torch(checkpoint, training.state())
+            written = time.monotonic()
+        if on_epoch is not None:
+            on_epoch(record)
+        if halt and not training.finished:
+            return None
+    return training.result()
+
+
+def _cpu_state(net):
+    return {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
+
+
+def _diverged(epoch):
+    return UserError(f'training diverged in epoch {epoch + 1}; lower learning_rate in the '
+                     'configuration')
+
+
+def _validation_scores(raw, labels, settings):
+    loss = loss_function(raw, training_targets(labels, settings), settings)
+    found = interpret(raw, settings)
+    values = grading_metrics(labels, found.grades, found.score, **metric_options(settings))
+    return {'val_loss': float(loss), **{name: values[name] for name in (
+        'kappa', 'accuracy', 'auc_referable')}}
