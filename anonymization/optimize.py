@@ -36,17 +36,20 @@ _FEATURE_BATCH = 8    # member photographs per pass through the style network
 AUTO = 'auto'
 # The peak rate of lr='auto', in standard deviations of the generator's latents.
 _AUTO_RATE = 0.025
+# What the published weights give with VGG19's layers at 256 px (docs/making.md).
+STYLE_RATIO = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizeConfig:
     """Settings of the optimisation; defaults are the paper's.
 
-    style_weight: 'auto' makes the style loss relative (criteria.gram_style) and gives it the
-    content loss's weight. lr: 'auto' takes 1/40 of the spread of the generator's latents.
-    style_mode: of criteria.gram_style; None takes 'best_match' (published) for the published
-    kinds of style network, and 'whole' for pretrained feature networks. style_strides: of the
-    latter's maps.
+    style_weight: 'auto' makes the style loss relative (criteria.gram_style) and sets its weight
+    so that the gradients of a group's first step, style against content, have the length ratio
+    style_ratio. lr: 'auto' takes 1/40 of the
+    spread of the generator's latents. style_mode: of criteria.gram_style; None takes 'best_match'
+    (published) for the published kinds of style network, and 'whole' for pretrained feature
+    networks. style_strides: of the latter's maps.
     """
 
     n_steps: int = 100
@@ -56,6 +59,7 @@ class OptimizeConfig:
     lr: float | str = 0.1
     style_mode: str | None = None
     style_strides: tuple[int, ...] = STRIDES
+    style_ratio: float = STYLE_RATIO
 
 
 class Group(NamedTuple):
@@ -189,16 +193,27 @@ class GroupOptimizer:
         return (content_loss(features, targets.content), self.style.loss(maps, targets.style),
                 image)
 
-    def _weights_and_rate(self) -> tuple[float, float, float]:
-        """(content weight, style weight, peak learning rate), 'auto' resolved."""
+    def peak_rate(self) -> float:
+        """The peak learning rate of the latents, 'auto' resolved."""
+        if self.config.lr == AUTO:
+            return _AUTO_RATE * latent_spread(self.psp.decoder)
+        return self.config.lr
+
+    def style_weights(self, start: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """The weight of each group's style loss, [G], for latents `start` [G, L, D].
+
+        'auto': the style gradient of the latents is style_ratio of the content gradient there.
+        """
         cfg = self.config
-        style = cfg.style_weight
-        if style == AUTO:
-            style = cfg.content_weight or 1.0
-        rate = cfg.lr
-        if rate == AUTO:
-            rate = _AUTO_RATE * latent_spread(self.psp.decoder)
-        return cfg.content_weight, style, rate
+        if cfg.style_weight != AUTO or self.style is None or not cfg.content_weight:
+            weight = 1.0 if cfg.style_weight == AUTO else cfg.style_weight
+            return torch.full((len(start),), weight, device=self.device)
+        norms = []
+        for part in (0, 1):
+            ws = start.clone().requires_grad_(True)
+            gradient, = torch.autograd.grad(self.losses(ws, targets)[part].sum(), ws)
+            norms.append(gradient.flatten(1).norm(dim=1))
+        return cfg.content_weight * cfg.style_ratio * norms[0] / norms[1].clamp_min(1e-12)
 
     def run(self, groups, *, on_step=None):
         """Optimises a list of Group together; returns a Result on the CPU.
@@ -211,14 +226,14 @@ class GroupOptimizer:
             targets = self.targets(groups)
             start = torch.stack([g.mean(g.ws.to(self.device)) for g in groups])
             ws = start.clone().requires_grad_(True)
-            content_weight, style_weight, rate = self._weights_and_rate()
+            rate, style_weights = self.peak_rate(), self.style_weights(start, targets)
             adam = torch.optim.Adam([ws], lr=rate, betas=(0.9, 0.999), eps=1e-8)
             history = torch.empty(cfg.n_steps, len(groups), 2, device=self.device)
             centroid = None
             for step in range(cfg.n_steps):
                 adam.param_groups[0]['lr'] = learning_rate(step, cfg.n_steps, rate)
                 content, style, image = self.losses(ws, targets)
-                total = content_weight * content + style_weight * style
+                total = cfg.content_weight * content + style_weights * style
                 ws.grad, = torch.autograd.grad(total.sum(), ws)
                 adam.step()
                 history[step, :, 0], history[step, :, 1] = content.detach(), style.detach()

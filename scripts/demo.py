@@ -18,7 +18,6 @@ from utils import cli
 from utils.errors import UserError
 
 WEIGHTS = ROOT / 'pretrained_models' / 'demo'
-STYLE_WEIGHT, LR = 3e-2, 0.02    # for these weights; see the model card
 
 
 def build_parser():
@@ -29,7 +28,7 @@ def build_parser():
                    help='patients to draw, two eyes each')
     p.add_argument('--same_k', type=cli.positive_int, default=5, metavar='K',
                    help='fewest distinct patients in a group')
-    p.add_argument('--num_steps', type=cli.nonnegative_int, default=100, metavar='STEPS',
+    p.add_argument('--num_steps', type=cli.nonnegative_int, default=60, metavar='STEPS',
                    help='optimisation steps per group')
     return cli.add_common(p)
 
@@ -53,8 +52,8 @@ def main(argv=None):
         call('make_phantoms', f'--out_dir={data}', f'--n_patients={opts.n_patients}', '--size=64',
              f'--seed={opts.seed + 2}')
     call('k-SALSA', f'--exp_dir={run}', f'--checkpoint_path={WEIGHTS / "restyle.pt"}',
-         f'--content_weights={WEIGHTS / "content_encoder.pt"}', '--style_weights=filters',
-         f'--style_weight={STYLE_WEIGHT}', f'--lr={LR}', f'--data_path={data / "images"}',
+         '--content_weights=lite0', '--style_weights=lite0', '--style_weight=auto', '--lr=auto',
+         f'--data_path={data / "images"}',
          f'--df={data / "labels.csv"}', '--data=phantoms', f'--same_k={opts.same_k}',
          f'--num_steps={opts.num_steps}', f'--device={opts.device}', f'--seed={opts.seed}',
          '--centroids')

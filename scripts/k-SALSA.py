@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from anonymization.audit import audit_release, plot_distances, report_dict, report_text
 from anonymization.grouping import METHODS, POLICIES, SURPLUS
-from anonymization.optimize import PRECISIONS, OptimizeConfig, style_term
+from anonymization.optimize import PRECISIONS, STYLE_RATIO, OptimizeConfig, style_term
 from anonymization.photographs import hash_files
 from anonymization.pipeline import Pipeline
 from anonymization.release import MANIFEST
@@ -98,9 +98,11 @@ def build_parser():
                    help='weight of the content loss')
     g.add_argument('--style_weight', type=cli.auto_or(cli.nonnegative_float), default=1e-6,
                    metavar='FLOAT|auto',
-                   help='weight of the style loss; 0 needs no style network; auto: the loss is '
-                        'divided by the squared norm of its target, and weighs as much as the '
-                        'content loss')
+                   help='weight of the style loss; 0 needs no style network; auto: as '
+                        '--style_ratio says')
+    g.add_argument('--style_ratio', type=cli.positive_float, default=STYLE_RATIO,
+                   metavar='FLOAT', help='with --style_weight=auto: length of the style gradient '
+                                         'over that of the content gradient, in the first step')
     g.add_argument('--lr', type=cli.auto_or(cli.positive_float), default=0.1,
                    metavar='FLOAT|auto',
                    help='peak learning rate of the latents; auto: 1/40 of the standard deviation '
@@ -264,7 +266,7 @@ def network_facts(net, file):
 def optimize_config(opts):
     return OptimizeConfig(n_steps=opts.num_steps, n_crop=opts.num_crop,
                           content_weight=opts.content_weight, style_weight=opts.style_weight,
-                          lr=opts.lr, style_mode=opts.style_mode,
+                          lr=opts.lr, style_mode=opts.style_mode, style_ratio=opts.style_ratio,
                           style_strides=tuple(opts.style_strides))
 
 

@@ -3,12 +3,12 @@ import pytest
 import torch
 from test_optimize import small_engine
 
-from anonymization.optimize import Group, GroupOptimizer, OptimizeConfig
+from anonymization.optimize import Group, GroupOptimizer, OptimizeConfig, learning_rate
 from criteria.gram_style import StyleTerm
 from criteria.local_style import local_style_loss, patch_grams
 from models.encoders import build_encoder
 from models.features.pretrained import load_feature_network
-from models.features.style import FilterBank
+from models.features.style import FilterBank, VGGStyle
 from models.psp import PSP
 from models.stylegan2 import Generator
 from models.stylegan2.sampling import latent_spread
@@ -137,6 +137,36 @@ def test_automatic_weight_and_rate_lower_the_loss(lite0):
 
 def test_automatic_rate_is_in_units_of_the_latents(lite0):
     made = engine(lite0, lite0)
-    before = made._weights_and_rate()[2]
-    assert before == pytest.approx(latent_spread(made.psp.decoder) / 40)
-    assert small_engine()._weights_and_rate() == (1e2, 1e-2, 0.1)
+    assert made.peak_rate() == pytest.approx(latent_spread(made.psp.decoder) / 40)
+    assert small_engine().peak_rate() == 0.1
+
+
+def he_vgg():
+    """VGG19's layers with random weights of the usual size."""
+    torch.manual_seed(0)
+    net = VGGStyle()
+    for layer in (net.features_0, net.features_2):
+        torch.nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
+        torch.nn.init.zeros_(layer.bias)
+    return net
+
+
+@pytest.mark.parametrize('side', [64, 128])
+@pytest.mark.parametrize('network', ['lite0', 'filters', 'vgg'])
+def test_automatic_weight_keeps_the_published_ratio(lite0, network, side):
+    """Style against content gradient over the first steps: 0.05, within a factor of 3."""
+    style = {'lite0': lambda: lite0, 'filters': FilterBank, 'vgg': he_vgg}[network]()
+    made = engine(lite0, style, side)
+    group = group_for(made)
+    targets = made.targets([group])
+    ws = group.ws.mean(0, keepdim=True)
+    weight = made.style_weights(ws, targets)
+    for step in range(4):
+        gradients = []
+        for part in (0, 1):
+            leaf = ws.clone().requires_grad_(True)
+            gradients += torch.autograd.grad(made.losses(leaf, targets)[part].sum(), leaf)
+        content, style = 1e2 * gradients[0], weight * gradients[1]
+        assert 0.05 / 3 < style.norm() / content.norm() < 0.05 * 3
+        # Adam's first steps, in the schedule of a run of 60.
+        ws = ws - learning_rate(step, 60, made.peak_rate()) * (content + style).sign()

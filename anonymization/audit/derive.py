@@ -36,6 +36,7 @@ _N_GRADES = 5
 _SETTINGS = {'n_iters': 'n_iters_per_batch', 'n_steps': 'num_steps', 'n_crop': 'num_crop',
              'content_weight': 'content_weight', 'style_weight': 'style_weight', 'lr': 'lr',
              'style_mode': 'style_mode', 'style_strides': 'style_strides',
+             'style_ratio': 'style_ratio',
              'precision': 'precision', 'mirror_left': 'mirror_left'}
 _STRATA = {'eye': 'eyes', 'label': 'labels', 'visit': 'visits', 'split': 'splits'}
 
@@ -334,8 +335,10 @@ def check_networks(run: Run, found: Findings) -> None:
     """The networks named in the manifest are the weight files of the run record."""
     inputs, networks = run.record['inputs'], run.facts['networks']
     style = inputs.get('style network')
+    if style is None:    # no file: the built-in filters, or none where the loss is off
+        style = 'filters' if run.options['style_weights'] == 'filters' else 'none'
     wanted = {'generator and encoder': inputs.get('checkpoint'),
-              'content': inputs.get('content network'), 'style': style or 'filters'}
+              'content': inputs.get('content network'), 'style': style}
     if not isinstance(networks, dict) or list(networks) != list(wanted) or any(
             str(networks[role]).split(' ')[-1] != value for role, value in wanted.items()):
         found.add('networks are not the weight files of the run record')

@@ -1,0 +1,314 @@
+"""What a release tells a grader, and what it tells an attacker: losses side by side on phantoms.
+
+    python benchmarks/frontier.py --out_dir=runs/frontier
+
+Draws phantoms, inverts and groups those of the members once, and makes the groups' pictures with
+every row's losses. A row says how a probe (lite1) that was trained on other people's photographs
+reads the groups' shares of referable disease, what the projection attack finds out on the maker's
+own features and on lite1 (membership of people by one photograph each, own group at rank 1), and
+how much power the pictures have at high frequencies. Rows are kept in --out_dir; the same command
+goes on where it stopped. frontier.md and sheet.png (members, then the rows) are written anew.
+"""
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import dataclasses
+import json
+import logging
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+
+from anonymization.grouping import assign_groups
+from anonymization.optimize import PRECISIONS, Group, GroupOptimizer, OptimizeConfig
+from benchmarks.machine import describe
+from datasets.phantoms.dataset import make_dataset
+from datasets.table import Table, read_table
+from evaluation.attacks.projection import attack_features, projection_attack
+from evaluation.probe import Probe, fit_probe, read_release
+from evaluation.spectra import high_frequency_ratio
+from models.features.pretrained import load_feature_network
+from models.psp import PSP, FrozenPSP, invert, load_psp
+from utils.cli import add_common, parser, positive_int, resolve_device, run
+from utils.errors import UserError
+from utils.images import from_uint8, grid, load_rgb, save_png, to_uint8
+from utils.io import atomic_path, write_json, write_text
+from utils.logs import setup_logging
+from utils.seeds import numpy_generator
+
+log = logging.getLogger(__name__)
+
+MAKER, JUDGE = 'lite0', 'lite1'
+REFERABLE = 2
+_BATCH = 10
+_SHEET_GROUPS = 8
+AUTO = {'style_weight': 'auto', 'lr': 'auto', 'content_weight': 1.0}
+CONTENT_ONLY = {**AUTO, 'style_weight': 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: the size of the groups and the settings; none are baselines."""
+
+    k: int = 5
+    settings: dict | None = None
+
+
+STRONG = {**AUTO, 'n_steps': 40, 'style_ratio': 3.0}    # both losses of about equal size
+ROWS = {
+    'pixel average': Row(),
+    'centroid': Row(settings={**AUTO, 'n_steps': 0}),
+    'content only, 40 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 40}),
+    'content only, 60 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 60}),
+    'content only, 100 steps': Row(settings=CONTENT_ONLY),
+    'whole picture, 60 steps (default)': Row(settings={**AUTO, 'n_steps': 60}),
+    'whole picture, ratio 3, 40 steps': Row(settings=STRONG),
+    'whole picture, ratio 3, 100 steps': Row(settings={**STRONG, 'n_steps': 100}),
+    'whole picture, ratio 3, stride 8, 40 steps': Row(settings={**STRONG, 'style_strides': (8,)}),
+    '4 x 4 patches at one place, ratio 3, 40 steps': Row(
+        settings={**STRONG, 'style_mode': 'same_place'}),
+    '4 x 4 patches, best match, ratio 3, 40 steps': Row(
+        settings={**STRONG, 'style_mode': 'best_match'}),
+    'content only, 100 steps, k = 10': Row(10, CONTENT_ONLY),
+    'whole picture, 100 steps, k = 10': Row(10, AUTO),
+}
+
+
+def build_parser():
+    lines = __doc__.splitlines()
+    p = parser(lines[0], epilog='\n'.join(lines[1:]))
+    p.add_argument('--out_dir', type=Path, required=True, metavar='DIR', help='results and caches')
+    p.add_argument('--checkpoint', type=Path, default=ROOT / 'pretrained_models/demo/restyle.pt',
+                   metavar='FILE', help='ReStyle-pSp checkpoint')
+    p.add_argument('--n_patients', type=positive_int, default=500, metavar='N',
+                   help='members, two photographs each; as many others are drawn')
+    p.add_argument('--n_groups', type=positive_int, metavar='N',
+                   help='make the pictures of N groups drawn by chance (default: of all)')
+    p.add_argument('--rows', nargs='+', choices=sorted(ROWS), metavar='NAME',
+                   help='rows to compute (default: all)')
+    p.add_argument('--run', type=Path, metavar='DIR',
+                   help='measure this finished run of scripts/k-SALSA.py on phantoms instead')
+    p.add_argument('--precision', choices=PRECISIONS, default='bf16', help='of the optimisation')
+    return add_common(p)
+
+
+@dataclasses.dataclass
+class Photographs:
+    """Photographs uint8 [n, 3, S, S] with grades, people, and attack features by network."""
+
+    pictures: np.ndarray
+    grades: np.ndarray
+    people: np.ndarray
+    features: dict[str, dict[str, np.ndarray]]
+
+
+def photographs(opts, role: str, seed: int, side: int, device: torch.device) -> Photographs:
+    """Draws people and computes their features, once."""
+    folder = opts.out_dir / role
+    if not (folder / 'labels.csv').exists():
+        make_dataset(folder, n_patients=opts.n_patients, size=side, seed=seed)
+    table = read_table(folder / 'labels.csv', require_label=True)
+    return described(table, {n: opts.out_dir / f'{role}_{n}.npz' for n in (MAKER, JUDGE)}, device)
+
+
+def pictures_of(paths: list[Path]) -> np.ndarray:
+    """uint8 [n, 3, S, S]."""
+    return np.stack([np.asarray(load_rgb(p)).transpose(2, 0, 1) for p in paths])
+
+
+def described(table: Table, files: dict[str, Path], device: torch.device) -> Photographs:
+    """The photographs of a table with their features, which are kept in `files` by network."""
+    pictures, features = pictures_of(table.paths), {}
+    for name, path in files.items():
+        if not path.exists():
+            found = attack_features(load_feature_network(name).to(device), pictures)
+            with atomic_path(path) as temp, open(temp, 'wb') as file:
+                np.savez(file, **found)
+        with np.load(path) as data:
+            features[name] = dict(data)
+    return Photographs(pictures, table.labels, np.array(table.patients), features)
+
+
+def finished_run(folder: Path, cache: Path, device: torch.device
+                 ) -> tuple[Photographs, list[np.ndarray], np.ndarray]:
+    """Members, rows of each group, and pictures of a run of the main job."""
+    options = json.loads((folder / 'private/options.json').read_text(encoding='utf-8'))['options']
+    table = read_table(Path(options['df']), Path(options['data_path']), require_label=True)
+    frame = pd.read_csv(folder / 'private/groups.csv', dtype={'id_code': str})
+    if list(frame.id_code) != table.ids:
+        raise UserError(f'--run {folder}: its group table is not of {options["df"]}')
+    names = sorted(p.stem for p in (folder / 'release/images').iterdir())
+    groups = [np.flatnonzero(frame.release_name == name) for name in names]
+    members = described(table, {n: cache / f'run_{n}.npz' for n in (MAKER, JUDGE)}, device)
+    return members, groups, pictures_of([folder / f'release/images/{n}.png' for n in names])
+
+
+def latents(opts, members: Photographs, psp: PSP, device: torch.device) -> torch.Tensor:
+    """Latents [n, L, D] of the members, found once."""
+    path = opts.out_dir / 'latents.npy'
+    if not path.exists():
+        frozen = FrozenPSP(psp.to(device))
+        found = [invert(frozen, from_uint8(part).to(device)).ws.cpu()
+                 for part in torch.from_numpy(members.pictures).split(_BATCH)]
+        with atomic_path(path) as temp, open(temp, 'wb') as file:
+            np.save(file, torch.cat(found).numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def groups_of(k: int, members: Photographs, ws: torch.Tensor, n_groups: int | None, seed: int,
+              device: torch.device) -> list[np.ndarray]:
+    """Member rows of each group, as the main job groups them; n_groups of them by chance."""
+    _, people = np.unique(members.people, return_inverse=True)
+    labels = np.asarray(assign_groups(ws.numpy().reshape(len(ws), -1), k, patients=list(people),
+                                      seed=seed, device=device).labels)
+    found = [np.flatnonzero(labels == c) for c in range(1, labels.max() + 1)]
+    order = numpy_generator(seed, 'groups', k).permutation(len(found))
+    return [found[i] for i in order[:n_groups]]
+
+
+def release(row: Row, groups: list[np.ndarray], members: Photographs, ws: torch.Tensor, psp: PSP,
+            opts, device: torch.device) -> np.ndarray:
+    """The groups' pictures, uint8 [G, 3, S, S]."""
+    if row.settings is None:
+        return np.stack([np.rint(members.pictures[g].mean(0)).astype(np.uint8) for g in groups])
+    net = load_feature_network(MAKER)
+    engine = GroupOptimizer(psp, net, net, config=OptimizeConfig(**row.settings), device=device,
+                            precision=opts.precision)
+    pooled = torch.from_numpy(members.features[MAKER]['pooled'])
+    made = []
+    for start in range(0, len(groups), _BATCH):
+        batch = [Group(ws[g], torch.from_numpy(members.pictures[g]), pooled[g])
+                 for g in groups[start:start + _BATCH]]
+        made.append(to_uint8(engine.psp.pool(engine.run(batch).image)))
+    return torch.cat(made).numpy()
+
+
+def one_each(people: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One of the rows of every person, by chance."""
+    rows = rng.permutation(rows)
+    return rows[np.unique(people[rows], return_index=True)[1]]
+
+
+def measure(pictures: np.ndarray, groups: list[np.ndarray], members: Photographs,
+            others: Photographs, probe: Probe, seed: int, device: torch.device) -> dict:
+    """The columns of the table for one release."""
+    share = np.array([(members.grades[g] >= REFERABLE).mean() for g in groups])
+    rng = numpy_generator(seed, 'candidates')
+    own = np.full(len(members.people), -1)
+    for i, g in enumerate(groups):
+        own[g] = i
+    inside = one_each(members.people, np.flatnonzero(own >= 0), rng)
+    reference = one_each(others.people, np.flatnonzero(is_reference(others)), rng)
+    outside = one_each(others.people, np.flatnonzero(~is_reference(others)), rng)
+    found = {'n_groups': len(groups), 'high_frequencies':
+             high_frequency_ratio(members.pictures, pictures, people=list(members.people))}
+    for name in (MAKER, JUDGE):
+        ours = attack_features(load_feature_network(name).to(device), pictures)
+
+        def part(whose: Photographs, rows: np.ndarray, name: str = name) -> dict:
+            return {kind: values[rows] for kind, values in whose.features[name].items()}
+        attacked = projection_attack(
+            part(members, inside), part(others, outside), ours, part(others, reference),
+            member_people=list(members.people[inside]), other_people=list(others.people[outside]),
+            group_of=own[inside])
+        found[name] = {'auc': attacked.auc, 'reading': str(attacked.reading),
+                       'rank_1': attacked.ranks['rank_1'], 'rank_5': attacked.ranks['rank_5']}
+        if name == JUDGE:
+            found['reading'] = read_release(probe.score(ours['pooled']), share)._asdict()
+    return found
+
+
+def is_reference(others: Photographs) -> np.ndarray:
+    """Which rows show the first half of the people: reference of the attack, and the probe's."""
+    people = list(dict.fromkeys(others.people))
+    return np.isin(others.people, people[:len(people) // 2])
+
+
+def judge(others: Photographs) -> Probe:
+    """A ridge probe of the judging network, trained on photographs of the reference people."""
+    rows = is_reference(others)
+    grades = np.eye(5)[others.grades[rows]]
+    return fit_probe(others.features[JUDGE]['pooled'][rows], grades,
+                     people=list(others.people[rows]), kind='ridge')
+
+
+def markdown(results: dict[str, dict]) -> str:
+    """The table of all rows."""
+    lines = ['| release | k | groups | correlation of a photograph-trained probe with the shares '
+             '| membership, lite0 | membership, lite1 | own group rank 1 | high frequencies '
+             '| seconds a group |', '|---|---|---|---|---|---|---|---|---|']
+    for name, r in results.items():
+        c = r['reading']['correlation']
+        lines.append(f'| {name} | {r["k"]} | {r["n_groups"]} | {c["value"]:.2f} ({c["low"]:.2f} to '
+                     f'{c["high"]:.2f}) | {r[MAKER]["auc"]:.2f} | {r[JUDGE]["auc"]:.2f} | '
+                     f'{r[MAKER]["rank_1"]:.2f} | {r["high_frequencies"]["value"]:.2f} | '
+                     f'{r["seconds"]:.1f} |')
+    return '\n'.join(lines) + '\n'
+
+
+def write_sheet(opts, results: dict[str, dict], members: Photographs,
+                groups: list[np.ndarray]) -> None:
+    """Eight groups of k = 5: members, then every row's picture."""
+    rows = [name for name in results if ROWS[name].k == 5]
+    pictures = [np.load(opts.out_dir / f'{slug(name)}.npy') for name in rows]
+    cells = [torch.from_numpy(c) for i, g in enumerate(groups[:_SHEET_GROUPS])
+             for c in [*members.pictures[g[:5]], *(p[i] for p in pictures)]]
+    save_png(grid(from_uint8(torch.stack(cells)), 5 + len(rows)), opts.out_dir / 'sheet.png')
+
+
+def slug(name: str) -> str:
+    return ''.join(c if c.isalnum() else '_' for c in name)
+
+
+def main(argv=None):
+    opts = build_parser().parse_args(argv)
+    setup_logging()
+    device = resolve_device(opts.device)
+    psp = load_psp(opts.checkpoint).eval()
+    if psp.input_size < 64:
+        raise UserError(f'--checkpoint: an encoder of {psp.input_size} px; at least 64 are needed')
+    opts.out_dir.mkdir(parents=True, exist_ok=True)
+    # Seed 1 drew the photographs that the embedded weights were trained on, 2 those of the demo.
+    others = photographs(opts, 'others', opts.seed + 202, psp.input_size, device)
+    probe = judge(others)
+    if opts.run is not None:
+        members, groups, pictures = finished_run(opts.run, opts.out_dir, device)
+        found = measure(pictures, groups, members, others, probe, opts.seed, device)
+        print(json.dumps(found, indent=2))
+        return 0
+    members = photographs(opts, 'members', opts.seed + 101, psp.input_size, device)
+    compare(opts, members, others, probe, psp, device)
+    return 0
+
+
+def compare(opts, members: Photographs, others: Photographs, probe: Probe, psp: PSP,
+            device: torch.device) -> None:
+    """Computes the rows that are missing, and writes table and sheet."""
+    ws, results, groups = latents(opts, members, psp, device), {}, {}
+    for name, row in ROWS.items():
+        path = opts.out_dir / f'{slug(name)}.json'
+        if row.k not in groups:
+            groups[row.k] = groups_of(row.k, members, ws, opts.n_groups, opts.seed, device)
+        if (opts.rows is None or name in opts.rows) and not path.exists():
+            begin = time.process_time()
+            pictures = release(row, groups[row.k], members, ws, psp, opts, device)
+            seconds = (time.process_time() - begin) / len(groups[row.k])
+            with atomic_path(path.with_suffix('.npy')) as temp, open(temp, 'wb') as file:
+                np.save(file, pictures)
+            write_json(path, {'k': row.k, 'seconds': seconds, **measure(
+                pictures, groups[row.k], members, others, probe, opts.seed, device)})
+        if path.exists():
+            results[name] = json.loads(path.read_text(encoding='utf-8'))
+            log.info('\n%s', markdown({name: results[name]}).splitlines()[-1])
+    write_text(opts.out_dir / 'frontier.md', markdown(results))
+    write_sheet(opts, results, members, groups[5])
+    print(f'{describe(device)}\n\n{markdown(results)}')
+
+
+if __name__ == '__main__':
+    run(main)
