@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from anonymization.grouping import assign_groups, check_groups
+from anonymization.grouping import assign_groups
 from anonymization.optimize import (
     ACTIVATIONS,
     Group,
@@ -33,6 +33,7 @@ from anonymization.optimize import (
     matmul_precision,
 )
 from anonymization.photographs import Photographs, copies
+from anonymization.promises import check_groups
 from anonymization.records import (
     GroupResult,
     pixel_digest,

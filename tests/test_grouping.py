@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist, squareform
 
-from anonymization.grouping import assign_groups, check_groups, squared_errors
+from anonymization.grouping import assign_groups, squared_errors
+from anonymization.promises import check_groups
 from utils.errors import PrivacyError, UserError
 
 METHODS = ('default', 'published', 'mdav')
@@ -276,7 +277,7 @@ def test_kmeans_constrained_declines_patients():
 
 
 def test_blocks_and_cells(monkeypatch):
-    monkeypatch.setattr('anonymization.grouping.CELL', 100)
+    monkeypatch.setattr('anonymization.grouping.greedy.CELL', 100)
     patients = np.arange(640) // 2
     x = normal(640, 8)
     found = assign_groups(x, 5, patients=patients, block=16)

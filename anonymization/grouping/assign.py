@@ -1,0 +1,137 @@
+"""The one entry: checks the input, groups stratum by stratum, checks the promises."""
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from anonymization.grouping.features import as_matrix, load_features, row_hashes, squared_errors
+from anonymization.grouping.methods import METHODS, Effort, solve
+from anonymization.grouping.units import POLICIES, SURPLUS, as_ids, make_units, placeable, strata_of
+from anonymization.promises import check_groups
+from utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Grouping:
+    """The outcome of `assign_groups`.
+
+    labels: int64 [n], 1..C, 0 = suppressed. suppressed: [(row, reason)]. sse: sum over images of
+    the squared Euclidean distance to their group's mean, in the features as given, suppressed
+    images left out. info: n_groups, sizes {images per group: groups}, patients_per_group
+    {distinct patients: groups}, sst, sse_ratio, policy, seed, strata, reduction.
+    """
+    labels: np.ndarray
+    suppressed: list[tuple[int, str]]
+    method: str
+    sse: float
+    info: dict = field(default_factory=dict)
+
+
+def assign_groups(features: np.ndarray | torch.Tensor, k: int, *,
+                  patients: Sequence[Any] | None = None, strata: Sequence[Any] | None = None,
+                  method: str = 'default', policy: str = 'distinct', seed: int = 0,
+                  surplus: str = 'error', reduce: int | str | None = 'auto', rounds: int = 300,
+                  block: int = 320, restarts: int | None = None, tolerance: float = 1e-4,
+                  device: torch.device | str = 'cpu') -> Grouping:
+    """Groups `n` images so that every group holds at least `k` distinct patients.
+
+    features: [n, d] floating array, np.memmap or tensor; larger shapes are flattened to [n, d].
+    patients: n ids (None: every image is its own patient). strata: n values that groups never
+    cross; strata with fewer than k patients are suppressed and listed.
+    policy: 'distinct' (no patient twice in a group) or 'together' (all images of a patient in
+    one group). surplus: what happens to a patient with more images than there are groups under
+    'distinct': 'error', or 'suppress' the images that fit nowhere.
+    reduce: None (exact), a number of principal directions, or 'auto' (256 above 1 GiB).
+    rounds, block, restarts: effort of the default method: refinement rounds, groups per
+    assignment problem, and starts (None: several below 2000 units); refinement ends early when
+    many rounds together lower the error by less than the share `tolerance`.
+    The result depends on the features, ids and seed, not on the order of the rows; only exact
+    ties of the method 'published' go to the lowest row, as in the paper's code.
+    Raises UserError for input that cannot be grouped, PrivacyError if a promise were broken.
+    """
+    n, k = len(features), int(k)
+    _check_options(k, method, policy, surplus, reduce, rounds, block, restarts)
+    patients = as_ids(patients, n, 'patient')
+    strata = as_ids(strata, n, 'stratum')
+    _check_homes(patients, strata, policy)
+    features = as_matrix(features)
+    hashes = row_hashes(features)
+    x, reduction = load_features(features, hashes, reduce, seed, device)
+
+    labels = np.zeros(n, np.int64)
+    suppressed, strata_info, count = [], [], 0
+    for name, rows in strata_of(strata, n):
+        people = patients[rows] if patients is not None else None
+        keep, dropped, reason = placeable(rows, people, hashes, k, policy, surplus, name)
+        suppressed += [(int(row), reason) for row in dropped]
+        groups = 0
+        if len(keep):
+            units = make_units(x, keep, patients, hashes, policy, method, device)
+            assignment = solve(units, k, method, seed, Effort(rounds, block, restarts, tolerance))
+            for unit_rows, group in zip(units.rows, assignment):
+                labels[unit_rows] = count + 1 + group
+            groups = int(assignment.max()) + 1
+            count += groups
+        strata_info.append({'stratum': name, 'images': len(rows), 'suppressed': len(dropped),
+                            'groups': groups})
+    if count == 0:
+        raise UserError(f'no stratum has the {k} distinct patients that one group needs; lower '
+                        '--same_k or use coarser strata')
+    check_groups(labels, k, patients=patients, strata=strata, policy=policy)
+    sse, sst = squared_errors(features, labels)
+    info = _describe(labels, patients, k)
+    info.update(sst=sst, sse_ratio=sse / sst if sst else 0.0, policy=policy, seed=seed,
+                reduction=reduction)
+    if strata is not None:
+        info['strata'] = strata_info
+    if suppressed:
+        log.warning('%d of %d images suppressed, because no group may hold them',
+                    len(suppressed), n)
+    return Grouping(labels, sorted(suppressed), method, sse, info)
+
+
+def _check_homes(patients, strata, policy):
+    if policy == 'together' and patients is not None and strata is not None:
+        homes = Counter(patient for patient, _ in set(zip(patients, strata)))
+        torn = sum(count > 1 for count in homes.values())
+        if torn:
+            raise UserError(f"the images of {torn} patients lie in several strata, so that the "
+                            "policy 'together' cannot keep them in one group; use 'distinct' or "
+                            'strata that do not divide a patient')
+
+
+def _check_options(k, method, policy, surplus, reduce, rounds, block, restarts):
+    if k < 2:
+        raise UserError(f'k must be at least 2, got {k}: a group of one hides nobody')
+    if method not in METHODS:
+        raise UserError(f'unknown clustering {method!r}; choose from {", ".join(METHODS)}')
+    if policy not in POLICIES:
+        raise UserError(f'unknown patient policy {policy!r}; choose from {", ".join(POLICIES)}')
+    if surplus not in SURPLUS:
+        raise UserError(f'surplus must be one of {SURPLUS}, got {surplus!r}')
+    if not (reduce in (None, 'auto') or (isinstance(reduce, int) and reduce > 0)):
+        raise UserError(f"reduce must be None, 'auto' or a positive number, got {reduce!r}")
+    if rounds < 0:
+        raise UserError(f'rounds must not be negative, got {rounds}')
+    if block < 2 or (restarts is not None and restarts < 1):
+        raise UserError(f'block must be at least 2 and restarts at least 1, got {block} and '
+                        f'{restarts}')
+
+
+def _describe(labels, patients, k):
+    """Sizes of the groups, in images and in distinct patients."""
+    sizes = np.bincount(labels)[1:]
+    people = sizes
+    if patients is not None:
+        pairs = {(label, person) for label, person in zip(labels.tolist(), patients) if label}
+        people = np.bincount([label for label, _ in pairs])[1:]
+    return {'n_groups': len(sizes), 'k': k,
+            'sizes': {int(size): int(c) for size, c in zip(*np.unique(sizes, return_counts=True))},
+            'patients_per_group': {int(size): int(c) for size, c
+                                   in zip(*np.unique(people, return_counts=True))}}

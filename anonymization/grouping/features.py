@@ -1,0 +1,136 @@
+"""Features [n, d] on disk or in memory: order, reduction, squared errors."""
+import hashlib
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.errors import UserError
+from utils.logs import progress
+from utils.seeds import torch_generator
+
+log = logging.getLogger(__name__)
+
+AUTO_REDUCE_ELEMENTS = 2 ** 28    # features above 1 GiB of float32 are reduced by 'auto'
+AUTO_REDUCE_DIMS = 256
+
+
+def as_matrix(features: np.ndarray | torch.Tensor) -> np.ndarray:
+    """[n, d] numpy view of the features, without reading a memory-mapped file."""
+    if isinstance(features, torch.Tensor):
+        features = features.detach().cpu().numpy()
+    if not isinstance(features, np.ndarray):
+        features = np.asarray(features)
+    if features.ndim < 2 or 0 in features.shape:
+        raise UserError(f'features must be [n, d] with n, d > 0, got shape {features.shape}')
+    if features.dtype.kind not in 'fiu':
+        raise UserError(f'features must be real numbers, got {features.dtype}')
+    return features.reshape(len(features), -1)
+
+
+def block_rows(features: np.ndarray, itemsize: int) -> int:
+    """Rows per block of about 64 MiB."""
+    return max(1, 2 ** 26 // (features.shape[1] * itemsize))
+
+
+def row_hashes(features: np.ndarray) -> np.ndarray:
+    """[n] array of 16-byte digests: a canonical order that does not depend on the row order."""
+    digests = np.empty(len(features), dtype='S32')
+    bad = []
+    step = block_rows(features, 4)
+    for start in progress(range(0, len(features), step), desc='reading features'):
+        block = np.ascontiguousarray(features[start:start + step])
+        bad += (start + np.flatnonzero(~np.isfinite(block).all(1))).tolist()
+        for i, row in enumerate(block):
+            digests[start + i] = hashlib.blake2b(row, digest_size=16).hexdigest()
+    if bad:
+        raise UserError(f'features of {len(bad)} images are not finite, first rows {bad[:5]} '
+                        '(counted from 0)')
+    return digests
+
+
+def load_features(features: np.ndarray, hashes: np.ndarray, reduce: int | str | None, seed: int,
+                  device: torch.device | str) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """(features to group by, reduction facts or None); reduced: scores of a randomised PCA."""
+    n, d = features.shape
+    if reduce == 'auto':
+        reduce = AUTO_REDUCE_DIMS if n * d > AUTO_REDUCE_ELEMENTS else None
+    if not isinstance(reduce, int) or reduce >= min(n, d):
+        return features, None
+    return _random_pca(features, np.argsort(hashes, kind='stable'), reduce, seed, device)
+
+
+def _random_pca(features, order, dims, seed, device, sample=20000, iterations=3):
+    """Scores [n, dims] on the leading principal directions, and the variance they keep.
+
+    Subspace iteration with the covariance (Halko, Martinsson and Tropp, 2011) on `sample` rows;
+    `order` (by hash) makes the sample random and the result independent of the row order.
+    """
+    n, d = features.shape
+    step = block_rows(features, 4)
+
+    def blocks(rows, mean=None):
+        for start in range(0, len(rows), step):
+            index = rows[start:start + step]
+            block = torch.from_numpy(np.asarray(features[index], np.float32)).to(device)
+            yield start, block if mean is None else block - mean
+
+    chosen = order[:sample]
+    mean = sum(block.double().sum(0) for _, block in blocks(chosen)) / len(chosen)
+    mean = mean.float()
+    width = min(dims + 16, d, n)
+    generator = torch_generator(seed, 'reduction')
+    basis = torch.randn(d, width, generator=generator).to(device)
+    for _ in progress(range(iterations), desc='reducing features'):
+        product = torch.zeros(d, width, device=device)
+        for _, block in blocks(chosen, mean):
+            product += block.T @ (block @ basis)
+        basis = torch.linalg.qr(product).Q
+    small = torch.zeros(width, width, device=device, dtype=torch.float64)
+    for _, block in blocks(chosen, mean):
+        scores = (block @ basis).double()
+        small += scores.T @ scores
+    basis = basis @ torch.linalg.eigh(small).eigenvectors[:, -dims:].float()
+    scores = torch.empty(n, dims, device=device)
+    total, sums = 0.0, torch.zeros(d, dtype=torch.float64, device=device)
+    for start, block in blocks(order, mean):
+        scores[torch.from_numpy(order[start:start + step]).to(device)] = block @ basis
+        total += block.double().square().sum().item()
+        sums += block.double().sum(0)
+    variance = total - (sums.square().sum() / n).item()
+    kept = (scores - scores.mean(0)).double().square().sum().item() / variance
+    log.info('features reduced from %d to %d dimensions, %.2f %% of the variance kept', d, dims,
+             100 * kept)
+    return scores.cpu().numpy(), {'dims': dims, 'of': d, 'kept_variance': kept}
+
+
+def squared_errors(features: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """(SSE, SST) of grouped rows in float64: within groups, and around the mean of all of them.
+
+    Reads the rows group by group, so that a memory-mapped file stays on disk.
+    """
+    order = np.flatnonzero(labels)
+    order = order[np.argsort(labels[order], kind='stable')]
+    sse, square_sum, total = 0.0, 0.0, np.zeros(features.shape[1])
+    starts = np.searchsorted(labels[order], np.arange(1, labels.max() + 2))
+    first = 0
+    while first < len(starts) - 1:
+        last = max(np.searchsorted(starts, starts[first] + block_rows(features, 8), 'right') - 1,
+                   first + 1)
+        rows = order[starts[first]:starts[last]]
+        block = np.asarray(features[rows], np.float64)
+        if first == 0:
+            origin = block.mean(0)    # near the data, so that the difference of sums keeps digits
+        block -= origin
+        local = starts[first:last] - starts[first]
+        sums = np.add.reduceat(block, local, axis=0)
+        sizes = np.diff(np.append(local, len(rows)))
+        squares = np.einsum('ij,ij->', block, block)
+        means = np.repeat(sums / sizes[:, None], sizes, axis=0)
+        block -= means
+        sse += np.einsum('ij,ij->', block, block)
+        square_sum += squares
+        total += sums.sum(0)
+        first = last
+    return float(sse), float(square_sum - total @ total / len(order))
