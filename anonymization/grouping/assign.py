@@ -57,22 +57,21 @@ def assign_groups(features: np.ndarray | torch.Tensor, k: int, *,
     """
     n, k = len(features), int(k)
     _check_options(k, method, policy, surplus, reduce, rounds, block, restarts)
-    patients = as_ids(patients, n, 'patient')
-    strata = as_ids(strata, n, 'stratum')
-    _check_homes(patients, strata, policy)
-    features = as_matrix(features)
-    hashes = row_hashes(features)
-    x, reduction = load_features(features, hashes, reduce, seed, device)
+    owners, kinds = as_ids(patients, n, 'patient'), as_ids(strata, n, 'stratum')
+    _check_homes(owners, kinds, policy)
+    matrix = as_matrix(features)
+    hashes = row_hashes(matrix)
+    x, reduction = load_features(matrix, hashes, reduce, seed, device)
 
     labels = np.zeros(n, np.int64)
     suppressed, strata_info, count = [], [], 0
-    for name, rows in strata_of(strata, n):
-        people = patients[rows] if patients is not None else None
+    for name, rows in strata_of(kinds, n):
+        people = owners[rows] if owners is not None else None
         keep, dropped, reason = placeable(rows, people, hashes, k, policy, surplus, name)
         suppressed += [(int(row), reason) for row in dropped]
         groups = 0
         if len(keep):
-            units = make_units(x, keep, patients, hashes, policy, method, device)
+            units = make_units(x, keep, owners, hashes, policy, method, device)
             assignment = solve(units, k, method, seed, Effort(rounds, block, restarts, tolerance))
             for unit_rows, group in zip(units.rows, assignment):
                 labels[unit_rows] = count + 1 + group
@@ -83,12 +82,13 @@ def assign_groups(features: np.ndarray | torch.Tensor, k: int, *,
     if count == 0:
         raise UserError(f'no stratum has the {k} distinct patients that one group needs; lower '
                         '--same_k or use coarser strata')
-    check_groups(labels, k, patients=patients, strata=strata, policy=policy)
-    sse, sst = squared_errors(features, labels)
-    info = _describe(labels, patients, k)
+    check_groups(labels.tolist(), k, patients=None if owners is None else owners.tolist(),
+                 strata=None if kinds is None else kinds.tolist(), policy=policy)
+    sse, sst = squared_errors(matrix, labels)
+    info = _describe(labels, owners, k)
     info.update(sst=sst, sse_ratio=sse / sst if sst else 0.0, policy=policy, seed=seed,
                 reduction=reduction)
-    if strata is not None:
+    if kinds is not None:
         info['strata'] = strata_info
     if suppressed:
         log.warning('%d of %d images suppressed, because no group may hold them',

@@ -201,7 +201,7 @@ def mdav_in_cells(units: Units, k: int) -> np.ndarray:
         person = None if units.person is None else units.person[cell]
         if person is not None and np.bincount(person).max() > len(cell) // k:
             return mdav(units, k)    # one patient fills a cell; the whole has room for them
-        part = Units(cell, units.x[torch.from_numpy(cell).to(units.x.device)],
+        part = Units(list(cell), units.x[torch.from_numpy(cell).to(units.x.device)],
                       units.weight[cell], person)
         result[cell] = count + mdav(part, k)
         count += len(cell) // k

@@ -76,7 +76,8 @@ def placeable(rows: np.ndarray, people: np.ndarray | None, hashes: np.ndarray, k
     groups = max(c for c in range(1, groups + 1)
                  if sum(min(m, c) for m in counts.values()) >= c * k)
     order = np.lexsort([hashes[rows]])
-    taken, keep = Counter(), np.zeros(len(rows), bool)
+    keep = np.zeros(len(rows), bool)
+    taken: Counter[str] = Counter()
     for i in order:
         taken[people[i]] += 1
         keep[i] = taken[people[i]] <= groups
