@@ -24,12 +24,12 @@ from utils import cli
 from utils.errors import UserError
 from utils.images import check_image_files, find_images, grid, load_tensor, png_names, save_png
 from utils.io import (
+    digest_files,
     is_intact,
     load_weights,
     save_npy,
     save_torch,
     sealing,
-    sha256_bytes,
     write_csv,
 )
 from utils.logs import progress, setup_logging
@@ -121,7 +121,7 @@ def main(argv=None):
                                      'or remove them:', *(f'{p}: {r}' for p, r in bad[:20])]))
     psp = FrozenPSP(load_psp(opts.checkpoint_path, device))
     names = [p.relative_to(opts.data_path).as_posix() for p in paths]
-    options = {**vars(opts), 'images': sha256_bytes('\n'.join(names).encode())}
+    options = {**vars(opts), 'images': digest_files(names, paths)}
     start_run(opts.out_dir, run_record(options, inputs={'checkpoint': opts.checkpoint_path},
                                        seed=opts.seed), resume=True, free_options=_FREE)
     if (opts.out_dir / 'quality.csv').exists():

@@ -250,7 +250,8 @@ def start_from_imagenet(encoder, opts):
             log.warning('no ImageNet weights (--resnet34_weights); the encoder starts at random')
     if opts.resnet34_weights is not None:
         init_from_resnet34(encoder, load_resnet34(opts.resnet34_weights),
-                           generator=torch_generator(opts.seed, 'stem'))
+                           generator=torch_generator(opts.seed, 'stem'),
+                           source=opts.resnet34_weights)
 
 
 def build_losses(opts, device):

@@ -111,7 +111,7 @@ def test_other_pictures_are_refused(begun: Path, command: Command, archive: Path
 
 def test_a_file_without_a_generator_is_refused(command: Command, tmp_path: Path) -> None:
     save_torch(tmp_path / 'empty.pt', {'g_ema': None})
-    with pytest.raises(UserError, match='holds no generator'):
+    with pytest.raises(UserError, match='empty.pt.* holds no generator'):
         command('--outdir', str(tmp_path / 'runs'), '--cfg=small', '--batch=4', '--resume',
                 str(tmp_path / 'empty.pt'))
 
@@ -163,6 +163,32 @@ def test_one_step_that_is_not_finite_is_survived(tmp_path: Path) -> None:
     assert trainer.ada.p == trainer.ada.p and trainer.weights_finite()
     assert load_weights(last)['ada']['p'] == trainer.ada.p
     assert trainer.pl_mean.isfinite()
+
+
+@pytest.mark.parametrize('stop', [0.004, 0.01])    # within a tick, and on the edge of one
+def test_ticks_do_not_move_when_a_run_is_gone_on_with(tmp_path: Path, stop: float) -> None:
+    def begun() -> Trainer:
+        config = tiny_config(batch=2, channels=dict.fromkeys((4, 8, 16, 32), 4))
+        return Trainer(Discs(12), config, device='cpu', augment='noaug')
+
+    lengths = {'snapshot_kimg': 1, 'tick_kimg': 0.005, 'n_grid': 1}
+    train(begun(), tmp_path / 'whole', kimg=0.02, **lengths)
+    last = train(begun(), tmp_path / 'parts', kimg=stop, **lengths)
+    resumed = begun()
+    resumed.load_state(load_weights(last))
+    train(resumed, tmp_path / 'parts', kimg=0.02, **lengths)
+    whole, parts = ([row['step'] for row in read_jsonl(tmp_path / name / 'stats.jsonl')]
+                    for name in ('whole', 'parts'))
+    assert whole == [6, 10, 16, 20]
+    assert parts == sorted({*whole, int(stop * 1000)})
+
+
+def test_messages_name_the_file(begun: Path, command: Command, tmp_path: Path) -> None:
+    snapshot = begun / 'network-snapshot-00000.016.pt'
+    flags = ['--outdir', str(tmp_path / 'more'), '--resume', str(snapshot), '--transfer=1',
+             '--kimg=0.016', '--batch=4', '--cfg=small']
+    with pytest.raises(UserError, match=f'{snapshot} holds networks for 32 px'):
+        command(*flags, '--cbase=512', '--cmax=16')
 
 
 @pytest.mark.parametrize('precision,bad', [

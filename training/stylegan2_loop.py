@@ -308,12 +308,12 @@ class Trainer:
         return all(bool(p.isfinite().all()) for net in (self.g, self.d, self.g_ema)
                    for p in net.parameters())
 
-    def load_state(self, state):
-        """Continues exactly from `state()`; UserError when the networks differ.
+    def load_state(self, state: dict, *, source: str | Path = 'the snapshot') -> None:
+        """Continues exactly from `state()`, read from `source`; UserError when networks differ.
 
         A fixed augmentation strength stays this trainer's own.
         """
-        self._load_networks(state)
+        self._load_networks(state, source)
         self.g_optim.load_state_dict(state['g_optim'])
         self.d_optim.load_state_dict(state['d_optim'])
         self.ada.overfitting = state['ada']['overfitting']
@@ -326,9 +326,12 @@ class Trainer:
             self.mark_transferred()
         self._batches = None
 
-    def transfer(self, weights):
-        """Starts from the networks of a weight file (transfer learning); counters stay at 0."""
-        self._load_networks(weights)
+    def transfer(self, weights: dict, *, source: str | Path = 'the weight file') -> None:
+        """Starts from the networks of a weight file (transfer learning); counters stay at 0.
+
+        source: where `weights` came from, for messages. UserError when they do not fit.
+        """
+        self._load_networks(weights, source)
         self.mark_transferred()
 
     def mark_transferred(self):
@@ -336,10 +339,10 @@ class Trainer:
         self.ema_warm = True
         self.ada.adjust_kimg = _TRANSFER_ADA_KIMG
 
-    def _load_networks(self, weights):
+    def _load_networks(self, weights: dict, source: str | Path) -> None:
         if not isinstance(weights.get('g_ema'), dict):
-            raise UserError('the weight file holds no generator (g_ema); give a snapshot or a '
-                            'generator file')
+            raise UserError(f'{source} holds no generator (g_ema); give a snapshot or a generator '
+                            'file')
         parts = {'g_ema': self.g_ema, 'g': self.g, 'd': self.d}
         opponent = weights.get('config', {}).get('discriminator', 'stylegan2')
         if opponent != self.config.discriminator:
@@ -347,13 +350,13 @@ class Trainer:
         for name, module in parts.items():
             state = weights.get(name) or (weights['g_ema'] if name == 'g' else None)
             if state is None:
-                log.warning('the weight file holds no %s; it starts untrained', name)
+                log.warning('%s holds no %s; it starts untrained', source, name)
                 continue
             try:
                 module.load_state_dict(state)
             except RuntimeError as error:
-                held = generator_from_state(weights['g_ema'], source='the weight file')
-                raise UserError(f'the weight file holds networks for {_described(held)}, this run '
+                held = generator_from_state(weights['g_ema'], source=source)
+                raise UserError(f'{source} holds networks for {_described(held)}, this run '
                                 f'wants {_described(self.g)}; choose images of that size, and the '
                                 '--cfg and --map-depth it was trained with') from error
         if not self.config.use_noise:
@@ -451,7 +454,7 @@ def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, me
         ask = (trainer.n_steps % _ADA_INTERVAL == 0 or trainer.device.type != 'cuda'
                or distributed.world_size() == 1)
         stopping = ask and not done and distributed.any_process(should_stop(), trainer.device)
-        if trainer.n_img - tick_img >= tick_kimg * 1000 or done or stopping:
+        if (tick_img < trainer.n_img and _crosses(trainer, tick_kimg)) or done or stopping:
             sums = {k: distributed.all_reduce_sum(v) for k, v in sums.items()}
             _check_finite(trainer)
             if main and sums:
@@ -464,9 +467,7 @@ def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, me
         elif main and sums and time.monotonic() - last_status > _STATUS_SECONDS:
             last_status = time.monotonic()
             _status(trainer, averages(), last_status - started, start_img, total)
-        crossed = (trainer.n_img // (snapshot_kimg * 1000)
-                   > (trainer.n_img - trainer.config.batch) // (snapshot_kimg * 1000))
-        if (crossed and trainer.n_img > start_img) or done or stopping:
+        if (start_img < trainer.n_img and _crosses(trainer, snapshot_kimg)) or done or stopping:
             _check_finite(trainer, saving=True)
             # A scheduler that asks to stop waits seconds, which a metric would not fit in.
             last = _snapshot(trainer, run_dir, side, n_grid, None if stopping else metric, scalars,
@@ -484,6 +485,12 @@ def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, me
                      run_dir)
     distributed.barrier()
     return last
+
+
+def _crosses(trainer: Trainer, kimg: float) -> bool:
+    """Whether the last step reached a multiple of `kimg`: the same ones in a resumed run."""
+    unit = kimg * 1000
+    return trainer.n_img // unit > (trainer.n_img - trainer.config.batch) // unit
 
 
 def _snapshot(trainer, run_dir, side, n_grid, metric, scalars, keep):

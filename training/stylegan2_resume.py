@@ -76,7 +76,7 @@ def load_start(trainer: Trainer, start: Start) -> None:
     if start.weights is None:
         return
     if not start.exact:
-        trainer.transfer(start.weights)
+        trainer.transfer(start.weights, source=start.path)
         log.info('transfer learning from %s', start.path)
         return
     if not start.same_folder and start.weights['n_img'] >= trainer.config.kimg * 1000:
@@ -87,7 +87,7 @@ def load_start(trainer: Trainer, start: Start) -> None:
     if passes != trainer.config.batch_gpu:
         log.warning('%d images per pass, %d until now: the settings stay, but other random '
                     'numbers are drawn', trainer.config.batch_gpu, passes)
-    trainer.load_state(start.weights)
+    trainer.load_state(start.weights, source=start.path)
     log.info('going on exactly from %s', start.path)
 
 

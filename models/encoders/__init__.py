@@ -106,13 +106,15 @@ def load_resnet34(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def init_from_resnet34(encoder, state, *, generator=None):
+def init_from_resnet34(encoder: nn.Module, state: dict[str, torch.Tensor], *,
+                       generator: torch.Generator | None = None,
+                       source: str | Path = 'the weight file') -> None:
     """Copies ImageNet weights into the stem and body of a ResNet-34 encoder.
 
     The stem's channels after the first three see the current reconstruction. They start as
     noise of the pretrained filters' own standard deviation, so that neither picture drowns the
-    other. generator: torch.Generator for that noise. UserError when the encoder has another
-    body or a tensor does not fit.
+    other. generator: for that noise. source: where `state` came from, for messages. UserError
+    when the encoder has another body or a tensor does not fit.
     """
     if not isinstance(encoder, (ResNetBackboneEncoder, ResNetGradualStyleEncoder)):
         raise UserError(f'ResNet-34 weights do not fit {type(encoder).__name__}; use an encoder '
@@ -133,4 +135,4 @@ def init_from_resnet34(encoder, state, *, generator=None):
         extra = torch.randn(weight[:, 3:].shape, generator=generator) * stem.std().cpu()
         weight[:, 3:] = extra.to(weight.device)
     except RuntimeError as error:
-        raise UserError(f'the ResNet-34 weights do not fit: {mismatch(error)}') from error
+        raise UserError(f'{source}: the ResNet-34 weights do not fit: {mismatch(error)}') from error
