@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scalars.close()
     if attack.epoch < config.epochs:
         log.info('stopped; the same command goes on')
-        return 128 + stopped.number
+        return 128 + (stopped.number or 0)
     print(f'attack: {opts.out_dir / f"{name}_{config.epochs - 1}.pth"}')
     return 0
 

@@ -8,17 +8,21 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from classification.settings import Settings
 
 _LUMA = (0.2989, 0.587, 0.114)    # of rgb_to_grayscale, which the contrast is taken around
 
 
-def draw_parameters(n, size, settings, generator):
+def draw_parameters(n: int, size: int, settings: Settings, generator: torch.Generator
+                    ) -> dict[str, Tensor]:
     """Random parameters of n pictures of `size` px, drawn on the CPU.
 
     Returns a dict of tensors [n]: flip_x, flip_y (bool), brightness, contrast (factors),
     contrast_first (bool), angle (degrees, counter-clockwise), and shift [n, 2] (whole px, x, y).
     """
-    def uniform(low, high, *shape):
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator) * (high - low) + low
     most = settings.translation * size
     return {
@@ -32,7 +36,7 @@ def draw_parameters(n, size, settings, generator):
     }
 
 
-def apply_parameters(img, parameters):
+def apply_parameters(img: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     """Augments [n, 3, S, S] in [0, 1]: mirror, colour, rotate, then shift; empty pixels are 0.
 
     Nearest neighbour, as published. What the rotation pushes out of the frame stays lost when
@@ -55,7 +59,7 @@ def apply_parameters(img, parameters):
     return moved * inside.unsqueeze(1)
 
 
-def augment(img, settings, generator):
+def augment(img: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
     """Randomly augments [n, 3, S, S] in [0, 1]; `generator` is a CPU torch.Generator."""
     return apply_parameters(img, draw_parameters(len(img), img.shape[-1], settings, generator))
 

@@ -5,12 +5,13 @@ Shapes: n training pictures, C = 5 grades. Pictures are uint8 [n, 3, S, S].
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from datasets.groups import group_pictures, read_groups
+from datasets.groups import Group, group_pictures, read_groups
 from datasets.people import merge_identical, shown_elsewhere
 from datasets.table import Table, read_table
 from utils.errors import UserError, listing
@@ -31,29 +32,29 @@ class TrainingSet:
     labels [n]: majority grade, ties to the lowest. groups: patients, or None.
     """
 
-    names: list
-    sources: list
+    names: list[str]
+    sources: list[list[Path]]
     labels: np.ndarray
     shares: np.ndarray | None = None
-    groups: list | None = None
+    groups: list[str] | None = None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
-    def targets(self, kind):
+    def targets(self, kind: str) -> np.ndarray:
         """What to train against: grades [n] ('majority') or shares [n, C] ('soft')."""
         if kind == 'soft' and self.shares is None:
             raise UserError(f'labels: soft needs the columns p0 to p{N_CLASSES - 1} in '
                             'labels.csv, which this release does not have; use majority')
-        return self.shares if kind == 'soft' else self.labels
+        return self.labels if self.shares is None or kind != 'soft' else self.shares
 
 
-def one_hot(labels):
+def one_hot(labels: np.ndarray) -> np.ndarray:
     """Grades [n] -> shares [n, C]."""
     return np.eye(N_CLASSES)[labels]
 
 
-def release_set(folder):
+def release_set(folder: str | Path) -> TrainingSet:
     """A release of this project: `labels.csv` (image, label, optional p0..p4) and `images/`.
 
     UserError when the shares are negative or do not sum to 1.
@@ -76,17 +77,17 @@ def release_set(folder):
                                      'sum to 1', [f'row {i + 2}' for i in np.flatnonzero(bad)]))
     else:
         shares = None
-    return TrainingSet(names=table.ids, sources=[[p] for p in table.paths], labels=table.labels,
+    return TrainingSet(names=table.ids, sources=[[p] for p in table.paths], labels=table.grades,
                        shares=shares, groups=None)
 
 
-def photograph_set(table):
+def photograph_set(table: Table) -> TrainingSet:
     """Every photograph of a labelled table as a training picture of its own."""
-    return TrainingSet(names=table.ids, sources=[[p] for p in table.paths], labels=table.labels,
-                       shares=one_hot(table.labels), groups=merge_identical(table).patients)
+    return TrainingSet(names=table.ids, sources=[[p] for p in table.paths], labels=table.grades,
+                       shares=one_hot(table.grades), groups=merge_identical(table).patients)
 
 
-def graded_groups(path, grades):
+def graded_groups(path: str | Path, grades: Mapping[str, int]) -> list[Group]:
     """The groups of a table (`read_groups`), every member with a grade in {id: grade}.
 
     UserError that lists all ids without a grade.
@@ -108,7 +109,8 @@ def _group_labels(groups, grades):
     return counts.argmax(1), counts / counts.sum(1, keepdims=True)
 
 
-def published_set(groups, grades, folder, *, centroid=False):
+def published_set(groups: Sequence[Group], grades: Mapping[str, int], folder: Path, *,
+                  centroid: bool = False) -> TrainingSet:
     """The synthetic pictures of groups (`group_pictures`)."""
     paths = group_pictures(groups, folder, centroid=centroid, flag='--images_path')
     labels, shares = _group_labels(groups, grades)
@@ -116,7 +118,8 @@ def published_set(groups, grades, folder, *, centroid=False):
                        labels=labels, shares=shares)
 
 
-def pixel_average_set(groups, grades, paths):
+def pixel_average_set(groups: Sequence[Group], grades: Mapping[str, int],
+                      paths: Mapping[str, Path]) -> TrainingSet:
     """The mean photograph of each group (k-Same); paths: {id: file}."""
     labels, shares = _group_labels(groups, grades)
     return TrainingSet(names=[f'group {g.number}' for g in groups],
@@ -139,13 +142,14 @@ def random_average_set(table: Table, size: int, *, seed: int = 0) -> TrainingSet
         left = left[~np.isin(left, groups[-1])]
     if not groups:
         raise UserError(f'{len(set(people))} people are too few for means of {size}')
-    shares = np.stack([one_hot(table.labels[g]).mean(0) for g in groups])
+    shares = np.stack([one_hot(table.grades[g]).mean(0) for g in groups])
     return TrainingSet(names=[f'mean {i}' for i in range(len(groups))],
                        sources=[[table.paths[i] for i in g] for g in groups],
                        labels=shares.argmax(1), shares=shares)
 
 
-def split_validation(labels, *, fraction, seed, groups=None):
+def split_validation(labels: Sequence[int] | np.ndarray, *, fraction: float, seed: int,
+                     groups: Sequence | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(training indices, validation indices), sorted: every grade's share, whole patients only.
 
     groups: patient of each picture; all pictures of a patient land on the same side, which

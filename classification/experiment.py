@@ -112,11 +112,11 @@ def _run_seed(seed, rows, folder, data, pictures, test, test_pictures, *, config
     options = metric_options(settings)
     for which in ('final', 'best'):
         found = result.use(which).predict(test_pictures)
-        record[f'test_{which}'] = grading_metrics(test.labels, found.grades, found.score,
+        record[f'test_{which}'] = grading_metrics(test.grades, found.grades, found.score,
                                                   **options)
         save_torch(folder / WEIGHTS[which], getattr(result, f'{which}_state'))
     record['test_best']['interval_95'] = bootstrap_intervals(
-        test.labels, found.grades, found.score, groups=test.patients, **options)
+        test.grades, found.grades, found.score, groups=test.patients, **options)
     record['test_score'] = found.score.tolist()
     record['history'] = result.history
     write_json(folder / _RESULT, record)
@@ -130,7 +130,7 @@ def _draw(records, test, config, out_dir):
     threshold = settings.positive_from if binary else REFERABLE_FROM
     auc = 'auc' if binary else 'auc_referable'
     plot_roc([(f'seed {r["seed"]}: AUC {r["test_best"][auc]:.3f}',
-               *referable_roc(test.labels, r['test_score'], positive_from=threshold))
+               *referable_roc(test.grades, r['test_score'], positive_from=threshold))
               for r in records], out_dir / 'roc.png',
              title=f'grade {threshold} and more, test set')
     names = [f'< {threshold}', f'{threshold} and more'] if binary else None

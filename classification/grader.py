@@ -4,12 +4,14 @@ Shapes: n pictures, S side, C grades, B batch.
 """
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from classification.metrics import grading_metrics
 from classification.settings import Settings
@@ -37,23 +39,28 @@ class GraderResult:
     validation epochs, the validation scores; `best_epoch` (from 1) is the one predictions use.
     """
 
-    def __init__(self, net, settings, mean, std, *, device, history=(), best_epoch=None,
-                 best_state=None, final_state=None):
+    def __init__(self, net: nn.Module, settings: Settings, mean: Tensor, std: Tensor, *,
+                 device: torch.device, history: Sequence[dict] = (),
+                 best_epoch: int | None = None, best_state: dict | None = None,
+                 final_state: dict | None = None) -> None:
         self.net, self.settings, self.mean, self.std = net, settings, mean, std
         self.device, self.history, self.best_epoch = device, list(history), best_epoch
         self.best_state, self.final_state = best_state, final_state
 
-    def use(self, which):
+    def use(self, which: str) -> 'GraderResult':
         """Switches to the 'best' or the 'final' weights; returns self."""
-        self.net.load_state_dict(self.best_state if which == 'best' else self.final_state)
+        state = self.best_state if which == 'best' else self.final_state
+        if state is None:
+            raise ValueError('weights without a training: there is nothing to switch to')
+        self.net.load_state_dict(state)
         return self
 
-    def predict(self, images, *, batch_size=128):
+    def predict(self, images: np.ndarray | Tensor, *, batch_size: int = 128) -> Prediction:
         """Grades uint8 pictures [n, 3, S, S] of any side S."""
         return interpret(self.raw_outputs(images, batch_size=batch_size), self.settings)
 
     @torch.no_grad()
-    def raw_outputs(self, images, *, batch_size=128):
+    def raw_outputs(self, images: np.ndarray | Tensor, *, batch_size: int = 128) -> Tensor:
         """The network's outputs [n, C or 1] (logits, or the grade), on the CPU."""
         self.net.eval()
         raw = []
@@ -65,21 +72,21 @@ class GraderResult:
             raw.append(forward(self.net, batch, self.mean, self.std, self.settings).cpu())
         return torch.cat(raw)
 
-    def evaluate(self, images, labels):
+    def evaluate(self, images: np.ndarray | Tensor, labels: Sequence[int] | np.ndarray) -> dict:
         """`grading_metrics` of the predictions on grades [n]."""
         found = self.predict(images)
         return grading_metrics(labels, found.grades, found.score,
                                **metric_options(self.settings))
 
 
-def metric_options(settings):
+def metric_options(settings: Settings) -> dict[str, Any]:
     """The keyword arguments `grading_metrics` needs for a grader of this target."""
     binary = settings.target == 'binary'
     return {'n_classes': settings.n_classes,
             'positive_from': settings.positive_from if binary else None}
 
 
-def interpret(raw, settings):
+def interpret(raw: Tensor, settings: Settings) -> Prediction:
     """Network outputs [n, C or 1] -> Prediction.
 
     Regression: the grade is the value rounded at i - 0.5 and clipped (published).
@@ -98,24 +105,24 @@ def interpret(raw, settings):
     return Prediction(outputs.numpy(), grades.long().numpy(), score.numpy())
 
 
-def training_targets(targets, settings):
+def training_targets(targets: Sequence | np.ndarray, settings: Settings) -> Tensor:
     """Grades [n] or shares [n, C] -> float tensor [n, 1] (regression, binary) or [n, C].
 
     Shares stay soft: their mean grade, their weight at and above positive_from, or themselves.
     """
-    targets = np.asarray(targets)
-    if targets.ndim == 1:
-        targets = np.eye(settings.n_classes)[targets]
-    if targets.shape[1] != settings.n_classes:
-        raise ValueError(f'targets {targets.shape}, want [n] or [n, {settings.n_classes}]')
+    shares = np.asarray(targets)
+    if shares.ndim == 1:
+        shares = np.eye(settings.n_classes)[shares]
+    if shares.shape[1] != settings.n_classes:
+        raise ValueError(f'targets {shares.shape}, want [n] or [n, {settings.n_classes}]')
     if settings.target == 'regression':
-        targets = targets @ np.arange(settings.n_classes)[:, None]
+        shares = shares @ np.arange(settings.n_classes)[:, None]
     elif settings.target == 'binary':
-        targets = targets[:, settings.positive_from:].sum(1, keepdims=True)
-    return torch.from_numpy(targets).float()
+        shares = shares[:, settings.positive_from:].sum(1, keepdims=True)
+    return torch.from_numpy(shares).float()
 
 
-def loss_function(raw, targets, settings):
+def loss_function(raw: Tensor, targets: Tensor, settings: Settings) -> Tensor:
     """Mean loss of outputs against `training_targets`."""
     if settings.target == 'regression':
         return F.mse_loss(raw, targets)
@@ -124,7 +131,7 @@ def loss_function(raw, targets, settings):
     return F.cross_entropy(raw, targets)
 
 
-def learning_rate(epoch, settings):
+def learning_rate(epoch: int, settings: Settings) -> float:
     """Of `epoch` (from 0): cosine until min_learning_rate, then constant (published)."""
     t = min(epoch / settings.cosine_epochs, 1.0)
     cosine = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * t))
@@ -178,14 +185,16 @@ def _timm_grader(settings: Settings, outputs: int, seed: int, weights: str | Pat
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, 'grader'))
         if weights is None:
-            sizes = {'dynamic_img_size': True} if settings.arch.startswith('vit_') else {}
-            return timm.create_model(settings.arch, num_classes=outputs, **sizes)
-        net = load_feature_network(weights, arch=settings.arch).net.requires_grad_(True)
+            options: dict[str, Any] = {'num_classes': outputs}
+            if settings.arch.startswith('vit_'):
+                options['dynamic_img_size'] = True
+            return timm.create_model(settings.arch, **options)
+        net: Any = load_feature_network(weights, arch=settings.arch).net.requires_grad_(True)
         net.reset_classifier(outputs)
     return net
 
 
-def channel_statistics(images):
+def channel_statistics(images: np.ndarray) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each colour channel in [0, 1], two tensors [3]."""
     total, square, count = np.zeros(3), np.zeros(3), 0
     for start in range(0, len(images), 256):
@@ -198,13 +207,15 @@ def channel_statistics(images):
     return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
 
 
-def unit_range(images, device):
+def unit_range(images: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """uint8 [B, 3, S, S] -> float32 in [0, 1] on the device."""
     if not torch.is_tensor(images):
         images = torch.from_numpy(np.ascontiguousarray(images))
     return images.to(device, non_blocking=True).float() / 255
 
 
-def forward(net, batch, mean, std, settings):
+def forward(net: nn.Module, batch: Tensor, mean: Tensor, std: Tensor, settings: Settings
+            ) -> Tensor:
     """Float32 outputs of pictures in [0, 1]."""
     batch = (batch - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
     batch = batch.contiguous(memory_format=torch.channels_last)

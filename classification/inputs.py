@@ -68,7 +68,7 @@ def training_set(opts: argparse.Namespace) -> tuple[TrainingSet, Table | None, i
             raise UserError('give --release, --images_path with --df, or --baseline')
         required(opts, 'df')
         table = source_table(opts, ids_only=True)
-        grades = dict(zip(table.ids, table.labels))
+        grades = dict(zip(table.ids, table.grades))
         return published_set(graded_groups(opts.df, grades), grades, opts.images_path,
                              centroid=opts.is_centroid), table, None
     if opts.baseline in ('real', 'real-same-n'):
@@ -78,7 +78,7 @@ def training_set(opts: argparse.Namespace) -> tuple[TrainingSet, Table | None, i
     if opts.baseline == 'pixel-average':
         required(opts, 'df')
         table = source_table(opts)
-        grades = dict(zip(table.ids, table.labels))
+        grades = dict(zip(table.ids, table.grades))
         return pixel_average_set(graded_groups(opts.df, grades), grades,
                                  dict(zip(table.ids, table.paths))), table, None
     if opts.baseline == 'random-average':
@@ -101,7 +101,7 @@ def number_of_groups(opts: argparse.Namespace, table: Table) -> int:
     else:
         if opts.df is None:
             raise UserError('--baseline real-same-n needs --n_train, or --df to count groups')
-        n = len(graded_groups(opts.df, dict(zip(table.ids, table.labels))))
+        n = len(graded_groups(opts.df, dict(zip(table.ids, table.grades))))
     if n > len(table):
         raise UserError(f'--n_train {n}: {opts.labels_train} has only {len(table)} photographs')
     return n
@@ -117,5 +117,5 @@ def test_table(opts: argparse.Namespace, source: Table | None, positive_from: in
     if dropped:
         log.warning('%d test photographs left out: they show people of the training pictures',
                     dropped)
-    check_test_labels(table.labels, positive_from=positive_from)
+    check_test_labels(table.grades, positive_from=positive_from)
     return table, dropped

@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                             device=device, n_draw=n_draw, stopped=stopped)
     if results is None:
         log.info('stopped; the same command goes on')
-        return 128 + stopped.number
+        return 128 + (stopped.number or 0)
     results = {'initial_weights': initial_weights(config),
                'test_rows_dropped': dropped, 'test_people_checked': source is not None, **results}
     write_json(out_dir / 'results.json', results)

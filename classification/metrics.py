@@ -3,15 +3,20 @@
 One implementation serves single scores and bootstrap intervals: everything is computed for many
 weightings of the photographs at once.
 """
+from collections.abc import Sequence
+
 import numpy as np
 
-from evaluation.bootstrap import draw_weights, percentiles
+from evaluation.bootstrap import People, draw_weights, percentiles
 from evaluation.scores import REFERABLE_FROM, quadratic_kappa, roc, weighted_auc
 from utils.errors import UserError
 from utils.seeds import numpy_generator
 
+Numbers = Sequence[float] | np.ndarray
 
-def check_test_labels(labels, *, positive_from=REFERABLE_FROM):
+
+def check_test_labels(labels: Sequence[int] | np.ndarray, *,
+                      positive_from: int = REFERABLE_FROM) -> None:
     """UserError when grades [n] cannot be scored: all alike, or on one side of the threshold."""
     found = sorted({int(v) for v in labels})
     if len(found) < 2:
@@ -24,7 +29,8 @@ def check_test_labels(labels, *, positive_from=REFERABLE_FROM):
                             'photographs of the other side')
 
 
-def grading_metrics(labels, predicted, score, *, n_classes=5, positive_from=None):
+def grading_metrics(labels: Numbers, predicted: Numbers, score: Numbers, *, n_classes: int = 5,
+                    positive_from: int | None = None) -> dict:
     """Scores of predictions on grades.
 
     labels: true grades [n]. predicted: predicted grades [n]; with `positive_from`, 0 or 1 for
@@ -62,34 +68,38 @@ def _weighted_scores(labels, predicted, score, weights, n_classes, positive_from
     return found, confusion
 
 
-def referable_roc(labels, score, *, positive_from=REFERABLE_FROM):
+def referable_roc(labels: Numbers, score: Numbers, *, positive_from: int = REFERABLE_FROM
+                  ) -> tuple[np.ndarray, np.ndarray]:
     """(false positive rates, true positive rates) for grade >= positive_from."""
     positive, score = np.asarray(labels) >= positive_from, np.asarray(score)
     return roc(score[positive], score[~positive])
 
 
-def bootstrap_intervals(labels, predicted, score, *, groups=None, n_bootstrap=1000, seed=0,
-                        level=0.95, n_classes=5, positive_from=None):
+def bootstrap_intervals(labels: Numbers, predicted: Numbers, score: Numbers, *,
+                        groups: People = None, n_bootstrap: int = 1000, seed: int = 0,
+                        level: float = 0.95, n_classes: int = 5,
+                        positive_from: int | None = None) -> dict[str, list[float]]:
     """Percentile intervals {metric: [low, high]} of `grading_metrics`, resampling people.
 
     groups: one hashable per image (the patient); whole groups are drawn, so that two eyes of a
     person are not counted as two independent observations. Draws in which a score is undefined
     are left out of its interval.
     """
-    draws = {}
+    found_by: dict[str, list[np.ndarray]] = {}
     rng = numpy_generator(seed, 'bootstrap')
     for weights in draw_weights(groups, len(labels), n_bootstrap, rng):
         found, _ = _weighted_scores(labels, predicted, score, weights, n_classes, positive_from)
         for name, values in found.items():
-            draws.setdefault(name, []).append(values)
-    draws = {name: np.concatenate(values) for name, values in draws.items()}
+            found_by.setdefault(name, []).append(values)
+    draws = {name: np.concatenate(values) for name, values in found_by.items()}
     return {name: list(percentiles(values, level)) for name, values in draws.items()
             if np.isfinite(values).any()}
 
 
-def summarise(values):
+def summarise(values: Sequence[float | None]) -> dict | None:
     """{'mean', 'std' (n - 1), 'values'} of one number per seed; None when one is missing."""
-    if any(v is None for v in values):
+    known = [v for v in values if v is not None]
+    if len(known) < len(values):
         return None
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {'mean': float(np.mean(values)), 'std': spread, 'values': list(values)}
+    spread = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return {'mean': float(np.mean(known)), 'std': spread, 'values': known}

@@ -1,16 +1,19 @@
 """Confusion matrix, ROC and training curves as PNG files."""
+from pathlib import Path
+
 import numpy as np
 from matplotlib.figure import Figure
 
 from utils.io import atomic_path
 
 
-def _save(figure, path):
+def _save(figure: Figure, path: Path) -> None:
     with atomic_path(path) as temp:
         figure.savefig(temp, format='png', dpi=120, metadata={'Software': None})
 
 
-def plot_confusion(confusion, path, *, names=None, title=''):
+def plot_confusion(confusion: np.ndarray, path: Path, *, names: list[str] | None = None,
+                   title: str = '') -> None:
     """A confusion matrix [C, C] (row: truth) with counts, coloured by the share of its row."""
     confusion = np.asarray(confusion)
     names = names or [str(i) for i in range(len(confusion))]
@@ -27,7 +30,8 @@ def plot_confusion(confusion, path, *, names=None, title=''):
     _save(figure, path)
 
 
-def plot_roc(curves, path, *, title=''):
+def plot_roc(curves: list[tuple[str, np.ndarray, np.ndarray]], path: Path, *,
+             title: str = '') -> None:
     """ROC curves: list of (label, false positive rates, true positive rates)."""
     figure = Figure(figsize=(4.4, 4.2), layout='constrained')
     axes = figure.add_subplot()
@@ -40,7 +44,7 @@ def plot_roc(curves, path, *, title=''):
     _save(figure, path)
 
 
-def plot_history(histories, path):
+def plot_history(histories: dict[str, list[dict]], path: Path) -> None:
     """Training loss and validation kappa per epoch; {label: list of history records}."""
     figure = Figure(figsize=(7.2, 3.2), layout='constrained')
     loss, kappa = figure.subplots(1, 2)

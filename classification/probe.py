@@ -43,8 +43,8 @@ class ProbeGrader:
         probe = fit_probe(train[rows], shares[rows], people=people, kind=self.config.probe,
                           seed=seed)
         grades, score = probe.grades(test), probe.score(test)
-        found = grading_metrics(self.test.labels, grades, score)
-        found['interval_95'] = bootstrap_intervals(self.test.labels, grades, score,
+        found = grading_metrics(self.test.grades, grades, score)
+        found['interval_95'] = bootstrap_intervals(self.test.grades, grades, score,
                                                    groups=self.test.patients)
         return {'seed': seed, 'n_train': len(rows), 'features': self._network.name,
                 'features_sha256': self._network.digest, 'strength': probe.strength,

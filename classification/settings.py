@@ -2,6 +2,7 @@
 import dataclasses
 import difflib
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -67,7 +68,7 @@ class Settings:
     rotation: float = 180.0
     translation: float = 0.2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in (('target', TARGETS), ('precision', PRECISIONS),
                               ('sampling', SAMPLINGS)):
             if getattr(self, name) not in choices:
@@ -111,7 +112,7 @@ class Config:
     validation_fraction: float = 0.1
     save_path: str = 'runs/classification'
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in (('grader', GRADERS), ('labels', LABELS), ('probe', KINDS)):
             if getattr(self, name) not in choices:
                 raise UserError(f'{name}: {getattr(self, name)!r} is none of '
@@ -120,7 +121,7 @@ class Config:
             raise UserError(f'validation_fraction: {self.validation_fraction} must lie between '
                             '0 and 1')
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """A flat dict, as in the YAML file."""
         flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
                 if f.name != 'settings'}
@@ -128,7 +129,7 @@ class Config:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
 
 
-def find_config(name):
+def find_config(name: str | Path) -> Path:
     """The path of a configuration: as given, or by its file name among the project's own."""
     path = Path(name)
     if path.is_file():
@@ -139,7 +140,7 @@ def find_config(name):
     raise UserError(f'-config {name}: no such file; the project has {known}')
 
 
-def load_config(path, **overrides):
+def load_config(path: str | Path, **overrides: Any) -> Config:
     """Reads a flat YAML file; `overrides` that are not None replace its entries.
 
     UserError for broken YAML, and for unknown entries or values of the wrong type.

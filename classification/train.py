@@ -39,7 +39,7 @@ from utils.seeds import numpy_generator, torch_generator
 log = logging.getLogger(__name__)
 
 
-def _epoch_order(classes, settings, seed, epoch):
+def _epoch_order(classes: np.ndarray, settings: Settings, seed: int, epoch: int) -> np.ndarray:
     """Indices of one epoch's pictures in training order, several rounds of small sets."""
     rng = numpy_generator(seed, 'epoch', epoch)
     n = len(classes)
@@ -51,14 +51,15 @@ def _epoch_order(classes, settings, seed, epoch):
     return rng.choice(n, size=rounds * n, p=weight / weight.sum())
 
 
-def _fingerprint(images, targets, settings, seed, imagenet_weights):
+def _fingerprint(images: np.ndarray, targets: Tensor, settings: Settings, seed: int,
+                 imagenet_weights: str | Path | None) -> str:
     """Changes with anything that shapes the training."""
     weights = imagenet_weights and sha256_file(weight_file(imagenet_weights))
     digest = hashlib.sha256(repr((dataclasses.astuple(settings), seed, len(images), weights)
                                  ).encode())
     digest.update(targets.numpy().tobytes())
     for image in images:
-        digest.update(zlib.crc32(np.ascontiguousarray(image)).to_bytes(4, 'little'))
+        digest.update(zlib.crc32(np.ascontiguousarray(image).data).to_bytes(4, 'little'))
     return digest.hexdigest()
 
 
@@ -92,7 +93,8 @@ class GraderTraining:
         mean, std = channel_statistics(self.images) if settings.mean is None else (
             torch.tensor(settings.mean), torch.tensor(settings.std))
         self.net = build_grader(settings, seed=seed, imagenet_weights=imagenet_weights)
-        self.net.to(device=device, memory_format=torch.channels_last)
+        self.net.to(device)
+        self.net.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), lr=settings.learning_rate, momentum=settings.momentum,
             nesterov=settings.momentum > 0, weight_decay=settings.weight_decay)

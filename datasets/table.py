@@ -6,6 +6,7 @@ level) and this project's phantoms.
 import dataclasses
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,17 @@ class Table:
     visits: list | None = None
     splits: list | None = None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
-    def subset(self, keep):
+    @property
+    def grades(self) -> np.ndarray:
+        """The labels of a table that has them; ValueError of one that was read without."""
+        if self.labels is None:
+            raise ValueError('the table was read without grades; use require_label')
+        return self.labels
+
+    def subset(self, keep: Iterable[int]) -> 'Table':
         """The rows with the given indices, in that order."""
         keep = [int(i) for i in keep]
         pick = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

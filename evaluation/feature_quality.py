@@ -3,6 +3,7 @@
 Shapes: features [n, F] unit vectors; labels int64 [n]; patients, eyes lists of n strings.
 """
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -14,7 +15,8 @@ from sklearn.preprocessing import StandardScaler
 from evaluation.scores import REFERABLE_FROM, auc, quadratic_kappa
 
 
-def nearest_neighbours(features, *, groups=None, block=2048):
+def nearest_neighbours(features: np.ndarray, *, groups: np.ndarray | None = None,
+                       block: int = 2048) -> np.ndarray:
     """Index of each row's most similar other row, [n]; -1 when there is none.
 
     groups [n]: neighbours of the row's own group do not count.
@@ -32,14 +34,16 @@ def nearest_neighbours(features, *, groups=None, block=2048):
     return found
 
 
-def chance_to_share(values):
+def chance_to_share(values: np.ndarray) -> float:
     """Probability that a randomly drawn other row has the row's own value."""
     _, counts = np.unique(values, return_counts=True)
     n = counts.sum()
     return float((counts * (counts - 1)).sum() / (n * (n - 1)))
 
 
-def neighbour_quality(features, *, labels=None, patients=None, eyes=None):
+def neighbour_quality(features: np.ndarray, *, labels: np.ndarray | None = None,
+                      patients: Sequence[str] | None = None, eyes: Sequence[str] | None = None
+                      ) -> dict:
     """Shares of nearest neighbours (cosine) with the same grade, patient and eye, and by chance.
 
     'grade_other_patients' leaves out images of the same patient, whose grade is no surprise.
@@ -73,7 +77,8 @@ def _chance_among_others(labels, groups):
     return float(same / (len(labels) ** 2 - ordered_pairs(groups)))
 
 
-def linear_probe(features, labels, *, patients=None, folds=5, seed=0):
+def linear_probe(features: np.ndarray, labels: np.ndarray, *,
+                 patients: Sequence[str] | None = None, folds: int = 5, seed: int = 0) -> dict:
     """Logistic regression from frozen features to grades, every image predicted by a model that
     saw none of its patient.
 
@@ -98,12 +103,11 @@ def linear_probe(features, labels, *, patients=None, folds=5, seed=0):
             model.fit(x[train], y[train])
         columns = np.searchsorted(grades, model.classes_)
         probability[np.ix_(test, columns)] = model.predict_proba(x[test])
-    grades = np.asarray(grades)
-    guess = grades[probability.argmax(1)]
+    guess = np.asarray(grades)[probability.argmax(1)]
     areas = [auc(p[y == g], p[y != g]) for g, p in zip(grades, probability.T)]
-    confusion = np.zeros((1, grades.max() + 1, grades.max() + 1))
+    confusion = np.zeros((1, max(grades) + 1, max(grades) + 1))
     np.add.at(confusion[0], (y, guess), 1)
-    referable, severe = y >= REFERABLE_FROM, grades >= REFERABLE_FROM
+    referable, severe = y >= REFERABLE_FROM, np.asarray(grades) >= REFERABLE_FROM
     score = probability[:, severe].sum(1)
     both = referable.any() and not referable.all()
     return {'images': int(keep.sum()), 'accuracy': float((guess == y).mean()),
@@ -113,7 +117,9 @@ def linear_probe(features, labels, *, patients=None, folds=5, seed=0):
             'referable_auc': auc(score[referable], score[~referable]) if both else None}
 
 
-def feature_quality(features, *, labels=None, patients=None, eyes=None, seed=0):
+def feature_quality(features: np.ndarray, *, labels: np.ndarray | None = None,
+                    patients: Sequence[str] | None = None, eyes: Sequence[str] | None = None,
+                    seed: int = 0) -> dict:
     """{'images': n, 'neighbours': ..., 'linear_probe': ...} of what labels and patients allow."""
     features = np.asarray(features, dtype=np.float32)
     result = {'images': len(features),
@@ -124,7 +130,7 @@ def feature_quality(features, *, labels=None, patients=None, eyes=None, seed=0):
     return result
 
 
-def describe_quality(quality):
+def describe_quality(quality: dict) -> list[str]:
     """The numbers of `feature_quality` as lines of text."""
     words = {'grade': 'has the same grade', 'patient': 'is of the same patient',
              'eye_of_patient': 'is of the same eye of the same patient',

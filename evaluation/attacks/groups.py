@@ -103,19 +103,19 @@ def pair_results(scores: np.ndarray, group_of: np.ndarray, people: Sequence, top
     members, in groups that are no targets, count on neither side. `pairs` asks whether a
     photograph stands behind a given picture. Curves: {name: (member scores, other scores)}.
     """
-    n_targets, people = len(scores), np.asarray(people, dtype=str)
+    n_targets, who = len(scores), np.asarray(people, dtype=str)
     same = group_of[None] == np.arange(n_targets)[:, None]
     known = group_of < n_targets
-    strange = ~np.isin(people, people[known])
+    strange = ~np.isin(who, who[known])
     best = scores.max(0)
-    shown = np.broadcast_to(people, same.shape)
+    shown = np.broadcast_to(who, same.shape)
     found = {'precision_at_k': precision_at_k(scores, same, topk), 'topk': topk,
              'chance_precision': float(same.mean()),
              'n_targets': n_targets, 'n_photographs': scores.shape[1],
              'n_neither': int((~known & ~strange).sum()),
              'membership': attack_metrics(best[known], best[strange], seed=seed,
-                                          member_people=people[known],
-                                          other_people=people[strange]),
+                                          member_people=who[known],
+                                          other_people=who[strange]),
              'pairs': attack_metrics(scores[same], scores[~same], seed=seed,
                                      member_people=shown[same], other_people=shown[~same])}
     return found, {'in the release at all': (best[known], best[strange]),

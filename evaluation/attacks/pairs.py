@@ -9,11 +9,12 @@ photograph's release picture.
 import dataclasses
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from models.loading import load_state, mismatch
 from models.resnet import build_resnet, describe_resnet
@@ -53,7 +54,7 @@ class PairConfig:
 class PairNet(nn.Module):
     """photos and pictures [N, 3, S, S] in [-1, 1] -> logits [N, 2]."""
 
-    def __init__(self, image_size=224):
+    def __init__(self, image_size: int = 224) -> None:
         super().__init__()
         self.small_stem = image_size < 100
         self.body = build_resnet('resnet18', small_stem=self.small_stem)
@@ -63,11 +64,11 @@ class PairNet(nn.Module):
         self.drop = nn.Dropout(0.5)
         self.fc = nn.Linear(512, 2)
 
-    def forward(self, photos, pictures):
+    def forward(self, photos: Tensor, pictures: Tensor) -> Tensor:
         return self.fc(self.drop(self.body(torch.cat([photos, pictures], 1))))
 
 
-def build_pair_net(config, *, imagenet_weights=None):
+def build_pair_net(config: PairConfig, *, imagenet_weights: str | Path | None = None) -> PairNet:
     """An untrained PairNet, or one whose layers but the first come from a ResNet-18 file."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.seed, 'pair net'))
@@ -100,7 +101,8 @@ def standardisation(photos: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     share = counts / counts.sum(1, keepdims=True)
     mean = share @ values
     std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(1))
-    return tuple(torch.tensor(v, dtype=torch.float32).reshape(1, 3, 1, 1) for v in (mean, std))
+    return (torch.tensor(mean, dtype=torch.float32).reshape(1, 3, 1, 1),
+            torch.tensor(std, dtype=torch.float32).reshape(1, 3, 1, 1))
 
 
 def step_pairs(group_of: np.ndarray, drawn: np.ndarray, pairs: str, rng: np.random.Generator
@@ -127,7 +129,8 @@ class PairAttack:
     mean, std [1, 3, 1, 1] standardise both inputs. UserError with fewer than two groups.
     """
 
-    def __init__(self, config, *, mean, std, device, imagenet_weights=None):
+    def __init__(self, config: PairConfig, *, mean: Tensor, std: Tensor,
+                 device: torch.device | str, imagenet_weights: str | Path | None = None) -> None:
         if config.precision not in PRECISIONS or config.pairs not in PAIRS:
             raise ValueError(f'precision={config.precision!r}, pairs={config.pairs!r}; want one '
                              f'of {PRECISIONS} and one of {PAIRS}')
@@ -145,7 +148,7 @@ class PairAttack:
         return torch.autocast(self.device.type, dtype=torch.bfloat16,
                               enabled=self.config.precision == 'bf16')
 
-    def train_epoch(self, photos, pictures, group_of):
+    def train_epoch(self, photos: np.ndarray, pictures: np.ndarray, group_of: np.ndarray) -> dict:
         """One epoch of n / (k * mult_batch) steps; returns {'epoch', 'loss', 'accuracy'}."""
         if len(np.unique(group_of)) < 2:
             raise UserError('the attack needs at least two groups to train on')
@@ -163,15 +166,15 @@ class PairAttack:
             for step in range(steps):
                 rows, shown, same = step_pairs(group_of, order[step * size:][:size], cfg.pairs,
                                                rng)
-                same = torch.from_numpy(same).to(self.device)
+                truth = torch.from_numpy(same).to(self.device)
                 with self._autocast():
                     logits = self.net(self._input(photos[rows]),
                                       self._input(pictures[shown])).float()
-                loss = F.cross_entropy(logits, same)
+                loss = F.cross_entropy(logits, truth)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 self.optimizer.step()
-                right = (logits.argmax(1) == same).float().mean()
+                right = (logits.argmax(1) == truth).float().mean()
                 total += torch.stack([loss.detach(), right])
         self.epoch += 1
         loss, accuracy = (total / steps).tolist()
@@ -180,7 +183,8 @@ class PairAttack:
         return {'epoch': self.epoch, 'loss': loss, 'accuracy': accuracy}
 
     @torch.no_grad()
-    def scores(self, photos, pictures, *, batch_size=256):
+    def scores(self, photos: np.ndarray, pictures: np.ndarray, *, batch_size: int = 256
+               ) -> np.ndarray:
         """Softmax scores float32 [C, n, 2] of every release picture with every photograph."""
         self.net.eval()
         found = np.empty((len(pictures), len(photos), 2), np.float32)
@@ -194,21 +198,21 @@ class PairAttack:
                 found[c, start:start + len(batch)] = logits.softmax(1).cpu().numpy()
         return found
 
-    def state(self):
+    def state(self) -> dict:
         """Everything needed to go on exactly where this epoch ended."""
         return {'epoch': self.epoch, 'config': dataclasses.asdict(self.config),
                 'net': {k: v.cpu() for k, v in self.net.state_dict().items()},
                 'optimizer': self.optimizer.state_dict(),
                 'mean': self.mean.cpu(), 'std': self.std.cpu()}
 
-    def load_state(self, state):
+    def load_state(self, state: dict) -> None:
         """Takes over a `state()` of the same configuration."""
         self.net.load_state_dict(state['net'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.epoch = state['epoch']
 
 
-def load_pair_attack(path, device):
+def load_pair_attack(path: str | Path, device: torch.device | str) -> PairAttack:
     """A trained PairAttack from a checkpoint of MIA_train.py; UserError when it is none."""
     state = load_weights(path, what='attack checkpoint', hint='Train one with MIA/MIA_train.py.')
     if not isinstance(state, dict) or not {'net', 'config', 'mean', 'std'} <= state.keys():

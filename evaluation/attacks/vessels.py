@@ -61,7 +61,8 @@ def vessel_maps(pictures: np.ndarray) -> np.ndarray:
     return np.divide(maps, norm, out=np.zeros_like(maps), where=norm > 0).astype(np.float32)
 
 
-def best_correlations(queries, pool, *, device='cpu'):
+def best_correlations(queries: np.ndarray, pool: np.ndarray, *,
+                      device: torch.device | str = 'cpu') -> np.ndarray:
     """Highest correlation of maps [n, S, S] with maps [m, S, S] over shifts and rotations: [n, m].
 
     Computed with FFTs; zero padding keeps shifts from wrapping round.
@@ -101,7 +102,8 @@ class VesselAttack:
     people the attacker knows not to be. UserError when a set is empty.
     """
 
-    def __init__(self, members, nonmembers, reference, *, device='cpu'):
+    def __init__(self, members: np.ndarray, nonmembers: np.ndarray, reference: np.ndarray, *,
+                 device: torch.device | str = 'cpu') -> None:
         self.device = device
         not_empty(members=members, nonmembers=nonmembers, reference=reference)
         self.people = [vessel_maps(p) for p in (members, nonmembers)]
@@ -111,7 +113,7 @@ class VesselAttack:
     def _best(self, people, pool):
         return best_correlations(people, pool, device=self.device).max(1)
 
-    def scores(self, release):
+    def scores(self, release: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of members [m] and others [n]: best match in the release minus that in the reference."""
         not_empty(release=release)
         pool = vessel_maps(release)
