@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import argparse
 import dataclasses
 import json
 import logging
@@ -79,7 +80,7 @@ ROWS = {
 }
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     lines = __doc__.splitlines()
     p = parser(lines[0], epilog='\n'.join(lines[1:]))
     p.add_argument('--out_dir', type=Path, required=True, metavar='DIR', help='results and caches')
@@ -107,7 +108,8 @@ class Photographs:
     features: dict[str, dict[str, np.ndarray]]
 
 
-def photographs(opts, role: str, seed: int, side: int, device: torch.device) -> Photographs:
+def photographs(opts: argparse.Namespace, role: str, seed: int, side: int,
+                device: torch.device) -> Photographs:
     """Draws people and computes their features, once."""
     folder = opts.out_dir / role
     if not (folder / 'labels.csv').exists():
@@ -148,7 +150,8 @@ def finished_run(folder: Path, cache: Path, device: torch.device
     return members, groups, pictures_of([folder / f'release/images/{n}.png' for n in names])
 
 
-def latents(opts, members: Photographs, psp: PSP, device: torch.device) -> torch.Tensor:
+def latents(opts: argparse.Namespace, members: Photographs, psp: PSP,
+            device: torch.device) -> torch.Tensor:
     """Latents [n, L, D] of the members, found once."""
     path = opts.out_dir / 'latents.npy'
     if not path.exists():
@@ -172,7 +175,7 @@ def groups_of(k: int, members: Photographs, ws: torch.Tensor, n_groups: int | No
 
 
 def release(row: Row, groups: list[np.ndarray], members: Photographs, ws: torch.Tensor, psp: PSP,
-            opts, device: torch.device) -> np.ndarray:
+            opts: argparse.Namespace, device: torch.device) -> np.ndarray:
     """The groups' pictures, uint8 [G, 3, S, S]."""
     if row.settings is None:
         return np.stack([np.rint(members.pictures[g].mean(0)).astype(np.uint8) for g in groups])
@@ -251,7 +254,7 @@ def markdown(results: dict[str, dict]) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def write_sheet(opts, results: dict[str, dict], members: Photographs,
+def write_sheet(opts: argparse.Namespace, results: dict[str, dict], members: Photographs,
                 groups: list[np.ndarray]) -> None:
     """Eight groups of k = 5: members, then every row's picture."""
     rows = [name for name in results if ROWS[name].k == 5]
@@ -265,7 +268,7 @@ def slug(name: str) -> str:
     return ''.join(c if c.isalnum() else '_' for c in name)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()
     device = resolve_device(opts.device)
@@ -286,8 +289,8 @@ def main(argv=None):
     return 0
 
 
-def compare(opts, members: Photographs, others: Photographs, probe: Probe, psp: PSP,
-            device: torch.device) -> None:
+def compare(opts: argparse.Namespace, members: Photographs, others: Photographs, probe: Probe,
+            psp: PSP, device: torch.device) -> None:
     """Computes the rows that are missing, and writes table and sheet."""
     ws, results, groups = latents(opts, members, psp, device), {}, {}
     for name, row in ROWS.items():

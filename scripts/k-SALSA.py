@@ -24,6 +24,7 @@ import os
 import shutil
 
 from matplotlib.figure import Figure
+from torch import nn
 
 from anonymization.audit import audit_release, plot_distances, report_dict, report_text
 from anonymization.grouping import METHODS, POLICIES, SURPLUS
@@ -222,14 +223,14 @@ def check_finished(release: Path) -> None:
                                 bad))
 
 
-def style_path(opts):
+def style_path(opts: argparse.Namespace) -> str | Path | None:
     """What the flag names, or the VGG19 file of paths_config; None for no style at all."""
     if opts.style_weights is None and opts.style_weight == 0:
         return None
     return opts.style_weights or model_paths['vgg19']
 
 
-def network_inputs(opts):
+def network_inputs(opts: argparse.Namespace) -> dict[str, str | Path]:
     """Weight files by role, for the run record."""
     files = {'checkpoint': opts.checkpoint_path,
              'content network': weight_file(opts.content_weights or model_paths['moco'])}
@@ -238,7 +239,7 @@ def network_inputs(opts):
     return files
 
 
-def feature_networks(opts, side):
+def feature_networks(opts: argparse.Namespace, side: int) -> tuple[nn.Module, nn.Module | None]:
     """The content and the style network, one object where they are the same; style may be None.
 
     UserError when a file is none, and when pictures of `side` px are too small for a network.
@@ -256,14 +257,14 @@ def feature_networks(opts, side):
     return content_net, style_net
 
 
-def network_facts(net, file):
+def network_facts(net: nn.Module | None, file: str | Path | None) -> str:
     """Name and SHA-256 of a network, for the manifest."""
     if net is None:
         return 'none'
     return net.name + (f' {sha256_file(file)}' if file else '')
 
 
-def optimize_config(opts):
+def optimize_config(opts: argparse.Namespace) -> OptimizeConfig:
     return OptimizeConfig(n_steps=opts.num_steps, n_crop=opts.num_crop,
                           content_weight=opts.content_weight, style_weight=opts.style_weight,
                           lr=opts.lr, style_mode=opts.style_mode, style_ratio=opts.style_ratio,
