@@ -10,9 +10,10 @@ import pandas as pd
 
 from datasets.groups import read_groups
 from datasets.table import Table
+from evaluation.cache import cached, digest
 from evaluation.settings import Settings
 from utils.errors import UserError
-from utils.io import write_csv
+from utils.io import sha256_file, write_csv
 from utils.runs import PROJECT_ROOT
 
 log = logging.getLogger(__name__)
@@ -57,30 +58,42 @@ def call(name: str, *arguments: str) -> None:
 
 def make_release(settings: Settings, members: Table, k: int, out_dir: Path, *, device: str,
                  seed: int) -> Release:
-    """Makes (or finds finished) the release of groups of k in out_dir/k<k>."""
-    columns = {'id_code': [p.name for p in members.paths], 'diagnosis': members.labels}
+    """Makes the release of groups of k in out_dir/k<k>, or finds it finished.
+
+    UserError where it is there and was made from other photographs or settings.
+    """
+    columns = {'id_code': [p.name for p in members.paths], 'diagnosis': members.grades}
     if members.patients:
         columns['patient_id'] = members.patients
     write_csv(out_dir / 'members.csv', pd.DataFrame(columns))
     run = out_dir / f'k{k}'
+    shaping = {'same_k': k, 'style_weight': settings.style_weight, 'lr': settings.lr,
+               'content_weight': settings.content_weight, 'num_steps': settings.num_steps,
+               'precision': settings.precision, 'seed': seed}
     flags = {'exp_dir': run, 'checkpoint_path': settings.file('checkpoint'),
-             'data_path': members.paths[0].parent, 'df': out_dir / 'members.csv', 'same_k': k,
+             'data_path': members.paths[0].parent, 'df': out_dir / 'members.csv',
              'content_weights': settings.network('content_weights'),
-             'style_weights': settings.network('style_weights'),
-             'style_weight': settings.style_weight, 'lr': settings.lr,
-             'content_weight': settings.content_weight, 'num_steps': settings.num_steps,
-             'precision': settings.precision, 'device': device, 'seed': seed}
-    call('k-SALSA', '--centroids', '--save_reconstructions',
-         *(f'--{name}={value}' for name, value in flags.items()))
+             'style_weights': settings.network('style_weights'), 'device': device, **shaping}
+
+    def make() -> dict:
+        call('k-SALSA', '--centroids', '--save_reconstructions',
+             *(f'--{name}={value}' for name, value in flags.items()))
+        return {'run': run.name}
+    stamp = out_dir / f'k{k}.json'
+    if not (run / 'release' / 'manifest.json').exists():
+        stamp.unlink(missing_ok=True)
+    cached(stamp, {**shaping, 'table': sha256_file(out_dir / 'members.csv'),
+                   'photographs': digest([sha256_file(p) for p in members.paths]),
+                   'weights': {n: sha256_file(f) for n, f in settings.weights().items()}}, make)
     return read_release(run, k, members)
 
 
 def read_release(run: Path, k: int, members: Table) -> Release:
     """The groups of a finished run on `members`."""
-    groups = sorted(read_groups(run / 'private' / 'groups.csv'), key=lambda g: g.release_name)
+    groups = sorted(read_groups(run / 'private' / 'groups.csv'), key=lambda g: g.release_name or '')
     index = {member: i for i, group in enumerate(groups) for member in group.members}
     group_of = np.array([index.get(p.name, -1) for p in members.paths])
     counts = np.zeros((len(groups), N_GRADES))
-    np.add.at(counts, (group_of[group_of >= 0], members.labels[group_of >= 0]), 1)
-    return Release(run, k, [g.release_name for g in groups], group_of, counts.argmax(1),
+    np.add.at(counts, (group_of[group_of >= 0], members.grades[group_of >= 0]), 1)
+    return Release(run, k, [g.release_name or '' for g in groups], group_of, counts.argmax(1),
                    counts / counts.sum(1, keepdims=True))

@@ -40,8 +40,9 @@ def nearest_attack(members: np.ndarray, nonmembers: np.ndarray, reference: np.nd
     def scores(release: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         not_empty(release=release)
         pictures = embed(release)
-        return tuple(far - np.log(nearest_distances(p, pictures) + _SMALL)
-                     for p, far in zip(people, usual))
+        member, other = (far - np.log(nearest_distances(p, pictures) + _SMALL)
+                         for p, far in zip(people, usual))
+        return member, other
     return scores
 
 

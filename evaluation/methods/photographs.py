@@ -26,13 +26,13 @@ def real_same_n(study: Study, release: Release) -> Candidate:
 def inverted(study: Study, release: Release) -> Candidate:
     """The encoder's reconstructions."""
     members = study.population.members
-    return Candidate(study.pictures(release.reconstructions(members)), members.labels,
-                     one_hot(members.labels), np.arange(len(members)), people=members.patients)
+    return Candidate(study.pictures(release.reconstructions(members)), members.grades,
+                     one_hot(members.grades), np.arange(len(members)), people=members.patients)
 
 
 def _photographs(study: Study, rows: np.ndarray) -> Candidate:
     members = study.population.members.subset(rows)
     group_of = np.full(len(study.members), -1)
     group_of[rows] = np.arange(len(rows))
-    return Candidate(study.members[rows], members.labels, one_hot(members.labels), group_of,
+    return Candidate(study.members[rows], members.grades, one_hot(members.grades), group_of,
                      people=members.patients, photographs=True)
