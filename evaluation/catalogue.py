@@ -1,12 +1,14 @@
 """All methods and measures, in the order in which tables show them. A new one is added here."""
-from evaluation.appearance import fundus_distances, spectra
-from evaluation.attacks.nearest import content, pixel
+from evaluation.appearance import detail, distances, spectra
+from evaluation.attacks.nearest import pixel
+from evaluation.attacks.on_features import content, pair, projection
 from evaluation.attacks.reidentification import reidentification
 from evaluation.attacks.vessels import vessel
 from evaluation.methods.groups import centroid, pixel_average
 from evaluation.methods.k_salsa import k_salsa
 from evaluation.methods.photographs import inverted, real, real_same_n
 from evaluation.methods.samples import unconditional
+from evaluation.probing import probe, reading
 from evaluation.registry import Registry
 from evaluation.utility import utility
 
@@ -14,5 +16,6 @@ METHODS = Registry('methods', [
     real, real_same_n, inverted, pixel_average, centroid, unconditional, k_salsa,
 ])
 MEASURES = Registry('measures', [
-    fundus_distances, spectra, utility, pixel, content, vessel, reidentification,
+    distances, detail, spectra, probe, reading, utility, projection, pixel, content, vessel, pair,
+    reidentification,
 ])

@@ -150,6 +150,11 @@ def extract_features(network, pictures, *, device='cpu', batch_size=32):
     return torch.cat(found).numpy()
 
 
+def scaled(features: np.ndarray) -> np.ndarray:
+    """Unit vectors [n, d] of a feature network at mean square 1 per dimension, as KID wants."""
+    return features * np.sqrt(features.shape[1])
+
+
 def feature_statistics(features):
     """Mean [d] and covariance [d, d] (n - 1) of features [n, d], float64."""
     features = np.asarray(features, dtype=np.float64)

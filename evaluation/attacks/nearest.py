@@ -57,13 +57,6 @@ def pixel(study: Study) -> Scorer:
     return nearest_attack(study.members, study.nonmembers, study.reference, pixels)
 
 
-@attack('content', 'nearest in content features',
-        depends=lambda study: {'content encoder': study.content_digest})
-def content(study: Study) -> Scorer:
-    """Sees what the content encoder sees."""
-    return nearest_attack(study.members, study.nonmembers, study.reference, study.content)
-
-
 def reidentification_ranks(probes: np.ndarray, release_of_probe: np.ndarray, release: np.ndarray,
                            embed: Embed) -> np.ndarray:
     """At which place the picture of the own group comes, by distance to another photograph.

@@ -89,6 +89,11 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / (np.linalg.norm(x, axis=1, keepdims=True) + _SMALL)
 
 
+def least_reference() -> int:
+    """How many reference pictures the attack needs at least."""
+    return 2 * REMOVED[0]
+
+
 def projection_cosines(candidates: dict[str, np.ndarray], release: dict[str, np.ndarray],
                        reference: dict[str, np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
     """{(features, components): cosines [n, G]} of `attack_features` of the three.
@@ -97,9 +102,9 @@ def projection_cosines(candidates: dict[str, np.ndarray], release: dict[str, np.
     than 40 reference pictures.
     """
     size = len(reference['pooled'])
-    if size < 2 * REMOVED[0]:
+    if size < least_reference():
         raise UserError(f'{size} reference pictures are too few to whiten features; the '
-                        f'projection attack needs at least {2 * REMOVED[0]}')
+                        f'projection attack needs at least {least_reference()}')
     found = {}
     for name in ('grams', 'pooled', 'all'):
         white = _Whitening(_chosen(reference, name))

@@ -3,21 +3,20 @@ import numpy as np
 import torch
 
 from classification.data import one_hot
-from evaluation.methods.photographs import real
+from evaluation.probing import graded
 from evaluation.registry import Candidate, method
 from evaluation.releases import Release
 from evaluation.study import Study
-from evaluation.utility import grades_by
 from models.psp import load_psp
 from utils.images import to_uint8
 from utils.seeds import torch_generator
 
 
-@method('unconditional', 'generator samples, graded by a network (independent: negative control)')
+@method('unconditional', 'generator samples, graded by a probe (independent: negative control)')
 def unconditional(study: Study, release: Release) -> Candidate:
-    """As many samples as there are groups, graded by the first grader trained on photographs."""
+    """As many samples as there are groups, graded by a probe trained on photographs."""
     pictures = _sample(study, len(release.names))
-    labels = grades_by(study, real.make(study, release), pictures)
+    labels = graded(study, pictures)
     return Candidate(pictures, labels, one_hot(labels), np.full(len(study.members), -1))
 
 
