@@ -5,12 +5,12 @@ import numpy as np
 
 from classification.data import one_hot
 from classification.metrics import bootstrap_intervals, grading_metrics
-from evaluation.feature_quality import REFERABLE_GRADE
 from evaluation.judges import Judge
 from evaluation.judging import judged
 from evaluation.population import people_of
 from evaluation.probe import Probe, fit_probe, read_release
 from evaluation.registry import Candidate, Cells, interval
+from evaluation.scores import REFERABLE_FROM
 from evaluation.study import Study
 from utils.errors import UserError
 
@@ -59,7 +59,7 @@ def reading(study: Study, judge: Judge) -> Callable[[Candidate], dict]:
 
     def run(candidate: Candidate) -> dict:
         score = grader.score(study.features(judge, candidate.pictures)['pooled'])
-        share = candidate.shares[:, REFERABLE_GRADE:].sum(1)
+        share = candidate.shares[:, REFERABLE_FROM:].sum(1)
         return read_release(score, share, seed=study.seed)._asdict()
     return run
 
