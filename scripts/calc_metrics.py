@@ -1,14 +1,16 @@
-"""Compares synthetic with real pictures: FID, KID, precision, coverage, sharpness.
+"""Compares synthetic with real pictures: distances, precision, coverage, vessels, sharpness.
 
-    python scripts/calc_metrics.py REAL SYNTHETIC --content_weights content.pt
+    python scripts/calc_metrics.py REAL SYNTHETIC
     python scripts/calc_metrics.py real.zip RUN/release/images --metrics fundus,inception \\
         --content_weights content.pt --inception_weights pt_inception-2015-12-05-6726825d.pth
 
 REAL and SYNTHETIC are folders (searched recursively) or ZIP archives; contact sheets (grid.png of
-scripts/generate.py) do not count. `fundus` takes the features of the project's content encoder
+scripts/generate.py) do not count. `features` takes pooled features of the networks --features
+(FD-lite1; no further file is needed), `fundus` those of the project's content encoder
 (FD-fundus), `inception` those of FID; their statistics come with bootstrap intervals, and the
-distances with those of real against real pictures as the yardstick. `spectrum` compares radial
-power spectra.
+distances with those of real against real pictures as the yardstick. `detail` compares the amount
+of vessels and the power at high frequencies, `spectrum` radial power spectra. A network that the
+manifest of a release names among its makers does not judge it alone, and is marked.
 """
 import sys
 from pathlib import Path
@@ -20,13 +22,21 @@ import json
 import logging
 from collections import Counter
 
+import numpy as np
+
 from evaluation.fidelity import (
     compare_pictures,
+    fidelity,
     load_feature_network,
     picture_names,
     read_pictures,
+    scaled,
 )
-from evaluation.spectra import sharpness
+from evaluation.judges import load_judges, networks_of
+from evaluation.probe import pooled_features
+from evaluation.spectra import high_frequency_ratio, sharpness
+from evaluation.vessel_amount import vessel_ratios
+from models.features.pretrained import SMALLEST_SIDE
 from utils.cli import add_common, parser, positive_int, resolve_device, run
 from utils.errors import UserError, listing
 from utils.logs import setup_logging
@@ -34,7 +44,8 @@ from utils.runs import versions
 
 log = logging.getLogger(__name__)
 
-KINDS = ('fundus', 'inception', 'spectrum')
+KINDS = ('features', 'fundus', 'inception', 'detail', 'spectrum')
+DETAIL = {'area': 'vessel area', 'length': 'vessel length', 'high_frequencies': 'fine texture'}
 LABELS = {'fundus': ('FD-fundus', 'KID-fundus'), 'inception': ('FID', 'KID')}
 
 
@@ -43,8 +54,10 @@ def build_parser():
     p.add_argument('real', type=Path, metavar='REAL', help='real pictures')
     p.add_argument('synthetic', type=Path, metavar='SYNTHETIC', help='synthetic pictures')
     p.add_argument('--metrics', metavar='LIST',
-                   help='comma-separated: fundus, inception, spectrum (default: spectrum, and '
-                        'what weights are given for)')
+                   help=f'comma-separated: {", ".join(KINDS)} (default: detail, spectrum, what '
+                        'weights are given for, and without those of Inception features)')
+    p.add_argument('--features', nargs='+', default=['lite1'], metavar='NAME',
+                   help='networks of `features`: lite0, lite1, lite2')
     p.add_argument('--content_weights', type=Path, metavar='FILE',
                    help='content encoder (scripts/train_content_encoder.py) or MoCo weights')
     p.add_argument('--inception_weights', type=Path, metavar='FILE',
@@ -61,8 +74,9 @@ def build_parser():
 def chosen(opts):
     """The kinds of statistics to compute."""
     if opts.metrics is None:
-        return [k for k in KINDS if k == 'spectrum' or (
-            opts.content_weights if k == 'fundus' else opts.inception_weights)]
+        given = {'features': not opts.inception_weights, 'fundus': opts.content_weights,
+                 'inception': opts.inception_weights}
+        return [k for k in KINDS if given.get(k, True)]
     kinds = [k for k in opts.metrics.split(',') if k]
     unknown = [k for k in kinds if k not in KINDS]
     if unknown or not kinds:
@@ -97,12 +111,19 @@ def table(results):
     """Printable rows: statistic, value, interval, real against real."""
     lines = [f'{"statistic":<24}{"value":>10}  {"95 % interval":<22}{"real split":>10}']
     for kind, found in results.items():
+        if kind == 'detail':
+            for name, title in DETAIL.items():
+                score = found[name]
+                lines.append(f'{title:<24}{score["value"]:>10.4f}  '
+                             f'{score["low"]:.4f} to {score["high"]:.4f}')
+            continue
         if kind == 'spectrum':
             for name in ('high_frequency_ratio', 'log_spectrum_rmse'):
                 lines.append(f'{name:<24}{found[name]:>10.4f}')
             continue
         split = found['real_split'] or {}
-        names = {'fd': LABELS[kind][0], 'kid': LABELS[kind][1],
+        fd, kid = LABELS.get(kind, (f'FD-{kind}', f'KID-{kind}'))
+        names = {'fd': fd, 'kid': kid,
                  **{n: f'{n} ({kind})' for n in ('precision', 'recall', 'density', 'coverage')}}
         for key, name in names.items():
             score = found[key]
@@ -117,6 +138,12 @@ def table(results):
     return '\n'.join(lines)
 
 
+def detail(real: np.ndarray, synthetic: np.ndarray, seed: int) -> dict:
+    """Vessels and power at high frequencies, synthetic over real."""
+    return {**vessel_ratios(real, synthetic, seed=seed),
+            'high_frequencies': high_frequency_ratio(real, synthetic, seed=seed)}
+
+
 def main(argv=None):
     opts = build_parser().parse_args(argv)
     setup_logging()
@@ -125,18 +152,33 @@ def main(argv=None):
     networks = {kind: load_feature_network(
         metric='fd_fundus' if kind == 'fundus' else 'fid',
         content_weights=opts.content_weights, inception_weights=opts.inception_weights)
-        for kind in kinds if kind != 'spectrum'}
+        for kind in kinds if kind in LABELS}
+    judges = load_judges(opts.features, [networks_of(opts.synthetic)]) if 'features' in kinds \
+        else []
     side = min(picture_side(opts.real, one_size=False),
                picture_side(opts.synthetic, one_size=True))
     count = {name: len(picture_names(path)[1])
              for name, path in (('n_real', opts.real), ('n_synthetic', opts.synthetic))}
-    results = {kind: compare_pictures(opts.real, opts.synthetic, network, device=device,
+    results = {}
+    if set(kinds) - LABELS.keys():
+        pictures = [read_pictures(path, side) for path in (opts.real, opts.synthetic)]
+    if judges and side < SMALLEST_SIDE and opts.metrics is None:
+        log.warning('pictures of %d px are too small for %s: left out', side,
+                    ', '.join(j.label for j in judges))
+        judges = []
+    for judge in judges:
+        results[judge.label] = fidelity(
+            *(scaled(pooled_features(judge.network, u8, device=device,
+                                     batch_size=opts.batch_size)) for u8 in pictures),
+            n_bootstrap=opts.n_bootstrap, seed=opts.seed)
+    results |= {kind: compare_pictures(opts.real, opts.synthetic, network, device=device,
                                       n_bootstrap=opts.n_bootstrap, seed=opts.seed,
                                       batch_size=opts.batch_size)
                for kind, network in networks.items()}
+    if 'detail' in kinds:
+        results['detail'] = detail(*pictures, opts.seed)
     if 'spectrum' in kinds:
-        results['spectrum'] = sharpness(read_pictures(opts.real, side),
-                                        read_pictures(opts.synthetic, side))
+        results['spectrum'] = sharpness(*pictures)
     print(f'{count["n_real"]} real and {count["n_synthetic"]} synthetic pictures')
     print(table(results))
     if opts.out is not None:

@@ -14,6 +14,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from datasets.archive import ArchiveWriter, ImageArchive
+from datasets.phantoms import render_phantom
 from evaluation.fidelity import (
     InceptionNetwork,
     extract_features,
@@ -27,6 +28,7 @@ from evaluation.fidelity import (
 )
 from evaluation.spectra import radial_spectrum, sharpness
 from models.features.content import content_checkpoint, load_content_network
+from models.features.pretrained import load_feature_network
 from models.resnet import build_resnet
 from models.stylegan2.model import Generator
 from utils.errors import UserError
@@ -194,6 +196,29 @@ def test_calc_metrics_command(content_file, folders, tmp_path, capsys):
     assert first['fundus']['fd']['value'] == pytest.approx(second['fundus']['fd']['value'],
                                                            rel=1e-3)
     assert first['spectrum']['high_frequency_ratio'] < 0.1
+
+
+def test_distances_without_further_files(tmp_path, capsys):
+    for seed, name in enumerate(('real', 'release/images')):
+        (tmp_path / name).mkdir(parents=True)
+        for p in range(8):
+            eye = render_phantom(seed=seed, patient=p, eye='left', visit=0, grade=0, size=64)
+            Image.fromarray(eye.image).save(tmp_path / name / f'{p}.png')
+    script = load_script('calc_metrics')
+    flags = [str(tmp_path / 'real'), str(tmp_path / 'release/images'), '--device=cpu',
+             '--n_bootstrap=3', f'--out={tmp_path / "out.jsonl"}']
+    assert script.main(flags) == 0
+    printed = capsys.readouterr().out
+    for word in ('FD-lite1', 'KID-lite1', 'coverage (lite1)', 'vessel length', 'fine texture'):
+        assert word in printed
+    found, = read_jsonl(tmp_path / 'out.jsonl')
+    assert 0.5 < found['detail']['area']['value'] < 2 and found['lite1']['fd']['value'] > 0
+    (tmp_path / 'release' / 'manifest.json').write_text(json.dumps(
+        {'networks': {'style': f'lite1 {load_feature_network("lite1").digest}'}}))
+    with pytest.raises(UserError, match='made with lite1, which may not judge it alone'):
+        script.main(flags)
+    assert script.main([*flags, '--metrics=features', '--features', 'lite1', 'lite0']) == 0
+    assert "FD-lite1, the maker's" in capsys.readouterr().out
 
 
 def test_missing_weights_name_the_file_and_the_flag(folders, tmp_path):
