@@ -14,6 +14,7 @@ import pandas as pd
 from datasets.groups import Group, group_pictures, read_groups
 from datasets.people import merge_identical, shown_elsewhere
 from datasets.table import Table, read_table
+from evaluation.judges import networks_of
 from utils.errors import UserError, listing
 from utils.seeds import numpy_generator
 
@@ -29,7 +30,8 @@ class TrainingSet:
 
     shares [n, C]: how the members' grades are distributed; one-hot for a single photograph, None
     where a release does not tell.
-    labels [n]: majority grade, ties to the lowest. groups: patients, or None.
+    labels [n]: majority grade, ties to the lowest. groups: patients, or None. networks: what a
+    release was made with (`networks_of`).
     """
 
     names: list[str]
@@ -37,6 +39,7 @@ class TrainingSet:
     labels: np.ndarray
     shares: np.ndarray | None = None
     groups: list[str] | None = None
+    networks: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -78,7 +81,7 @@ def release_set(folder: str | Path) -> TrainingSet:
     else:
         shares = None
     return TrainingSet(names=table.ids, sources=[[p] for p in table.paths], labels=table.grades,
-                       shares=shares, groups=None)
+                       shares=shares, groups=None, networks=networks_of(Path(folder)))
 
 
 def photograph_set(table: Table) -> TrainingSet:

@@ -144,7 +144,9 @@ def _draw(records, test, config, out_dir):
 
 def results_table(results: dict) -> str:
     """Printable mean and spread of every score."""
-    lines = [f'{"score":<20}{"mean":>8}{"std":>8}   seeds']
+    lines = [f'features: {results["seeds"][0]["features"]}'] \
+        if 'features' in results['seeds'][0] else []
+    lines += [f'{"score":<20}{"mean":>8}{"std":>8}   seeds']
     for name, score in results['summary'].items():
         std = '-' if score['std'] is None else f'{score["std"]:.3f}'
         lines.append(f'{name:<20}{score["mean"]:>8.3f}{std:>8}   '

@@ -1,4 +1,5 @@
 """The probe as a grader: linear models on frozen features, fitted and tested once per seed."""
+import logging
 from functools import cached_property
 
 import numpy as np
@@ -8,14 +9,18 @@ from classification.data import TrainingSet, one_hot
 from classification.metrics import bootstrap_intervals, grading_metrics
 from classification.settings import Config
 from datasets.table import Table
+from evaluation.judges import Judge, made
 from evaluation.probe import fit_probe, pooled_features
-from models.features.pretrained import FeatureNetwork, load_feature_network
+from models.features.pretrained import load_feature_network
+
+log = logging.getLogger(__name__)
 
 
 class ProbeGrader:
     """Probes on one training set; features are computed when first needed.
 
-    pictures: uint8 [n, 3, S, S] of `data`; test_pictures [m, 3, S, S] of `test`.
+    pictures: uint8 [n, 3, S, S] of `data`; test_pictures [m, 3, S, S] of `test`. A network that
+    a release was made with is called its maker in the records, and a warning says so.
     """
 
     def __init__(self, data: TrainingSet, pictures: np.ndarray, test: Table,
@@ -24,12 +29,18 @@ class ProbeGrader:
         self._pictures = pictures, test_pictures
 
     @cached_property
-    def _network(self) -> FeatureNetwork:
-        return load_feature_network(self.config.features, arch=self.config.features_arch or None)
+    def _judge(self) -> Judge:
+        network = load_feature_network(self.config.features,
+                                       arch=self.config.features_arch or None)
+        judge = Judge(network, made(network, self.data.networks))
+        if judge.maker:
+            log.warning('the release was made with %s: these figures flatter; set --features to '
+                        'another network, and read them beside its figures', network.name)
+        return judge
 
     @cached_property
     def _features(self) -> list[np.ndarray]:
-        return [pooled_features(self._network, p, device=self.device) for p in self._pictures]
+        return [pooled_features(self._judge.network, p, device=self.device) for p in self._pictures]
 
     def record(self, seed: int, rows: np.ndarray) -> dict:
         """Scores of a probe on the training pictures `rows`, like a network's record.
@@ -46,7 +57,7 @@ class ProbeGrader:
         found = grading_metrics(self.test.grades, grades, score)
         found['interval_95'] = bootstrap_intervals(self.test.grades, grades, score,
                                                    groups=self.test.patients)
-        return {'seed': seed, 'n_train': len(rows), 'features': self._network.name,
-                'features_sha256': self._network.digest, 'strength': probe.strength,
+        return {'seed': seed, 'n_train': len(rows), 'features': self._judge.label,
+                'features_sha256': self._judge.network.digest, 'strength': probe.strength,
                 'grade_strength': probe.grade_strength, 'test_best': found,
                 'test_score': score.tolist()}

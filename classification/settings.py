@@ -103,7 +103,7 @@ class Config:
 
     settings: Settings
     grader: str = 'network'
-    features: str = 'lite0'
+    features: str = 'lite1'
     features_arch: str = ''
     probe: str = 'logistic'
     labels: str = 'majority'

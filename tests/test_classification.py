@@ -494,11 +494,15 @@ def test_the_probe_is_a_grader(study, monkeypatch, capsys):
     assert main([*flags, '--baseline', 'real', '--out_dir', 'out']) == 0
     found = json.loads((study / 'out' / 'results.json').read_text())
     assert found['summary']['auc_referable']['mean'] > 0.95
-    assert found['summary']['kappa']['mean'] > 0.7 and found['initial_weights'] == 'lite0'
+    assert found['summary']['kappa']['mean'] > 0.7 and found['initial_weights'] == 'lite1'
     low, high = found['seeds'][0]['test_best']['interval_95']['auc_referable']
     assert low <= found['summary']['auc_referable']['mean'] <= high
     assert {p.name for p in (study / 'out' / 'seed_0').iterdir()} == {'result.json'}
-    assert main([*flags, '--release', 'release', '--features', 'lite1', '--out_dir', 'soft']) == 0
+    digest = load_feature_network('lite0').digest
+    (study / 'release' / 'manifest.json').write_text(
+        json.dumps({'networks': {'content': f'lite0 {digest}'}}))
+    assert main([*flags, '--release', 'release', '--features', 'lite0', '--out_dir', 'soft']) == 0
+    assert "features: lite0, the maker's" in capsys.readouterr().out
     assert main([*flags, '--baseline', 'random-average', '--group_size', '2', '--out_dir',
                  'means', '--seed', '0', '1']) == 0
     assert 'auc_referable' in capsys.readouterr().out

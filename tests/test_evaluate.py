@@ -38,8 +38,8 @@ def config(tmp_path_factory):
     grader = yaml.safe_load((ROOT / 'classification/configs/small.yaml').read_text())
     grader |= {'image_size': 64, 'small_stem': True, 'epochs': 1, 'batch_size': 8}
     (folder / 'grader.yaml').write_text(yaml.safe_dump(grader))
-    entries = {'name': 'test', 'phantoms': {'n_patients': 32, 'size': 64, 'visits': 2, 'seed': 1},
-               'members': 0.3, 'judges': ['lite0'],
+    entries = {'name': 'test', 'phantoms': {'n_patients': 40, 'size': 64, 'visits': 2, 'seed': 1},
+               'members': 0.35, 'judges': ['lite0'],
                'checkpoint': str(folder / 'psp.pt'), 'content_weights': str(folder / 'content.pt'),
                'num_steps': 1, 'k': [2, 3], 'methods': list(METHODS),
                'grader': str(folder / 'grader.yaml'), 'seeds': [0]}
@@ -223,7 +223,7 @@ def test_all_that_is_wrong_is_said_at_once(config, tmp_path):
 
 def test_too_few_reference_people(config, tmp_path, monkeypatch):
     monkeypatch.setattr('evaluation.attacks.projection.REMOVED', (20, 60))
-    with pytest.raises(UserError, match='22 reference photographs.*projection attack.* 40'):
+    with pytest.raises(UserError, match='26 reference photographs.*projection attack.* 40'):
         evaluate.main([f'--config={config}', f'--out_dir={tmp_path / "out"}', '--device=cpu'])
 
 
