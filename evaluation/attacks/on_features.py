@@ -45,8 +45,8 @@ def pair(study: Study, judge: Judge) -> Callable[[Candidate], Found]:
 
 
 @judged_attack('projection', 'projection on release pictures, the strongest reading',
-               lambda label, found: {} if found['own_group'] is None else {
-                   f'own group first ({label})': f'{found["own_group"]["rank_1"]:.2f}'})
+               lambda label, found: {f'own group first ({label})': '-' if not found['own_group']
+                                     else f'{found["own_group"]["rank_1"]:.2f}'})
 def projection(study: Study, judge: Judge) -> Callable[[Candidate], Found]:
     """The attack that averages fear. own_group: how often its picture comes first for a member."""
     def run(candidate: Candidate) -> Found:
