@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from datasets.images_dataset import ImagesDataset
+from datasets.people import merge_identical
 from datasets.table import read_table
 from datasets.table_images import TableImages
 from evaluation.feature_quality import describe_quality, feature_quality
@@ -174,6 +175,7 @@ def quality_table(opts):
         return None
     if len(table) < 2:
         raise UserError(f'{opts.labels}: a quality report needs at least 2 images')
+    table = merge_identical(table)    # so that no probe is tested on a photograph it has seen
     people = np.asarray(table.ids if table.patients is None else table.patients)
     order = numpy_generator(opts.seed, 'quality').permutation(np.unique(people))
     rank = {person: i for i, person in enumerate(order)}

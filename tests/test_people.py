@@ -1,8 +1,10 @@
 """Who is one person: patients, and photographs with the same bytes."""
+import argparse
 import shutil
 
 import pandas as pd
 import pytest
+from conftest import load_script
 from release_fixture import save_photographs
 
 from datasets.people import content_keys, merge_identical, person_numbers, shown_elsewhere
@@ -60,3 +62,12 @@ def test_people_of_other_tables_are_found(tmp_path):
     renamed.to_csv(second / 'labels.csv', index=False)
     ids = read_table(second / 'labels.csv', ids_only=True)
     assert shown_elsewhere(ids, without_files) == [True, True, False]
+
+
+def test_probes_of_features_keep_identical_photographs_together(tmp_path):
+    folder = table_of(tmp_path, 4)
+    shutil.copy(folder / 'images/eye001x.png', folder / 'images/eye002x.png')
+    options = argparse.Namespace(labels=folder / 'labels.csv', labels_image_dir=folder / 'images',
+                                 quality_split=None, quality_images=10, seed=0)
+    table = load_script('train_content_encoder').quality_table(options)
+    assert table.patients == ['eye000x', 'eye001x', 'eye001x', 'eye003x']
