@@ -12,7 +12,7 @@ from PIL import Image
 from test_train_stylegan2 import Discs, tiny_config, tiny_trainer
 
 from training.stylegan2_config import make_config
-from training.stylegan2_loop import Trainer, train
+from training.stylegan2_loop import Draws, Trainer, train
 from training.stylegan2_resume import resumed_config
 from utils.errors import UserError
 from utils.io import load_weights, save_torch
@@ -141,7 +141,7 @@ class Spoilt(Trainer):
 
     bad: range = range(0)
 
-    def _judge(self, images: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    def _judge(self, images: torch.Tensor, draw: Draws) -> torch.Tensor:
         logits = super()._judge(images, draw)
         return logits * (float('nan') if self.n_steps in self.bad else 1)
 
@@ -218,7 +218,8 @@ def test_the_path_length_target_moves_first() -> None:
     trainer = tiny_trainer(config=tiny_config(pl_decay=0.25, use_noise=False))
     trainer.pl_mean.fill_(0.5)
     ws = trainer.g.broadcast(trainer.g.mapping(torch.randn(3, 16))).detach().requires_grad_()
-    loss, mean = trainer._path_length(ws, torch.Generator().manual_seed(1))
+    draw = torch.Generator().manual_seed(1)
+    loss, mean = trainer._path_length(ws, Draws(draw, draw))
     got = torch.autograd.grad(loss, trainer.g.input.input)[0]
 
     noise = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) / 32

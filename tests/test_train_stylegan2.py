@@ -16,6 +16,7 @@ from training.adversarial import freeze_discriminator
 from training.augment import MAX_STRENGTH, PIPES, AdaptiveStrength, AugmentPipe
 from training.stylegan2_config import make_config
 from training.stylegan2_loop import (
+    Draws,
     EndlessSampler,
     Trainer,
     latest_snapshot,
@@ -97,12 +98,12 @@ class FixedLatents(Trainer):
     """Latents depend on the step and on their place in the batch alone, not on the pass."""
 
     def _passes(self, phase):
-        return range(self.rounds)
+        return [Draws(number, number) for number in range(self.rounds)]
 
     def _latents(self, draw, n):
         bank = torch.randn(self.config.batch, self.config.style_dim,
                            generator=torch_generator(self.n_steps))
-        return self.g.broadcast(self.g.mapping(bank[draw * n:(draw + 1) * n]))
+        return self.g.broadcast(self.g.mapping(bank[draw.images * n:(draw.images + 1) * n]))
 
 
 def test_gradients_accumulate_over_passes():

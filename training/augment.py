@@ -3,15 +3,28 @@
 Source: Karras et al. 2020, 'Training Generative Adversarial Networks with Limited Data',
 section 2 (adaptive strength) and appendix B (transformations and their order).
 Shapes: N images, [N, 3, H, W], values nominally in [-1, 1].
+What is decided per image (gates, matrices, filters) is computed on the CPU, from a generator of
+the CPU, and sent to the images' device in one copy: a GPU would need hundreds of small operations
+for it, and the host would have to wait for the sizes that follow from it.
 """
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pywt
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from models.stylegan2.op import upfirdn2d
+from training.resampling import (
+    GridSample,
+    Margins,
+    double_by_filters,
+    double_by_matrices,
+    halve_by_filters,
+    halve_by_matrices,
+)
+from utils.transfer import send_together
 
 BLIT = ('xflip', 'rotate90', 'xint')
 GEOM = ('scale', 'rotate', 'aniso', 'xfrac')
@@ -34,22 +47,29 @@ _BAND_POWER = (10 / 13, 1 / 13, 1 / 13, 1 / 13)    # expected spectrum of photog
 
 
 class RandomDraws:
-    """Per-sample random numbers from a torch.Generator; `gate` decides whether a sample is hit."""
+    """Per-sample random numbers on the CPU; `gate` decides whether a sample is hit.
 
-    def __init__(self, n, device, generator=None):
+    device: of the pixels' noise, which `pixel_generator` draws there; None: `generator`, which is
+    one of the CPU.
+    """
+
+    def __init__(self, n: int, device: torch.device | str,
+                 generator: torch.Generator | None = None,
+                 pixel_generator: torch.Generator | None = None) -> None:
         self.n, self.device, self.generator = n, device, generator
+        self.pixel_generator = generator if pixel_generator is None else pixel_generator
 
-    def uniform(self, *shape):
-        return torch.rand(self.n, *shape, device=self.device, generator=self.generator)
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(self.n, *shape, generator=self.generator)
 
-    def normal(self, *shape):
-        return torch.randn(self.n, *shape, device=self.device, generator=self.generator)
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(self.n, *shape, generator=self.generator)
 
-    def gate(self, probability):
+    def gate(self, probability: float) -> Tensor:
         return self.uniform() < probability
 
-    def pixel_noise(self, images):
-        return torch.randn(images.shape, device=self.device, generator=self.generator)
+    def pixel_noise(self, images: Tensor) -> Tensor:
+        return torch.randn(images.shape, device=self.device, generator=self.pixel_generator)
 
 
 class PercentileDraws(RandomDraws):
@@ -58,18 +78,18 @@ class PercentileDraws(RandomDraws):
     The normal percentile is erfinv(2q - 1), without the factor sqrt(2), as in the reference.
     """
 
-    def __init__(self, n, device, percentile):
+    def __init__(self, n: int, device: torch.device | str, percentile: float) -> None:
         super().__init__(n, device)
         self.percentile = percentile
 
-    def uniform(self, *shape):
-        return torch.full((self.n, *shape), self.percentile, device=self.device)
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.full((self.n, *shape), self.percentile)
 
-    def normal(self, *shape):
+    def normal(self, *shape: int) -> Tensor:
         return torch.erfinv(self.uniform(*shape) * 2 - 1)
 
-    def gate(self, probability):
-        return torch.ones(self.n, dtype=torch.bool, device=self.device)
+    def gate(self, probability: float) -> Tensor:
+        return torch.ones(self.n, dtype=torch.bool)
 
 
 class AugmentPipe:
@@ -84,39 +104,57 @@ class AugmentPipe:
         if unknown:
             raise ValueError(f'unknown augmentations {sorted(unknown)}')
         self.names = frozenset(names)
-        low = torch.tensor(pywt.Wavelet('sym6').dec_lo, dtype=torch.float32, device=device)
+        low = torch.tensor(pywt.Wavelet('sym6').dec_lo, dtype=torch.float32)
         self._geom_taps = low / low.sum()
-        self._bands = torch.tensor(_filter_bank(), dtype=torch.float32, device=device)
+        self._device_taps = self._geom_taps.to(device)
+        self._bands = torch.tensor(_filter_bank(), dtype=torch.float32)
 
-    def __call__(self, images, p, *, generator=None, draws=None):
-        """images [N, 3, H, W] -> the same shape; p: strength in [0, 1]."""
+    def __call__(self, images: Tensor, p: float, *, generator: torch.Generator | None = None,
+                 pixel_generator: torch.Generator | None = None,
+                 draws: RandomDraws | None = None) -> Tensor:
+        """images [N, 3, H, W] -> the same shape; p: strength in [0, 1].
+
+        generator: of the CPU. pixel_generator: of the images' device, needed for 'noise' there;
+        None on a CPU.
+        """
         if draws is None:
             if p <= 0:
                 return images
-            draws = RandomDraws(images.shape[0], images.device, generator)
+            draws = RandomDraws(images.shape[0], images.device, generator, pixel_generator)
+        plan, margins = {}, None
         inverse = self._geometry(draws, p, *images.shape[2:])
         if self.names & {*BLIT, *GEOM} == {'xint'}:
             images = _shift(images, inverse)
         elif inverse is not None:
-            images = self._warp(images, inverse)
+            plan['where'], margins = self._aim(inverse, *images.shape[2:])
         color = self._color(draws, p)
         if color is not None:
-            images = torch.einsum('nij,njhw->nihw', color[:, :3, :3], images)
-            images = images + color[:, :3, 3, None, None]
+            plan |= {'color': color[:, :3, :3], 'shift': color[:, :3, 3, None, None]}
         if 'imgfilter' in self.names:
-            images = self._filter(images, draws, p)
+            plan['taps'] = self._filter_taps(draws, p).repeat_interleave(images.shape[1], 0)
         if 'noise' in self.names:
             sigma = draws.normal().abs() * _NOISE_STD * draws.gate(p)
-            images = images + draws.pixel_noise(images) * sigma[:, None, None, None]
+            plan['sigma'], noise = sigma[:, None, None, None], draws.pixel_noise(images)
         if 'cutout' in self.names:
-            images = self._cutout(images, draws, p)
+            plan |= _cutout(draws, p, *images.shape[2:])
+        plan = send_together(plan, images.device)
+        if margins is not None:
+            images = self._warp(images, plan['where'], margins)
+        if color is not None:
+            images = torch.einsum('nij,njhw->nihw', plan['color'], images) + plan['shift']
+        if 'imgfilter' in self.names:
+            images = _filter(images, plan['taps'])
+        if 'noise' in self.names:
+            images = images + noise * plan['sigma']
+        if 'cutout' in self.names:
+            images = images * (1 - plan['hidden_rows'] * plan['hidden_columns'])
         return images
 
-    def _geometry(self, draws, p, height, width):
+    def _geometry(self, draws: RandomDraws, p: float, height: int, width: int) -> Tensor | None:
         """[N, 3, 3] maps of output to input pixel positions (origin in the centre), or None."""
         if not self.names & {*BLIT, *GEOM}:
             return None
-        inverse = torch.eye(3, device=draws.device).expand(draws.n, 3, 3)
+        inverse = torch.eye(3).expand(draws.n, 3, 3)
 
         def keep(gate, value, neutral):
             return torch.where(gate, value, torch.full_like(value, neutral))
@@ -152,46 +190,53 @@ class AugmentPipe:
             inverse = inverse @ _translate(-shift[:, 0] * width, -shift[:, 1] * height)
         return inverse
 
-    def _warp(self, images, inverse):
-        """Resamples `images` at the positions of `inverse`, antialiased at twice the size."""
-        _, _, height, width = images.shape
-        taps, reach = self._geom_taps, self._geom_taps.numel() // 4
-        half = torch.tensor([(width - 1) / 2, (height - 1) / 2], device=images.device)
-        corners = torch.tensor([[-1., -1.], [1., -1.], [1., 1.], [-1., 1.]],
-                               device=images.device) * half
+    def _aim(self, inverse: Tensor, height: int, width: int) -> tuple[Tensor, Margins]:
+        """What _warp needs: positions as [N, 2, 3] maps for F.affine_grid, and margins."""
+        reach = self._geom_taps.numel() // 4
+        half = torch.tensor([(width - 1) / 2, (height - 1) / 2])
+        corners = torch.tensor([[-1., -1.], [1., -1.], [1., 1.], [-1., 1.]]) * half
         seen = corners @ inverse[:, :2, :2].mT + inverse[:, None, :2, 2]    # [N, 4, 2]
         # How far the batch looks beyond the picture, and the filter beyond that.
         before = (-seen - half).amax((0, 1)) + 2 * reach
         after = (seen - half).amax((0, 1)) + 2 * reach
         left, top, right, bottom = (
             int(v) for v in torch.cat([before, after]).clamp(min=0).ceil().tolist())
-        left, right = min(left, width - 1), min(right, width - 1)
-        top, bottom = min(top, height - 1), min(bottom, height - 1)
-        inverse = _fixed(_translate, (left - right) / 2, (top - bottom) / 2, images) @ inverse
-        # Padding and doubling are linear maps of each axis, and as two matrix products much
-        # faster than filters over three channels.
-        images = _separable(images, _doubling(taps, height, top, bottom),
-                            _doubling(taps, width, left, right))
+        margins = Margins(min(left, width - 1), min(right, width - 1),
+                           min(top, height - 1), min(bottom, height - 1))
+        left, right, top, bottom = margins
+        inverse = _fixed(_translate, (left - right) / 2, (top - bottom) / 2) @ inverse
         # Pixel centres of the doubled picture lie half a pixel off those of the original.
-        inverse = _fixed(_scale, 2., 2., images) @ inverse @ _fixed(_scale, .5, .5, images)
-        inverse = (_fixed(_translate, -.5, -.5, images) @ inverse
-                   @ _fixed(_translate, .5, .5, images))
+        inverse = _fixed(_scale, 2., 2.) @ inverse @ _fixed(_scale, .5, .5)
+        inverse = _fixed(_translate, -.5, -.5) @ inverse @ _fixed(_translate, .5, .5)
+        seen_h, seen_w = 2 * (height + top + bottom), 2 * (width + left + right)
+        out_h, out_w = self._doubled(height), self._doubled(width)
+        theta = (_fixed(_scale, 2 / seen_w, 2 / seen_h) @ inverse
+                 @ _fixed(_scale, out_w / 2, out_h / 2))
+        return theta[:, :2], margins
 
-        out_h, out_w = (height + 2 * reach) * 2, (width + 2 * reach) * 2
-        theta = (_fixed(_scale, 2 / images.shape[3], 2 / images.shape[2], images) @ inverse
-                 @ _fixed(_scale, out_w / 2, out_h / 2, images))
-        where = F.affine_grid(theta[:, :2], [images.shape[0], images.shape[1], out_h, out_w],
-                              align_corners=False)
-        images = _GridSample.apply(images, where)
-        return _separable(images, _halving(taps, out_h), _halving(taps, out_w))
+    def _doubled(self, n: int) -> int:
+        """Samples along an axis of n pixels, at twice the density and with a margin."""
+        return (n + self._geom_taps.numel() // 4 * 2) * 2
 
-    def _color(self, draws, p):
+    def _warp(self, images: Tensor, where: Tensor, margins: Margins) -> Tensor:
+        """Resamples `images` at the positions `where` of _aim, antialiased at twice the size."""
+        n, channels, height, width = images.shape
+        double, halve = ((double_by_filters, halve_by_filters) if images.is_cuda
+                         else (double_by_matrices, halve_by_matrices))
+        taps = self._device_taps
+        images = double(images, taps, margins)
+        positions = F.affine_grid(
+            where, [n, channels, self._doubled(height), self._doubled(width)],
+            align_corners=False)
+        return halve(GridSample.apply(images, positions), taps)
+
+    def _color(self, draws: RandomDraws, p: float) -> Tensor | None:
         """[N, 4, 4] affine maps of RGB, or None."""
         if not self.names & set(COLOR):
             return None
-        eye = torch.eye(4, device=draws.device)
+        eye = torch.eye(4)
         matrix = eye.expand(draws.n, 4, 4)
-        luma = torch.tensor([1., 1., 1., 0.], device=draws.device) / math.sqrt(3)
+        luma = torch.tensor([1., 1., 1., 0.]) / math.sqrt(3)
         along = torch.outer(luma, luma)
 
         def gated(value, neutral):
@@ -218,42 +263,47 @@ class AugmentPipe:
             matrix = (along + (eye - along) * factor) @ matrix
         return matrix
 
-    def _filter(self, images, draws, p):
-        """Scales four frequency bands of each image, keeping the expected power."""
-        n, channels, height, width = images.shape
-        power = torch.tensor(_BAND_POWER, device=images.device)
-        gains = torch.ones(n, 4, device=images.device)
+    def _filter_taps(self, draws: RandomDraws, p: float) -> Tensor:
+        """[N, taps]: filters that scale four frequency bands, keeping the expected power."""
+        power, gains = torch.tensor(_BAND_POWER), torch.ones(draws.n, 4)
         for band in range(4):
             gate, value = draws.gate(p), torch.exp2(draws.normal() * _FILTER_STD)
-            one = torch.ones(n, 4, device=images.device)
+            one = torch.ones(draws.n, 4)
             one[:, band] = torch.where(gate, value, torch.ones_like(value))
             gains = gains * one * (power * one.square()).sum(1, keepdim=True).rsqrt()
-        taps = (gains @ self._bands).repeat_interleave(channels, 0)    # [N*C, taps]
-        reach = taps.shape[1] // 2
-        x = images.reshape(1, n * channels, height, width)
-        mode = 'reflect' if reach < min(height, width) else 'replicate'
-        x = F.pad(x, (reach,) * 4, mode=mode)
-        x = F.conv2d(x, taps[:, None, None, :], groups=n * channels)
-        x = F.conv2d(x, taps[:, None, :, None], groups=n * channels)
-        return x.reshape(n, channels, height, width)
-
-    def _cutout(self, images, draws, p):
-        height, width = images.shape[2:]
-        size = draws.gate(p).float()[:, None] * _CUTOUT_SIZE
-        centre = draws.uniform(2)
-        x = (torch.arange(width, device=images.device) + 0.5) / width
-        y = (torch.arange(height, device=images.device) + 0.5) / height
-        inside_x = (x - centre[:, :1]).abs() < size / 2    # [N, W]
-        inside_y = (y - centre[:, 1:]).abs() < size / 2    # [N, H]
-        return images * ~(inside_y[:, None, :, None] & inside_x[:, None, None, :])
+        return gains @ self._bands
 
 
-def _shift(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+def _filter(images: Tensor, taps: Tensor) -> Tensor:
+    """Each channel of each image filtered along both axes with its row of taps [N*C, taps]."""
+    n, channels, height, width = images.shape
+    reach = taps.shape[1] // 2
+    x = images.reshape(1, n * channels, height, width)
+    mode = 'reflect' if reach < min(height, width) else 'replicate'
+    x = F.pad(x, (reach,) * 4, mode=mode)
+    x = F.conv2d(x, taps[:, None, None, :], groups=n * channels)
+    x = F.conv2d(x, taps[:, None, :, None], groups=n * channels)
+    return x.reshape(n, channels, height, width)
+
+
+def _cutout(draws: RandomDraws, p: float, height: int, width: int) -> dict[str, Tensor]:
+    """1 for the columns [N, 1, 1, W] and rows [N, 1, H, 1] whose crossing is blacked out."""
+    size = draws.gate(p).float()[:, None] * _CUTOUT_SIZE
+    centre = draws.uniform(2)
+    x = (torch.arange(width) + 0.5) / width
+    y = (torch.arange(height) + 0.5) / height
+    columns = (x - centre[:, :1]).abs() < size / 2
+    rows = (y - centre[:, 1:]).abs() < size / 2
+    return {'hidden_columns': columns.float()[:, None, None, :],
+            'hidden_rows': rows.float()[:, None, :, None]}
+
+
+def _shift(images: Tensor, inverse: Tensor) -> Tensor:
     """`images` moved by whole pixels, reflected at the edges: what _warp does, without filters."""
     height, width = images.shape[2:]
     most = [int(_XINT_MAX * width + 0.5), int(_XINT_MAX * height + 0.5)]
     padded = F.pad(images, (most[0], most[0], most[1], most[1]), mode='reflect')
-    starts = (inverse[:, :2, 2].round().long() + torch.tensor(most, device=images.device)).tolist()
+    starts = (inverse[:, :2, 2].round().long() + torch.tensor(most)).tolist()
     return torch.stack([picture[:, y:y + height, x:x + width]
                         for picture, (x, y) in zip(padded, starts)])
 
@@ -278,39 +328,6 @@ class AdaptiveStrength:
         return self.p
 
 
-class _GridSample(torch.autograd.Function):
-    """Bilinear F.grid_sample with derivatives of any order with respect to the images.
-
-    PyTorch before 2.13 has no second derivative of its own, which R1 needs.
-    """
-
-    @staticmethod
-    def forward(ctx, images, where):
-        ctx.save_for_backward(images, where)
-        return F.grid_sample(images, where, mode='bilinear', padding_mode='zeros',
-                             align_corners=False)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _GridSampleTranspose.apply(grad, *ctx.saved_tensors), None
-
-
-class _GridSampleTranspose(torch.autograd.Function):
-    """The transpose of the (linear) sampling; the transpose of that is sampling again."""
-
-    @staticmethod
-    def forward(ctx, grad, images, where):
-        ctx.save_for_backward(where)
-        # 0, 0: bilinear interpolation, zero padding; the mask skips the positions' gradient.
-        return torch.ops.aten.grid_sampler_2d_backward(grad, images, where, 0, 0, False,
-                                                       [True, False])[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        where, = ctx.saved_tensors
-        return _GridSample.apply(grad, where), None, None
-
-
 def _matrices(rows, like):
     flat = [v if isinstance(v, torch.Tensor) else torch.full_like(like, v)
             for row in rows for v in row]
@@ -330,41 +347,20 @@ def _rotate(angle):
     return _matrices([[cos, -sin, 0.], [sin, cos, 0.], [0., 0., 1.]], angle)
 
 
-def _fixed(make, x, y, like):
+def _fixed(make: Callable, x: float, y: float) -> Tensor:
     """One [3, 3] matrix for the whole batch."""
-    return make(torch.tensor(x, device=like.device), torch.tensor(y, device=like.device))
+    return make(torch.tensor(x), torch.tensor(y))
 
 
 def _rotate_about(axis, angle):
     """Rodrigues' rotation about a unit axis [3] by angles [N], as [N, 4, 4]."""
     x, y, z = axis.tolist()
-    cross = torch.tensor([[0., -z, y], [z, 0., -x], [-y, x, 0.]], device=angle.device)
+    cross = torch.tensor([[0., -z, y], [z, 0., -x], [-y, x, 0.]])
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    turn = torch.eye(4, device=angle.device).repeat(angle.shape[0], 1, 1)
-    turn[:, :3, :3] = (cos * torch.eye(3, device=angle.device) + sin * cross
+    turn = torch.eye(4).repeat(angle.shape[0], 1, 1)
+    turn[:, :3, :3] = (cos * torch.eye(3) + sin * cross
                        + (1 - cos) * torch.outer(axis, axis))
     return turn
-
-
-def _separable(images, rows, columns):
-    """rows [H', H] and columns [W', W] applied to [N, C, H, W] -> [N, C, H', W']."""
-    return rows @ (images @ columns.T)
-
-
-def _doubling(taps, n, before, after):
-    """[2*(n + before + after), n]: reflect-pad an axis, insert zeros, filter with gain 2."""
-    eye = F.pad(torch.eye(n, device=taps.device)[None], (before, after), mode='reflect')
-    half = taps.numel() // 2
-    # Each row is the image of one sample; of the doubled rows only the even ones hold any.
-    return upfirdn2d(eye[None], 2 * taps[None, :], up=2, pad=(half, half - 1, 0, 0))[0, 0, ::2].T
-
-
-def _halving(taps, n):
-    """[(n - 4*reach)/2, n]: the flipped filter and every second sample, the margin cropped."""
-    reach = taps.numel() // 4
-    crop = taps.numel() // 2 - 1 - 2 * reach
-    eye = torch.eye(n, device=taps.device)[None, None]
-    return upfirdn2d(eye, taps.flip(0)[None, :], pad=(crop, crop, 0, 0))[0, 0, :, ::2].T
 
 
 def _filter_bank():

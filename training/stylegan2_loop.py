@@ -8,7 +8,9 @@ import copy
 import logging
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -67,6 +69,16 @@ class EndlessSampler(torch.utils.data.Sampler):
                             derive(self.seed, 'epoch', epoch)).permutation(self.n)
                     yield int(order[(position + index) % self.n])
             position += self.batch
+
+
+class Draws(NamedTuple):
+    """The generators of one pass, of the images' device and of the CPU; the same one on CPUs.
+
+    What decides about images is drawn on the CPU, so that a GPU need not be asked for it.
+    """
+
+    images: torch.Generator
+    host: torch.Generator
 
 
 class Trainer:
@@ -136,17 +148,21 @@ class Trainer:
                 persistent_workers=False, worker_init_fn=leave_signals_to_parent))
         return from_uint8(next(self._batches)[0].to(self.device, non_blocking=True))
 
-    def _passes(self, phase):
-        """(number, random generator) of this process's passes in `phase` of this step."""
+    def _passes(self, phase: str) -> Iterator[Draws]:
+        """The random generators of this process's passes in `phase` of this step."""
         world = distributed.world_size()
         for r in range(self.rounds):
             number = r * world + distributed.rank()
-            yield torch_generator(self.seed, self.n_steps, phase, number, device=self.device)
+            images = torch_generator(self.seed, self.n_steps, phase, number, device=self.device)
+            yield Draws(images, images if self.device.type == 'cpu' else
+                        torch_generator(self.seed, self.n_steps, phase, number))
 
-    def _latents(self, draw, n):
+    def _latents(self, draw: Draws, n: int) -> torch.Tensor:
         """ws [n, L, D] of fresh z, styles mixed with the configured probability."""
-        z = torch.randn(n, self.config.style_dim, device=self.device, generator=draw)
-        z2 = torch.randn(n, self.config.style_dim, device=self.device, generator=draw)
+        z = torch.randn(n, self.config.style_dim, device=self.device,
+                        generator=draw.images)
+        z2 = torch.randn(n, self.config.style_dim, device=self.device,
+                         generator=draw.images)
         # The cut is the same for all passes of the step.
         shared = torch_generator(self.seed, self.n_steps, 'cut')
         mixed = float(torch.rand([], generator=shared)) < self.config.style_mixing
@@ -156,9 +172,10 @@ class Trainer:
             ws = torch.cat([ws[:, :cut], self.g.broadcast(self.g.mapping(z2))[:, cut:]], 1)
         return ws
 
-    def _judge(self, images, draw):
+    def _judge(self, images: torch.Tensor, draw: Draws) -> torch.Tensor:
         if self.pipe is not None:
-            images = self.pipe(images, self.ada.p, generator=draw)
+            images = self.pipe(images, self.ada.p, generator=draw.host,
+                               pixel_generator=draw.images)
         return self.d(images)
 
     def _count_signs(self, logits: torch.Tensor) -> None:
@@ -178,7 +195,7 @@ class Trainer:
         self.d.requires_grad_(False)
         for draw in self._passes('g_main'):
             fake = self.g.synthesis(self._latents(draw, cfg.batch_gpu), noise=self.noise,
-                                    generator=draw)
+                                    generator=draw.images)
             loss = self.loss.generator(self._judge(fake, draw)).mean()
             record('loss_g', loss)
             (loss / self.rounds).backward()
@@ -202,7 +219,7 @@ class Trainer:
         for draw in self._passes('d_main'):
             with torch.no_grad():
                 fake = self.g.synthesis(self._latents(draw, cfg.batch_gpu), noise=self.noise,
-                                        generator=draw)
+                                        generator=draw.images)
             loss_fake = self.loss.fake(self._judge(fake, draw)).mean()
             reals.append(self._next_reals())
             logits = self._judge(reals[-1], draw)
@@ -235,14 +252,14 @@ class Trainer:
             self._adapt()
         return stats
 
-    def _path_length(self, ws: torch.Tensor, draw: torch.Generator
+    def _path_length(self, ws: torch.Tensor, draw: Draws
                      ) -> tuple[torch.Tensor, torch.Tensor]:
         """Penalty and mean path length of one pass, for ws [n, L, D].
 
         As published, the target first moves to this pass's mean, and the gradient goes through it.
         """
-        images = self.g.synthesis(ws, noise=self.noise, generator=draw)
-        noise = torch.randn(images.shape, device=self.device, generator=draw)
+        images = self.g.synthesis(ws, noise=self.noise, generator=draw.images)
+        noise = torch.randn(images.shape, device=self.device, generator=draw.images)
         noise = noise / math.sqrt(images.shape[2] * images.shape[3])
         grad, = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
         lengths = grad.square().sum(2).mean(1).sqrt()
@@ -251,14 +268,16 @@ class Trainer:
         # The biases of to-RGB layers get a gradient of 0, so that Adam counts a step.
         return penalty + 0 * images[:, 0, 0, 0].sum(), lengths.detach().mean()
 
-    def _update(self, optimizer):
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group['params']]
         distributed.average_gradients(parameters)
         if self.g.low_precision is not None and self.g.low_precision[0] == torch.float16:
             # float16 without loss scaling overflows now and then; the published recipe.
-            for p in parameters:
-                if p.grad is not None:
-                    torch.nan_to_num(p.grad, nan=0, posinf=1e5, neginf=-1e5, out=p.grad)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in gradients])    # one pass over all of them
+            flat.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
+            parts = flat.split([g.numel() for g in gradients])
+            torch._foreach_copy_(gradients, [v.view_as(g) for v, g in zip(parts, gradients)])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -277,10 +296,10 @@ class Trainer:
         torch._foreach_lerp_(averaged, current, 1 - beta)
 
     def _adapt(self):
-        total = distributed.all_reduce_sum(self._signs.clone())
-        if not total[1]:
+        signs, count = distributed.all_reduce_sum(self._signs.clone()).tolist()
+        if not count:
             return
-        mean_sign = float(total[0] / total[1])
+        mean_sign = signs / count
         if self.augment == 'ada':
             self.ada.update(mean_sign, self.config.batch * _ADA_INTERVAL)
         else:

@@ -1,0 +1,299 @@
+"""Every training and every step of the pipeline on a pretended GPU: nothing mixed, few waits.
+
+BUDGETS are host waits and operations at toy size. A number that is exceeded names the lines in
+the failure; who has a reason to raise it does so here.
+"""
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pretended_device import PretendedGPU, pretended_gpu
+from test_content_training import Pictures as Views
+from test_e4e_training import E4E, make_e4e_psp
+from test_restyle_training import Pictures, make_psp, photographs
+
+from anonymization.grouping import assign_groups
+from anonymization.optimize import Group, GroupOptimizer, OptimizeConfig
+from classification.grader import train_grader
+from classification.settings import Settings
+from evaluation.attacks.pairs import PairAttack, PairConfig, standardisation
+from evaluation.attacks.vessels import best_correlations
+from evaluation.fidelity import extract_features
+from models.encoders import build_encoder
+from models.features.content import ContentNetwork, content_network_from_state
+from models.features.pretrained import load_feature_network
+from models.features.style import FilterBank
+from models.psp import PSP, FrozenPSP, invert, refine
+from models.resnet import build_resnet
+from models.stylegan2 import Generator
+from models.stylegan2.sampling import loop_styles, render, seed_styles
+from training.augment import PIPES
+from training.coach_restyle_e4e import E4ECoach
+from training.coach_restyle_psp import Coach, CoachConfig
+from training.moco import MocoConfig, MocoTrainer
+from training.reconstruction import L2Term
+from training.stylegan2_config import make_config
+from training.stylegan2_loop import Trainer, sample_grid
+
+BUDGETS = {    # (host waits, operations)
+    'generator': (0, 1360), 'generator, all penalties': (0, 3220),
+    'generator bf16': (0, 1560), 'generator bf16, all penalties': (0, 3540),
+    'generator fp16': (0, 1850), 'generator fp16, all penalties': (0, 4360),
+    'projected': (0, 2530),
+    'encoder': (0, 1640), 'encoder bf16': (0, 2110), 'encoder fp16': (1, 2560), 'e4e': (7, 1550),
+    'content': (9, 500), 'content bf16': (9, 570),
+    'grader': (11, 250), 'grader bf16': (11, 300), 'grader fp16': (12, 310),
+    'pairs': (4, 240), 'pairs bf16': (4, 290),
+    'groups': (0, 580), 'groups bf16': (0, 660), 'groups by group means': (0, 980),
+    'inversion': (0, 415), 'inversion bf16': (0, 485), 'refinement': (0, 845),
+}
+
+
+def within_budget(gpu: PretendedGPU, name: str, steps: int = 1) -> None:
+    """No fault, and no more waits and operations than BUDGETS allows for `steps` steps."""
+    waits, operations = BUDGETS[name]
+    found = gpu.report(name)
+    assert not gpu.faults, found
+    assert gpu.n_waits <= waits * steps, found
+    assert operations * steps / 2 < gpu.n_operations <= operations * steps, found
+    gpu.clear()
+
+
+def more_within_budget(gpu: PretendedGPU, found: list[tuple[int, int]], name: str,
+                       steps: int = 1) -> None:
+    """The same for what `steps` more steps cost, without what is done once: [(waits, operations)]
+    of the smaller and the larger run."""
+    waits, operations = (more - less for less, more in zip(*found))
+    assert waits <= BUDGETS[name][0] * steps, gpu.report(name)
+    allowed = BUDGETS[name][1] * steps
+    assert allowed / 2 < operations <= allowed, gpu.report(name)
+
+
+@pytest.fixture
+def gpu() -> Iterator[PretendedGPU]:
+    with pretended_gpu() as found:
+        yield found
+
+
+class Labelled(torch.utils.data.Dataset):
+    """Random pictures as the generator training takes them."""
+
+    def __init__(self, size: int) -> None:
+        self.images = photographs(6, size)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.images[index], torch.zeros(0)
+
+
+def test_what_a_gpu_refuses_is_noticed(gpu: PretendedGPU) -> None:
+    x, cpu = torch.ones(3, device='cuda', requires_grad=True), torch.ones(3)
+    assert x.is_cuda and (x * 2).device.type == 'cuda' and not cpu.is_cuda
+    (x * 2).sum().backward()
+    assert x.grad.is_cuda and not gpu.faults and not gpu.n_waits
+    x.detach() + torch.tensor(2.0)    # a number of the CPU
+    assert not gpu.faults
+    for mix in (lambda: x + cpu, lambda: torch.stack([x, cpu]), lambda: x.detach().numpy(),
+                lambda: torch.randn(3, device='cuda', generator=torch.Generator()),
+                lambda: torch.randn(3, generator=torch.Generator(device='cuda'))):
+        mix()
+        assert len(gpu.faults) == 1, gpu.report()
+        gpu.clear()
+
+
+def test_waits_are_noticed(gpu: PretendedGPU) -> None:
+    x, cpu = torch.ones(3, device='cuda'), torch.ones(3)
+    for wait in (lambda: float(x.sum()), x.tolist, x.cpu, lambda: x[x > 0], lambda: x.nonzero(),
+                 lambda: cpu.to('cuda'), lambda: cpu.to('cuda', non_blocking=True),
+                 lambda: torch.tensor([1.0], device='cuda'), lambda: x.copy_(cpu),
+                 lambda: x.new_tensor([2.0]), lambda: x[np.array([0, 1])]):
+        gpu.clear()
+        wait()
+        assert gpu.n_waits == 1 and not gpu.faults, gpu.report()
+        assert 'test_pretended_device.py' in next(iter(gpu.waits))
+    gpu.clear()
+    cpu.pin_memory().to('cuda', non_blocking=True)
+    assert not gpu.n_waits
+
+
+@pytest.mark.parametrize('precision, pipe', [(None, 'bgcfnc'), ('bf16', 'bgc'), ('fp16', 'bgc')])
+def test_generator_training(gpu: PretendedGPU, precision: str | None, pipe: str) -> None:
+    config = make_config('auto', 32, 1, batch=2, batch_gpu=2, style_dim=16, n_mlp=2,
+                         channels={4: 8, 8: 8, 16: 8, 32: 8})
+    trainer = Trainer(Labelled(32), config, device='cuda', augment='fixed', augment_p=0.6,
+                      augment_names=PIPES[pipe], precision=precision)
+    for net in (trainer.g, trainer.d, trainer.g_ema):
+        assert all(gpu.tag(t) == 'cuda' for t in net.state_dict().values())
+    name = f'generator {precision}' if precision else 'generator'
+    gpu.clear()
+    trainer.step()
+    within_budget(gpu, f'{name}, all penalties')
+    trainer.step()
+    within_budget(gpu, name)
+    trainer.step()
+    trainer.step()    # adjusts the strength of the augmentation
+    assert gpu.n_waits <= 1 and not gpu.faults, gpu.report()
+    trainer.load_state(trainer.state())
+    assert not gpu.faults, gpu.report()
+
+
+def test_projected_generator_training(gpu: PretendedGPU) -> None:
+    config = make_config('small', 64, 1, batch=2, batch_gpu=2, style_dim=16,
+                         channels={4: 8, 8: 8, 16: 8, 32: 8, 64: 4}, discriminator='projected')
+    trainer = Trainer(Labelled(64), config, device='cuda', augment='fixed', augment_p=0.6,
+                      augment_names=PIPES['diff'])
+    trainer.step()
+    gpu.clear()
+    trainer.step()
+    within_budget(gpu, 'projected')
+
+
+@pytest.mark.parametrize('amp', ['no', 'bf16', 'fp16'])
+def test_encoder_training(gpu: PretendedGPU, amp: str, tmp_path: Path) -> None:
+    coach = Coach(make_psp(), Pictures(photographs(4)), Pictures(photographs(3)),
+                  CoachConfig(batch_size=2, test_batch_size=2, n_iters=3, amp=amp,
+                              optim_name='adam'), run_dir=tmp_path, device='cuda',
+                  losses={'l2': (L2Term(), 1.0)})
+    x = torch.rand(2, 3, 32, 32, device='cuda')
+    coach.step(x)
+    gpu.clear()
+    coach.step(x)
+    within_budget(gpu, 'encoder' if amp == 'no' else f'encoder {amp}')
+    coach.validate()
+    coach.load_state(coach.state())
+    coach.export()
+    assert not gpu.faults, gpu.report()
+
+
+def test_e4e_training(gpu: PretendedGPU, tmp_path: Path) -> None:
+    coach = E4ECoach(make_e4e_psp(), Pictures(photographs(4)), Pictures(photographs(3)),
+                     CoachConfig(batch_size=2, n_iters=2, optim_name='adam', synthetic=0.5),
+                     run_dir=tmp_path, device='cuda', losses={'l2': (L2Term(), 1.0)}, e4e=E4E)
+    x = torch.rand(2, 3, 32, 32, device='cuda')
+    coach.step(x)
+    gpu.clear()
+    coach.step(x)
+    within_budget(gpu, 'e4e')
+
+
+@pytest.mark.parametrize('amp', ['no', 'bf16'])
+def test_content_training(gpu: PretendedGPU, amp: str, tmp_path: Path) -> None:
+    config = MocoConfig(arch='resnet18', small_stem=True, input_size=32, batch_size=2,
+                        queue_size=4, amp=amp)
+    trainer = MocoTrainer(Views(4), config, run_dir=tmp_path, device='cuda')
+    x = torch.rand(2, 3, 32, 32, device='cuda')
+    trainer.step(x)
+    gpu.clear()
+    trainer.step(x)
+    within_budget(gpu, 'content' if amp == 'no' else f'content {amp}')
+    trainer.load_state(trainer.state())
+    trainer.export()
+    assert not gpu.faults, gpu.report()
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
+def test_grader_training(gpu: PretendedGPU, precision: str) -> None:
+    images, grades = photographs(6).numpy(), np.array([0, 1, 2, 3, 4, 0])
+    found = []
+    for steps in (3, 6):
+        settings = Settings(target='5-class', arch='resnet18', small_stem=True, image_size=32,
+                            epochs=1, batch_size=2, precision=precision,
+                            min_steps_per_epoch=steps)
+        gpu.clear()
+        result = train_grader(images, grades, settings=settings, device='cuda')
+        found.append((gpu.n_waits, gpu.n_operations))
+        assert not gpu.faults, gpu.report()
+    more_within_budget(gpu, found, 'grader' if precision == 'fp32' else f'grader {precision}', 3)
+    result.evaluate(images, grades)
+    assert not gpu.faults, gpu.report()
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_pair_attack(gpu: PretendedGPU, precision: str) -> None:
+    photos, groups = photographs(12).numpy(), np.repeat(np.arange(4), 3)
+    mean, std = standardisation(photos)
+    attack = PairAttack(PairConfig(k=2, mult_batch=2, epochs=2, image_size=32,
+                                   precision=precision), mean=mean, std=std, device='cuda')
+    gpu.clear()
+    attack.train_epoch(photos, photos[:4], groups)
+    within_budget(gpu, 'pairs' if precision == 'fp32' else f'pairs {precision}', steps=3)
+    attack.scores(photos, photos[:4], batch_size=8)
+    attack.load_state(attack.state())
+    assert not gpu.faults, gpu.report()
+
+
+def content_network() -> ContentNetwork:
+    return content_network_from_state(
+        {'format': 'k-salsa-content-encoder', 'arch': 'resnet18', 'small_stem': True,
+         'input_size': 32, 'state_dict': build_resnet('resnet18', small_stem=True).state_dict()},
+        source='test')
+
+
+def larger_psp() -> PSP:
+    """Of 64 px, the least that pretrained feature networks take."""
+    decoder = Generator(64, style_dim=16, n_mlp=2, channels={4: 8, 8: 8, 16: 8, 32: 8, 64: 4})
+    encoder = build_encoder('LightEncoder', n_styles=10, input_size=64, style_dim=16, width=8)
+    return PSP(encoder, decoder, torch.zeros(10, 16), 64)
+
+
+@pytest.mark.parametrize('name, precision', [
+    ('groups', 'fp32'), ('groups bf16', 'bf16'), ('groups by group means', 'fp32')])
+def test_group_optimisation(gpu: PretendedGPU, name: str, precision: str) -> None:
+    features = load_feature_network('lite0') if 'means' in name else None
+    side, psp = (64, larger_psp()) if features else (32, make_psp())
+    config = OptimizeConfig(n_steps=2, n_crop=2, **(
+        {'style_weight': 'auto', 'lr': 'auto'} if features else {}))
+    engine = GroupOptimizer(psp, features or content_network(), features or FilterBank(),
+                            config=config, device='cuda', precision=precision)
+    width = features.n_features if features else 512
+    draw = torch.Generator().manual_seed(0)
+    groups = [Group(torch.randn(k, psp.decoder.n_latent, 16, generator=draw),
+                    photographs(k, side),
+                    torch.nn.functional.normalize(torch.randn(k, width, generator=draw), dim=1))
+              for k in (3, 2)]
+    found = []
+    for n_steps in (2, 3):
+        engine.config = OptimizeConfig(**{**vars(config), 'n_steps': n_steps})
+        gpu.clear()
+        result = engine.run(groups)
+        found.append((gpu.n_waits, gpu.n_operations))
+        assert not gpu.faults, gpu.report()
+        assert not any(gpu.tag(t) == 'cuda' for t in result)
+    more_within_budget(gpu, found, name)
+
+
+@pytest.mark.parametrize('name, dtype', [('inversion', torch.float32),
+                                         ('inversion bf16', torch.bfloat16)])
+def test_inversion(gpu: PretendedGPU, name: str, dtype: torch.dtype) -> None:
+    frozen = FrozenPSP(make_psp().to('cuda').eval().requires_grad_(False), dtype)
+    x = torch.rand(2, 3, 32, 32, device='cuda')
+    gpu.clear()
+    found = invert(frozen, x, n_iters=2)
+    within_budget(gpu, name)
+    if dtype == torch.float32:
+        refine(frozen, x, found.ws, n_steps=2)
+        within_budget(gpu, 'refinement')
+
+
+def test_features_grouping_and_pictures(gpu: PretendedGPU) -> None:
+    extract_features(content_network(), photographs(5, 64).numpy(), device='cuda', batch_size=4)
+    images = np.random.default_rng(0).random((3, 32, 32), dtype=np.float32)
+    best_correlations(images, images, device=torch.device('cuda'))
+    points = np.random.default_rng(0).standard_normal((24, 6))
+    for method in ('default', 'published', 'mdav'):
+        assign_groups(points, 4, method=method, device='cuda')
+    assign_groups(points, 4, patients=[str(i // 2) for i in range(24)], policy='together',
+                  device='cuda')
+    psp = make_psp().to('cuda').eval()
+    ws = seed_styles(psp.decoder, [1, 2], psi=0.7, latent_avg=psp.latent_avg[0])
+    for noise in ('const', 'random', 'none'):
+        list(render(psp.decoder, ws, noise=noise, batch=2))
+    loop_styles(ws, 4)
+    sample_grid(psp.decoder, n=2, seed=0, device='cuda')
+    assert not gpu.faults, gpu.report()
+
+

@@ -1,0 +1,23 @@
+"""Copies to a GPU that the host does not wait for."""
+import torch
+from torch import Tensor
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A CPU tensor on `device`; on its way to a GPU the host goes on.
+
+    A copy from ordinary memory would wait for the GPU to finish what it has been given.
+    """
+    device = torch.device(device)
+    if device.type != 'cuda':
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def send_together(tensors: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """Small float32 tensors of the CPU on `device`, in one copy; the same names and shapes."""
+    if torch.device(device).type == 'cpu' or not tensors:
+        return tensors
+    flat = send(torch.cat([t.flatten() for t in tensors.values()]), device)
+    parts = flat.split([t.numel() for t in tensors.values()])
+    return {name: part.view(t.shape) for (name, t), part in zip(tensors.items(), parts)}
