@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from datasets.dicom_decode import decode_pixels
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES
 from utils.logs import progress
@@ -64,12 +65,12 @@ def list_photographs(paths: Iterable[Path], *, burned_in: bool = False
     burned_in: whether files whose header says that text is burned into the picture are accepted.
     Raises UserError when pydicom is not installed.
     """
-    pydicom = _pydicom()
+    _pydicom()
     found, refused = [], []
     paths = list(paths)
     for path in progress(paths, total=len(paths), desc='headers', unit='file'):
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
+            header = _read(path, stop_before_pixels=True, specific_tags=_TAGS)
             photograph = _photograph(path, header, burned_in)
         except UserError as error:
             refused.append((path, str(error)))
@@ -127,14 +128,12 @@ def load_dicom(path: Path) -> Image.Image:
     16-bit samples are scaled by the bits they use, MONOCHROME1 is inverted, palettes are looked
     up, YBR is converted. Raises UserError with the reason when it cannot be decoded.
     """
-    pydicom = _pydicom()
+    _pydicom()
     try:
-        dataset = pydicom.dcmread(path)
-        rows, columns = int(dataset.Rows), int(dataset.Columns)
-        if rows * columns > (Image.MAX_IMAGE_PIXELS or 1 << 27):
-            raise UserError(f'{path}: {columns} x {rows} pixels are too many')
-        from pydicom.pixels import apply_color_lut, pixel_array
-        values = pixel_array(dataset)
+        dataset = _read(path)
+        _check_size(path, dataset)
+        from pydicom.pixels import apply_color_lut
+        values = decode_pixels(path, dataset)
         if dataset.PhotometricInterpretation == 'PALETTE COLOR':
             values, bits = apply_color_lut(values, dataset), _palette_bits(dataset)
         else:
@@ -143,12 +142,31 @@ def load_dicom(path: Path) -> Image.Image:
             values = (1 << bits) - 1 - values
         if int(dataset.get('PixelRepresentation', 0)):
             raise UserError(f'{path}: signed pixels are no photograph')
+        return _to_rgb(values, bits, path)
     except UserError:
         raise
     except Exception as error:    # damaged pixels make the decoders fail in any way
         remedy = f'; {INSTALL}' if 'missing dependencies' in str(error) else ''
         raise UserError(f'{path} cannot be decoded ({_line(error)}){remedy}') from error
-    return _to_rgb(values, bits, path)
+
+
+def _read(path: Path, **options: object) -> 'Dataset':
+    pydicom = _pydicom()
+    syntax = pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID', '')
+    if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:    # unpacked whole, whatever its size
+        raise UserError(f'{path}: a deflated data set; unpack it, as with gdcmconv --raw')
+    return pydicom.dcmread(path, **options)
+
+
+def _check_size(path: Path, dataset: 'Dataset') -> None:
+    """UserError when the header claims more than one picture of 8 or 16 bits of a sane size."""
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    if rows * columns > (Image.MAX_IMAGE_PIXELS or 1 << 27):
+        raise UserError(f'{path}: {columns} x {rows} pixels are too many')
+    if int(dataset.get('NumberOfFrames', 1) or 1) != 1:
+        raise UserError(f'{path}: {dataset.NumberOfFrames} frames; only single pictures are read')
+    if int(dataset.BitsAllocated) not in (8, 16):
+        raise UserError(f'{path}: {dataset.BitsAllocated} bits per sample; 8 and 16 are read')
 
 
 def _palette_bits(dataset: 'Dataset') -> int:

@@ -2,6 +2,7 @@
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -130,6 +131,28 @@ def test_kept_names_replace_the_photographs(photos, tmp_path):
     shutil.copy(photos / 'a.png', photos / 'sub' / 'a.png')
     with pytest.raises(UserError, match='several images of one name.*\n.*a.png'):
         run('--source', photos, '--dest', tmp_path / 'x', '--width=32', '--keep_names')
+
+
+@pytest.mark.parametrize('ids', [['b.jpg', 'c.png', '1.2.840.0.jpg', '1.2.840.1.jpg'],
+                                 ['b', 'c', '1.2.840.0', '1.2.840.1']])
+def test_the_table_of_kept_names_finds_its_pictures(tmp_path: Path, ids: list[str]) -> None:
+    """Photographs of any suffix become .png; the ids of their table are copied as they are."""
+    (tmp_path / 'photos').mkdir()
+    for i, name in enumerate(['b.jpg', 'c.png', '1.2.840.0.jpg', '1.2.840.1.jpg']):
+        photograph(level=100 + 40 * i).save(tmp_path / 'photos' / name)
+    table = tmp_path / 'labels.csv'
+    pd.DataFrame({'image': ids, 'patient': list('pqrs')}).to_csv(table, index=False)
+    flags = ['--width=32', '--keep_names', '--transform=fundus']
+    run('--source', table, '--image_dir', tmp_path / 'photos', '--dest', tmp_path / 'cropped',
+        *flags)
+    cropped = read_table(tmp_path / 'cropped/labels.csv')
+    assert cropped.ids == ids and cropped.patients == list('pqrs')
+    assert [p.name for p in cropped.paths] == ['b.png', 'c.png', '1.2.840.0.png', '1.2.840.1.png']
+    brightness = [np.asarray(Image.open(p)).mean() for p in cropped.paths]
+    assert brightness == sorted(brightness)
+    # The folder is a source again.
+    run('--source', tmp_path / 'cropped/labels.csv', '--dest', tmp_path / 'again', *flags)
+    assert read_table(tmp_path / 'again/labels.csv').ids == ids
 
 
 def test_partial_labels_become_null(photos, tmp_path):

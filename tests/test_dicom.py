@@ -1,10 +1,14 @@
 """DICOM files in: pixels of every kind, the table from tags, and what is refused."""
+import io
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 from test_fov import photograph
 
+from datasets import dicom_decode
 from datasets.dicom import find_dicom, list_photographs, load_dicom, photograph_table
 from datasets.table import read_table
 from scripts import dataset_tool
@@ -73,22 +77,25 @@ def test_palette_pixels(tmp_path):
     assert np.array_equal(np.array(load_dicom(tmp_path / 'p.dcm'))[..., 1], 255 - index)
 
 
-@pytest.mark.parametrize('codec', ['JPEG', 'JPEG2000'])
-def test_compressed_pixels(tmp_path, eye, codec):
-    import io
-
+def write_compressed(path: Path, eye: np.ndarray, codec: str) -> None:
+    """One file of encapsulated 'JPEG' or 'JPEG2000', pixels uint8 [H, W, 3]."""
     from pydicom.encaps import encapsulate
     from pydicom.uid import JPEG2000, JPEGBaseline8Bit
     buffer = io.BytesIO()
     quality = {'quality': 95} if codec == 'JPEG' else {'irreversible': True}
     Image.fromarray(eye).save(buffer, format=codec, **(
         quality if codec == 'JPEG' else {**quality, 'no_jp2': True}))
-    ds = write(tmp_path / 'c.dcm', eye)
+    ds = write(path, eye)
     ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit if codec == 'JPEG' else JPEG2000
     ds.PhotometricInterpretation = 'YBR_FULL_422' if codec == 'JPEG' else 'YBR_ICT'
     ds.PixelData = encapsulate([buffer.getvalue()])
     ds['PixelData'].is_undefined_length = True
-    ds.save_as(tmp_path / 'c.dcm')
+    ds.save_as(path)
+
+
+@pytest.mark.parametrize('codec', ['JPEG', 'JPEG2000'])
+def test_compressed_pixels(tmp_path, eye, codec):
+    write_compressed(tmp_path / 'c.dcm', eye, codec)
     got = np.array(load_dicom(tmp_path / 'c.dcm')).astype(int)
     assert np.abs(got - eye).mean() < 3
 
@@ -132,6 +139,80 @@ def test_damaged_pixels_are_one_error(tmp_path, eye):
     (tmp_path / 'a.dcm').write_bytes(data[:len(data) // 2])
     with pytest.raises(UserError, match=r'a\.dcm cannot be decoded'):
         load_dicom(tmp_path / 'a.dcm')
+
+
+def harmed(rng: np.random.Generator, data: bytes) -> bytes:
+    """Cut short, or with one bit turned, anywhere behind the preamble."""
+    if rng.random() < 0.25:
+        return data[:rng.integers(len(data))]
+    content = bytearray(data)
+    content[rng.integers(128, len(data))] ^= 1 << rng.integers(8)
+    return bytes(content)
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')    # pydicom tells what it tolerates
+@pytest.mark.parametrize('codec', ['none', 'JPEG', 'JPEG2000'])
+def test_flips_and_cuts_are_a_picture_or_one_error(tmp_path: Path, codec: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    eye = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    if codec == 'none':
+        write(tmp_path / 'a.dcm', eye)
+    else:
+        write_compressed(tmp_path / 'a.dcm', eye, codec)
+        # What Pillow cannot decode goes to a slow process, tested on its own.
+        monkeypatch.setattr(dicom_decode, '_decode_apart', lambda path: 1 / 0)
+    data, rng = (tmp_path / 'a.dcm').read_bytes(), np.random.default_rng(1)
+    path = tmp_path / 'x.dcm'
+    ends = set()
+    for _ in range(120):
+        path.write_bytes(harmed(rng, data))
+        found, refused = list_photographs([path])
+        assert len(found) + len(refused) == 1
+        try:
+            ends.add(load_dicom(path).mode)
+        except UserError as error:
+            assert str(error).startswith(str(path)) and '\n' not in str(error)
+            ends.add('error')
+    assert ends == {'RGB', 'error'}
+
+
+@pytest.mark.parametrize('at', [None, 2, 20])    # markers, without which gdcm aborts
+def test_a_decoder_that_dies_is_one_error(tmp_path: Path, at: int | None,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('gdcm')
+    monkeypatch.setattr(dicom_decode, '_SURVIVE', ())    # as for lossless JPEG
+    eye = np.full((24, 24, 3), (200, 90, 40), np.uint8)
+    path = tmp_path / 'a.dcm'
+    write_compressed(path, eye, 'JPEG')
+    if at is None:
+        assert np.abs(np.array(load_dicom(path)).astype(int) - eye).max() <= 4
+        return
+    data = bytearray(path.read_bytes())
+    data[data.index(b'\xff\xd8') + at] ^= 0xff
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r'a\.dcm cannot be decoded \(RuntimeError: gdcm failed'):
+        load_dicom(path)
+
+
+@pytest.mark.parametrize(('claim', 'message'), [
+    ({'NumberOfFrames': 100_000}, '100000 frames'), ({'BitsAllocated': 64}, '64 bits per sample'),
+    ({'Rows': 65535, 'Columns': 65535}, '65535 x 65535 pixels are too many')])
+def test_headers_that_claim_too_much_take_no_memory(tmp_path: Path, eye: np.ndarray, claim: dict,
+                                                    message: str) -> None:
+    write(tmp_path / 'a.dcm', eye, **claim)
+    with pytest.raises(UserError, match=f'a.dcm: {message}'):
+        load_dicom(tmp_path / 'a.dcm')
+
+
+def test_deflated_files_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+    ds = write(tmp_path / 'a.dcm', np.zeros((1000, 1000, 3), np.uint8))
+    ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    ds.save_as(tmp_path / 'a.dcm')
+    assert (tmp_path / 'a.dcm').stat().st_size < 50_000
+    with pytest.raises(UserError, match='a.dcm: a deflated data set; unpack it'):
+        load_dicom(tmp_path / 'a.dcm')
+    assert 'deflated' in list_photographs([tmp_path / 'a.dcm'])[1][0][1]
 
 
 def test_dataset_tool_reads_a_folder_of_dicom_files(tmp_path, eye, capsys):
