@@ -42,7 +42,7 @@ def probe(study: Study, judge: Judge) -> Callable[[Candidate], dict]:
                                candidate.shares, people=candidate.people, seed=study.seed)
         except UserError as error:
             return {'unfit': str(error)}
-        answers = others.labels, grader.grades(photographs), grader.score(photographs)
+        answers = others.grades, grader.grades(photographs), grader.score(photographs)
         value = grading_metrics(*answers)
         between = bootstrap_intervals(*answers, groups=people_of(others))
         return {'strength': grader.strength, **{name: {
@@ -67,7 +67,7 @@ def reading(study: Study, judge: Judge) -> Callable[[Candidate], dict]:
 def photograph_probe(study: Study, judge: Judge) -> Probe:
     """A ridge probe that learnt from the photographs of people who are in no release."""
     others = study.population.others
-    return fit_probe(study.features(judge, study.others)['pooled'], one_hot(others.labels),
+    return fit_probe(study.features(judge, study.others)['pooled'], one_hot(others.grades),
                      people=people_of(others), kind='ridge', seed=study.seed)
 
 
