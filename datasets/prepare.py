@@ -19,6 +19,7 @@ from datasets.dicom import (
     load_dicom,
 )
 from datasets.fov import UnusableFrame, crop_fov, find_fov
+from datasets.sides import disc_to_the_right
 from datasets.table import read_table
 from utils.errors import UserError, listing
 from utils.images import decode_reason, load_rgb
@@ -175,14 +176,16 @@ def check_options(transform, width, height, *, mask=False, unsqueeze=False):
 
 
 def build_archive(images, dest, *, transform='none', width=None, height=None, resample='lanczos',
-                  mask=False, unsqueeze=False, max_images=None, workers=1, keep_names=False):
+                  mask=False, unsqueeze=False, max_images=None, workers=1, keep_names=False,
+                  one_side=False):
     """Writes `images` (SourceImage list) to the archive `dest`; returns the report, a DataFrame.
 
     Its columns: source, name, kept, reason (why not), archive_name, label, same_as (the name of an
-    earlier image with the very same pixels, which is kept too). Damaged files and unusable frames
-    are left out. keep_names: files keep their names (as .png) instead of being
-    numbered. UserError when nothing is left, when names to be kept are not unique, or when the
-    results are not squares of one power of two (listed together).
+    earlier image with the very same pixels, which is kept too), mirrored. Damaged files and
+    unusable frames are left out. keep_names: files keep their names (as .png) instead of being
+    numbered. one_side: photographs whose disc lies left of the centre are mirrored. UserError
+    when nothing is left, when names to be kept are not unique, or when the results are not
+    squares of one power of two (listed together).
     """
     if keep_names:
         names = [f'{Path(item.name).stem}.png' for item in images]
@@ -192,12 +195,13 @@ def build_archive(images, dest, *, transform='none', width=None, height=None, re
 
     def prepare(item):
         try:
-            return transform_image(item.load(), transform=transform, width=width, height=height,
-                                   resample=resample, mask=mask, unsqueeze=unsqueeze), None
+            image = transform_image(item.load(), transform=transform, width=width, height=height,
+                                    resample=resample, mask=mask, unsqueeze=unsqueeze)
+            return *(disc_to_the_right(image) if one_side else (image, False)), ''
         except UnusableFrame as error:
-            return None, str(error)
+            return None, False, str(error)
         except UserError as error:
-            return None, f'damaged: {decode_reason(error.__cause__ or error)}'
+            return None, False, f'damaged: {decode_reason(error.__cause__ or error)}'
 
     rows, misfits, n_kept, size, seen = [], [], 0, None, {}
     with ArchiveWriter(dest) as writer, \
@@ -207,7 +211,7 @@ def build_archive(images, dest, *, transform='none', width=None, height=None, re
         blocks = (images[i:i + step] for i in range(0, len(images), step))
         results = itertools.chain.from_iterable(
             zip(block, pool.map(prepare, block)) for block in blocks)
-        for item, (image, reason) in progress(results, total=len(images), desc='images'):
+        for item, (image, mirrored, reason) in progress(results, total=len(images), desc='images'):
             if max_images is not None and n_kept >= max_images:
                 break
             name, same_as = None, ''
@@ -225,8 +229,8 @@ def build_archive(images, dest, *, transform='none', width=None, height=None, re
             else:
                 log.warning('left out %s: %s (%s)', item.name, reason, item.source)
             rows.append({'source': item.source, 'name': item.name, 'kept': name is not None,
-                         'reason': reason or '', 'archive_name': name or '', 'label': item.label,
-                         'same_as': same_as})
+                         'reason': reason, 'archive_name': name or '', 'label': item.label,
+                         'same_as': same_as, 'mirrored': mirrored})
         if misfits:
             raise UserError(listing(
                 f'{len(misfits)} of {len(images)} images are not squares of one power of two '

@@ -50,6 +50,9 @@ def build_parser():
                    help='blacken everything outside the field of view (text, notches, glare)')
     p.add_argument('--unsqueeze', action='store_true',
                    help='stretch an elliptical field of view back to the circle the camera saw')
+    p.add_argument('--one_side', '--one-side', action='store_true',
+                   help='mirror photographs whose optic disc lies left of the centre (found in '
+                        'the picture; the report says which), so that all look like right eyes')
     p.add_argument('--keep_names', '--keep-names', action='store_true',
                    help='keep the file names, in a folder; with a CSV table its rows are copied '
                         'to labels.csv beside the images, so that the folder replaces the '
@@ -107,7 +110,7 @@ def main(argv=None):
     report = build_archive(images, args.dest, transform=args.transform, width=width, height=height,
                            resample=args.resize_filter, mask=args.mask, unsqueeze=args.unsqueeze,
                            max_images=args.max_images, workers=args.workers,
-                           keep_names=args.keep_names)
+                           keep_names=args.keep_names, one_side=args.one_side)
     if args.keep_names and len(args.source) == 1 and args.source[0].lower().endswith('.csv'):
         copy_table(args.source[0], args.split, report['kept'], Path(args.dest) / 'labels.csv')
     elif args.keep_names and any(item.dicom for item in images):
