@@ -77,6 +77,7 @@ ROWS = {
         settings={**STRONG, 'style_mode': 'best_match'}),
     'content only, 100 steps, k = 10': Row(10, CONTENT_ONLY),
     'whole picture, 100 steps, k = 10': Row(10, AUTO),
+    'whole picture, ratio 3, 40 steps, k = 10': Row(10, STRONG),
 }
 
 
