@@ -19,8 +19,8 @@ import argparse
 from collections.abc import Sequence
 
 from evaluation.attacks.groups import pair_results
-from evaluation.attacks.metrics import plot_roc
 from evaluation.attacks.pairs import load_pair_attack
+from evaluation.plots import plot_roc
 from MIA.flags import add_release_flags, read_release
 from utils import cli
 from utils.errors import UserError
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found['run'] = run_record(vars(opts), inputs={'ckpt_path': checkpoint}, seed=opts.seed)
     save_npy(target, scores)
     write_json(opts.out_dir / f'{name}.json', found)
-    plot_roc(curves, opts.out_dir / f'{name}_roc.png', title='pair attack')
+    plot_roc(curves, opts.out_dir / f'{name}_roc.png', title='pair attack', logarithmic=True)
     print(f'{report(found)}\nresults: {opts.out_dir / name}.json')
     return 0
 

@@ -12,14 +12,14 @@ from classification.grader import metric_options
 from classification.metrics import (
     bootstrap_intervals,
     grading_metrics,
-    referable_roc,
     summarise,
 )
-from classification.plots import plot_confusion, plot_history, plot_roc
+from classification.plots import plot_confusion, plot_history
 from classification.probe import ProbeGrader
 from classification.settings import Config
 from classification.train import train_grader
 from datasets.table import Table
+from evaluation.plots import plot_roc
 from evaluation.scores import REFERABLE_FROM
 from utils.io import save_torch, write_json
 from utils.seeds import numpy_generator
@@ -128,10 +128,9 @@ def _draw(records, test, config, out_dir):
     settings = config.settings
     binary = settings.target == 'binary' and config.grader == 'network'
     threshold = settings.positive_from if binary else REFERABLE_FROM
-    auc = 'auc' if binary else 'auc_referable'
-    plot_roc([(f'seed {r["seed"]}: AUC {r["test_best"][auc]:.3f}',
-               *referable_roc(test.grades, r['test_score'], positive_from=threshold))
-              for r in records], out_dir / 'roc.png',
+    positive = test.grades >= threshold
+    scores = {f'seed {r["seed"]}': np.asarray(r['test_score']) for r in records}
+    plot_roc({seed: (s[positive], s[~positive]) for seed, s in scores.items()}, out_dir / 'roc.png',
              title=f'grade {threshold} and more, test set')
     names = [f'< {threshold}', f'{threshold} and more'] if binary else None
     total = np.sum([r['test_best']['confusion'] for r in records], axis=0)

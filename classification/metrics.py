@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evaluation.bootstrap import People, draw_weights, percentiles
-from evaluation.scores import REFERABLE_FROM, quadratic_kappa, roc, weighted_auc
+from evaluation.scores import REFERABLE_FROM, quadratic_kappa, weighted_auc
 from utils.errors import UserError
 from utils.seeds import numpy_generator
 
@@ -66,13 +66,6 @@ def _weighted_scores(labels, predicted, score, weights, n_classes, positive_from
     if positive_from is not None:
         found['auc'] = weighted_auc(truth == 1, score, weights)
     return found, confusion
-
-
-def referable_roc(labels: Numbers, score: Numbers, *, positive_from: int = REFERABLE_FROM
-                  ) -> tuple[np.ndarray, np.ndarray]:
-    """(false positive rates, true positive rates) for grade >= positive_from."""
-    positive, score = np.asarray(labels) >= positive_from, np.asarray(score)
-    return roc(score[positive], score[~positive])
 
 
 def bootstrap_intervals(labels: Numbers, predicted: Numbers, score: Numbers, *,

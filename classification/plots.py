@@ -1,4 +1,4 @@
-"""Confusion matrix, ROC and training curves as PNG files."""
+"""Confusion matrix and training curves as PNG files."""
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +27,6 @@ def plot_confusion(confusion: np.ndarray, path: Path, *, names: list[str] | None
     axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names,
              yticklabels=names, xlabel='predicted', ylabel='true', title=title)
     figure.colorbar(image, label='share of the true grade')
-    _save(figure, path)
-
-
-def plot_roc(curves: list[tuple[str, np.ndarray, np.ndarray]], path: Path, *,
-             title: str = '') -> None:
-    """ROC curves: list of (label, false positive rates, true positive rates)."""
-    figure = Figure(figsize=(4.4, 4.2), layout='constrained')
-    axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color='0.7', linestyle='--', linewidth=1)
-    for label, fpr, tpr in curves:
-        axes.plot(fpr, tpr, label=label, linewidth=1.5)
-    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel='false positive rate',
-             ylabel='true positive rate', title=title, aspect='equal')
-    axes.legend(loc='lower right', fontsize=8)
     _save(figure, path)
 
 

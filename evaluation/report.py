@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jinja2
 from matplotlib.figure import Figure
 
-from evaluation.attacks.metrics import plot_roc
 from evaluation.comparison import Row
+from evaluation.plots import plot_roc
 from evaluation.registry import Measure, interval
 from utils.io import atomic_path, write_json, write_text
 
@@ -44,11 +44,11 @@ def _strongest(row: Row, measures: list[Measure]) -> dict:
 
 def privacy_utility_plot(rows: list[Row], measures: list[Measure], path: Path) -> None:
     """Utility against the strongest attack, one point per method and k."""
-    utility = next(m for m in measures if m.score is not None)
+    utility, score = next((m, m.score) for m in measures if m.score is not None)
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
     for row, marker in zip(rows, itertools.cycle('osD^v<>Ph*X')):
-        mean, std = utility.score(row.results[utility.name])
+        mean, std = score(row.results[utility.name])
         axes.errorbar(_strongest(row, measures)['auc']['value'], mean, yerr=std or 0,
                       marker=marker, capsize=3, linestyle='', label=row.name)
     axes.axvline(0.5, color='grey', linestyle=':')
@@ -81,7 +81,7 @@ def write_report(folder: Path, rows: list[Row], measures: list[Measure], *, fact
     for attack in attacks:
         plots[f'roc_{attack.name}.png'] = f'ROC of the {attack.name} attack'
         plot_roc({row.name: row.scores[attack.name] for row in rows},
-                 folder / f'roc_{attack.name}.png', title=attack.title)
+                 folder / f'roc_{attack.name}.png', title=attack.title, logarithmic=True)
     write_json(folder / 'results.json', {'facts': facts, 'config': config, 'rows': [
         row_record(row, measures) for row in rows]})
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), trim_blocks=True,

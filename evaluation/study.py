@@ -92,7 +92,7 @@ class Study:
     def digest(self) -> str:
         """Changes with any photograph, grade, person or role."""
         p = self.population
-        tables = [[people_of(t), t.labels.tolist()] for t in (p.members, p.others)]
+        tables = [[people_of(t), t.grades.tolist()] for t in (p.members, p.others)]
         return digest(self.members, self.others, self.again, p.again_of, p.nonmember, tables,
                       p.again and people_of(p.again))
 
@@ -150,4 +150,4 @@ def _check(population: Population, grader: Config, measures: list[str] | None) -
         raise UserError(f'{n} reference photographs of other people are too few for the '
                         f'projection attack, which needs {least_reference()}; add people, or list '
                         'the other measures')
-    check_test_labels(population.others.labels, positive_from=grader.settings.positive_from)
+    check_test_labels(population.others.grades, positive_from=grader.settings.positive_from)

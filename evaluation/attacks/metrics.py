@@ -1,16 +1,12 @@
-"""How well an attack tells members from others: AUC, TPR at low FPR, intervals, ROC plots.
+"""How well an attack tells members from others: AUC, TPR at low FPR, intervals.
 
 Scores are higher for members. An attack that learns nothing has an AUC of 0.5.
 """
-from pathlib import Path
-
 import numpy as np
-from matplotlib.figure import Figure
 
 from evaluation.bootstrap import People, draw_weights, percentiles, rate_interval, unit_numbers
-from evaluation.scores import auc, roc, weighted_auc
+from evaluation.scores import auc, weighted_auc
 from utils.errors import UserError
-from utils.io import atomic_path
 from utils.seeds import numpy_generator
 
 FPRS = {'tpr_at_1pct_fpr': 0.01, 'tpr_at_0.1pct_fpr': 0.001}
@@ -108,28 +104,6 @@ def _tpr_at(member, other, fpr, people, level):
     hits = member > limit
     low, high = rate_interval(hits, people, level)
     return {'value': float(hits.mean()), 'low': low, 'high': high}
-
-
-def plot_roc(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path, *,
-             title: str = '') -> None:
-    """ROC curves on logarithmic axes, where low false positive rates can be read.
-
-    curves: {name: (member scores, other scores)}.
-    """
-    figure = Figure(figsize=(6, 6), layout='constrained')
-    axes = figure.subplots()
-    lowest = 1 / max(len(other) for _, other in curves.values())
-    for name, (member, other) in curves.items():
-        fpr, tpr = roc(member, other)
-        axes.step(np.maximum(fpr, lowest / 2), np.maximum(tpr, 1e-4), where='post',
-                  label=f'{name} (AUC {auc(member, other):.2f})')
-    line = np.geomspace(lowest / 2, 1)
-    axes.plot(line, line, color='grey', linestyle=':', label='chance')
-    axes.set(xscale='log', yscale='log', xlim=(lowest / 2, 1), ylim=(lowest / 2, 1.1),
-             xlabel='false positive rate', ylabel='true positive rate', title=title)
-    axes.legend(loc='lower right', fontsize='small')
-    with atomic_path(path) as temp:
-        figure.savefig(temp, format='png')
 
 
 def precision_at_k(scores: np.ndarray, same: np.ndarray, topk: int) -> float:

@@ -21,13 +21,14 @@ def _cells(label: str, result: dict | None) -> Cells:
 def reidentification(study: Study, judge: Judge) -> Callable[[Candidate], dict | None]:
     """By pooled features; None without later photographs, and for photographs themselves."""
     def run(candidate: Candidate) -> dict | None:
+        later = study.population.again
         group = candidate.group_of[study.population.again_of]
         known = group >= 0
-        if candidate.photographs or not known.any():
+        if later is None or candidate.photographs or not known.any():
             return None
         ranks = reidentification_ranks(
             study.again[known], group[known], candidate.pictures,
             lambda pictures: study.features(judge, pictures)['pooled'])
-        people = np.array(people_of(study.population.again))[known]
+        people = np.array(people_of(later))[known]
         return reidentification_rates(ranks, len(candidate.pictures), people=people)
     return run
