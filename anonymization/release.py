@@ -5,6 +5,7 @@ counts per group. The same inputs give the same bytes.
 """
 import dataclasses
 import hashlib
+import html
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,19 +20,28 @@ import PIL
 import torch
 from PIL import Image, features
 
+from anonymization import croissant
+from anonymization.card import filled, is_address
 from utils.images import save_png
-from utils.io import sha256_file, write_csv, write_json, write_text
+from utils.io import sha256_bytes, sha256_file, write_json, write_text
 from utils.seeds import derive
 
-MANIFEST, LABELS = 'manifest.json', 'labels.csv'
+MANIFEST, LABELS, METADATA = 'manifest.json', 'labels.csv', 'metadata.csv'
 DATASHEET, REPORT = 'DATASHEET.md', 'report.html'
+README, CROISSANT = 'README.md', 'croissant.json'
+# All but manifest and pictures, which say the same in the forms that people and tools read.
+PAGES = (LABELS, METADATA, DATASHEET, REPORT, README, CROISSANT)
 # Stands for the wording of the templates too: a recipient renders them again and compares.
-FORMAT = 'k-salsa-release-2'
+FORMAT, OLDER_FORMATS = 'k-salsa-release-3', ('k-salsa-release-1', 'k-salsa-release-2')
+# International scale for diabetic retinopathy.
+GRADE_NAMES = ('none', 'mild', 'moderate', 'severe', 'proliferative')
 RISK_LINE = 0.09    # re-identification risk accepted by EMA policy 0070 and Health Canada
 DECIMALS = 6        # of shares and distances
 _LETTERS = 'bcdfghjkmnpqrstvwxz'    # no vowels: no words; no digits: no mistaking for an id
 _NAME_LENGTH = 8
 _SHOWN = 24         # pictures in report.html
+# Upper ends of the size categories of dataset cards.
+_SIZES = {1000: 'n<1K', 10 ** 4: '1K<n<10K', 10 ** 5: '10K<n<100K', 10 ** 6: '100K<n<1M'}
 _TEMPLATES = Path(__file__).parent / 'templates'
 
 
@@ -120,36 +130,65 @@ def _histogram(values: Iterable[int]) -> dict[str, int]:
     return {str(value): count for value, count in sorted(Counter(map(int, values)).items())}
 
 
+def metadata_table(labels: pd.DataFrame) -> pd.DataFrame:
+    """metadata.csv: labels.csv with `file_name` (images/NAME.png) in place of `image`."""
+    paths = [f'images/{name}.png' for name in labels['image']]
+    return pd.DataFrame({'file_name': paths}).join(labels.drop(columns='image'))
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as it stands in a release."""
+    return table.to_csv(index=False, lineterminator='\n')
+
+
 def render_pages(manifest: dict[str, Any], labels: pd.DataFrame) -> dict[str, str]:
-    """DATASHEET.md and report.html as text, from the manifest and labels.csv alone."""
+    """All PAGES but labels.csv as text, from the manifest and labels.csv alone."""
     page = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), trim_blocks=True,
                               lstrip_blocks=True, undefined=jinja2.StrictUndefined,
                               autoescape=jinja2.select_autoescape(['html']))
+    page.filters['quoted'] = lambda text: json.dumps(text, ensure_ascii=False)    # YAML reads it
+    page.filters['cell'] = lambda text: html.escape(text).replace('|', '&#124;')
     smallest = min(int(v) for v in manifest['patients_per_group'])
     grades = labels['label'] if 'label' in labels else [None] * len(labels)
+    metadata = metadata_table(labels)
+    columns = [str(name) for name in metadata]
     values = {'m': manifest, 'smallest': smallest, 'risk': 1 / smallest, 'risk_line': RISK_LINE,
               'shown': [{'name': n, 'label': g} for n, g in
                         zip(labels['image'][:_SHOWN], grades[:_SHOWN])],
-              'soft_labels': 'p0' in labels, 'grade_share': _shares(manifest['grades'])}
-    return {DATASHEET: page.get_template('datasheet.md').render(values),
-            REPORT: page.get_template('report.html').render(values)}
+              'soft_labels': 'p0' in labels, 'grade_share': _shares(manifest['grades']),
+              'card': filled(manifest['card']), 'columns': columns,
+              'grade_names': GRADE_NAMES, 'size_category': _size_category(len(labels)),
+              'license_is_address': is_address(manifest['card']['license'] or '')}
+    tables = {METADATA: csv_text(metadata), LABELS: csv_text(labels)}
+    described = croissant.describe(
+        manifest, {name: sha256_bytes(text.encode()) for name, text in tables.items()},
+        columns, page.get_template('description.txt').render(values), GRADE_NAMES)
+    return {METADATA: tables[METADATA],
+            DATASHEET: page.get_template('datasheet.md').render(values),
+            REPORT: page.get_template('report.html').render(values),
+            README: page.get_template('card.md').render(values),
+            CROISSANT: json.dumps(described, indent=2) + '\n'}
+
+
+def _size_category(n: int) -> str:
+    return next((name for end, name in _SIZES.items() if n < end), '1M<n<10M')
 
 
 def write_release(folder: str | Path, groups: list[GroupFacts],
                   pictures: Callable[[str], Image.Image | torch.Tensor], *,
                   facts: dict[str, Any], soft_labels: bool = False) -> dict[str, Any]:
-    """Writes images/, labels.csv, DATASHEET.md, report.html and manifest.json into `folder`.
+    """Writes images/, the PAGES and manifest.json into `folder`.
 
     groups: list of GroupFacts; pictures: function name -> float [3, R, R] or PIL picture;
-    facts: plain dict for the manifest (k, unit, policy, networks, settings, versions, png_encoder,
-    ...). `folder` must be new. Returns the manifest.
+    facts: plain dict for the manifest (k, unit, policy, networks, settings, versions, card,
+    png_encoder, ...). `folder` must be new. Returns the manifest.
     """
     folder = Path(folder)
     (folder / 'images').mkdir(parents=True)
     for group in sorted(groups, key=lambda g: g.name):
         save_png(pictures(group.name), folder / 'images' / f'{group.name}.png')
     labels = label_table(groups, soft_labels=soft_labels)
-    write_csv(folder / LABELS, labels)
+    write_text(folder / LABELS, csv_text(labels))
     manifest = {
         'format': FORMAT, **facts, 'n_images': len(groups),
         'images_per_group': _histogram(g.n_images for g in groups),

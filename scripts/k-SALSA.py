@@ -7,7 +7,7 @@
 Stages: read the table and check every image; invert; group; optimise one latent per group; write;
 verify. The same command goes on where a run stopped. In --exp_dir:
 
-    release/   images/, labels.csv, manifest.json, DATASHEET.md, report.html: what may be shared
+    release/   images/, their grades, manifest, datasheet, report: what may be shared
     private/   group table, latents, losses, contact sheet of members and results: never share
 
 Several processes or machines: torchrun --nproc_per_node=N scripts/k-SALSA.py ...
@@ -27,6 +27,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from anonymization.audit import audit_release, plot_distances, report_dict, report_text
+from anonymization.card import FIELDS as CARD_FIELDS
+from anonymization.card import Card, named_in, read_card
 from anonymization.grouping import METHODS, POLICIES, SURPLUS
 from anonymization.optimize import PRECISIONS, STYLE_RATIO, OptimizeConfig, style_term
 from anonymization.photographs import hash_files
@@ -56,7 +58,7 @@ _NO_EFFECT = ('label_path', 'model_1_checkpoint_path', 'model_2_checkpoint_path'
 # Flags that may differ when a run goes on: they do not change what is computed, or the content of
 # the files they name is compared instead.
 _FREE = ('exp_dir', 'checkpoint_path', 'data_path', 'df', 'content_weights', 'style_weights',
-         'test_workers', 'device', 'group_batch')    # networks: their digests
+         'test_workers', 'device', 'group_batch', 'card')    # networks: their digests
 
 
 def build_parser():
@@ -134,7 +136,10 @@ def build_parser():
     g.add_argument('--resize_outputs', action='store_true',
                    help='write pictures at the encoder\'s size instead of the generator\'s')
     g.add_argument('--soft_labels', action='store_true',
-                   help='labels.csv also gives the share of each grade')
+                   help='labels.csv and metadata.csv also give the share of each grade')
+    g.add_argument('--card', type=Path, metavar='YAML',
+                   help='licence, name, contact and the like for README.md and croissant.json: '
+                        f'any of {", ".join(CARD_FIELDS)} (default: [brackets] in their place)')
     g.add_argument('--centroids', action='store_true',
                    help='also write the plain latent-mean pictures to private/centroids/')
     g.add_argument('--save_reconstructions', action='store_true',
@@ -184,6 +189,15 @@ def check_options(opts: argparse.Namespace) -> Table:
     return table
 
 
+def check_card(opts: argparse.Namespace, table: Table) -> Card:
+    """The institution's fields; UserError where they name a photograph or a patient."""
+    card = read_card(opts.card)
+    if named := named_in(card, table.ids, table.patients):
+        raise UserError(listing(f'--card {opts.card} names photographs or patients, and is for '
+                                'everyone to read; take them out', named))
+    return card
+
+
 def check_folders(opts: argparse.Namespace) -> None:
     """UserError for an --exp_dir among the photographs, or with a release/ of something else."""
     exp_dir, photos = opts.exp_dir.resolve(), opts.data_path.resolve()
@@ -209,18 +223,21 @@ def make_folders(exp_dir: Path, private: Path) -> None:
                         'folder') from error
 
 
-def check_finished(release: Path) -> None:
-    """UserError when a published release is no longer what its manifest says."""
+def check_finished(release: Path, card: Card | None) -> None:
+    """UserError when a published release is not what its manifest says, or says another `card`."""
     try:
-        listed = json.loads((release / MANIFEST).read_text(encoding='utf-8'))['files']
-        bad = sorted(n for n, digest in listed.items()
+        manifest = json.loads((release / MANIFEST).read_text(encoding='utf-8'))
+        bad = sorted(n for n, digest in manifest['files'].items()
                      if not (release / n).is_file() or sha256_file(release / n) != digest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        bad = [MANIFEST]
+        manifest, bad = {}, [MANIFEST]
     if bad:
         raise UserError(listing(f'{release} is finished, but {len(bad)} of its files are damaged '
                                 'or missing; move it away, and the same command makes it anew',
                                 bad))
+    if card is not None and manifest.get('card') != card:
+        raise UserError(f'{release} is finished, and has other fields than --card says; move it '
+                        'away, and the same command makes it anew')
 
 
 def style_path(opts: argparse.Namespace) -> str | Path | None:
@@ -303,6 +320,7 @@ def make_release(opts: argparse.Namespace, threads: int) -> int:
     setup_logging(level=logging.INFO if distributed.is_main() else logging.WARNING)
     check_folders(opts)
     table = check_options(opts)
+    card = check_card(opts, table)
     files = network_inputs(opts)
     psp = load_psp(opts.checkpoint_path)
     content_net, style_net = feature_networks(opts, psp.input_size)
@@ -318,7 +336,7 @@ def make_release(opts: argparse.Namespace, threads: int) -> int:
     distributed.barrier()
     if (release / MANIFEST).exists():
         if distributed.is_main():
-            check_finished(release)
+            check_finished(release, card if opts.card else None)
         log.info('%s is complete; choose another --exp_dir for another run', release)
         return 0
     networks = {'generator and encoder': sha256_file(opts.checkpoint_path),
@@ -337,7 +355,7 @@ def make_release(opts: argparse.Namespace, threads: int) -> int:
             resize_outputs=opts.resize_outputs, soft_labels=opts.soft_labels,
             centroids=opts.centroids, save_reconstructions=opts.save_reconstructions,
             seed=opts.seed),
-        device=device, facts={'networks': networks, 'versions': versions()},
+        device=device, facts={'networks': networks, 'versions': versions(), 'card': card},
         workers=opts.test_workers, threads=threads)
     staging = private / 'staging'
     pipeline.run(staging)

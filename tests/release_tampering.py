@@ -80,6 +80,16 @@ def _no_page(name: str) -> Kind:
     return spoil
 
 
+def _in_page(name: str, old: str, new: str) -> Kind:
+    def spoil(spoiled: Spoiled) -> None:
+        path = spoiled.release / name
+        text = path.read_text(encoding='utf-8')
+        assert old in text
+        path.write_text(text.replace(old, new, 1), encoding='utf-8')
+        spoiled.seal()
+    return spoil
+
+
 TEXTS: dict[str, Kind] = {
     'id in the datasheet': _append('DATASHEET.md', f'The nicest one is of {PATIENT}.'),
     'id glued': _append('DATASHEET.md', f'madefrom{ID}andothers'),
@@ -103,7 +113,14 @@ TEXTS: dict[str, Kind] = {
     'remote script': _append('report.html', '<script src="https://example.org/a.js"></script>'),
     'remote picture': _append('report.html', '<img src="https://example.org/a.png">'),
     'no datasheet': _no_page('DATASHEET.md'), 'no report': _no_page('report.html'),
-    'no labels': _no_page('labels.csv'),
+    'no labels': _no_page('labels.csv'), 'no metadata': _no_page('metadata.csv'),
+    'no card': _no_page('README.md'), 'no croissant': _no_page('croissant.json'),
+    'id in the card': _append('README.md', f'Made from {ID}.'),
+    'remote picture in the card': _append('README.md', '![](https://example.org/a.png)'),
+    'id in croissant': _in_page('croissant.json', '"retina"', f'"{ID}"'),
+    'croissant from elsewhere': _in_page('croissant.json', '"contentUrl": "',
+                                         '"contentUrl": "https://example.org/'),
+    'another hash in croissant': _in_page('croissant.json', '"sha256": "', '"sha256": "0'),
     'doubled keys': _manifest_text(lambda t: t.replace('{', f'{{\n  "k": "{ID}",', 1)),
     'escaped letters': _manifest_text(lambda t: t.replace('"format"', '"\\u0066ormat"')),
     'other spacing': _manifest_text(lambda t: t.replace('\n', '\n ')),
@@ -120,9 +137,10 @@ TEXTS: dict[str, Kind] = {
 # -- facts ----------------------------------------------------------------------------------
 
 
-def _labels(change: Callable[[pd.DataFrame], pd.DataFrame | None], **options: Any) -> Kind:
+def _labels(change: Callable[[pd.DataFrame], pd.DataFrame | None], *, page: str = 'labels.csv',
+            **options: Any) -> Kind:
     def spoil(spoiled: Spoiled) -> None:
-        path = spoiled.release / 'labels.csv'
+        path = spoiled.release / page
         table = pd.read_csv(path)
         changed = change(table)
         (table if changed is None else changed).to_csv(path, **{'index': False, **options})
@@ -208,6 +226,17 @@ FACTS: dict[str, Kind] = {
     'a row twice': _labels(lambda t: pd.concat([t, t.iloc[:1]])),
     'a row less': _labels(lambda t: t.iloc[1:]),
     'one wrong grade': _wrong_grade,
+    'another licence': _field('card.license', 'cc0-1.0'),
+    'a patient as contact': _field('card.contact', PATIENT),
+    'a list in the card': _field('card.contact', [PATIENT], render=False),
+    'a script as address': _field('card.url', 'javascript:alert(1)'),
+    'a day that is none': _field('card.date_published', '2026-02-30'),
+    'a field more in the card': _field('card.notes', 'x'),
+    'metadata: other grades': _labels(lambda t: t.assign(label=4 - t.label), page='metadata.csv'),
+    'metadata: a foreign column': _labels(lambda t: t.assign(age=60), page='metadata.csv'),
+    'metadata: rows turned': _labels(lambda t: t.iloc[::-1], page='metadata.csv'),
+    'metadata: private files': _labels(
+        lambda t: t.assign(file_name='../private/contact_sheet.png'), page='metadata.csv'),
 }
 
 # -- files ----------------------------------------------------------------------------------
@@ -260,10 +289,13 @@ def _attribute(spoiled: Spoiled) -> None:
 FILES: dict[str, Kind] = {
     'link to the same picture': _link('', 'kept'), 'link to the same page': _link(
         'DATASHEET.md', 'kept'),
+    'link to the same card': _link('README.md', 'kept'),
     'link into private': _link('DATASHEET.md', 'README.txt'),
     'link in place of images': _link('images', 'kept'),
     'pipe': _instead('pipe', os.mkfifo), 'pipe as manifest': _instead('manifest.json', os.mkfifo),
     'pipe as labels': _instead('labels.csv', os.mkfifo),
+    'pipe as croissant': _instead('croissant.json', os.mkfifo),
+    'metadata of another kind': lambda s: (s.release / 'metadata.jsonl').write_text(ID),
     'pipe as datasheet': _instead('DATASHEET.md', os.mkfifo),
     'socket': _socket,
     'empty folder of a patient': lambda s: (s.release / PATIENT).mkdir(),

@@ -17,7 +17,7 @@ from release_tampering import FACTS, FILES, PATIENT, TEXTS
 from anonymization import audit as auditing
 from anonymization.audit import audit_release, copies, derive, pictures, recompute, report_dict
 from anonymization.audit.checks import report_text
-from anonymization.release import GroupFacts, grade_diversity, png_encoder
+from anonymization.release import OLDER_FORMATS, GroupFacts, grade_diversity, png_encoder
 from datasets.phantoms.dataset import make_dataset
 from datasets.table import read_table
 from utils.errors import UserError
@@ -29,7 +29,7 @@ GROUPS = 'every group has at least k = 5 distinct patients, groups are disjoint'
 _INVISIBLE = {*PICTURES, *(n for n in PAYLOADS if n.endswith('low bits')), 'one wrong grade',
               'policy', 'clustering', 'strata', 'n_suppressed', 'sizes in images', 'diversity',
               't-closeness', 'settings', 'versions', 'networks', 'unit', 'k lowered',
-              'a group below k', 'sizes in patients'}
+              'a group below k', 'sizes in patients', 'another licence', 'a patient as contact'}
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +38,9 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp('audit')
     save_networks(folder)
     save_photographs(folder / 'data', 24, patients=[f'person{i // 2:02d}z' for i in range(24)])
-    k_salsa.main(arguments(folder, folder / 'data', folder / 'run') + ['--soft_labels'])
+    (folder / 'card.yaml').write_text('license: cc-by-4.0\ncontact: "eyes@example.org | Köln"\n')
+    k_salsa.main(arguments(folder, folder / 'data', folder / 'run')
+                 + ['--soft_labels', f'--card={folder / "card.yaml"}'])
     return folder
 
 
@@ -282,6 +284,16 @@ def test_both_ways_to_work_out_diversity_agree():
         assert json.dumps(grade_diversity(groups)) == json.dumps(derive.diversity(counts))
 
 
+@pytest.mark.parametrize('change', [
+    {'license': 'NO LICENCE'}, {'notes': 'x'}, {'contact': f'ask {PATIENT}, please'}],
+    ids=['form', 'field', 'patient'])
+def test_card_in_the_record(spoiled, change):
+    edit(spoiled, 'facts.json', lambda facts: facts['facts']['card'].update(change))
+    audit = audited(spoiled)
+    assert 'the card' in failed(audit)[auditing.CONTENT]
+    assert_says_no_id(audit)
+
+
 # -- the diagnostic of copies ---------------------------------------------------------------
 
 # What these maps do not find in each of the phantoms below.
@@ -339,6 +351,14 @@ def test_wrong_flags(spoiled, flags, message):
     words = {'RUN': spoiled.run, 'PRIVATE': spoiled.private, 'NONE': spoiled.run / 'none.pt'}
     with pytest.raises(UserError, match=message):
         verify.main([str(spoiled.release), *(str(words.get(f, f)) for f in flags)])
+
+
+@pytest.mark.parametrize('form', OLDER_FORMATS)
+@pytest.mark.parametrize('private', [False, True])
+def test_release_of_an_older_version(spoiled, form, private):
+    spoiled.seal({**spoiled.manifest(), 'format': form})
+    with pytest.raises(UserError, match=f'format {form} of an older version.*with that version'):
+        verify.main([str(spoiled.release), *(['--private', str(spoiled.private)] * private)])
 
 
 def test_no_release():

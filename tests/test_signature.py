@@ -8,7 +8,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from PIL import Image
 
-from anonymization.release import GroupFacts, png_encoder, write_release
+from anonymization.card import read_card
+from anonymization.release import PAGES, GroupFacts, png_encoder, write_release
 from anonymization.signature import SIGNED, check_signature, make_key, sign, signature_path
 from utils.errors import UserError
 from utils.runs import versions
@@ -29,7 +30,8 @@ def release(tmp_path):
                           'mirror_left': False},
              'networks': {'generator and encoder': 64 * 'a', 'content': f'moco {64 * "b"}',
                           'style': f'vgg19-relu1_2 {64 * "c"}'},
-             'versions': versions(), 'png_encoder': png_encoder()}
+             'versions': versions(), 'card': read_card(None),
+             'png_encoder': png_encoder()}
     write_release(tmp_path / 'release', [GroupFacts(n, 5, 5, (3, 2, 0, 0, 0)) for n in NAMES],
                   lambda name: Image.new('RGB', (8, 8), name[0] == 'b' and 'red' or 'blue'),
                   facts=facts)
@@ -43,8 +45,7 @@ def test_make_sign_verify(release, tmp_path, capsys):
     assert verify.main([str(release)]) == 0
     assert sign_release.main([str(release), '--key', str(key)]) == 0
     assert signature_path(release).stat().st_size == 64
-    assert {p.name for p in release.iterdir()} == {'images', 'labels.csv', 'manifest.json',
-                                                   'DATASHEET.md', 'report.html'}
+    assert {p.name for p in release.iterdir()} == {'images', 'manifest.json', *PAGES}
     capsys.readouterr()
     assert verify.main([str(release), '--public_key', f'{key}.pub']) == 0
     assert f'ok    {SIGNED}' in capsys.readouterr().out

@@ -20,13 +20,19 @@ from anonymization.audit.checks import Audit, Check, Findings, report_dict, repo
 from anonymization.audit.copies import plot_distances
 from anonymization.audit.files import Fault, Tree, parse_json, read_regular, scan
 from anonymization.audit.pictures import Picture, check_form, check_made, look_at
-from anonymization.release import DATASHEET, LABELS, MANIFEST, REPORT, render_pages
+from anonymization.release import (
+    LABELS,
+    MANIFEST,
+    METADATA,
+    OLDER_FORMATS,
+    PAGES,
+    render_pages,
+)
 from datasets.table import Table
 from utils.errors import UserError
 
 __all__ = ['Audit', 'Check', 'audit_release', 'plot_distances', 'report_dict', 'report_text']
 
-PAGES = (LABELS, DATASHEET, REPORT)
 FILES = 'there are the expected files, each a regular one, and nothing else'
 CONTENT = 'manifest, labels and pages are what groups and run record say'
 FORMED = 'manifest, labels and pages have the known form and agree with each other'
@@ -39,14 +45,15 @@ def audit_release(release: str | Path, *, private: str | Path | None = None,
 
     source_table: of the photographs behind the release; goes with `private`. recompute_n: how
     many pictures to synthesise anew, None for all, with the networks in `checkpoint` (default: the
-    run's). UserError when a folder is missing or a private record cannot be read; ValueError when
-    only one of private and source_table is given.
+    run's). UserError when a folder is missing, a private record cannot be read, or the release is
+    of an older version; ValueError when only one of private and source_table is given.
     """
     release = Path(release)
     if not release.is_dir():
         raise UserError(f'release folder not found: {release}')
     if (private is None) != (source_table is None):
         raise ValueError('private and source_table go together')
+    _check_version(release)
     if private is None:
         return _audit_alone(release)
     run = derive.read_run(Path(private), source_table)
@@ -57,6 +64,17 @@ def audit_release(release: str | Path, *, private: str | Path | None = None,
             release, run, latents, recompute_n, checkpoint=checkpoint, device=device)
         audit.checks.append(check)
     return audit
+
+
+def _check_version(release: Path) -> None:
+    """UserError for a release in the format of an older version."""
+    try:
+        found = parse_json(read_regular(release / MANIFEST)).get('format')
+    except Fault:
+        return    # said among the findings
+    if found in OLDER_FORMATS:
+        raise UserError(f'{release} is in the format {found} of an older version of this project; '
+                        'verify it with that version, or make the release anew with this one')
 
 
 # -- with the records of the run ------------------------------------------------------------
@@ -82,11 +100,12 @@ def _check_content(release: Path, run: derive.Run, pictures: list[Picture]) -> C
     """Every page byte for byte, as it follows from groups, photographs and run record."""
     found = Findings(CONTENT)
     derive.check_networks(run, found)
+    derive.check_card(run, found)
     manifest, labels = derive.manifest_without_files(run), derive.labels_text(run)
-    wanted = {LABELS: labels.encode()}
     table = pd.read_csv(io.StringIO(labels), dtype={'image': str}, keep_default_na=False)
     rendered = render_pages(manifest, table)
-    wanted |= {name: text.encode() for name, text in rendered.items()}
+    rendered |= {LABELS: labels, METADATA: derive.metadata_text(run)}
+    wanted = {name: rendered[name].encode() for name in PAGES}
     hashes = {f'images/{p.name}.png': p.sha256 for p in pictures}
     hashes |= {name: hashlib.sha256(data).hexdigest() for name, data in wanted.items()}
     manifest['files'] = {name: hashes[name] for name in _in_order(hashes)}

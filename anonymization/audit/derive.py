@@ -21,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 
 from anonymization.audit.checks import Check, Findings
 from anonymization.audit.files import Fault, read_regular
+from anonymization.card import FIELDS, Card, is_card, named_in
 from anonymization.release import FORMAT, release_names
 from datasets.table import Table
 from utils.errors import UserError
@@ -71,6 +72,12 @@ class Run:
         return self.options['same_k']
 
     @property
+    def card(self) -> Card:
+        """What the institution says of the release; all None where the record holds no card."""
+        card = self.facts['card']
+        return card if is_card(card) else dict.fromkeys(FIELDS)
+
+    @property
     def unit(self) -> str:
         """What is counted."""
         return 'images' if self.table.patients is None else 'patients'
@@ -107,7 +114,8 @@ def read_run(private: Path, table: Table) -> Run:
         [record['options'][name] for name in ('same_k', 'policy', 'clustering', 'strata')]
         [record['options'][name] for name in _SETTINGS.values()]
         [record[name] for name in ('seed', 'inputs')]
-        [facts['facts'][name] for name in ('networks', 'versions', 'image_size', 'png_encoder')]
+        [facts['facts'][name] for name in ('networks', 'versions', 'card', 'image_size',
+                                           'png_encoder')]
         soft_labels = bool(facts['soft_labels'])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f'the records in {private} lack {error}; were they written by this '
@@ -291,13 +299,22 @@ def diversity(counts: Sequence[tuple[int, ...]]) -> dict[str, float]:
 
 def labels_text(run: Run) -> str:
     """labels.csv as it must be, byte for byte."""
+    return _table_text(run, 'image', '', '')
+
+
+def metadata_text(run: Run) -> str:
+    """metadata.csv as it must be, byte for byte."""
+    return _table_text(run, 'file_name', 'images/', '.png')
+
+
+def _table_text(run: Run, first: str, before: str, after: str) -> str:
     counts = grade_counts(run)
-    header = ['image']
+    header = [first]
     if counts is not None:
         header += ['label'] + [f'p{g}' for g in range(_N_GRADES)] * run.soft_labels
     lines = [','.join(header)]
     for name, number in sorted((name, number) for number, name in run.names.items()):
-        cells = [name]
+        cells = [f'{before}{name}{after}']
         if counts is not None:
             own = counts[number]
             cells.append(str(_majority(own)))
@@ -321,7 +338,7 @@ def manifest_without_files(run: Run) -> dict[str, Any]:
         'n_suppressed': run.numbers.count(0), 'image_size': run.facts['image_size'],
         'settings': {name: run.options[option] for name, option in _SETTINGS.items()},
         'networks': run.facts['networks'], 'versions': run.facts['versions'],
-        'png_encoder': run.facts['png_encoder'], 'n_images': len(run.members),
+        'card': run.card, 'png_encoder': run.facts['png_encoder'], 'n_images': len(run.members),
         'images_per_group': _histogram(sizes), 'patients_per_group': _histogram(people),
         'grades': grades,
         'grade_diversity': None if counts is None else diversity(list(counts.values()))}
@@ -342,6 +359,14 @@ def check_networks(run: Run, found: Findings) -> None:
     if not isinstance(networks, dict) or list(networks) != list(wanted) or any(
             str(networks[role]).split(' ')[-1] != value for role, value in wanted.items()):
         found.add('networks are not the weight files of the run record')
+
+
+def check_card(run: Run, found: Findings) -> None:
+    """The institution's fields have their form, and name no photograph and no patient."""
+    if not is_card(run.facts['card']):
+        found.add('the card in the run record has other fields than it should')
+    if named := named_in(run.card, run.table.ids, run.table.patients):
+        found.add(f'the card names {len(named)} photographs or patients', named)
 
 
 def check_grades(run: Run) -> tuple[Check, dict[str, Any]]:

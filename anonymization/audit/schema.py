@@ -9,6 +9,7 @@ import pandas as pd
 
 from anonymization.audit.checks import Findings
 from anonymization.audit.files import Fault
+from anonymization.card import is_card
 from anonymization.release import FORMAT
 
 NAME = r'[bcdfghjkmnpqrstvwxz]{8}'
@@ -89,7 +90,7 @@ _MANIFEST: dict[str, Callable[[Any], bool]] = {
                         style_strides=_strides, style_ratio=_number(),
                         precision=_one_of('fp32', 'tf32', 'bf16'),
                         mirror_left=lambda v: isinstance(v, bool)),
-    'networks': _networks, 'versions': _versions, 'png_encoder': _text(_ENCODER),
+    'networks': _networks, 'versions': _versions, 'card': is_card, 'png_encoder': _text(_ENCODER),
     'n_images': _count(1), 'images_per_group': _histogram, 'patients_per_group': _histogram,
     'grades': _or_none(_histogram),
     'grade_diversity': _or_none(_fields(
