@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from conftest import ROOT, load_script
 from release_fixture import save_networks
 
+from classification.settings import load_config
 from evaluation.attacks.nearest import pixel
 from evaluation.catalogue import MEASURES, METHODS
 from evaluation.registry import Candidate
@@ -131,6 +133,16 @@ def test_nothing_is_computed_twice_and_nothing_stale_is_shown(config, finished, 
     other = change(config, tmp_path, num_steps=2)
     with pytest.raises(UserError, match='num_steps: was 1, now 2'):
         evaluate.main([f'--config={other}', *flags])
+
+
+def test_a_grader_depends_on_the_file_it_starts_from(tmp_path):
+    weights = tmp_path / 'weights.pt'
+    found = []
+    for content in (b'one', b'two'):
+        weights.write_bytes(content)
+        grader = load_config('small.yaml', initial_weights=str(weights))
+        found.append(MEASURES['utility'].depends(SimpleNamespace(grader=grader)))
+    assert found[0] != found[1]
 
 
 def documented_attack(folder):
