@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from anonymization.release import render_pages
+from anonymization.card import read_card
+from anonymization.release import png_encoder, render_pages
 from models.encoders import build_encoder
 from models.features.content import content_checkpoint
 from models.psp import PSP, psp_checkpoint
@@ -17,6 +18,7 @@ from models.resnet import build_resnet
 from models.stylegan2 import Generator
 from utils.images import load_rgb
 from utils.io import save_torch, sha256_file
+from utils.runs import versions
 
 CHANNELS = {4: 8, 8: 8, 16: 8, 32: 8}
 
@@ -47,6 +49,20 @@ def save_photographs(folder, n, *, patients=None, seed=0):
         table['patient_id'] = patients
     table.to_csv(folder / 'labels.csv', index=False)
     return table
+
+
+def release_facts(card: Path | None = None) -> dict[str, Any]:
+    """What a run of patients in groups of five says of itself, as `write_release` takes it."""
+    return {'k': 5, 'unit': 'patients', 'policy': 'distinct', 'clustering': 'default',
+            'strata': [], 'n_suppressed': 0, 'image_size': 8,
+            'settings': {'n_iters': 5, 'n_steps': 4, 'n_crop': 2, 'content_weight': 100.0,
+                         'style_weight': 1e-6, 'lr': 'auto', 'style_mode': None,
+                         'style_strides': (4, 8), 'style_ratio': 0.05,
+                         'precision': 'fp32',
+                         'mirror_left': False},
+            'networks': {'generator and encoder': 64 * 'a', 'content': f'moco {64 * "b"}',
+                         'style': f'vgg19-relu1_2 {64 * "c"}'},
+            'versions': versions(), 'card': read_card(card), 'png_encoder': png_encoder()}
 
 
 def arguments(folder, data, exp_dir, **options):

@@ -11,12 +11,12 @@ import pytest
 import yaml
 from conftest import ROOT, load_script
 from PIL import Image
-from release_fixture import tree_bytes
+from release_fixture import release_facts, tree_bytes
 
+from anonymization.audit import audit_release, report_text
 from anonymization.card import FIELDS, filled, read_card
-from anonymization.release import CROISSANT, README, GroupFacts, png_encoder, write_release
+from anonymization.release import CROISSANT, README, GroupFacts, write_release
 from utils.errors import UserError
-from utils.runs import versions
 
 k_salsa = load_script('k-SALSA')
 CARD = {'pretty_name': 'Augen | Köln: <1> "a"', 'license': 'cc-by-4.0', 'creator': 'Eyes & Co.',
@@ -30,17 +30,11 @@ GRADES = [(3, 2, 0, 0, 0), (0, 1, 4, 0, 0), (0, 0, 0, 0, 5)]
 def make_release(folder: Path, card: Path | None = None, *, graded: bool = True,
                  soft_labels: bool = False) -> Path:
     """A release of three pictures of one colour each, with grades 0, 2 and 4."""
-    facts = {'k': 5, 'unit': 'patients', 'policy': 'distinct', 'clustering': 'default',
-             'strata': [], 'n_suppressed': 0, 'image_size': 8, 'settings': {
-                 'n_iters': 5, 'n_steps': 4, 'n_crop': 2, 'content_weight': 100.0,
-                 'style_weight': 1e-6},
-             'networks': {'content': 'moco', 'style': 'filters'}, 'versions': versions(),
-             'card': read_card(card), 'png_encoder': png_encoder()}
     groups = [GroupFacts(name, 5, 5, grades if graded else None)
               for name, grades in zip(COLOURS, GRADES)]
     write_release(folder / 'release', groups,
-                  lambda name: Image.new('RGB', (8, 8), COLOURS[name]), facts=facts,
-                  soft_labels=soft_labels)
+                  lambda name: Image.new('RGB', (8, 8), COLOURS[name]),
+                  facts=release_facts(card), soft_labels=soft_labels)
     return folder / 'release'
 
 
@@ -99,6 +93,13 @@ def test_a_finished_release_and_another_card(tmp_path, card):
 def test_same_bytes(tmp_path, card):
     first, again = (make_release(tmp_path / name, card, soft_labels=True) for name in 'ab')
     assert tree_bytes(first) == tree_bytes(again)
+
+
+@pytest.mark.parametrize('options', [{}, {'graded': False}, {'soft_labels': True}], ids=str)
+@pytest.mark.parametrize('with_card', [True, False], ids=['card', 'brackets'])
+def test_recipients_find_nothing_wrong(tmp_path, card, with_card, options):
+    audit = audit_release(make_release(tmp_path, card if with_card else None, **options))
+    assert audit.passed, report_text(audit)
 
 
 def test_header_of_the_card(tmp_path, card):

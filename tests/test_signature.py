@@ -7,12 +7,11 @@ from conftest import load_script
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from PIL import Image
+from release_fixture import release_facts
 
-from anonymization.card import read_card
-from anonymization.release import PAGES, GroupFacts, png_encoder, write_release
+from anonymization.release import PAGES, GroupFacts, write_release
 from anonymization.signature import SIGNED, check_signature, make_key, sign, signature_path
 from utils.errors import UserError
-from utils.runs import versions
 
 sign_release, verify = load_script('sign_release'), load_script('verify_release')
 NAMES = ['bcdfghjk', 'mnpqrstv']
@@ -21,20 +20,9 @@ NAMES = ['bcdfghjk', 'mnpqrstv']
 @pytest.fixture
 def release(tmp_path):
     """A small release that any recipient's check accepts."""
-    facts = {'k': 5, 'unit': 'patients', 'policy': 'distinct', 'clustering': 'default',
-             'strata': [], 'n_suppressed': 0, 'image_size': 8,
-             'settings': {'n_iters': 5, 'n_steps': 4, 'n_crop': 2, 'content_weight': 100.0,
-                          'style_weight': 1e-6, 'lr': 'auto', 'style_mode': None,
-                          'style_strides': (4, 8), 'style_ratio': 0.05,
-                          'precision': 'fp32',
-                          'mirror_left': False},
-             'networks': {'generator and encoder': 64 * 'a', 'content': f'moco {64 * "b"}',
-                          'style': f'vgg19-relu1_2 {64 * "c"}'},
-             'versions': versions(), 'card': read_card(None),
-             'png_encoder': png_encoder()}
     write_release(tmp_path / 'release', [GroupFacts(n, 5, 5, (3, 2, 0, 0, 0)) for n in NAMES],
                   lambda name: Image.new('RGB', (8, 8), name[0] == 'b' and 'red' or 'blue'),
-                  facts=facts)
+                  facts=release_facts())
     return tmp_path / 'release'
 
 
