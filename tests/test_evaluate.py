@@ -240,7 +240,7 @@ def test_too_few_reference_people(config, tmp_path, monkeypatch):
 
 
 def test_too_few_people(config, tmp_path):
-    few = change(config, tmp_path,
+    few = change(config, tmp_path, members=0.5,
                  phantoms={'n_patients': 8, 'size': 32, 'visits': 1, 'seed': 1})
     with pytest.raises(UserError, match='4 people are too few others.*at least 8'):
         evaluate.main([f'--config={few}', f'--out_dir={tmp_path / "out"}', '--device=cpu'])
