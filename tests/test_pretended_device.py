@@ -16,8 +16,8 @@ from test_restyle_training import Pictures, make_psp, photographs
 
 from anonymization.grouping import assign_groups
 from anonymization.optimize import Group, GroupOptimizer, OptimizeConfig
-from classification.grader import train_grader
 from classification.settings import Settings
+from classification.train import train_grader
 from evaluation.attacks.pairs import PairAttack, PairConfig, standardisation
 from evaluation.attacks.vessels import best_correlations
 from evaluation.fidelity import extract_features
