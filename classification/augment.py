@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from classification.settings import Settings
+from utils.transfer import send_together
 
 _LUMA = (0.2989, 0.587, 0.114)    # of rgb_to_grayscale, which the contrast is taken around
 
@@ -42,7 +43,7 @@ def apply_parameters(img: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     Nearest neighbour, as published. What the rotation pushes out of the frame stays lost when
     the shift would bring it back.
     """
-    p = {k: v.to(img.device) for k, v in parameters.items()}
+    p = send_together({**parameters, 'luma': torch.tensor(_LUMA)}, img.device)
     img = _colour(img, p)
     n, _, size, _ = img.shape
     at = torch.arange(size, device=img.device, dtype=torch.float32) - (size - 1) / 2
@@ -76,6 +77,6 @@ def _brightness(img, p):
 
 def _contrast(img, p):
     factor = p['contrast'].view(-1, 1, 1, 1)
-    luma = (img * img.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    luma = (img * p['luma'].view(1, 3, 1, 1)).sum(1, keepdim=True)
     middle = luma.mean((2, 3), keepdim=True)
     return (img * factor + middle * (1 - factor)).clamp(0, 1)

@@ -20,6 +20,7 @@ from models.loading import load_state, mismatch
 from models.resnet import ARCHS, build_resnet, describe_resnet
 from utils.errors import UserError
 from utils.seeds import derive
+from utils.transfer import send
 
 _AMP_TYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -211,7 +212,7 @@ def unit_range(images: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """uint8 [B, 3, S, S] -> float32 in [0, 1] on the device."""
     if not torch.is_tensor(images):
         images = torch.from_numpy(np.ascontiguousarray(images))
-    return images.to(device, non_blocking=True).float() / 255
+    return send(images, device).float() / 255
 
 
 def forward(net: nn.Module, batch: Tensor, mean: Tensor, std: Tensor, settings: Settings

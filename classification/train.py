@@ -35,6 +35,7 @@ from models.features.pretrained import weight_file
 from utils.errors import UserError
 from utils.io import load_weights, save_torch, sha256_file
 from utils.seeds import numpy_generator, torch_generator
+from utils.transfer import send
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class GraderTraining:
             pick = order[step * size:(step + 1) * size]
             batch = augment(unit_range(self.images[pick], self.device), self.settings, generator)
             raw = forward(self.net, batch, self.grader.mean, self.grader.std, self.settings)
-            loss = loss_function(raw, self.targets[pick].to(self.device), self.settings)
+            loss = loss_function(raw, send(self.targets[pick], self.device), self.settings)
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)

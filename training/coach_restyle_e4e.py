@@ -18,6 +18,7 @@ from training.latent_discriminator import LatentGame
 from utils import distributed
 from utils.errors import UserError
 from utils.seeds import torch_generator
+from utils.transfer import send
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +116,14 @@ class E4ECoach(Coach):
         passes = [torch.stack(self._latents[i:i + n_iters], 1)      # [n, n_iters, stage + 1, D]
                   for i in range(0, len(self._latents), n_iters)]
         self._latents = []
-        found = distributed.all_gather_object(torch.cat(passes).cpu())
-        ws = torch.cat(found).flatten(1, 2).to(self.device)
+        ws = distributed.all_gather(torch.cat(passes)).flatten(1, 2)
         draw = torch_generator(cfg.seed, 'latents', number)
-        choice = torch.randint(ws.shape[1], (len(ws),), generator=draw).to(self.device)
-        z = torch.randn(len(ws), self.psp.decoder.style_dim, generator=draw).to(self.device)
+        choice = torch.randint(ws.shape[1], (len(ws),), generator=draw)
+        z = send(torch.randn(len(ws), self.psp.decoder.style_dim, generator=draw), self.device)
         with torch.no_grad():
             real = self.psp.decoder.mapping(z.to(ws.dtype)).float()
-        return self.game.step(real, ws[torch.arange(len(ws), device=self.device), choice], number)
+        rows = torch.arange(len(ws), device=self.device)
+        return self.game.step(real, ws[rows, send(choice, self.device)], number)
 
     def state(self) -> dict:
         """As Coach.state, with the latent discriminator."""

@@ -135,10 +135,13 @@ class Coach:
 
     # -- one step ---------------------------------------------------------------------------
 
-    def _autocast(self):
-        """Low precision for the encoder and the feature networks; the generator has its own."""
+    def _autocast(self, enabled: bool = True) -> torch.autocast:
+        """Low precision for the encoder and the feature networks; the generator has its own.
+
+        The weights that were cast are kept to the end of the outermost context.
+        """
         return torch.autocast(self.device.type, dtype=self.amp_dtype,
-                              enabled=self.amp_dtype is not None)
+                              enabled=enabled and self.amp_dtype is not None)
 
     def average_image(self):
         """The starting picture [3, S, S]; constant unless the decoder is trained."""
@@ -209,21 +212,33 @@ class Coach:
         """Forward and backward of all refinements of one pass; see `step`."""
         if self.known is not None:
             x = self.known.replace(x, self.step_count, part, self._noise('sample', part))
-        with self._autocast():
-            targets = self._targets(x)
         ws = self.psp.latent_avg.expand(len(x), -1, -1)
         y = start.expand_as(x)
         pictures = [x]
-        for t in range(self.config.n_iters):
-            with self._autocast():
+        with self._autocast():
+            targets = self._targets(x)
+            for t in range(self.config.n_iters):
                 ws = self.psp.step(x, y, ws)
-            y = self.psp.pool(self.psp.decode(ws, noise=self._noise(t, part)))
-            with self._autocast():
+                with self._autocast(enabled=False):
+                    y = self.psp.pool(self.psp.decode(ws, noise=self._noise(t, part)))
                 values, total = self._terms(y, targets, ws, part)
-            self.scaler.scale(total / self.config.accumulate).backward()
-            ws, y = ws.detach(), y.detach()
-            pictures.append(y)
+                with self._autocast(enabled=False):
+                    self._add_gradients(self.scaler.scale(total / self.config.accumulate))
+                ws, y = ws.detach(), y.detach()
+                pictures.append(y)
         return {**{k: v.detach() for k, v in values.items()}, 'loss': total.detach()}, pictures
+
+    def _add_gradients(self, total: torch.Tensor) -> None:
+        """What total.backward() does, with one operation for the sums of all parameters."""
+        found = torch.autograd.grad(total, self.parameters, allow_unused=True)
+        pairs = [(p, g) for p, g in zip(self.parameters, found) if g is not None]
+        again = [(p, g) for p, g in pairs if p.grad is not None]
+        for p, g in pairs:
+            p.grad = g if p.grad is None else p.grad
+        if again:
+            sums = torch._foreach_add([p.grad for p, _ in again], [g for _, g in again])
+            for (p, _), summed in zip(again, sums):
+                p.grad = summed
 
     # -- validation -------------------------------------------------------------------------
 

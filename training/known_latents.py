@@ -7,6 +7,7 @@ from torch import Tensor
 
 from models.psp import PSP
 from utils.seeds import torch_generator
+from utils.transfer import send
 
 _SCALE_SAMPLES = 4096
 
@@ -39,9 +40,9 @@ class KnownLatents:
             z = torch.randn(2, self.count, decoder.style_dim, generator=draw)
             cut = torch.randint(1, 2 * decoder.n_latent, (self.count, 1, 1), generator=draw)
             first, second = (decoder.broadcast(decoder.mapping(
-                part.to(device, self.psp.latent_avg.dtype))) for part in z)
+                send(part, device).to(self.psp.latent_avg.dtype))) for part in z)
             layer = torch.arange(decoder.n_latent, device=device)[None, :, None]
-            self._step, self._ws = step, torch.where(layer < cut.to(device), first, second)
+            self._step, self._ws = step, torch.where(layer < send(cut, device), first, second)
         return self._ws
 
     def part(self, step: int, place: slice) -> Tensor:

@@ -45,6 +45,7 @@ from utils.io import atomic_path, save_torch
 from utils.logs import ScalarLog, read_jsonl
 from utils.seeds import derive, torch_generator
 from utils.signals import leave_signals_to_parent
+from utils.transfer import send_together
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def apply_views(img, views):
     What a rotation brings in from outside is black, as around the field of view.
     """
     n, _, size, _ = img.shape
-    views = {k: v.to(img.device) for k, v in views.items()}
+    views = send_together(views, img.device)
     x = img.add(1).mul(0.5)
     where = F.affine_grid(views['grid'], list(img.shape), align_corners=False)
     x = F.grid_sample(x, where, mode='bilinear', padding_mode='zeros', align_corners=False)
@@ -210,10 +211,10 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys):
         """Replaces the oldest keys by `keys` [B, D], B a divisor of K; returns their places [B]."""
-        at = int(self.queue_at)
-        self.queue[at:at + len(keys)] = keys
-        self.queue_at.fill_((at + len(keys)) % len(self.queue))
-        return torch.arange(at, at + len(keys), device=keys.device)
+        places = self.queue_at + torch.arange(len(keys), device=keys.device)
+        self.queue.index_copy_(0, places, keys)
+        self.queue_at.add_(len(keys)).remainder_(len(self.queue))
+        return places
 
 
 def export_encoder(moco, *, arch, input_size, small_stem):
@@ -345,7 +346,7 @@ class MocoTrainer:
         with self._autocast():
             q = moco.query(view_q)
         first = distributed.rank() * len(q)
-        own = moco.enqueue(_gather(k))[first:first + len(q)]
+        own = moco.enqueue(distributed.all_gather(k))[first:first + len(q)]
         losses, logits = info_nce(q, moco.queue, own, cfg.temperature)
         losses.mean().backward()
         distributed.average_gradients(self.parameters)
@@ -458,12 +459,6 @@ class MocoTrainer:
     def _views_sheet(self, img):
         shown = torch.stack([img, self.views(img, 0), self.views(img, 1)], 1)[:_SHEET_IMAGES]
         save_png(grid(shown.flatten(0, 1).cpu(), 6), self.run_dir / 'views.png')
-
-
-def _gather(keys):
-    """Keys [N, D] of every process in rank order, [B, D]; the same on all of them."""
-    return torch.cat([k.to(keys.device) for k in distributed.all_gather_object(keys.cpu())]) \
-        if distributed.world_size() > 1 else keys
 
 
 def plot_curves(run_dir):

@@ -102,6 +102,16 @@ def any_process(flag: bool, device: torch.device) -> bool:
         else bool(flag)
 
 
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensors [N, ...] of all processes, of one shape, one after the other in rank order."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format)
+             for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
 def all_gather_object(obj: T) -> list[T]:
     """A list with every process's picklable `obj`, in rank order."""
     if not dist.is_initialized():

@@ -15,9 +15,10 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def send_together(tensors: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """Small float32 tensors of the CPU on `device`, in one copy; the same names and shapes."""
+    """Small tensors of the CPU, float32 or bool, on `device` in one copy; the same shapes."""
     if torch.device(device).type == 'cpu' or not tensors:
         return tensors
-    flat = send(torch.cat([t.flatten() for t in tensors.values()]), device)
+    flat = send(torch.cat([t.flatten().float() for t in tensors.values()]), device)
     parts = flat.split([t.numel() for t in tensors.values()])
-    return {name: part.view(t.shape) for (name, t), part in zip(tensors.items(), parts)}
+    return {name: (part > 0 if t.dtype == torch.bool else part).view(t.shape)
+            for (name, t), part in zip(tensors.items(), parts)}

@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.io import load_weights
 from utils.logs import progress
 from utils.seeds import derive, numpy_generator
+from utils.transfer import send
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class PairAttack:
         self.epoch = 0
 
     def _input(self, pictures):
-        x = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.device)
+        x = send(torch.from_numpy(np.ascontiguousarray(pictures)), self.device)
         return (x.float().div(127.5).sub(1) - self.mean) / self.std
 
     def _autocast(self):
@@ -166,7 +167,7 @@ class PairAttack:
             for step in range(steps):
                 rows, shown, same = step_pairs(group_of, order[step * size:][:size], cfg.pairs,
                                                rng)
-                truth = torch.from_numpy(same).to(self.device)
+                truth = send(torch.from_numpy(same), self.device)
                 with self._autocast():
                     logits = self.net(self._input(photos[rows]),
                                       self._input(pictures[shown])).float()
