@@ -103,7 +103,8 @@ def emulated(library: Path) -> Iterator[ctypes.CDLL]:
     kernels = build.declare(ctypes.CDLL(str(library)))
     stream = types.SimpleNamespace(cuda_stream=None)
     with mock.patch.object(build, 'library', lambda index: kernels), \
-            mock.patch.object(build, 'get', lambda x, impl: None if impl == 'ref' else kernels), \
+            mock.patch.object(build, 'get',
+                              lambda x, impl, op: None if impl == 'ref' else kernels), \
             mock.patch.object(torch.cuda, 'device', lambda device: contextlib.nullcontext()), \
             mock.patch.object(torch.cuda, 'current_stream', lambda: stream):
         yield kernels

@@ -403,6 +403,7 @@ def _patches(gpu: PretendedGPU) -> list[tuple[object, str, object]]:
         (iterator, '__next__', _loaded(gpu, iterator.__next__)),
         (build, 'library', lambda index: gpu),
         (build, 'load_kernels', lambda index: gpu),
+        (build, 'trusted', lambda op, index: True),
         (resample, '_launch', _stand_in(gpu, 'upfirdn2d', resample._upfirdn2d_ref)),
         (activate, '_launch', _stand_in(gpu, 'activation', _activation)),
     ]

@@ -120,7 +120,7 @@ def test_processes_of_one_number_build_apart(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_cpu_tensors_take_the_pytorch_path():
     x = torch.randn(1, 2, 4, 4)
-    assert build.get(x, 'auto') is None
+    assert build.get(x, 'auto', 'upfirdn2d') is None
     with pytest.raises(build.BuildError, match='CUDA device'):
         fused_leaky_relu(x, impl='cuda')
 

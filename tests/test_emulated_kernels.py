@@ -4,13 +4,15 @@ import itertools
 import shutil
 import subprocess
 import sys
+import types
+from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT
 from cuda_emulation import compile_emulation, counter, emulated, random_cases
 
-from models.stylegan2.op import fused_leaky_relu, upfirdn2d
+from models.stylegan2.op import build, fused_leaky_relu, proof, upfirdn2d
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 FACTORS = [(1, 1, (2, 1)), (2, 1, (2, 1)), (2, 1, (-1, 2)), (1, 2, (2, 2, 0, 1)), (3, 2, (2, 1))]
@@ -121,3 +123,23 @@ def test_no_access_outside_of_memory(tmp_path):
         capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'runtime error' not in done.stderr, done.stderr[-3000:]
+
+
+def test_kernels_prove_themselves_and_wrong_ones_do_not(library):
+    cpu = torch.device('cpu')
+    with emulated(library) as found:
+        assert proof.difference('upfirdn2d', cpu) is None
+        assert proof.difference('activation', cpu) is None
+
+        def moved(x, taps, y, sizes, up, down, left, *rest):
+            return found.ksalsa_upfirdn2d(x, taps, y, sizes, up, down, left + 1, *rest)
+
+        def steeper(*arguments):
+            return found.ksalsa_activate(*arguments[:7], arguments[7] + 0.1, *arguments[8:])
+        wrong = types.SimpleNamespace(ksalsa_upfirdn2d=moved, ksalsa_activate=steeper)
+        with mock.patch.object(build, 'library', lambda index: wrong):
+            assert 'blur' in proof.difference('upfirdn2d', cpu)
+            assert 'bias' in proof.difference('activation', cpu)
+        failing = types.SimpleNamespace(ksalsa_upfirdn2d=lambda *arguments: 98)
+        with mock.patch.object(build, 'library', lambda index: failing):
+            assert 'CUDA error 98' in proof.difference('upfirdn2d', cpu)

@@ -3,8 +3,10 @@
 BUDGETS are host waits and operations at toy size. A number that is exceeded names the lines in
 the failure; who has a reason to raise it does so here.
 """
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,6 +30,8 @@ from models.features.style import FilterBank
 from models.psp import PSP, FrozenPSP, invert, refine
 from models.resnet import build_resnet
 from models.stylegan2 import Generator
+from models.stylegan2.op import build, fused_leaky_relu
+from models.stylegan2.op.build import trusted
 from models.stylegan2.sampling import loop_styles, render, seed_styles
 from training.augment import PIPES
 from training.coach_restyle_e4e import E4ECoach
@@ -119,6 +123,22 @@ def test_waits_are_noticed(gpu: PretendedGPU) -> None:
     gpu.clear()
     cpu.pin_memory().to('cuda', non_blocking=True)
     assert not gpu.n_waits
+
+
+def test_a_wrong_kernel_is_left_out(gpu: PretendedGPU, caplog: pytest.LogCaptureFixture) -> None:
+    module = importlib.import_module('models.stylegan2.op.upfirdn2d')
+    right, x = module._launch, torch.ones(1, 4, 8, 8, device='cuda')
+    trusted.cache_clear()
+    with mock.patch.object(build, 'trusted', trusted), \
+            mock.patch.object(module, '_launch', lambda *arguments: right(*arguments) * 1.01):
+        for _ in range(2):
+            gpu.clear()
+            module.upfirdn2d(x, torch.ones(4, 4, device='cuda'))
+            fused_leaky_relu(x)
+        assert gpu.operations['activation'] == 1 and not gpu.operations['upfirdn2d']
+    trusted.cache_clear()
+    assert caplog.text.count('path for upfirdn2d: the kernel differs from it') == 1
+    assert not gpu.faults, gpu.report()
 
 
 @pytest.mark.parametrize('precision, pipe', [(None, 'bgcfnc'), ('bf16', 'bgc'), ('fp16', 'bgc')])

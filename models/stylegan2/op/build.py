@@ -1,8 +1,8 @@
 """Compiles and loads the CUDA kernels on first use; says once what to do when it can't.
 
 The kernels have a plain C interface, so they are built with nvcc alone, kept in a cache keyed by
-source, PyTorch version and GPU architecture, and called through ctypes. Nothing here runs at
-import.
+source, PyTorch version and GPU architecture, and called through ctypes. Each op proves itself on
+small inputs before it is used (op/proof.py). Nothing here runs at import.
 """
 import ctypes
 import functools
@@ -112,6 +112,22 @@ def library(device_index: int) -> ctypes.CDLL | None:
         return None
 
 
+@functools.cache
+def trusted(op: str, device_index: int) -> bool:
+    """Whether the loaded kernel of `op` computes what its PyTorch twin does on this GPU.
+
+    op: 'upfirdn2d' or 'activation'. Tried once per process, op and GPU; a difference is logged.
+    """
+    from models.stylegan2.op import proof  # which imports the ops
+    difference = proof.difference(op, torch.device('cuda', device_index))
+    if difference is None:
+        return True
+    log.warning('using the slower PyTorch path for %s: the kernel differs from it on this GPU '
+                '(%s); please report this with the GPU and the versions of PyTorch and CUDA', op,
+                difference)
+    return False
+
+
 def load_kernels(device_index: int) -> ctypes.CDLL:
     """Builds if needed and loads the kernels for one GPU; BuildError when that fails."""
     major, minor = torch.cuda.get_device_capability(device_index)
@@ -136,11 +152,11 @@ def declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     return kernels
 
 
-def get(x: torch.Tensor, impl: str) -> ctypes.CDLL | None:
+def get(x: torch.Tensor, impl: str, op: str) -> ctypes.CDLL | None:
     """The kernels for tensor `x`, or None when the PyTorch path is to be taken.
 
-    impl: 'auto' takes them on CUDA tensors where they build; 'cuda' insists (BuildError);
-    'ref' never does.
+    impl: 'auto' takes them on CUDA tensors where they build and `op` ('upfirdn2d' or
+    'activation') has proven itself; 'cuda' insists (BuildError); 'ref' never does.
     """
     if impl not in ('auto', 'ref', 'cuda'):
         raise ValueError(f'impl={impl!r}, want auto, ref or cuda')
@@ -150,7 +166,8 @@ def get(x: torch.Tensor, impl: str) -> ctypes.CDLL | None:
         return library(x.device.index) or load_kernels(x.device.index)
     if impl == 'ref' or not x.is_cuda or x.dtype not in DTYPES or torch.compiler.is_compiling():
         return None
-    return library(x.device.index)
+    kernels = library(x.device.index)
+    return kernels if kernels is not None and trusted(op, x.device.index) else None
 
 
 def check(code: int, name: str) -> None:

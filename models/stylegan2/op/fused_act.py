@@ -18,7 +18,7 @@ def fused_leaky_relu(x, bias=None, *, slope=0.2, gain=SQRT2, clamp=None, impl='a
     """
     if bias is not None and (bias.ndim != 1 or bias.shape[0] != x.shape[1]):
         raise ValueError(f'bias {tuple(bias.shape)} does not fit x {tuple(x.shape)}')
-    if build.get(x, impl) is not None and slope > 0 and gain > 0:
+    if build.get(x, impl, 'activation') is not None and slope > 0 and gain > 0:
         bias = None if bias is None else bias.to(x.dtype)
         return _FusedLeakyReLU.apply(x, bias, slope, gain, clamp)
     return _fused_leaky_relu_ref(x, bias, slope, gain, clamp)

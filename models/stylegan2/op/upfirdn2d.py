@@ -20,7 +20,7 @@ def upfirdn2d(x, kernel, *, up=1, down=1, pad=(0, 0), impl='auto'):
     """
     pad = full_pad(pad)
     _check(x, kernel, up, down, pad)
-    kernels = build.get(x, impl)
+    kernels = build.get(x, impl, 'upfirdn2d')
     if kernel.requires_grad:
         return _upfirdn2d_ref(x, kernel, up, down, pad)
     compute = _upfirdn2d_ref if kernels is None else _launch
