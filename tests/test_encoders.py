@@ -114,7 +114,7 @@ def test_light_encoder_is_small():
         build_encoder('LightEncoder', n_styles=12, input_size=100)
     narrow = build_encoder('LightEncoder', n_styles=8, input_size=64, style_dim=16, width=8)
     again, size = encoder_from_state(narrow.state_dict(), n_styles=8, style_dim=16)
-    assert size == 128 and again.stem.weight.shape == narrow.stem.weight.shape
+    assert size == 64 and again.stem.weight.shape == narrow.stem.weight.shape
 
 
 def test_imagenet_start_reaches_the_body(tmp_path):
