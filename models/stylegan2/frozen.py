@@ -78,11 +78,15 @@ class _Layer:
         if self.upsample:
             weight = weight.transpose(0, 1)
             self.kernel = conv.blur.kernel.to(wide)
+            self.adjoint_kernel = self.kernel.flip(0, 1)
         self.weight = weight.to(dtype).contiguous(memory_format=_LAST)
         self.noise = (_GAIN * styled.noise.weight * noise).to(wide)       # [1, 1, H, W]
         self.bias = (_GAIN * styled.activate.bias).to(wide)               # [C]
         self.offset = (self.noise + self.bias[:, None, None]).to(dtype).contiguous(
             memory_format=_LAST)
+        # What `offset` is made of, [2, HW]: the noise times 1, and 1 times the bias.
+        self.sources = torch.stack([self.noise.flatten(), torch.ones_like(self.noise).flatten()]
+                                   ).to(dtype)
 
     def demodulation(self, style):
         """The factor of each output channel, with the gain of the activation, [N, Cout]."""
@@ -97,14 +101,11 @@ class _Layer:
         """What `convolve` does to gradients: [N, Cout, ...] -> [N, Cin, ...]."""
         if not self.upsample:
             return F.conv_transpose2d(grad, self.weight, padding=1)
-        return F.conv2d(_filter(grad, self.kernel.flip(0, 1), 2), self.weight, stride=2)
+        return F.conv2d(_filter(grad, self.adjoint_kernel, 2), self.weight, stride=2)
 
     def offset_product(self, grad):
         """Sum over positions of grad * offset, [N, C], without the product."""
-        n, c, h, w = grad.shape
-        two = torch.stack([self.noise.expand(1, 1, h, w).reshape(-1),
-                           self.noise.new_ones(h * w)]).to(grad.dtype)
-        sums = two.expand(n, -1, -1) @ _positions(grad)                   # [N, 2, C]
+        sums = self.sources.expand(len(grad), -1, -1) @ _positions(grad)  # [N, 2, C]
         return sums[:, 0].to(self.bias.dtype) + self.bias * sums[:, 1].to(self.bias.dtype)
 
 
@@ -115,7 +116,10 @@ class _ToRGB:
         self.affine = _Affine(to_rgb.conv.modulation, wide)
         self.weight = (to_rgb.conv.weight[0, :, :, 0, 0] * to_rgb.conv.scale).to(wide)
         self.bias = to_rgb.bias.detach().to(wide)
-        self.kernel = to_rgb.upsample.kernel.to(wide) if hasattr(to_rgb, 'upsample') else None
+        self.kernel = self.adjoint_kernel = None
+        if hasattr(to_rgb, 'upsample'):
+            self.kernel = to_rgb.upsample.kernel.to(wide)
+            self.adjoint_kernel = self.kernel.flip(0, 1)
 
     def __call__(self, x, style, skip):
         n, _, h, w = x.shape
@@ -126,7 +130,7 @@ class _ToRGB:
 
     def skip_adjoint(self, grad):
         """The gradient of the RGB image of half the size."""
-        return upfirdn2d(grad, self.kernel.flip(0, 1), down=2, pad=(1, 1))
+        return upfirdn2d(grad, self.adjoint_kernel, down=2, pad=(1, 1))
 
 
 def _positions(x):
