@@ -6,6 +6,7 @@ groups.csv. facts.json: what the manifest says besides counts and file hashes. E
 (utils.io). C groups, L styles, D style dimension, R side of the pictures.
 """
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from anonymization.card import Card
 from anonymization.photographs import Photographs
 from utils.images import grid, pil_to_tensor, save_png
 from utils.io import save_npy, sealing, write_json, write_text
@@ -64,6 +66,14 @@ def write_records(private: Path, results: dict[str, GroupResult], *, facts: dict
         write_json(private / FACTS, {'soft_labels': soft_labels, 'facts': facts})
     save_npy(private / 'losses.npy', np.stack([r.losses.numpy() for r in results.values()]))
     write_text(private / 'README.txt', _README)
+
+
+def write_card(private: Path, card: Card) -> None:
+    """Puts another card into facts.json and seals it again; the rest stays as it is."""
+    record = json.loads((private / FACTS).read_text(encoding='utf-8'))
+    record['facts']['card'] = card
+    with sealing(private / FACTS):
+        write_json(private / FACTS, record)
 
 
 def write_contact_sheet(path: Path, labels: np.ndarray, results: Sequence[GroupResult],

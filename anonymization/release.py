@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import html
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from fractions import Fraction
@@ -21,7 +22,8 @@ import torch
 from PIL import Image, features
 
 from anonymization import croissant
-from anonymization.card import filled, is_address
+from anonymization.card import Card, filled, is_address
+from utils.errors import UserError
 from utils.images import save_png
 from utils.io import sha256_bytes, sha256_file, write_json, write_text
 from utils.seeds import derive
@@ -188,13 +190,33 @@ def write_release(folder: str | Path, groups: list[GroupFacts],
     for group in sorted(groups, key=lambda g: g.name):
         save_png(pictures(group.name), folder / 'images' / f'{group.name}.png')
     labels = label_table(groups, soft_labels=soft_labels)
-    write_text(folder / LABELS, csv_text(labels))
-    manifest = {
+    return _write_pages(folder, labels, {
         'format': FORMAT, **facts, 'n_images': len(groups),
         'images_per_group': _histogram(g.n_images for g in groups),
         'patients_per_group': _histogram(g.n_patients for g in groups),
         'grades': _histogram(labels['label']) if 'label' in labels else None,
-        'grade_diversity': grade_diversity(groups)}
+        'grade_diversity': grade_diversity(groups)})
+
+
+def describe_anew(release: str | Path, folder: str | Path, card: Card) -> dict[str, Any]:
+    """Writes into the new `folder` the pictures of `release`, with pages that say another card.
+
+    Returns the manifest. UserError for a release of another version.
+    """
+    release, folder = Path(release), Path(folder)
+    manifest = json.loads((release / MANIFEST).read_text(encoding='utf-8'))
+    if manifest.pop('format') != FORMAT:
+        raise UserError(f'{release} was made by another version of this project, which cannot '
+                        'give it a card; make the release anew in another folder')
+    del manifest['files']
+    shutil.copytree(release / 'images', folder / 'images')
+    labels = pd.read_csv(release / LABELS, dtype={'image': str}, keep_default_na=False)
+    return _write_pages(folder, labels, {'format': FORMAT, **manifest, 'card': card})
+
+
+def _write_pages(folder: Path, labels: pd.DataFrame, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Writes PAGES and manifest beside the pictures; returns the manifest with all hashes."""
+    write_text(folder / LABELS, csv_text(labels))
     manifest = json.loads(json.dumps(manifest))    # as a reader has it: lists, not tuples
     for name, text in render_pages(manifest, labels).items():
         write_text(folder / name, text)

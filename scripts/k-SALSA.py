@@ -33,8 +33,10 @@ from anonymization.grouping import METHODS, POLICIES, SURPLUS
 from anonymization.optimize import PRECISIONS, STYLE_RATIO, OptimizeConfig, style_term
 from anonymization.photographs import hash_files
 from anonymization.pipeline import Pipeline
-from anonymization.release import MANIFEST
+from anonymization.records import FACTS, write_card
+from anonymization.release import MANIFEST, describe_anew
 from anonymization.settings import Settings
+from anonymization.signature import signature_path
 from anonymization.workers import one_thread
 from configs.paths_config import model_paths
 from criteria.gram_style import MODES as STYLE_MODES
@@ -223,8 +225,8 @@ def make_folders(exp_dir: Path, private: Path) -> None:
                         'folder') from error
 
 
-def check_finished(release: Path, card: Card | None) -> None:
-    """UserError when a published release is not what its manifest says, or says another `card`."""
+def check_finished(release: Path) -> Card | None:
+    """The card of a published release; UserError when it is not what its manifest says."""
     try:
         manifest = json.loads((release / MANIFEST).read_text(encoding='utf-8'))
         bad = sorted(n for n, digest in manifest['files'].items()
@@ -235,9 +237,7 @@ def check_finished(release: Path, card: Card | None) -> None:
         raise UserError(listing(f'{release} is finished, but {len(bad)} of its files are damaged '
                                 'or missing; move it away, and the same command makes it anew',
                                 bad))
-    if card is not None and manifest.get('card') != card:
-        raise UserError(f'{release} is finished, and has other fields than --card says; move it '
-                        'away, and the same command makes it anew')
+    return manifest.get('card')
 
 
 def style_path(opts: argparse.Namespace) -> str | Path | None:
@@ -303,7 +303,34 @@ def publish(staging, release, opts, table):
         raise PrivacyError(f'the release fails its verification and is not published (it is in '
                            f'{staging}): ' + '; '.join(f'{c.name}: {c.detail}'
                                                        for c in audit.checks if not c.passed))
+    former = private / 'former_release'
+    shutil.rmtree(former, ignore_errors=True)
+    if release.exists():
+        release.rename(former)
     staging.rename(release)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def finish(release: Path, opts: argparse.Namespace, table: Table, card: Card) -> None:
+    """Looks at a published release; with another --card its pages are written anew."""
+    there = check_finished(release)
+    if opts.card is None or there == card:
+        log.info('%s is complete; choose another --exp_dir for another run', release)
+        return
+    private = opts.exp_dir / 'private'
+    shutil.rmtree(private / 'staging', ignore_errors=True)
+    describe_anew(release, private / 'staging', card)
+    before = json.loads((private / FACTS).read_text(encoding='utf-8'))['facts'].get('card')
+    write_card(private, card)
+    try:
+        publish(private / 'staging', release, opts, table)
+    except BaseException:
+        write_card(private, before)
+        raise
+    log.info('%s says what --card says; the pictures are the same', release)
+    if signature_path(release).exists():
+        log.warning('%s was made before and does not fit any more: sign the release again',
+                    signature_path(release))
 
 
 def main(argv=None):
@@ -336,8 +363,7 @@ def make_release(opts: argparse.Namespace, threads: int) -> int:
     distributed.barrier()
     if (release / MANIFEST).exists():
         if distributed.is_main():
-            check_finished(release, card if opts.card else None)
-        log.info('%s is complete; choose another --exp_dir for another run', release)
+            finish(release, opts, table, card)
         return 0
     networks = {'generator and encoder': sha256_file(opts.checkpoint_path),
                 'content': network_facts(content_net, files.get('content network')),

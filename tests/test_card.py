@@ -11,11 +11,20 @@ import pytest
 import yaml
 from conftest import ROOT, load_script
 from PIL import Image
-from release_fixture import release_facts, tree_bytes
+from release_fixture import (
+    arguments,
+    release_facts,
+    save_networks,
+    save_photographs,
+    tree_bytes,
+)
 
+from anonymization import pipeline
 from anonymization.audit import audit_release, report_text
 from anonymization.card import FIELDS, filled, read_card
-from anonymization.release import CROISSANT, README, GroupFacts, write_release
+from anonymization.release import CROISSANT, README, GroupFacts, describe_anew, write_release
+from anonymization.signature import signature_path
+from datasets.table import read_table
 from utils.errors import UserError
 
 k_salsa = load_script('k-SALSA')
@@ -82,12 +91,43 @@ def test_a_card_names_nobody(tmp_path):
     assert k_salsa.check_card(opts, SimpleNamespace(ids=['2026', 'person07'], patients=None))
 
 
-def test_a_finished_release_and_another_card(tmp_path, card):
-    release = make_release(tmp_path, card)
-    k_salsa.check_finished(release, None)
-    k_salsa.check_finished(release, read_card(card))
-    with pytest.raises(UserError, match='other fields than --card says'):
-        k_salsa.check_finished(release, read_card(None))
+def test_a_finished_release_gets_another_card(tmp_path, card, monkeypatch, capsys):
+    """Its pages are written anew, as the run would have written them, and nothing is computed."""
+    save_networks(tmp_path)
+    save_photographs(tmp_path / 'data', 11)
+    command = arguments(tmp_path, tmp_path / 'data', tmp_path / 'run')
+    assert k_salsa.main([*command, '--soft_labels']) == 0
+    release = tmp_path / 'run/release'
+    before = tree_bytes(release)
+    signature_path(release).write_bytes(b'x')
+    monkeypatch.delattr(pipeline.Pipeline, 'run')
+    command = [*command, '--soft_labels', f'--card={card}']
+    assert k_salsa.main(command) == 0
+    after = tree_bytes(release)
+    assert {n for n in before if before[n] != after[n]} == {README, CROISSANT, 'manifest.json'}
+    assert before.keys() == after.keys() and b'eyes@example.org' in after[README]
+    assert 'sign the release again' in capsys.readouterr().err
+    table = read_table(tmp_path / 'data/labels.csv', tmp_path / 'data/images')
+    private = tmp_path / 'run/private'
+    assert audit_release(release, private=private, source_table=table).passed
+    assert not {'staging', 'former_release'} & {p.name for p in private.iterdir()}
+    records = tree_bytes(private)
+    assert k_salsa.main(command) == 0 and tree_bytes(release) == after
+    monkeypatch.setattr(k_salsa, 'publish', lambda *_: 1 / 0)
+    card.write_text('creator: me\n')
+    with pytest.raises(ZeroDivisionError):
+        k_salsa.main(command)
+    assert tree_bytes(release) == after
+    assert tree_bytes(private)['facts.json'] == records['facts.json']
+
+
+def test_no_other_card_for_a_release_of_another_version(tmp_path):
+    release = make_release(tmp_path)
+    path = release / 'manifest.json'
+    path.write_text(path.read_text().replace('k-salsa-release-3', 'k-salsa-release-2'))
+    with pytest.raises(UserError, match='made by another version'):
+        describe_anew(release, tmp_path / 'new', read_card(None))
+    assert not (tmp_path / 'new').exists()
 
 
 def test_same_bytes(tmp_path, card):
