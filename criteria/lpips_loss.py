@@ -1,6 +1,9 @@
 """LPIPS perceptual distance (Zhang et al. 2018), through the lpips package."""
+import warnings
+from pathlib import Path
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.loading import load_state, mismatch
 from utils.errors import UserError
@@ -16,12 +19,14 @@ class LPIPSLoss(nn.Module):
     or is not torchvision's AlexNet.
     """
 
-    def __init__(self, backbone_path):
+    def __init__(self, backbone_path: str | Path) -> None:
         super().__init__()
         state = load_state(backbone_path, what='AlexNet weight file', hint=_WHERE)
         import lpips  # imports torchvision's whole model zoo
-        # pnet_rand keeps the package from downloading a backbone.
-        self.net = lpips.LPIPS(net='alex', pnet_rand=True, verbose=False)
+        with warnings.catch_warnings():    # the package calls torchvision in an old way
+            warnings.simplefilter('ignore', UserWarning)
+            # pnet_rand keeps the package from downloading a backbone.
+            self.net = lpips.LPIPS(net='alex', pnet_rand=True, verbose=False)
         self.normalise = lpips.normalize_tensor
         try:
             with torch.no_grad():
@@ -36,11 +41,11 @@ class LPIPSLoss(nn.Module):
                             f'{mismatch(error)}. {_WHERE}') from error
         self.eval().requires_grad_(False)
 
-    def features(self, img):
+    def features(self, img: Tensor) -> list[Tensor]:
         """Pictures [N, 3, H, W] in [-1, 1] -> five channel-normalised feature maps."""
         return [self.normalise(f) for f in self.net.net(self.net.scaling_layer(img))]
 
-    def distance(self, features, targets):
+    def distance(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
         """LPIPS of each pair of pictures, [N], from their `features`."""
         return sum(lin((a - b).square()).mean((2, 3))[:, 0]
                    for lin, a, b in zip(self.net.lins, features, targets))

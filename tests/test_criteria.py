@@ -1,4 +1,6 @@
 """Losses: golden content loss, the literal form of local style alignment, file layouts, errors."""
+import warnings
+
 import lpips
 import pytest
 import torch
@@ -140,7 +142,9 @@ def test_lpips_equals_the_library(tmp_path):
     torch.manual_seed(0)
     alex = torchvision.models.alexnet(weights=None)
     torch.save(alex.state_dict(), tmp_path / 'alexnet.pth')
-    ours = LPIPSLoss(tmp_path / 'alexnet.pth')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')    # a user is told nothing he cannot act on
+        ours = LPIPSLoss(tmp_path / 'alexnet.pth')
     library = lpips.LPIPS(net='alex', pnet_rand=True, verbose=False)
     for name, value in library.net.named_parameters():
         _, index, part = name.split('.')
