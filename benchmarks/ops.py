@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -27,6 +28,7 @@ OPS = {
     'downsample x2': (lambda x, k, b, impl: upfirdn2d(x, k, down=2, pad=(1, 1), impl=impl), 0.25),
     'bias+lrelu': (lambda x, k, b, impl: fused_leaky_relu(x, b, impl=impl), 1.0),
 }
+_CALLS = 20    # on a GPU, between two events
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
@@ -43,19 +45,25 @@ def build_parser():
     return p
 
 
-def seconds(function, device, repeats):
-    """Median seconds of one call, after a warm-up."""
+def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median seconds of one call, after a warm-up; on a GPU of many calls in a row.
+
+    A single call between two events would time Python, which takes longer to start short kernels
+    than they run.
+    """
     for _ in range(3):
         function()
     times = []
     for _ in range(repeats):
         if device.type == 'cuda':
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            stop.record()
+            stream = torch.cuda.current_stream(device)
+            start.record(stream)
+            for _ in range(_CALLS):
+                function()
+            stop.record(stream)
             torch.cuda.synchronize(device)
-            times.append(start.elapsed_time(stop) / 1000)
+            times.append(start.elapsed_time(stop) / 1000 / _CALLS)
         else:
             begin = time.perf_counter()
             function()
@@ -79,7 +87,8 @@ def main(argv=None):
     impls = ['ref']
     if not opts.no_compile:
         impls.append('compile')
-    if device.type == 'cuda' and build.library(torch.cuda.current_device()) is not None:
+    if device.type == 'cuda' and build.library(
+            torch.cuda.current_device() if device.index is None else device.index) is not None:
         impls.append('cuda')
     header = ['op', 'shape', 'dtype', 'layout', 'pass']
     header += [f'{i} {unit}' for i in impls for unit in ('ms', 'of copy')]
