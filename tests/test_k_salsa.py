@@ -6,9 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -93,18 +91,6 @@ def test_manifest_and_report(thirteen):
     assert 'http' not in page.replace('http-equiv', '')    # opens without a network
     assert 'Differential privacy is not claimed' in page
     assert 'no patient column' in (release / 'DATASHEET.md').read_text()
-
-
-def test_the_datasheet_says_how_to_read_the_release(thirteen: Path,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    release, found = thirteen / 'run/release', {}
-    section = (release / 'DATASHEET.md').read_text().split('## Reading it')[1].split('\n## ')[0]
-    code = textwrap.dedent('\n'.join(x for x in section.splitlines() if x.startswith('    ')))
-    monkeypatch.chdir(release)
-    exec(code, found)
-    want = pd.read_csv(release / 'labels.csv')
-    assert list(found['grades']) == list(want.label) and len(found['pictures']) == len(want) == 2
-    assert {p.size for p in found['pictures']} == {(32, 32)}
 
 
 def test_second_start_changes_nothing(thirteen, nets, caplog):
