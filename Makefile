@@ -20,12 +20,13 @@ env: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py --out_dir $(DEMO)
 
-test: $(VENV)/.installed
-	$(BIN)/ruff check .
+test: lint
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/codespell
 
 clean-demo:
 	rm -rf $(DEMO)
