@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Every check and measurement that needs a GPU, one after the other:
+# Every check and measurement that needs a GPU, the most telling first:
 #
 #     benchmarks/gpu_check.sh OUTPUT_DIR
 #
-# Each command writes OUTPUT_DIR/<name>.txt. A failure does not stop the others; the exit code is
-# the number of failures (at most 125). PYTHON names the interpreter (default: python3).
+# Each command writes OUTPUT_DIR/<name>.txt and may take 8 minutes; OUTPUT_DIR/table.md has a row of
+# each. What has passed is not run again, so an interrupted check goes on where it was. A failure
+# does not stop the others; the exit code is the number of failures (at most 125).
+# PYTHON: the interpreter (default: python3). TOY=1: the smallest sizes, without the tests, to see
+# that every command runs; with PYTHON="python3 tests/pretended_device.py" on no GPU at all.
 set -u
 
 if [ $# -ne 1 ]; then
@@ -14,49 +17,82 @@ fi
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.." || exit 2
-python=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+read -ra python <<< "${PYTHON:-python3}"
+toy=${TOY:-}
 failed=()
+{ echo "| check | result | seconds |"; echo "|---|---|---|"; } > "$out/table.md"
 
-check() {
-    local name=$1 begin=$SECONDS code
-    shift
-    echo "$name: $*"
-    { echo "\$ $*"; "$@" 2>&1; code=$?; echo "exit code $code, $((SECONDS - begin)) s"; } \
-        > "$out/$name.txt"
-    if [ "$code" -ne 0 ]; then
-        failed+=("$name")
-        echo "    FAILED, see $out/$name.txt"
-    fi
+# The line of a result that says most.
+gist() {
+    grep -E 's/kimg|times the published|whole step|passed|failed|blur.*forward|relative|NVIDIA|Error' \
+        "$1" | tail -n 1 | tr '|' ' ' | tr -s ' \t' ' ' | cut -c 1-120
 }
 
-check gpu nvidia-smi
-check tests_gpu "$python" -m pytest -q -m gpu tests
-check tests_ops "$python" -m pytest -q tests/test_cuda_ops.py
-check ops "$python" benchmarks/ops.py --device=cuda --markdown
-for size in 256 512; do
-    for precision in fp32 fp16 bf16; do
-        check "train_generator_${size}_${precision}" "$python" benchmarks/train_step.py \
-            --net=generator --size=$size --precision=$precision --device=cuda --breakdown
+check() {
+    local name=$1 begin=$SECONDS code file="$out/$1.txt"
+    shift
+    if ! tail -n 1 "$file" 2> /dev/null | grep -q '^exit code 0,'; then
+        echo "$name: $*"
+        { echo "\$ $*"; timeout 480 "$@" 2>&1; code=$?
+          echo "exit code $code, $((SECONDS - begin)) s"; } > "$file"
+        if [ "$code" -ne 0 ]; then
+            failed+=("$name")
+            echo "    FAILED, see $file"
+        fi
+    fi
+    echo "| $name | $(gist "$file") | $(tail -n 1 "$file" | sed 's/.*code //; s/, / exit, /') |" \
+        >> "$out/table.md"
+}
+
+if [ -n "$toy" ]; then
+    sizes=(32) groups=1 train=(--cfg=small --batch=2 --steps=1) encoder=(--batch=2 --steps=1)
+    ours=(--k=2 --steps=1 --n_steps=1) step=(--k=2 --repeats=1)
+    ops=(--shapes=1x4x8x8 --repeats=1 --no_compile)
+else
+    sizes=(256 512) groups=32 train=() encoder=(--batch=8)
+    ours=(--steps=20) step=() ops=()
+    check gpu nvidia-smi
+    check tests_ops "${python[@]}" -m pytest -q tests/test_cuda_ops.py
+    check tests_gpu "${python[@]}" -m pytest -q -m gpu tests
+fi
+
+for size in "${sizes[@]}"; do
+    check "anonymise_${size}_bf16" "${python[@]}" benchmarks/anonymise.py --size="$size" \
+        --groups=$groups "${ours[@]}" --precision=bf16 --device=cuda --markdown
+    check "train_generator_${size}_fp16" "${python[@]}" benchmarks/train_step.py \
+        --net=generator --size="$size" --precision=fp16 "${train[@]}" --device=cuda
+done
+check ops "${python[@]}" benchmarks/ops.py "${ops[@]}" --device=cuda --markdown
+for size in "${sizes[@]}"; do
+    check "train_encoder_${size}_bf16" "${python[@]}" benchmarks/train_step.py \
+        --net=encoder --size="$size" --precision=bf16 "${encoder[@]}" --device=cuda
+    for precision in fp32 tf32; do
+        check "anonymise_${size}_${precision}" "${python[@]}" benchmarks/anonymise.py \
+            --size="$size" --groups=$groups "${ours[@]}" --precision=$precision --device=cuda \
+            --markdown
     done
-    # fp32 and mixed precision at the published batch of 8.
     for precision in fp32 bf16; do
-        check "train_encoder_${size}_${precision}" "$python" benchmarks/train_step.py \
-            --net=encoder --batch=8 --size=$size --precision=$precision --device=cuda --breakdown
+        check "train_generator_${size}_${precision}" "${python[@]}" benchmarks/train_step.py \
+            --net=generator --size="$size" --precision=$precision "${train[@]}" --device=cuda
     done
     for precision in fp32 tf32 bf16; do
-        check "step_${size}_${precision}" "$python" benchmarks/step.py --size=$size --groups=32 \
-            --precision=$precision --device=cuda --markdown
-        check "anonymise_${size}_${precision}" "$python" benchmarks/anonymise.py --size=$size \
-            --groups=32 --steps=20 --precision=$precision --device=cuda --markdown
+        check "step_${size}_${precision}" "${python[@]}" benchmarks/step.py --size="$size" \
+            --groups=$groups "${step[@]}" --precision=$precision --device=cuda --markdown
     done
+    check "train_encoder_${size}_fp32" "${python[@]}" benchmarks/train_step.py \
+        --net=encoder --size="$size" --precision=fp32 "${encoder[@]}" --device=cuda
 done
-# Nothing extrapolated: 100 groups of 100 steps, 25 at a time.
-check anonymise_512_full "$python" benchmarks/anonymise.py --size=512 --groups=100 \
-    --group_batch=25 --steps=100 --precision=bf16 --device=cuda --markdown
-check cluster "$python" benchmarks/cluster.py --scaling --device=cuda
-# All 8192 dimensions: the exact result.
-check cluster_full "$python" benchmarks/cluster.py --memory --reduce=8192 --device=cuda
+if [ -z "$toy" ]; then
+    # Nothing extrapolated: 100 groups of 100 steps, 25 at a time.
+    check anonymise_512_full "${python[@]}" benchmarks/anonymise.py --size=512 --groups=100 \
+        --group_batch=25 --steps=100 --precision=bf16 --device=cuda --markdown
+    check cluster "${python[@]}" benchmarks/cluster.py --scaling --device=cuda
+    # All 8192 dimensions: the exact result.
+    check cluster_full "${python[@]}" benchmarks/cluster.py --memory --reduce=8192 --device=cuda
+fi
 
+cat "$out/table.md"
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}"
     exit $(( ${#failed[@]} > 125 ? 125 : ${#failed[@]} ))
