@@ -54,7 +54,7 @@ def audit_release(release: str | Path, *, private: str | Path | None = None,
     if (private is None) != (source_table is None):
         raise ValueError('private and source_table go together')
     _check_version(release)
-    if private is None:
+    if private is None or source_table is None:
         return _audit_alone(release)
     run = derive.read_run(Path(private), source_table)
     latents = recompute.read_latents(run)
