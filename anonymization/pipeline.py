@@ -78,8 +78,9 @@ N_GRADES = 5
 class Pipeline:
     """One run in `exp_dir`.
 
-    table: datasets.table.Table with files; digests: SHA-256 of each file. psp, content_net,
-    style_net: loaded networks. facts: plain dict for the manifest ('networks', 'versions').
+    table: datasets.table.Table with files; digests: of each photograph's pixels. psp,
+    content_net, style_net: loaded networks. facts: plain dict for the manifest ('networks',
+    'versions').
     workers: loading processes. threads: units computed at a time on a CPU. Raises UserError when
     a stratum column is missing.
     """
@@ -100,7 +101,7 @@ class Pipeline:
         self.unit = 'images' if table.patients is None else 'patients'
         self.copies = copies(digests, table.ids)
         if self.copies.any():
-            log.warning('%d photographs are byte-identical copies of others: they show the same '
+            log.warning('%d photographs are identical copies of others: they show the same '
                         'person, and are left out', self.copies.sum())
         if settings.mirror_left and not table.eyes:
             raise UserError('--mirror_left needs an eye column in the table')

@@ -176,6 +176,16 @@ def _size_category(n: int) -> str:
     return next((name for end, name in _SIZES.items() if n < end), '1M<n<10M')
 
 
+def check_outside_release(path: str | Path, flag: str) -> None:
+    """UserError when `path` lies in a release folder, where nothing may be added."""
+    for folder in (Path(path).resolve(), *Path(path).resolve().parents):
+        manifest = folder / MANIFEST
+        if manifest.is_file() and any(f'"{name}"' in manifest.read_text('utf-8', 'replace')
+                                      for name in (FORMAT, *OLDER_FORMATS)):
+            raise UserError(f'{flag} {path} lies in the release {folder}, to which nothing may be '
+                            'added; choose a place outside')
+
+
 def write_release(folder: str | Path, groups: list[GroupFacts],
                   pictures: Callable[[str], Image.Image | torch.Tensor], *,
                   facts: dict[str, Any], soft_labels: bool = False) -> dict[str, Any]:

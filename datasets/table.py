@@ -6,6 +6,7 @@ level) and this project's phantoms.
 import dataclasses
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from utils.errors import UserError, listing
-from utils.images import IMAGE_SUFFIXES, check_image_files, strip_suffix
+from utils.images import IMAGE_SUFFIXES, strip_suffix
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ ID_COLUMNS = ('id_code', 'image', 'image_id', 'id', 'filename', 'name')
 LABEL_COLUMNS = ('diagnosis', 'level', 'label', 'grade')
 PATIENT_COLUMNS = ('patient_id', 'patient', 'subject_id', 'subject')
 MAX_GRADE = 4
+_NUMBER = re.compile(r'0*(\d+)(?:\.0+)?')
 _EYEPACS_ID = re.compile(r'(.+)_(left|right)', re.IGNORECASE)
 
 
@@ -76,15 +78,6 @@ def read_table(csv, image_dir=None, *, require_label=False, ids_only=False, spli
     if not ids_only:
         table = dataclasses.replace(table, paths=_find_files(table.ids, csv, image_dir))
     return table
-
-
-def check_table_images(table):
-    """Decodes every image of the table; UserError that lists all unreadable ones."""
-    bad = check_image_files(table.paths)
-    if bad:
-        raise UserError(listing(f'{len(bad)} of {len(table)} images cannot be read; replace '
-                                 'them or remove their rows',
-                                 [f'{path}: {reason}' for path, reason in bad]))
 
 
 def _read_csv(csv: Path) -> pd.DataFrame:
@@ -154,34 +147,36 @@ def _patients(frame: pd.DataFrame, ids: list[str], csv: Path) -> list[str] | Non
 def _patients_of_ids(ids: list[str], csv: Path) -> list[str] | None:
     """Patients of ids <patient>_left and _right; None when no id has that form.
 
-    UserError when most ids have it and some do not: whose eyes those are, nobody can tell. Where
-    it is the minority, the others count as persons of their own, with a warning.
+    UserError when some ids have it and others do not: whose eyes those are, nobody can tell.
     """
     matches = [_EYEPACS_ID.fullmatch(strip_suffix(v)) for v in ids]
     odd = [v for v, m in zip(ids, matches) if not m]
     if len(odd) == len(ids):
         return None
-    if 0 < len(odd) < len(ids) / 2:
+    if odd:
         raise UserError(listing(
             f'{csv} has no patient column, and {len(odd)} of {len(ids)} ids are not of the form '
             '<patient>_left or <patient>_right, from which patients could be taken; add a '
             'patient_id column or remove these rows', odd))
-    if odd:
-        log.warning('%s: patients taken from %d ids of the form <patient>_left, <patient>_right; '
-                    'the other %d images count as one person each. A patient_id column would say '
-                    'who they are', csv, len(ids) - len(odd), len(odd))
-    else:
-        log.info('%s: patients taken from ids of the form <patient>_left, <patient>_right', csv)
-    return _one_spelling([m.group(1) if m else v for v, m in zip(ids, matches)], csv)
+    log.info('%s: patients taken from ids of the form <patient>_left, <patient>_right', csv)
+    return _one_spelling([m.group(1) for m in matches if m], csv)
+
+
+def _spelling(patient: str) -> str:
+    """Equal for ways to write one id: letters of any case, width or composition, 7, 007 and 7.0."""
+    text = unicodedata.normalize('NFKC', patient).casefold()
+    text = ''.join(c for c in text if unicodedata.category(c) != 'Cf').strip()
+    number = _NUMBER.fullmatch(text)
+    return number[1] if number else text
 
 
 def _one_spelling(patients: list[str], csv: Path) -> list[str]:
-    """The patients, those that differ in capital letters only being one; the first one names it."""
+    """The patients, those whose ids differ in spelling only being one; the first one names it."""
     first: dict[str, str] = {}
-    merged = [first.setdefault(p.casefold(), p) for p in patients]
+    merged = [first.setdefault(_spelling(p), p) for p in patients]
     if double := sorted(set(patients) - set(merged)):
-        log.warning('%s: patients whose names differ in capital letters only count as one person: '
-                    '%s', csv, ', '.join(f'{first[p.casefold()]} and {p}' for p in double[:5])
+        log.warning('%s: patients whose ids differ in spelling only count as one person: %s', csv,
+                    ', '.join(f'{first[_spelling(p)]} and {p}' for p in double[:5])
                     + (f' and {len(double) - 5} more' if len(double) > 5 else ''))
     return merged
 

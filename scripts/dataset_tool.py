@@ -6,6 +6,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
 
+from anonymization.release import check_outside_release
 from datasets.dicom import photograph_table
 from datasets.prepare import FILTERS, TRANSFORMS, build_archive, check_options, list_source
 from utils import cli
@@ -78,6 +79,7 @@ def copy_table(source, split, kept, dest):
 
 def check_paths(sources, dest):
     """UserError for a source named twice, and for a --dest that would be read again next time."""
+    check_outside_release(dest, '--dest')
     resolved = [Path(s).resolve() for s in sources]
     if double := [s for i, s in enumerate(sources) if resolved[i] in resolved[:i]]:
         raise UserError(f'--source {double[0]} is given twice')

@@ -31,17 +31,17 @@ from anonymization.card import FIELDS as CARD_FIELDS
 from anonymization.card import Card, named_in, read_card
 from anonymization.grouping import METHODS, POLICIES, SURPLUS
 from anonymization.optimize import PRECISIONS, STYLE_RATIO, OptimizeConfig, style_term
-from anonymization.photographs import hash_files
+from anonymization.photographs import read_digests
 from anonymization.pipeline import Pipeline
 from anonymization.records import FACTS, write_card
-from anonymization.release import MANIFEST, describe_anew
+from anonymization.release import MANIFEST, check_outside_release, describe_anew
 from anonymization.settings import Settings
 from anonymization.signature import signature_path
 from anonymization.workers import one_thread
 from configs.paths_config import model_paths
 from criteria.gram_style import MODES as STYLE_MODES
 from criteria.gram_style import STRIDES
-from datasets.table import Table, check_table_images, read_table
+from datasets.table import Table, read_table
 from models.features.content import load_content_network
 from models.features.pretrained import FeatureNetwork, weight_file
 from models.features.style import FILTERS, load_style_network
@@ -186,8 +186,6 @@ def check_options(opts: argparse.Namespace) -> Table:
     for name in _NO_EFFECT:
         if getattr(opts, name) is not None:
             log.warning('--%s has no effect (it had none in the published code)', name)
-    if distributed.is_main():
-        check_table_images(table)
     return table
 
 
@@ -202,6 +200,7 @@ def check_card(opts: argparse.Namespace, table: Table) -> Card:
 
 def check_folders(opts: argparse.Namespace) -> None:
     """UserError for an --exp_dir among the photographs, or with a release/ of something else."""
+    check_outside_release(opts.exp_dir, '--exp_dir')
     exp_dir, photos = opts.exp_dir.resolve(), opts.data_path.resolve()
     if exp_dir == photos or photos in exp_dir.parents:
         raise UserError(f'--exp_dir {opts.exp_dir} lies in --data_path {opts.data_path}: results '
@@ -348,17 +347,17 @@ def make_release(opts: argparse.Namespace, threads: int) -> int:
     check_folders(opts)
     table = check_options(opts)
     card = check_card(opts, table)
+    digests = distributed.broadcast_object(
+        read_digests(table.paths) if distributed.is_main() else None)
     files = network_inputs(opts)
     psp = load_psp(opts.checkpoint_path)
     content_net, style_net = feature_networks(opts, psp.input_size)
     private, release = opts.exp_dir / 'private', opts.exp_dir / 'release'
-    digests, joint = distributed.broadcast_object(
-        hash_files(table.paths) if distributed.is_main() else None)
     if distributed.is_main():
         make_folders(opts.exp_dir, private)
         record = run_record({k: v for k, v in vars(opts).items() if k not in _NO_EFFECT},
                             inputs={**files, 'table': opts.df}, seed=opts.seed)
-        record['inputs']['photographs'] = joint
+        record['inputs']['photographs'] = digests.files
         start_run(private, record, resume=True, free_options=_FREE)
     distributed.barrier()
     if (release / MANIFEST).exists():
@@ -369,7 +368,7 @@ def make_release(opts: argparse.Namespace, threads: int) -> int:
                 'content': network_facts(content_net, files.get('content network')),
                 'style': network_facts(style_net, files.get('style network'))}
     pipeline = Pipeline(
-        opts.exp_dir, table, digests, psp=psp, content_net=content_net, style_net=style_net,
+        opts.exp_dir, table, digests.pixels, psp=psp, content_net=content_net, style_net=style_net,
         settings=Settings(
             k=opts.same_k, clustering=opts.clustering, policy=opts.policy,
             surplus=opts.surplus, strata=tuple(STRATA[s] for s in opts.strata),

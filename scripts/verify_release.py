@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from matplotlib.figure import Figure
 
 from anonymization.audit import audit_release, plot_distances, report_dict, report_text
+from anonymization.release import check_outside_release
 from anonymization.signature import check_signature, signature_path
 from datasets.table import Table, read_table
 from utils import cli
@@ -77,6 +78,8 @@ def check_flags(opts: argparse.Namespace) -> None:
             raise UserError(f'--{flag} needs --private')
     if opts.private is None and opts.recompute is None:
         raise UserError('--recompute needs --private')
+    if opts.out is not None:
+        check_outside_release(opts.out, '--out')
     if opts.signature is not None and opts.public_key is None:
         raise UserError('--signature needs --public_key')
 
@@ -105,8 +108,10 @@ def main(argv: list[str] | None = None) -> int:
     print(report_text(audit))
     if not audit.passed and any(c.private for c in audit.checks) and opts.private is not None:
         print(f'names and ids: {opts.private / "audit.json"}')
-    print('the release keeps its promises' if audit.passed else
-          'THE RELEASE FAILS: do not share it')
+    kept = ('the release keeps its promises' if opts.private is not None else
+            'the release is of the known form and its files agree; whether its pictures are '
+            'those of its groups, only --private can tell')
+    print(kept if audit.passed else 'THE RELEASE FAILS: do not share it')
     return 0 if audit.passed else 1
 
 

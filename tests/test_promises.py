@@ -18,7 +18,7 @@ def people_of(patients, digests):
     """A number for everyone: photographs joined by patient (in any letters) or by content."""
     same = np.equal.outer(np.array(digests), np.array(digests))
     if patients is not None:
-        names = [p.lower() for p in patients]
+        names = [p.lower().lstrip('0') for p in patients]
         same |= np.equal.outer(np.array(names), np.array(names))
     return connected_components(same)[1].tolist()
 

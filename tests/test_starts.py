@@ -14,6 +14,7 @@ from anonymization import pipeline
 from utils.errors import UserError
 
 k_salsa = load_script('k-SALSA')
+dataset_tool, verify_release = load_script('dataset_tool'), load_script('verify_release')
 
 
 @pytest.fixture
@@ -84,6 +85,20 @@ def test_results_among_the_photographs(inputs, no_work, place):
     with pytest.raises(UserError, match='lies in --data_path'):
         k_salsa.main(command(inputs, exp_dir=inputs / 'data/images' / place))
     assert not (inputs / 'data/images/private').exists()
+
+
+def test_nothing_is_written_into_a_release(inputs, no_work, tmp_path):
+    release = tmp_path / 'other/release'
+    release.mkdir(parents=True)
+    (release / 'manifest.json').write_text('{"format": "k-salsa-release-3"}')
+    with pytest.raises(UserError, match='--exp_dir .*/images/x lies in the release'):
+        k_salsa.main(command(inputs, exp_dir=release / 'images/x'))
+    with pytest.raises(UserError, match='--dest .* lies in the release'):
+        dataset_tool.main(['--source', str(inputs / 'data/images'), '--dest',
+                           str(release / 'a.zip'), '--width', '64'])
+    with pytest.raises(UserError, match='--out .* lies in the release'):
+        verify_release.main([str(release), '--out', str(release / 'verdict.json')])
+    assert [p.name for p in release.iterdir()] == ['manifest.json']
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs /proc')

@@ -2,7 +2,8 @@
 import pytest
 from PIL import Image
 
-from datasets.table import check_table_images, read_table
+from anonymization.photographs import read_digests
+from datasets.table import read_table
 from utils.errors import UserError
 
 
@@ -34,7 +35,8 @@ def test_one_odd_id_does_not_switch_patients_off(tmp_path):
     with pytest.raises(UserError, match='1 of 9 ids are not of the form(.|\n)*extra01'):
         read_table(csv, ids_only=True)
     csv.write_text('\n'.join(['id_code', 'a_left', 'a_right', 'x', 'y', 'z']))
-    assert read_table(csv, ids_only=True).patients == ['a', 'a', 'x', 'y', 'z']
+    with pytest.raises(UserError, match='3 of 5 ids are not of the form'):
+        read_table(csv, ids_only=True)
     csv.write_text('id_code\n1.2_left.png\n1.2_right.png\n1.3_left.png\n')
     assert read_table(csv, ids_only=True).patients == ['1.2', '1.2', '1.3']
 
@@ -43,6 +45,14 @@ def test_patients_in_any_letters(tmp_path, caplog):
     csv = make(tmp_path, 'id_code,patient_id\na,P1\nb,p1\nc,p2\n', [])
     assert read_table(csv, ids_only=True).patients == ['P1', 'P1', 'p2']
     assert 'P1 and p1' in caplog.text
+
+
+def test_one_id_in_several_spellings_is_one_patient(tmp_path):
+    ids = ['7', '007', '7.0', '\uff17', 'caf\u00e9', 'cafe\u0301', 'Caf\u00e9\u200b', '7a', '70']
+    rows = '\n'.join(f'i{n},{v}' for n, v in enumerate(ids))
+    csv = make(tmp_path, f'id_code,patient_id\n{rows}\n', [])
+    people = read_table(csv, ids_only=True).patients
+    assert people == ['7'] * 4 + ['caf\u00e9'] * 3 + ['7a', '70']
 
 
 def test_ids_with_suffixes_find_files_of_another(tmp_path):
@@ -93,7 +103,7 @@ def test_damaged_images_are_listed_together(tmp_path):
     whole = (tmp_path / 'images' / 'c.png').read_bytes()
     (tmp_path / 'images' / 'c.png').write_bytes(whole[:len(whole) // 2])
     with pytest.raises(UserError, match=r'2 of 3 images(.|\n)*b\.png(.|\n)*c\.png'):
-        check_table_images(read_table(csv))
+        read_digests(read_table(csv).paths)
 
 
 @pytest.mark.parametrize('name', ['labels.csv', 'labels.csv.gz', 'labels.csv.zip', 'labels.csv.xz',

@@ -25,6 +25,7 @@ from anonymization.card import FIELDS, Card, is_card, named_in
 from anonymization.release import FORMAT, release_names
 from datasets.table import Table
 from utils.errors import UserError
+from utils.images import load_rgb
 from utils.io import sha256_file
 
 RECORDS = 'the records of the run are whole and belong to these photographs'
@@ -47,7 +48,7 @@ class Run:
     """The private records of a run and the photographs, as read for the audit.
 
     numbers: group of each photograph, 0 for left out. people: person of each photograph, by
-    patient id and identical bytes. pictures: release name -> SHA-256 of the pixels.
+    patient id and identical pixels. pictures: release name -> SHA-256 of the pixels.
     """
 
     private: Path
@@ -59,6 +60,7 @@ class Run:
     numbers: list[int]
     table: Table
     digests: list[str]
+    contents: list[str]
     people: list[int]
 
     @property
@@ -108,6 +110,7 @@ def read_run(private: Path, table: Table) -> Run:
     groups = _read_groups(private / 'groups.csv', len(table))
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(sha256_file, table.paths))
+        contents = list(pool.map(_content, table.paths))
     try:
         pixels = {name: str(entry['pixels']) for name, entry in pictures.items()}
         # Looked up here, so that a record without them is an error in the input.
@@ -121,7 +124,8 @@ def read_run(private: Path, table: Table) -> Run:
         raise UserError(f'the records in {private} lack {error}; were they written by this '
                         'version of scripts/k-SALSA.py?') from error
     return Run(private, record, facts['facts'], soft_labels, pixels, groups,
-               groups['centers'].tolist(), table, digests, _people(table.patients, digests))
+               groups['centers'].tolist(), table, digests, contents,
+               _people(table.patients, contents))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -153,10 +157,16 @@ def _read_groups(path: Path, n: int) -> pd.DataFrame:
     return table
 
 
-def _people(patients: Sequence[str] | None, digests: Sequence[str]) -> list[int]:
-    """Person of each photograph: one patient id or one file content makes one person."""
-    n = len(digests)
-    keys = [('file', d) for d in digests] + [('patient', p) for p in patients or []]
+def _content(path: Path) -> str:
+    """Equal for photographs of the same pixels, however their files are written."""
+    picture = load_rgb(path)
+    return f'{picture.size} {hashlib.sha256(picture.tobytes()).hexdigest()}'
+
+
+def _people(patients: Sequence[str] | None, contents: Sequence[str]) -> list[int]:
+    """Person of each photograph: one patient id or one picture makes one person."""
+    n = len(contents)
+    keys = [('picture', d) for d in contents] + [('patient', p) for p in patients or []]
     number = {key: n + i for i, key in enumerate(dict.fromkeys(keys))}
     rows = list(range(n)) * (2 if patients else 1)
     columns = [number[key] for key in keys]
@@ -194,7 +204,7 @@ def check_records(run: Run) -> Check:
             table.labels is not None
             and groups['diagnosis'].tolist() != [str(v) for v in table.labels]):
         found.add('grades of the group table are not those of the source table')
-    return found.check(f'{len(table)} photographs, {len(set(run.digests))} of them different')
+    return found.check(f'{len(table)} photographs, {len(set(run.contents))} of them different')
 
 
 def check_groups(run: Run) -> list[Check]:
@@ -234,7 +244,7 @@ def check_groups(run: Run) -> list[Check]:
 def _check_people(run: Run, found: Findings) -> None:
     """Identical photographs, and under 'together' people, stand in one group only."""
     for label, keys, applies in (
-            ('identical photographs', run.digests, True),
+            ('identical photographs', run.contents, True),
             ('patients', run.people, run.options['policy'] == 'together')):
         groups: dict[Any, set[int]] = {}
         for key, number in zip(keys, run.numbers):
