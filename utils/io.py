@@ -51,9 +51,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             # mkstemp made it 0600; the file is as open as umask and folder are.
             temp.chmod(0o666 & ~umask & path.parent.stat().st_mode)
             os.replace(temp, path)
-        except BaseException as error:
-            temp.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename is None:
+        except OSError as error:
+            if error.filename is None:
                 error.filename = str(path)    # a full disk does not say which file was written
             raise
 

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,20 +27,41 @@ _NAME = r'\.[a-z0-9_]{8}\.tmp'    # what tempfile puts between prefix and suffix
 def claimed(make: Callable[[], str]) -> Iterator[Path]:
     """Yields the new file or folder of `make()`; until the block ends `remove_leftovers` spares it.
 
+    Whatever ends the block by an error removes it.
+
     make: names it as `.<what it becomes>.<8 random characters>.tmp` (tempfile with SUFFIX).
     """
-    while True:
-        path = Path(make())
-        handle = _lock(path, wait=True)
-        # It may have been removed as a leftover before the lock was there.
-        if handle is None or path.exists():
-            break
-        os.close(handle)
+    path, handle = None, None
     try:
+        with _undisturbed():
+            while True:
+                path = Path(make())
+                handle = _lock(path, wait=True)
+                # It may have been removed as a leftover before the lock was there.
+                if handle is None or path.exists():
+                    break
+                os.close(handle)
         yield path
+    except BaseException:
+        if path is not None:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
     finally:
         if handle is not None:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Holds back SIGINT and SIGTERM, so that nothing is made that nobody knows of."""
+    if not hasattr(signal, 'pthread_sigmask'):    # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def is_leftover(name: str, stem: str | None = None) -> bool:
