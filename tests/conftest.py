@@ -1,6 +1,7 @@
 """Shared test helpers: golden files, and a reason for every skipped GPU test."""
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests' / 'golden'
 sys.path.insert(0, str(ROOT / 'tests'))
 os.environ.setdefault('MPLBACKEND', 'Agg')
+# Background jobs of a shell ignore Ctrl-C, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
