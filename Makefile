@@ -20,8 +20,9 @@ env: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py --out_dir $(DEMO)
 
+# One thread: the tests' networks are tiny, and threads that wait for each other spin.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
