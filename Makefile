@@ -20,11 +20,13 @@ env: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py --out_dir $(DEMO)
 
-# One thread: the tests' networks are tiny, and threads that wait for each other spin.
+# One process per core, each with one thread: the tests' networks are tiny, and threads that wait
+# for each other spin. Tests of one file stay together, for the modules' fixtures.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell

@@ -7,6 +7,7 @@ Whole patients fall on one side, and identical photographs show one patient. Wri
 on, or take it as non-members) and split.csv, the record. All three name photographs: keep them
 private.
 """
+
 import sys
 from pathlib import Path
 
@@ -33,13 +34,21 @@ log = logging.getLogger(__name__)
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
     p.add_argument('--df', type=Path, required=True, metavar='CSV', help='table of photographs')
-    p.add_argument('--image_dir', type=Path, metavar='DIR',
-                   help='their folder (default: images/ beside the table)')
-    p.add_argument('--members', type=cli.fraction, default=0.5, metavar='SHARE',
-                   help='share of the patients that become members')
+    p.add_argument(
+        '--image_dir',
+        type=Path,
+        metavar='DIR',
+        help='their folder (default: images/ beside the table)',
+    )
+    p.add_argument(
+        '--members',
+        type=cli.fraction,
+        default=0.5,
+        metavar='SHARE',
+        help='share of the patients that become members',
+    )
     p.add_argument('--out_dir', type=Path, required=True, metavar='DIR', help='new folder')
-    p.add_argument('--seed', type=cli.nonnegative_int, default=0, metavar='INT',
-                   help='random seed')
+    p.add_argument('--seed', type=cli.nonnegative_int, default=0, metavar='INT', help='random seed')
     return p
 
 
@@ -48,8 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     table = read_table(opts.df, opts.image_dir)
     if table.patients is None:
-        log.warning('%s has no patient column: images are split, and two images of one person '
-                    'may fall on different sides', opts.df)
+        log.warning(
+            '%s has no patient column: images are split, and two images of one person '
+            'may fall on different sides',
+            opts.df,
+        )
     table = merge_identical(table)
     roles = split_by_patient(table.patients or table.ids, opts.members, seed=opts.seed)
     record = run_record({'members': opts.members}, inputs={'df': opts.df}, seed=opts.seed)
@@ -59,8 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for role in (MEMBER, OTHER):
         write_csv(opts.out_dir / f'{role}s.csv', frame[[r == role for r in roles]])
     write_csv(opts.out_dir / 'split.csv', split_table(table, roles))
-    print(f'{roles.count(MEMBER)} photographs of members, {roles.count(OTHER)} of others: '
-          f'{opts.out_dir}')
+    print(
+        f'{roles.count(MEMBER)} photographs of members, {roles.count(OTHER)} of others: '
+        f'{opts.out_dir}'
+    )
     return 0
 
 

@@ -10,6 +10,7 @@ The people of the other half who stand behind no target are the non-members. Pri
 published number (precision at --topk), and AUC, balanced accuracy and the true positive rate at
 1 % and 0.1 % false positives with 95 % intervals; draws the ROC curve on logarithmic axes.
 """
+
 import sys
 from pathlib import Path
 
@@ -32,30 +33,52 @@ from utils.runs import run_record
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
     g = p.add_argument_group('published flags')
-    g.add_argument('--ckpt_path', type=Path, metavar='FILE',
-                   help='attack of MIA_train.py (default: the one of --ckpt_epochs that '
-                        'MIA_train.py leaves in checkpoint/)')
-    g.add_argument('--ckpt_epochs', type=cli.nonnegative_int, default=49, metavar='INT',
-                   help='part of the names of attack and score file')
-    g.add_argument('--topk', type=cli.positive_int, default=5, metavar='INT',
-                   help='photographs that the attacker names for every picture')
+    g.add_argument(
+        '--ckpt_path',
+        type=Path,
+        metavar='FILE',
+        help='attack of MIA_train.py (default: the one of --ckpt_epochs that '
+        'MIA_train.py leaves in checkpoint/)',
+    )
+    g.add_argument(
+        '--ckpt_epochs',
+        type=cli.nonnegative_int,
+        default=49,
+        metavar='INT',
+        help='part of the names of attack and score file',
+    )
+    g.add_argument(
+        '--topk',
+        type=cli.positive_int,
+        default=5,
+        metavar='INT',
+        help='photographs that the attacker names for every picture',
+    )
     add_release_flags(g, 'test')
     g = p.add_argument_group('general')
-    g.add_argument('--out_dir', type=Path, default=Path('mia_results'), metavar='DIR',
-                   help='folder of the results')
+    g.add_argument(
+        '--out_dir',
+        type=Path,
+        default=Path('mia_results'),
+        metavar='DIR',
+        help='folder of the results',
+    )
     return cli.add_common(p)
 
 
 def report(found: dict) -> str:
     """The results for people to read."""
-    lines = [f'precision at {found["topk"]}: {100 * found["precision_at_k"]:.2f} % '
-             f'(chance {100 * found["chance_precision"]:.2f} %)']
+    lines = [
+        f'precision at {found["topk"]}: {100 * found["precision_at_k"]:.2f} % '
+        f'(chance {100 * found["chance_precision"]:.2f} %)'
+    ]
     for part in ('membership', 'pairs'):
         for metric in ('auc', 'balanced_accuracy', 'tpr_at_1pct_fpr', 'tpr_at_0.1pct_fpr'):
             v = found[part][metric]
             note = '' if v.get('resolved', True) else '  (too few others to resolve this rate)'
-            lines.append(f'{part}: {metric} {v["value"]:.3f} [{v["low"]:.3f}, {v["high"]:.3f}]'
-                         f'{note}')
+            lines.append(
+                f'{part}: {metric} {v["value"]:.3f} [{v["low"]:.3f}, {v["high"]:.3f}]{note}'
+            )
     return '\n'.join(lines)
 
 
@@ -67,12 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if target.exists():
         raise UserError(f'{target} exists; choose another --out_dir or --data')
     checkpoint = opts.ckpt_path or Path(
-        f'checkpoint/{opts.centroid_type}_{opts.data}_k{opts.samek}_{opts.ckpt_epochs}.pth')
+        f'checkpoint/{opts.centroid_type}_{opts.data}_k{opts.samek}_{opts.ckpt_epochs}.pth'
+    )
     attack = load_pair_attack(checkpoint, cli.resolve_device(opts.device))
     photos, pictures, group_of, people = read_release(opts, 'test', attack.config.image_size)
     if opts.topk > len(photos):
         raise UserError(f'--topk {opts.topk}: there are only {len(photos)} photographs')
-    scores = attack.scores(photos, pictures[:len(pictures) // 2])
+    scores = attack.scores(photos, pictures[: len(pictures) // 2])
     found, curves = pair_results(scores[..., 1], group_of, people, opts.topk, seed=opts.seed)
     found['run'] = run_record(vars(opts), inputs={'ckpt_path': checkpoint}, seed=opts.seed)
     save_npy(target, scores)

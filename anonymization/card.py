@@ -3,6 +3,7 @@
 The fields go into manifest.json as `card`, so that README.md and croissant.json follow from the
 release itself. What was not given is None there, and stands in [brackets] on the pages.
 """
+
 import datetime
 import json
 import re
@@ -42,8 +43,12 @@ def _line(text: str) -> bool:
 
 def _citation(text: str) -> bool:
     lines = text.split('\n')
-    return (len(text) <= _MAX_CITATION and all(line.isprintable() for line in lines)
-            and bool(lines[0].strip()) and bool(lines[-1].strip()))
+    return (
+        len(text) <= _MAX_CITATION
+        and all(line.isprintable() for line in lines)
+        and bool(lines[0].strip())
+        and bool(lines[-1].strip())
+    )
 
 
 def _license(text: str) -> bool:
@@ -58,27 +63,37 @@ def _date(text: str) -> bool:
 
 
 FIELDS: dict[str, CardField] = {
-    'pretty_name': CardField(_line, f'a line of at most {_MAX_LINE} characters',
-                             '[name of the data set]'),
-    'license': CardField(_license, 'an identifier such as cc-by-4.0, or a web address',
-                         '[licence]'),
+    'pretty_name': CardField(
+        _line, f'a line of at most {_MAX_LINE} characters', '[name of the data set]'
+    ),
+    'license': CardField(
+        _license, 'an identifier such as cc-by-4.0, or a web address', '[licence]'
+    ),
     'creator': CardField(_line, f'a line of at most {_MAX_LINE} characters', '[institution]'),
-    'contact': CardField(_line, f'a line of at most {_MAX_LINE} characters',
-                         '[contact, and how to ask for removal]'),
+    'contact': CardField(
+        _line, f'a line of at most {_MAX_LINE} characters', '[contact, and how to ask for removal]'
+    ),
     'url': CardField(is_address, 'a web address', '[web address of the data set]'),
-    'citation': CardField(_citation, f'text of at most {_MAX_CITATION} characters',
-                          '[how to cite this data set]'),
+    'citation': CardField(
+        _citation, f'text of at most {_MAX_CITATION} characters', '[how to cite this data set]'
+    ),
     'date_published': CardField(_date, 'a date such as 2026-01-31', '[date of publication]'),
-    'version': CardField(lambda text: _VERSION.fullmatch(text) is not None,
-                         'three numbers such as 1.0.0', '1.0.0'),
+    'version': CardField(
+        lambda text: _VERSION.fullmatch(text) is not None, 'three numbers such as 1.0.0', '1.0.0'
+    ),
 }
 
 
 def is_card(value: object) -> bool:
     """Whether `value` is a card as a manifest holds it: all fields in order, each None or good."""
-    return (isinstance(value, dict) and list(value) == list(FIELDS)
-            and all(text is None or (isinstance(text, str) and FIELDS[name].takes(text))
-                    for name, text in value.items()))
+    return (
+        isinstance(value, dict)
+        and list(value) == list(FIELDS)
+        and all(
+            text is None or (isinstance(text, str) and FIELDS[name].takes(text))
+            for name, text in value.items()
+        )
+    )
 
 
 def read_card(path: str | Path | None) -> Card:
@@ -124,11 +139,14 @@ def named_in(card: Card, ids: Iterable[str], patients: Iterable[str] | None) -> 
     """
     text = ' '.join(value for value in card.values() if value is not None)
     words = {*re.findall(r'\w+', text), *re.findall(r'[\w.-]*\w', text)}
-    return sorted(name for name in {*ids, *(patients or ())}
-                  if len(name) >= _SHORTEST_ID and name in words)
+    return sorted(
+        name for name in {*ids, *(patients or ())} if len(name) >= _SHORTEST_ID and name in words
+    )
 
 
 def filled(card: Card) -> dict[str, str]:
     """The fields as pages show them: in [brackets] what is not given, but the version 1.0.0."""
-    return {name: text if (text := card[name]) is not None else field.otherwise
-            for name, field in FIELDS.items()}
+    return {
+        name: text if (text := card[name]) is not None else field.otherwise
+        for name, field in FIELDS.items()
+    }

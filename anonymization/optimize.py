@@ -8,6 +8,7 @@ group's result depends on the groups beside it by rounding only.
 Shapes: G groups, K members (the largest group of the batch), L styles, D style dimension, S side
 of the encoder, R side of the generator, F content features, P patches, C style channels.
 """
+
 import contextlib
 import dataclasses
 import logging
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 ACTIVATIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16}
 PRECISIONS = tuple(ACTIVATIONS)
-_FEATURE_BATCH = 8    # member photographs per pass through the style network
+_FEATURE_BATCH = 8  # member photographs per pass through the style network
 AUTO = 'auto'
 # The peak rate of lr='auto', in standard deviations of the generator's latents.
 _AUTO_RATE = 0.025
@@ -83,7 +84,7 @@ class Group(NamedTuple):
 class Targets(NamedTuple):
     """What the groups of a batch are drawn towards; constant over the steps."""
 
-    content: torch.Tensor    # [G, F] mean over the members' content features
+    content: torch.Tensor  # [G, F] mean over the members' content features
     style: StyleTargets | None
 
 
@@ -132,8 +133,13 @@ def matmul_precision(precision):
 def style_term(net: nn.Module, config: OptimizeConfig) -> StyleTerm:
     """The style loss of a network under the settings of `config`."""
     mode = config.style_mode or ('whole' if isinstance(net, FeatureNetwork) else 'best_match')
-    return StyleTerm(net, mode=mode, n_crop=config.n_crop, strides=config.style_strides,
-                     relative=config.style_weight == AUTO)
+    return StyleTerm(
+        net,
+        mode=mode,
+        n_crop=config.n_crop,
+        strides=config.style_strides,
+        relative=config.style_weight == AUTO,
+    )
 
 
 class GroupOptimizer:
@@ -148,9 +154,16 @@ class GroupOptimizer:
     effect.
     """
 
-    def __init__(self, psp: PSP, content_net: nn.Module, style_net: nn.Module | None, *,
-                 config: OptimizeConfig, device: torch.device | str,
-                 precision: str = 'fp32') -> None:
+    def __init__(
+        self,
+        psp: PSP,
+        content_net: nn.Module,
+        style_net: nn.Module | None,
+        *,
+        config: OptimizeConfig,
+        device: torch.device | str,
+        precision: str = 'fp32',
+    ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f'precision={precision!r}, want one of {PRECISIONS}')
         self.config, self.device, self.precision = config, torch.device(device), precision
@@ -171,16 +184,19 @@ class GroupOptimizer:
             return Targets(content, None)
         grams, weights = [], []
         for group in groups:
-            parts = [self.style.grams(self.style.maps(from_uint8(part)))
-                     for part in group.photos.to(self.device).split(_FEATURE_BATCH)]
+            parts = [
+                self.style.grams(self.style.maps(from_uint8(part)))
+                for part in group.photos.to(self.device).split(_FEATURE_BATCH)
+            ]
             grams.append([torch.cat(stride) for stride in zip(*parts)])
             k = len(group.ws)
             shares = torch.full((k,), 1 / k) if group.shares is None else group.shares
             weights.append(shares.float().to(self.device))
         return Targets(content, self.style.targets(grams, weights))
 
-    def losses(self, ws: torch.Tensor,
-               targets: Targets) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def losses(
+        self, ws: torch.Tensor, targets: Targets
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(L_c [G], L_s [G], pictures [G, 3, R, R]) of latents ws [G, L, D]."""
         image = self.synthesis(ws)
         y = self.psp.pool(image)
@@ -188,10 +204,14 @@ class GroupOptimizer:
             content = content_loss(self.content_net.features(y), targets.content)
             return content, torch.zeros_like(content), image
         maps = self.style.maps(y, self._shared_strides)
-        features = (self.content_net.pool(maps) if self._shared_strides
-                    else self.content_net.features(y))
-        return (content_loss(features, targets.content), self.style.loss(maps, targets.style),
-                image)
+        features = (
+            self.content_net.pool(maps) if self._shared_strides else self.content_net.features(y)
+        )
+        return (
+            content_loss(features, targets.content),
+            self.style.loss(maps, targets.style),
+            image,
+        )
 
     def peak_rate(self) -> float:
         """The peak learning rate of the latents, 'auto' resolved."""
@@ -211,7 +231,7 @@ class GroupOptimizer:
         norms = []
         for part in (0, 1):
             ws = start.clone().requires_grad_(True)
-            gradient, = torch.autograd.grad(self.losses(ws, targets)[part].sum(), ws)
+            (gradient,) = torch.autograd.grad(self.losses(ws, targets)[part].sum(), ws)
             norms.append(gradient.flatten(1).norm(dim=1))
         return cfg.content_weight * cfg.style_ratio * norms[0] / norms[1].clamp_min(1e-12)
 
@@ -234,7 +254,7 @@ class GroupOptimizer:
                 adam.param_groups[0]['lr'] = learning_rate(step, cfg.n_steps, rate)
                 content, style, image = self.losses(ws, targets)
                 total = cfg.content_weight * content + style_weights * style
-                ws.grad, = torch.autograd.grad(total.sum(), ws)
+                (ws.grad,) = torch.autograd.grad(total.sum(), ws)
                 adam.step()
                 history[step, :, 0], history[step, :, 1] = content.detach(), style.detach()
                 if centroid is None:
@@ -247,20 +267,21 @@ class GroupOptimizer:
                 image = self.synthesis(ws.detach())
         history = history.cpu()
         if not (torch.isfinite(history).all() and torch.isfinite(image).all()):
-            raise UserError('the optimisation diverged: a loss is not a number; lower '
-                            '--style_weight or --content_weight, or use --precision fp32')
+            raise UserError(
+                'the optimisation diverged: a loss is not a number; lower '
+                '--style_weight or --content_weight, or use --precision fp32'
+            )
         return Result(ws.detach().cpu(), image.float().cpu(), history, centroid.float().cpu())
 
 
 def group_memory(psp, style_channels, precision):
     """Rough bytes one group needs during a step: maps kept for the gradient and working copies."""
     item = 2 if precision == 'bf16' else 4
-    maps = [channels * side ** 2 for side, channels in psp.decoder.channels.items()]
-    features = psp.input_size ** 2 * style_channels * 4
+    maps = [channels * side**2 for side, channels in psp.decoder.channels.items()]
+    features = psp.input_size**2 * style_channels * 4
     return (2 * sum(maps) + 6 * max(maps) + features) * item
 
 
 def batch_that_fits(psp, style_channels, precision, free_bytes, *, most):
     """How many groups to optimise together within `free_bytes`, at least 1, at most `most`."""
-    return int(max(1, min(most, 0.7 * free_bytes // group_memory(psp, style_channels,
-                                                                 precision))))
+    return int(max(1, min(most, 0.7 * free_bytes // group_memory(psp, style_channels, precision))))

@@ -1,4 +1,5 @@
 """The photographs of a run as the encoder sees them, and what tells them apart."""
+
 import hashlib
 import io
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from utils.errors import UserError, listing
 from utils.images import as_rgb, decode_reason, load_rgb, open_image, resize
 from utils.logs import progress
 
-_READERS = 4    # threads that read and decode
+_READERS = 4  # threads that read and decode
 
 
 class Photographs(Dataset):
@@ -56,6 +57,7 @@ class Digests(NamedTuple):
 
 def read_digests(paths: Sequence[Path]) -> Digests:
     """Reads and decodes every file once; UserError that lists all unreadable ones."""
+
     def one(path: Path) -> tuple[str, str, str]:
         try:
             data = Path(path).read_bytes()
@@ -65,10 +67,16 @@ def read_digests(paths: Sequence[Path]) -> Digests:
             return '', '', f'{path}: {decode_reason(error.__cause__ or error)}'
         pixels = hashlib.sha256(repr(picture.size).encode() + picture.tobytes())
         return hashlib.sha256(data).hexdigest(), pixels.hexdigest(), ''
+
     with ThreadPoolExecutor(_READERS) as pool:
         found = list(progress(pool.map(one, paths), total=len(paths), desc='reading', unit='img'))
     if bad := [reason for *_, reason in found if reason]:
-        raise UserError(listing(f'{len(bad)} of {len(found)} images cannot be read; replace them '
-                                'or remove their rows', bad))
+        raise UserError(
+            listing(
+                f'{len(bad)} of {len(found)} images cannot be read; replace them '
+                'or remove their rows',
+                bad,
+            )
+        )
     joint = hashlib.sha256('\n'.join(file for file, *_ in found).encode()).hexdigest()
     return Digests([pixels for _, pixels, _ in found], joint)

@@ -10,6 +10,7 @@ in batches, whose size changes rounding; `deterministic` computes them alone the
 
 Shapes: n photographs, L styles, D style dimension, S side of the encoder, R of the generator.
 """
+
 import dataclasses
 import logging
 import shutil
@@ -75,6 +76,7 @@ _ANEW = 'remove it and its .sha256 and run the same command again: it is compute
 GROUP_TABLE = 'groups.csv'
 N_GRADES = 5
 
+
 class Pipeline:
     """One run in `exp_dir`.
 
@@ -85,10 +87,21 @@ class Pipeline:
     a stratum column is missing.
     """
 
-    def __init__(self, exp_dir: str | Path, table: Table, digests: list[str], *, psp: PSP,
-                 content_net: ContentNetwork, style_net: nn.Module, settings: Settings,
-                 device: str | torch.device, facts: dict, workers: int = 0,
-                 threads: int = 1) -> None:
+    def __init__(
+        self,
+        exp_dir: str | Path,
+        table: Table,
+        digests: list[str],
+        *,
+        psp: PSP,
+        content_net: ContentNetwork,
+        style_net: nn.Module,
+        settings: Settings,
+        device: str | torch.device,
+        facts: dict,
+        workers: int = 0,
+        threads: int = 1,
+    ) -> None:
         self.exp_dir, self.private = Path(exp_dir), Path(exp_dir) / 'private'
         self.work = self.private / 'work'
         self.table, self.settings, self.facts = table, settings, facts
@@ -101,8 +114,11 @@ class Pipeline:
         self.unit = 'images' if table.patients is None else 'patients'
         self.copies = copies(digests, table.ids)
         if self.copies.any():
-            log.warning('%d photographs are identical copies of others: they show the same '
-                        'person, and are left out', self.copies.sum())
+            log.warning(
+                '%d photographs are identical copies of others: they show the same '
+                'person, and are left out',
+                self.copies.sum(),
+            )
         if settings.mirror_left and not table.eyes:
             raise UserError('--mirror_left needs an eye column in the table')
         self.strata = self._strata()
@@ -113,9 +129,11 @@ class Pipeline:
         """UserError for sizes whose resampling has no deterministic gradient on a GPU."""
         picture, side, seen = self.psp.decoder.size, self.psp.input_size, self.content_net
         if picture % side or (seen.resize != 'nearest' and side % seen.input_size):
-            raise UserError(f'--deterministic: the sides of pictures ({picture}), encoder ({side}) '
-                            f'and content network ({seen.input_size}) must be multiples, each of '
-                            'the next; leave it out, or use --device cpu')
+            raise UserError(
+                f'--deterministic: the sides of pictures ({picture}), encoder ({side}) '
+                f'and content network ({seen.input_size}) must be multiples, each of '
+                'the next; leave it out, or use --device cpu'
+            )
 
     def _strata(self):
         if not self.settings.strata:
@@ -132,8 +150,7 @@ class Pipeline:
 
     def _chunks(self):
         size = self.settings.batch_size
-        return [range(i, min(i + size, len(self.table)))
-                for i in range(0, len(self.table), size)]
+        return [range(i, min(i + size, len(self.table))) for i in range(0, len(self.table), size)]
 
     def _chunk_file(self, i):
         return self.work / f'inversion_{i:06d}.pt'
@@ -145,7 +162,7 @@ class Pipeline:
         """
         latents, content = self.private / 'latents.npy', self.private / 'content.npy'
         done = has_seal(latents) and has_seal(content)
-        distributed.barrier()    # before process 0 can have made them
+        distributed.barrier()  # before process 0 can have made them
         if not done:
             self._invert_chunks()
             distributed.barrier()
@@ -159,15 +176,20 @@ class Pipeline:
 
     def _invert_chunks(self) -> None:
         chunks = self._chunks()
-        mine = [i for i in range(distributed.rank(), len(chunks), distributed.world_size())
-                if not is_intact(self._chunk_file(i))]
+        mine = [
+            i
+            for i in range(distributed.rank(), len(chunks), distributed.world_size())
+            if not is_intact(self._chunk_file(i))
+        ]
         psp = FrozenPSP(self.psp.to(self.device), ACTIVATIONS[self.settings.precision])
         net = self.content_net.to(device=self.device, memory_format=torch.channels_last)
-        loader = DataLoader(self.photos, batch_sampler=[list(chunks[i]) for i in mine],
-                            num_workers=min(self.workers, len(mine)),
-                            worker_init_fn=leave_signals_to_parent)
-        log.info('inverting %d photographs, %d refinements', len(self.table),
-                 self.settings.n_iters)
+        loader = DataLoader(
+            self.photos,
+            batch_sampler=[list(chunks[i]) for i in mine],
+            num_workers=min(self.workers, len(mine)),
+            worker_init_fn=leave_signals_to_parent,
+        )
+        log.info('inverting %d photographs, %d refinements', len(self.table), self.settings.n_iters)
         bar = progress(total=sum(len(chunks[i]) for i in mine), desc='inversion', unit='img')
         names = png_names(self.table.ids)
 
@@ -190,26 +212,35 @@ class Pipeline:
             each(one, zip(mine, loader), self.threads)
         bar.close()
 
-    def _invert_batch(self, psp: FrozenPSP, net: ContentNetwork | FeatureNetwork,
-                      u8: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _invert_batch(
+        self, psp: FrozenPSP, net: ContentNetwork | FeatureNetwork, u8: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Of photographs uint8 [N, 3, S, S]: ws, recon, content features, error [N], on the CPU."""
         x = u8.to(self.device).float().div(127.5).sub(1)
         found = invert(psp, x, n_iters=self.settings.n_iters)
         if not torch.isfinite(found.ws).all():
-            raise UserError('the inversion gives numbers that are not finite; is the checkpoint '
-                            'of --checkpoint_path a trained one?')
+            raise UserError(
+                'the inversion gives numbers that are not finite; is the checkpoint '
+                'of --checkpoint_path a trained one?'
+            )
         # A pretrained network sees what the inversion loses, and looks at the photograph.
         seen = x if net.of_photographs else found.recon
-        return {'ws': found.ws.cpu(), 'recon': found.recon.cpu(),
-                'content': net.features(seen).cpu(),
-                'error': (found.recon - x).square().mean((1, 2, 3)).cpu()}
+        return {
+            'ws': found.ws.cpu(),
+            'recon': found.recon.cpu(),
+            'content': net.features(seen).cpu(),
+            'error': (found.recon - x).square().mean((1, 2, 3)).cpu(),
+        }
 
     def _collect(self, latents: Path, content: Path) -> None:
         files = [self._chunk_file(i) for i in range(len(self._chunks()))]
         parts = [_load_intact(file, 'inversion chunk') for file in files]
         errors = torch.cat([p['error'] for p in parts])
-        log.info('reconstruction error (mean square, range [-1, 1]): median %.4f, worst %.4f',
-                 errors.median(), errors.max())
+        log.info(
+            'reconstruction error (mean square, range [-1, 1]): median %.4f, worst %.4f',
+            errors.median(),
+            errors.max(),
+        )
         save_npy(self.private / 'inversion_error.npy', errors.numpy())
         for path, part in ((latents, 'ws'), (content, 'content')):
             with sealing(path):
@@ -230,8 +261,11 @@ class Pipeline:
                 self._write_groups(path, self._assign(latents))
             check_intact(path, remedy=_ANEW)
         distributed.barrier()
-        table = pd.read_csv(path, dtype={'id_code': str, 'release_name': str, 'patient_id': str},
-                            keep_default_na=False)
+        table = pd.read_csv(
+            path,
+            dtype={'id_code': str, 'release_name': str, 'patient_id': str},
+            keep_default_na=False,
+        )
         if list(table['id_code']) != self.table.ids:
             raise UserError(f'{path} does not belong to the table of this run')
         labels = table['centers'].to_numpy()
@@ -243,34 +277,53 @@ class Pipeline:
         s = self.settings
         latents = latents.reshape(len(latents), -1)
         rows = np.flatnonzero(~self.copies)
-        found = assign_groups(latents[rows] if self.copies.any() else latents, s.k,
-                              patients=[self.people[i] for i in rows],
-                              strata=self.strata and [self.strata[i] for i in rows],
-                              method=s.clustering, policy=s.policy, surplus=s.surplus, seed=s.seed,
-                              reduce=s.reduce_dim or 'auto', device=self.device)
-        log.info('%d groups of %s; squared error within groups %.1f %% of the total',
-                 found.labels.max(), _sizes(found.labels),
-                 100 * found.info['sse_ratio'])
+        found = assign_groups(
+            latents[rows] if self.copies.any() else latents,
+            s.k,
+            patients=[self.people[i] for i in rows],
+            strata=self.strata and [self.strata[i] for i in rows],
+            method=s.clustering,
+            policy=s.policy,
+            surplus=s.surplus,
+            seed=s.seed,
+            reduce=s.reduce_dim or 'auto',
+            device=self.device,
+        )
+        log.info(
+            '%d groups of %s; squared error within groups %.1f %% of the total',
+            found.labels.max(),
+            _sizes(found.labels),
+            100 * found.info['sse_ratio'],
+        )
         for reason in sorted({r for _, r in found.suppressed}):
-            log.warning('left out %d photographs: %s',
-                        sum(r == reason for _, r in found.suppressed), reason)
+            log.warning(
+                'left out %d photographs: %s', sum(r == reason for _, r in found.suppressed), reason
+            )
         labels = np.zeros(len(latents), np.int64)
         labels[rows] = found.labels
         return labels
 
     def _check(self, labels):
-        check_groups(labels, self.settings.k, patients=self.people, strata=self.strata,
-                     policy=self.settings.policy)
+        check_groups(
+            labels,
+            self.settings.k,
+            patients=self.people,
+            strata=self.strata,
+            policy=self.settings.policy,
+        )
 
     def _write_groups(self, path: Path, labels: np.ndarray) -> None:
         self._check(labels)
         sizes = np.bincount(labels)
         secret = '\n'.join(f'{i} {c}' for i, c in zip(self.table.ids, labels)).encode()
         names = release_names(int(labels.max()), secret, self.settings.seed)
-        columns = {'id_code': self.table.ids, 'centers': labels,
-                   'count_centers': [int(sizes[c]) if c else 0 for c in labels],
-                   'release_name': [names[c - 1] if c else '' for c in labels],
-                   'patient_id': self.table.patients or [f'person-{p}' for p in self.people]}
+        columns = {
+            'id_code': self.table.ids,
+            'centers': labels,
+            'count_centers': [int(sizes[c]) if c else 0 for c in labels],
+            'release_name': [names[c - 1] if c else '' for c in labels],
+            'patient_id': self.table.patients or [f'person-{p}' for p in self.people],
+        }
         if self.table.labels is not None:
             columns['diagnosis'] = self.table.labels
         with sealing(path):
@@ -286,25 +339,35 @@ class Pipeline:
         files = [self.private / name for name in ('latents.npy', 'content.npy', GROUP_TABLE)]
         return sha256_bytes('\n'.join(sha256_file(f) for f in files).encode())
 
-    def optimise(self, latents: np.ndarray, content: np.ndarray,
-                 labels: np.ndarray) -> list[GroupResult]:
+    def optimise(
+        self, latents: np.ndarray, content: np.ndarray, labels: np.ndarray
+    ) -> list[GroupResult]:
         """Runs every batch of groups that has no result yet; returns results on process 0."""
         n_groups = int(labels.max())
         members = [np.flatnonzero(labels == c) for c in range(1, n_groups + 1)]
         at_once = self._at_once(n_groups)
         size = 1 if self.alone else at_once
-        batches = [members[i:i + size] for i in range(0, n_groups, size)]
+        batches = [members[i : i + size] for i in range(0, n_groups, size)]
         sources = self._sources()
-        mine = [i for i in range(distributed.rank(), len(batches), distributed.world_size())
-                if not is_intact(self._batch_file(i), sources)]
+        mine = [
+            i
+            for i in range(distributed.rank(), len(batches), distributed.world_size())
+            if not is_intact(self._batch_file(i), sources)
+        ]
         if mine:
-            engine = GroupOptimizer(self.psp, self.content_net, self.style_net,
-                                    config=self.settings.optimize, device=self.device,
-                                    precision=self.settings.precision)
+            engine = GroupOptimizer(
+                self.psp,
+                self.content_net,
+                self.style_net,
+                config=self.settings.optimize,
+                device=self.device,
+                precision=self.settings.precision,
+            )
             steps = self.settings.optimize.n_steps
             log.info('optimising %d groups, %d at a time, %d steps', n_groups, at_once, steps)
-            bar = progress(total=steps * sum(len(batches[i]) for i in mine), desc='optimisation',
-                           unit='step')
+            bar = progress(
+                total=steps * sum(len(batches[i]) for i in mine), desc='optimisation', unit='step'
+            )
 
             def one(i: int, check: Callable[[], None]) -> None:
                 def on_step(n: int) -> None:
@@ -315,7 +378,7 @@ class Pipeline:
                 result = run_within_memory(engine, groups, on_step=on_step)
                 self._save_batch(self._batch_file(i), result, sources)
 
-            with matmul_precision(self.settings.precision):    # set once for all threads
+            with matmul_precision(self.settings.precision):  # set once for all threads
                 each(one, mine, min(at_once, self.threads))
             bar.close()
         distributed.barrier()
@@ -326,14 +389,29 @@ class Pipeline:
     def _save_batch(self, path: Path, result: Result, sources: str) -> None:
         image = to_uint8(self._output(result.image))
         with sealing(path, sources):
-            save_torch(path, {'ws': result.ws, 'losses': result.losses, 'image': image,
-                              'centroid': to_uint8(self._output(result.centroid)),
-                              'pixels': [pixel_digest(u8) for u8 in image]})
+            save_torch(
+                path,
+                {
+                    'ws': result.ws,
+                    'losses': result.losses,
+                    'image': image,
+                    'centroid': to_uint8(self._output(result.centroid)),
+                    'pixels': [pixel_digest(u8) for u8 in image],
+                },
+            )
 
     def _load_batch(self, i: int, sources: str) -> list[GroupResult]:
         part = _load_intact(self._batch_file(i), 'group results', sources)
-        return [GroupResult(*row) for row in zip(part['image'], part['centroid'], part['ws'],
-                                                 part['losses'].unbind(1), part['pixels'])]
+        return [
+            GroupResult(*row)
+            for row in zip(
+                part['image'],
+                part['centroid'],
+                part['ws'],
+                part['losses'].unbind(1),
+                part['pixels'],
+            )
+        ]
 
     def _at_once(self, n_groups: int) -> int:
         """Groups optimised at a time: on a CPU side by side, on a GPU together in a batch.
@@ -343,8 +421,10 @@ class Pipeline:
         world = distributed.world_size()
         free = memory(self.device) // (world if self.device.type == 'cpu' else 1)
         most = self.threads if self.device.type == 'cpu' else min(64, -(-n_groups // world))
-        size = min(self.settings.group_batch or most,
-                   batch_that_fits(self.psp, 102, self.settings.precision, free, most=most))
+        size = min(
+            self.settings.group_batch or most,
+            batch_that_fits(self.psp, 102, self.settings.precision, free, most=most),
+        )
         if self.alone:
             return size
         path = self.private / 'group_batch.txt'
@@ -360,10 +440,12 @@ class Pipeline:
         return recorded
 
     def _group(self, members: np.ndarray, latents: np.ndarray, content: np.ndarray) -> Group:
-        return Group(torch.from_numpy(np.array(latents[members])),
-                     torch.stack([self.photos[int(i)] for i in members]),
-                     torch.from_numpy(np.array(content[members])),
-                     equal_shares([self.people[i] for i in members]))
+        return Group(
+            torch.from_numpy(np.array(latents[members])),
+            torch.stack([self.photos[int(i)] for i in members]),
+            torch.from_numpy(np.array(content[members])),
+            equal_shares([self.people[i] for i in members]),
+        )
 
     def _output(self, image):
         if self.settings.resize_outputs:
@@ -372,19 +454,25 @@ class Pipeline:
 
     # -- 4: what leaves, and what stays -----------------------------------------------------
 
-    def write(self, labels: np.ndarray, names: list[str], results: list[GroupResult],
-              staging: Path) -> dict:
+    def write(
+        self, labels: np.ndarray, names: list[str], results: list[GroupResult], staging: Path
+    ) -> dict:
         """Writes the release into the new folder `staging`, and the private records."""
         if len(results) != len(names):
-            raise PrivacyError(f'{len(results)} optimised groups for {len(names)} groups in the '
-                               f'group table; remove {self.private} and run again')
+            raise PrivacyError(
+                f'{len(results)} optimised groups for {len(names)} groups in the '
+                f'group table; remove {self.private} and run again'
+            )
         named = dict(zip(names, results))
         facts = self._manifest_facts(labels, results[0].image.shape[-1])
         write_records(self.private, named, facts=facts, soft_labels=self.settings.soft_labels)
         manifest = write_release(
-            staging, [self._facts(labels, c + 1, name) for c, name in enumerate(names)],
-            lambda name: to_picture(named[name].image), facts=facts,
-            soft_labels=self.settings.soft_labels)
+            staging,
+            [self._facts(labels, c + 1, name) for c, name in enumerate(names)],
+            lambda name: to_picture(named[name].image),
+            facts=facts,
+            soft_labels=self.settings.soft_labels,
+        )
         if self.settings.centroids:
             for name, result in named.items():
                 save_png(to_picture(result.centroid), self.private / 'centroids' / f'{name}.png')
@@ -400,12 +488,24 @@ class Pipeline:
 
     def _manifest_facts(self, labels, size):
         s = self.settings
-        settings = {'n_iters': s.n_iters, **dataclasses.asdict(s.optimize),
-                    'precision': s.precision, 'mirror_left': s.mirror_left}
-        return {'k': s.k, 'unit': self.unit, 'policy': s.policy, 'clustering': s.clustering,
-                'strata': list(s.strata), 'n_suppressed': int((labels == 0).sum()),
-                'image_size': size, 'settings': settings, **self.facts,
-                'png_encoder': png_encoder()}
+        settings = {
+            'n_iters': s.n_iters,
+            **dataclasses.asdict(s.optimize),
+            'precision': s.precision,
+            'mirror_left': s.mirror_left,
+        }
+        return {
+            'k': s.k,
+            'unit': self.unit,
+            'policy': s.policy,
+            'clustering': s.clustering,
+            'strata': list(s.strata),
+            'n_suppressed': int((labels == 0).sum()),
+            'image_size': size,
+            'settings': settings,
+            **self.facts,
+            'png_encoder': png_encoder(),
+        }
 
     def run(self, staging: Path) -> dict | None:
         """All stages; returns the manifest of the release in `staging`, on process 0."""

@@ -1,12 +1,19 @@
 """The promises of a grouping, checked by code that shares nothing with its making."""
+
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 from utils.errors import PrivacyError
 
 
-def check_groups(labels: Sequence[int], k: int, *, patients: Sequence[Hashable] | None = None,
-                 strata: Sequence[Hashable] | None = None, policy: str = 'distinct') -> None:
+def check_groups(
+    labels: Sequence[int],
+    k: int,
+    *,
+    patients: Sequence[Hashable] | None = None,
+    strata: Sequence[Hashable] | None = None,
+    policy: str = 'distinct',
+) -> None:
     """Checks an assignment against the promises, sharing no code with its making.
 
     labels: [n] of group numbers, 0 = suppressed. Raises PrivacyError that lists every broken
@@ -17,8 +24,9 @@ def check_groups(labels: Sequence[int], k: int, *, patients: Sequence[Hashable] 
     people = list(range(len(labels))) if patients is None else [str(p) for p in patients]
     kinds = [''] * len(labels) if strata is None else [str(s) for s in strata]
     if not len(labels) == len(people) == len(kinds):
-        raise PrivacyError(f'{len(labels)} group labels for {len(people)} patients and '
-                           f'{len(kinds)} strata')
+        raise PrivacyError(
+            f'{len(labels)} group labels for {len(people)} patients and {len(kinds)} strata'
+        )
     members, homes = defaultdict(list), defaultdict(set)
     for row, label in enumerate(labels):
         if label != 0:
@@ -30,8 +38,9 @@ def check_groups(labels: Sequence[int], k: int, *, patients: Sequence[Hashable] 
     for label, rows in sorted(members.items()):
         distinct = {people[row] for row in rows}
         if len(distinct) < k:
-            faults.append(f'group {label} holds {len(distinct)} distinct patients, fewer than '
-                          f'k = {k}')
+            faults.append(
+                f'group {label} holds {len(distinct)} distinct patients, fewer than k = {k}'
+            )
         if policy == 'distinct' and len(distinct) < len(rows):
             faults.append(f'group {label} holds a patient more than once')
         if len({kinds[row] for row in rows}) > 1:

@@ -5,6 +5,7 @@ optimisation made the picture. group_latents.npy: float32 [C, L, D], row c - 1 i
 groups.csv. facts.json: what the manifest says besides counts and file hashes. Each is sealed
 (utils.io). C groups, L styles, D style dimension, R side of the pictures.
 """
+
 import hashlib
 import json
 from collections.abc import Sequence
@@ -52,8 +53,9 @@ def to_picture(u8: torch.Tensor) -> Image.Image:
     return Image.fromarray(u8.permute(1, 2, 0).numpy())
 
 
-def write_records(private: Path, results: dict[str, GroupResult], *, facts: dict,
-                  soft_labels: bool) -> None:
+def write_records(
+    private: Path, results: dict[str, GroupResult], *, facts: dict, soft_labels: bool
+) -> None:
     """Writes pictures.json, group_latents.npy, facts.json, losses.npy and README.txt.
 
     results: by release name, in the order of the group numbers.
@@ -76,8 +78,9 @@ def write_card(private: Path, card: Card) -> None:
         write_json(private / FACTS, record)
 
 
-def write_contact_sheet(path: Path, labels: np.ndarray, results: Sequence[GroupResult],
-                        photos: Photographs) -> None:
+def write_contact_sheet(
+    path: Path, labels: np.ndarray, results: Sequence[GroupResult], photos: Photographs
+) -> None:
     """Rows of members, centroid, k-SALSA image. Shows photographs: private.
 
     labels: group numbers [n]; results: in the order of the group numbers.
@@ -94,6 +97,7 @@ def write_contact_sheet(path: Path, labels: np.ndarray, results: Sequence[GroupR
     for shown, centroid, image in rows:
         blank = [torch.full_like(shown[0], 255)] * (most - len(shown))
         cells += [*shown, *blank, centroid, image]
-    cells = [pil_to_tensor(to_picture(c).resize((side, side), Image.Resampling.BICUBIC))
-             for c in cells]
+    cells = [
+        pil_to_tensor(to_picture(c).resize((side, side), Image.Resampling.BICUBIC)) for c in cells
+    ]
     save_png(grid(torch.stack(cells), most + 2, fill=1.0), path)

@@ -3,6 +3,7 @@
 Nothing here sees a photograph, a file name or a patient: the inputs are pictures, grades and
 counts per group. The same inputs give the same bytes.
 """
+
 import dataclasses
 import hashlib
 import html
@@ -37,13 +38,13 @@ PAGES = (LABELS, METADATA, DATASHEET, REPORT, README, CROISSANT)
 FORMAT, OLDER_FORMATS = 'k-salsa-release-3', ('k-salsa-release-1', 'k-salsa-release-2')
 # International scale for diabetic retinopathy.
 GRADE_NAMES = ('none', 'mild', 'moderate', 'severe', 'proliferative')
-RISK_LINE = 0.09    # re-identification risk accepted by EMA policy 0070 and Health Canada
-DECIMALS = 6        # of shares and distances
-_LETTERS = 'bcdfghjkmnpqrstvwxz'    # no vowels: no words; no digits: no mistaking for an id
+RISK_LINE = 0.09  # re-identification risk accepted by EMA policy 0070 and Health Canada
+DECIMALS = 6  # of shares and distances
+_LETTERS = 'bcdfghjkmnpqrstvwxz'  # no vowels: no words; no digits: no mistaking for an id
 _NAME_LENGTH = 8
-_SHOWN = 24         # pictures in report.html
+_SHOWN = 24  # pictures in report.html
 # Upper ends of the size categories of dataset cards.
-_SIZES = {1000: 'n<1K', 10 ** 4: '1K<n<10K', 10 ** 5: '10K<n<100K', 10 ** 6: '100K<n<1M'}
+_SIZES = {1000: 'n<1K', 10**4: '1K<n<10K', 10**5: '10K<n<100K', 10**6: '100K<n<1M'}
 _TEMPLATES = Path(__file__).parent / 'templates'
 
 
@@ -54,7 +55,7 @@ class GroupFacts:
     name: str
     n_images: int
     n_patients: int
-    grades: tuple[int, ...] | None    # counts of grades 0, 1, ...; None without labels
+    grades: tuple[int, ...] | None  # counts of grades 0, 1, ...; None without labels
 
 
 def release_names(n: int, secret: bytes, seed: int) -> list[str]:
@@ -63,8 +64,9 @@ def release_names(n: int, secret: bytes, seed: int) -> list[str]:
     secret: bytes that only the holder of the photographs has (the group table), so that the
     names cannot be traced back to the order in which groups were found.
     """
-    rng = np.random.default_rng([derive(seed, 'release names'),
-                                 int.from_bytes(hashlib.sha256(secret).digest()[:8], 'big')])
+    rng = np.random.default_rng(
+        [derive(seed, 'release names'), int.from_bytes(hashlib.sha256(secret).digest()[:8], 'big')]
+    )
     names: list[str] = []
     taken: set[str] = set()
     while len(names) < n:
@@ -109,22 +111,35 @@ def grade_diversity(groups: list[GroupFacts]) -> dict[str, float] | None:
     distinct = [sum(n > 0 for n in own) for own in counts]
     moved = []
     for own in counts:
-        gaps = [Fraction(n, sum(own)) - Fraction(everyone, sum(overall))
-                for n, everyone in zip(own, overall)]
-        moved.append(sum(abs(sum(gaps[:i], Fraction(0))) for i in range(1, n_grades))
-                     / (n_grades - 1))
+        gaps = [
+            Fraction(n, sum(own)) - Fraction(everyone, sum(overall))
+            for n, everyone in zip(own, overall)
+        ]
+        moved.append(
+            sum(abs(sum(gaps[:i], Fraction(0))) for i in range(1, n_grades)) / (n_grades - 1)
+        )
     n = len(counts)
-    exact = {'homogeneous': Fraction(distinct.count(1), n), 'l_min': min(distinct),
-             'l_mean': Fraction(sum(distinct), n), 't_max': max(moved), 't_mean': sum(moved) / n}
-    return {name: value if isinstance(value, int) else round(float(value), DECIMALS)
-            for name, value in exact.items()}
+    exact = {
+        'homogeneous': Fraction(distinct.count(1), n),
+        'l_min': min(distinct),
+        'l_mean': Fraction(sum(distinct), n),
+        't_max': max(moved),
+        't_mean': sum(moved) / n,
+    }
+    return {
+        name: value if isinstance(value, int) else round(float(value), DECIMALS)
+        for name, value in exact.items()
+    }
 
 
 def png_encoder() -> str:
     """What compresses the pictures here; another one writes other bytes for the same pixels."""
     library = 'zlib-ng' if features.check_feature('zlib_ng') else 'zlib'
-    version = features.version_feature('zlib_ng') if library == 'zlib-ng' else \
-        features.version_codec('zlib')
+    version = (
+        features.version_feature('zlib_ng')
+        if library == 'zlib-ng'
+        else features.version_codec('zlib')
+    )
     return f'pillow {PIL.__version__}, {library} {version}'
 
 
@@ -145,31 +160,50 @@ def csv_text(table: pd.DataFrame) -> str:
 
 def render_pages(manifest: dict[str, Any], labels: pd.DataFrame) -> dict[str, str]:
     """All PAGES but labels.csv as text, from the manifest and labels.csv alone."""
-    page = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), trim_blocks=True,
-                              lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-                              autoescape=jinja2.select_autoescape(['html']))
-    page.filters['quoted'] = lambda text: json.dumps(text, ensure_ascii=False)    # YAML reads it
+    page = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=jinja2.select_autoescape(['html']),
+    )
+    page.filters['quoted'] = lambda text: json.dumps(text, ensure_ascii=False)  # YAML reads it
     page.filters['cell'] = lambda text: html.escape(text).replace('|', '&#124;')
     smallest = min(int(v) for v in manifest['patients_per_group'])
     grades = labels['label'] if 'label' in labels else [None] * len(labels)
     metadata = metadata_table(labels)
     columns = [str(name) for name in metadata]
-    values = {'m': manifest, 'smallest': smallest, 'risk': 1 / smallest, 'risk_line': RISK_LINE,
-              'shown': [{'name': n, 'label': g} for n, g in
-                        zip(labels['image'][:_SHOWN], grades[:_SHOWN])],
-              'soft_labels': 'p0' in labels, 'grade_share': _shares(manifest['grades']),
-              'card': filled(manifest['card']), 'columns': columns,
-              'grade_names': GRADE_NAMES, 'size_category': _size_category(len(labels)),
-              'license_is_address': is_address(manifest['card']['license'] or '')}
+    values = {
+        'm': manifest,
+        'smallest': smallest,
+        'risk': 1 / smallest,
+        'risk_line': RISK_LINE,
+        'shown': [
+            {'name': n, 'label': g} for n, g in zip(labels['image'][:_SHOWN], grades[:_SHOWN])
+        ],
+        'soft_labels': 'p0' in labels,
+        'grade_share': _shares(manifest['grades']),
+        'card': filled(manifest['card']),
+        'columns': columns,
+        'grade_names': GRADE_NAMES,
+        'size_category': _size_category(len(labels)),
+        'license_is_address': is_address(manifest['card']['license'] or ''),
+    }
     tables = {METADATA: csv_text(metadata), LABELS: csv_text(labels)}
     described = croissant.describe(
-        manifest, {name: sha256_bytes(text.encode()) for name, text in tables.items()},
-        columns, page.get_template('description.txt').render(values), GRADE_NAMES)
-    return {METADATA: tables[METADATA],
-            DATASHEET: page.get_template('datasheet.md').render(values),
-            REPORT: page.get_template('report.html').render(values),
-            README: page.get_template('card.md').render(values),
-            CROISSANT: json.dumps(described, indent=2) + '\n'}
+        manifest,
+        {name: sha256_bytes(text.encode()) for name, text in tables.items()},
+        columns,
+        page.get_template('description.txt').render(values),
+        GRADE_NAMES,
+    )
+    return {
+        METADATA: tables[METADATA],
+        DATASHEET: page.get_template('datasheet.md').render(values),
+        REPORT: page.get_template('report.html').render(values),
+        README: page.get_template('card.md').render(values),
+        CROISSANT: json.dumps(described, indent=2) + '\n',
+    }
 
 
 def _size_category(n: int) -> str:
@@ -180,15 +214,24 @@ def check_outside_release(path: str | Path, flag: str) -> None:
     """UserError when `path` lies in a release folder, where nothing may be added."""
     for folder in (Path(path).resolve(), *Path(path).resolve().parents):
         manifest = folder / MANIFEST
-        if manifest.is_file() and any(f'"{name}"' in manifest.read_text('utf-8', 'replace')
-                                      for name in (FORMAT, *OLDER_FORMATS)):
-            raise UserError(f'{flag} {path} lies in the release {folder}, to which nothing may be '
-                            'added; choose a place outside')
+        if manifest.is_file() and any(
+            f'"{name}"' in manifest.read_text('utf-8', 'replace')
+            for name in (FORMAT, *OLDER_FORMATS)
+        ):
+            raise UserError(
+                f'{flag} {path} lies in the release {folder}, to which nothing may be '
+                'added; choose a place outside'
+            )
 
 
-def write_release(folder: str | Path, groups: list[GroupFacts],
-                  pictures: Callable[[str], Image.Image | torch.Tensor], *,
-                  facts: dict[str, Any], soft_labels: bool = False) -> dict[str, Any]:
+def write_release(
+    folder: str | Path,
+    groups: list[GroupFacts],
+    pictures: Callable[[str], Image.Image | torch.Tensor],
+    *,
+    facts: dict[str, Any],
+    soft_labels: bool = False,
+) -> dict[str, Any]:
     """Writes images/, the PAGES and manifest.json into `folder`.
 
     groups: list of GroupFacts; pictures: function name -> float [3, R, R] or PIL picture;
@@ -200,12 +243,19 @@ def write_release(folder: str | Path, groups: list[GroupFacts],
     for group in sorted(groups, key=lambda g: g.name):
         save_png(pictures(group.name), folder / 'images' / f'{group.name}.png')
     labels = label_table(groups, soft_labels=soft_labels)
-    return _write_pages(folder, labels, {
-        'format': FORMAT, **facts, 'n_images': len(groups),
-        'images_per_group': _histogram(g.n_images for g in groups),
-        'patients_per_group': _histogram(g.n_patients for g in groups),
-        'grades': _histogram(labels['label']) if 'label' in labels else None,
-        'grade_diversity': grade_diversity(groups)})
+    return _write_pages(
+        folder,
+        labels,
+        {
+            'format': FORMAT,
+            **facts,
+            'n_images': len(groups),
+            'images_per_group': _histogram(g.n_images for g in groups),
+            'patients_per_group': _histogram(g.n_patients for g in groups),
+            'grades': _histogram(labels['label']) if 'label' in labels else None,
+            'grade_diversity': grade_diversity(groups),
+        },
+    )
 
 
 def describe_anew(release: str | Path, folder: str | Path, card: Card) -> dict[str, Any]:
@@ -216,8 +266,10 @@ def describe_anew(release: str | Path, folder: str | Path, card: Card) -> dict[s
     release, folder = Path(release), Path(folder)
     manifest = json.loads((release / MANIFEST).read_text(encoding='utf-8'))
     if manifest.pop('format') != FORMAT:
-        raise UserError(f'{release} was made by another version of this project, which cannot '
-                        'give it a card; make the release anew in another folder')
+        raise UserError(
+            f'{release} was made by another version of this project, which cannot '
+            'give it a card; make the release anew in another folder'
+        )
     del manifest['files']
     shutil.copytree(release / 'images', folder / 'images')
     labels = pd.read_csv(release / LABELS, dtype={'image': str}, keep_default_na=False)
@@ -227,11 +279,14 @@ def describe_anew(release: str | Path, folder: str | Path, card: Card) -> dict[s
 def _write_pages(folder: Path, labels: pd.DataFrame, manifest: dict[str, Any]) -> dict[str, Any]:
     """Writes PAGES and manifest beside the pictures; returns the manifest with all hashes."""
     write_text(folder / LABELS, csv_text(labels))
-    manifest = json.loads(json.dumps(manifest))    # as a reader has it: lists, not tuples
+    manifest = json.loads(json.dumps(manifest))  # as a reader has it: lists, not tuples
     for name, text in render_pages(manifest, labels).items():
         write_text(folder / name, text)
-    manifest['files'] = {str(p.relative_to(folder).as_posix()): sha256_file(p)
-                         for p in sorted(folder.rglob('*')) if p.is_file()}
+    manifest['files'] = {
+        str(p.relative_to(folder).as_posix()): sha256_file(p)
+        for p in sorted(folder.rglob('*'))
+        if p.is_file()
+    }
     write_json(folder / MANIFEST, manifest)
     return json.loads((folder / MANIFEST).read_text(encoding='utf-8'))
 

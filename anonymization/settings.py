@@ -1,4 +1,5 @@
 """What shapes a release."""
+
 import dataclasses
 
 from anonymization.optimize import OptimizeConfig

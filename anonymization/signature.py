@@ -4,6 +4,7 @@ The signature is over the bytes of manifest.json, which lists every other file w
 It stands beside the release folder as `<folder>.sig`, 64 bytes, so that the folder itself holds
 nothing but what can be derived again. Needs the package `cryptography`.
 """
+
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,12 +40,20 @@ def make_key(path: str | Path) -> Path:
         if file.exists() or file.is_symlink():
             raise UserError(f'{file} exists; a key is never overwritten, choose another name')
     key = ed25519.Ed25519PrivateKey.generate()
-    _write_private(path, key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption()))
+    _write_private(
+        path,
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        ),
+    )
     with atomic_path(public) as temp:
-        temp.write_bytes(key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+        temp.write_bytes(
+            key.public_key().public_bytes(
+                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
+        )
     return public
 
 
@@ -66,9 +75,11 @@ def sign(release: str | Path, key: str | Path) -> Path:
     ed25519, serialization = _cryptography()
     try:
         private = serialization.load_pem_private_key(read_regular(Path(key), _MAX_KEY), None)
-    except (ValueError, TypeError) as error:    # TypeError: the key asks for a password
-        raise UserError(f'{key} is not an unencrypted private key in PEM form{_reason(error)}; '
-                        'make one with scripts/sign_release.py --make_key') from error
+    except (ValueError, TypeError) as error:  # TypeError: the key asks for a password
+        raise UserError(
+            f'{key} is not an unencrypted private key in PEM form{_reason(error)}; '
+            'make one with scripts/sign_release.py --make_key'
+        ) from error
     if not isinstance(private, ed25519.Ed25519PrivateKey):
         raise UserError(f'{key} is not an Ed25519 key')
     path = signature_path(release)
@@ -77,13 +88,15 @@ def sign(release: str | Path, key: str | Path) -> Path:
     return path
 
 
-def check_signature(release: str | Path, public_key: str | Path,
-                    signature: str | Path | None = None) -> Check:
+def check_signature(
+    release: str | Path, public_key: str | Path, signature: str | Path | None = None
+) -> Check:
     """Whether manifest.json carries the signature of `public_key` (default place: `<folder>.sig`).
 
     UserError when the public key cannot be read.
     """
     from cryptography.exceptions import InvalidSignature
+
     public, found = _public_key(public_key), Findings(SIGNED)
     try:
         there = read_regular(Path(signature or signature_path(release)), _MAX_KEY)
@@ -102,8 +115,10 @@ def _public_key(path: str | Path) -> 'ed25519.Ed25519PublicKey':
     try:
         public = serialization.load_pem_public_key(read_regular(Path(path), _MAX_KEY))
     except ValueError as error:
-        raise UserError(f'{path} is not a public key in PEM form{_reason(error)}; ask the maker '
-                        'for his, or name another file') from error
+        raise UserError(
+            f'{path} is not a public key in PEM form{_reason(error)}; ask the maker '
+            'for his, or name another file'
+        ) from error
     if not isinstance(public, ed25519.Ed25519PublicKey):
         raise UserError(f'{path} is not an Ed25519 key')
     return public
@@ -125,6 +140,7 @@ def _cryptography():
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError:
-        raise UserError('signatures need the package cryptography: pip install cryptography'
-                        ) from None
+        raise UserError(
+            'signatures need the package cryptography: pip install cryptography'
+        ) from None
     return ed25519, serialization

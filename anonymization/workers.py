@@ -4,6 +4,7 @@ With more than one thread an operation sums in another order. So each operation 
 each unit (a photograph, a group) is computed alone, and the cores are kept busy by several units
 at a time.
 """
+
 import contextlib
 import logging
 import threading
@@ -54,8 +55,9 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[1]
 
 
-def each(function: Callable[[Item, Callable[[], None]], None], items: Iterable[Item],
-         n: int) -> None:
+def each(
+    function: Callable[[Item, Callable[[], None]], None], items: Iterable[Item], n: int
+) -> None:
     """Calls function(item, check) for every item, `n` at a time; the first error ends all.
 
     items are taken as they are needed, one after another. `function` calls check() now and then,
@@ -96,19 +98,25 @@ def memory(device: str | torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def run_within_memory(engine: GroupOptimizer, groups: list[Group], *,
-                      on_step: Callable[[int], None] | None = None) -> Result:
+def run_within_memory(
+    engine: GroupOptimizer, groups: list[Group], *, on_step: Callable[[int], None] | None = None
+) -> Result:
     """engine.run(groups), in halves where the card's memory does not suffice."""
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
         return engine.run(groups, on_step=on_step)
-    torch.cuda.empty_cache()    # here, where no traceback holds the tensors any more
+    torch.cuda.empty_cache()  # here, where no traceback holds the tensors any more
     if len(groups) == 1:
-        raise UserError('one group does not fit the memory of the card; use --precision bf16, or '
-                        '--device cpu')
+        raise UserError(
+            'one group does not fit the memory of the card; use --precision bf16, or --device cpu'
+        )
     half = len(groups) // 2
     log.warning('out of memory with %d groups; going on in halves', len(groups))
-    parts = [run_within_memory(engine, part, on_step=on_step)
-             for part in (groups[:half], groups[half:])]
-    return Result(torch.cat([p.ws for p in parts]), torch.cat([p.image for p in parts]),
-                  torch.cat([p.losses for p in parts], 1),
-                  torch.cat([p.centroid for p in parts]))
+    parts = [
+        run_within_memory(engine, part, on_step=on_step) for part in (groups[:half], groups[half:])
+    ]
+    return Result(
+        torch.cat([p.ws for p in parts]),
+        torch.cat([p.image for p in parts]),
+        torch.cat([p.losses for p in parts], 1),
+        torch.cat([p.centroid for p in parts]),
+    )

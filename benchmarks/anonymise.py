@@ -12,6 +12,7 @@ torch.utils.flop_counter, over the matrix rate measured in the same run. TF32 is
 or for none. Losses are compared from the latents and reconstructions of the published way; how far
 the latents of both sides are apart is given by itself. Exit code 1 when the losses disagree.
 """
+
 import sys
 from pathlib import Path
 
@@ -52,19 +53,44 @@ FIRST_STEPS = 3
 def build_parser():
     lines = __doc__.splitlines()
     p = parser(lines[0], epilog='\n'.join(lines[1:]))
-    p.add_argument('--size', type=power_of_two, default=256, metavar='PX',
-                   help='side of the generated pictures')
+    p.add_argument(
+        '--size',
+        type=power_of_two,
+        default=256,
+        metavar='PX',
+        help='side of the generated pictures',
+    )
     p.add_argument('--k', type=positive_int, default=5, metavar='INT', help='group size')
-    p.add_argument('--groups', type=positive_int, default=1, metavar='INT',
-                   help='groups anonymised by this project')
-    p.add_argument('--group_batch', type=positive_int, metavar='INT',
-                   help='of them optimised together (default: all)')
-    p.add_argument('--steps', type=positive_int, default=6, metavar='INT',
-                   help='timed steps of each side')
-    p.add_argument('--n_steps', type=positive_int, default=100, metavar='INT',
-                   help='steps of a group, extrapolated to')
-    p.add_argument('--batch_size', type=positive_int, default=8, metavar='INT',
-                   help='photographs inverted together by this project')
+    p.add_argument(
+        '--groups',
+        type=positive_int,
+        default=1,
+        metavar='INT',
+        help='groups anonymised by this project',
+    )
+    p.add_argument(
+        '--group_batch',
+        type=positive_int,
+        metavar='INT',
+        help='of them optimised together (default: all)',
+    )
+    p.add_argument(
+        '--steps', type=positive_int, default=6, metavar='INT', help='timed steps of each side'
+    )
+    p.add_argument(
+        '--n_steps',
+        type=positive_int,
+        default=100,
+        metavar='INT',
+        help='steps of a group, extrapolated to',
+    )
+    p.add_argument(
+        '--batch_size',
+        type=positive_int,
+        default=8,
+        metavar='INT',
+        help='photographs inverted together by this project',
+    )
     p.add_argument('--precision', choices=PRECISIONS, default='fp32', help='of this project')
     p.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
     p.add_argument('--seed', type=int, default=0, help='of weights and photographs')
@@ -87,8 +113,9 @@ def random_networks(size, seed):
         for layer in (generator.to_rgb1, *generator.to_rgbs):
             layer.conv.weight.mul_(0.5 / spread)
     pictures = photographs(4, seed + 1).float().div(127.5).sub(1)
-    encoder = build_encoder('ResNetBackboneEncoder', n_styles=generator.n_latent,
-                            input_size=ENCODER_SIZE)
+    encoder = build_encoder(
+        'ResNetBackboneEncoder', n_styles=generator.n_latent, input_size=ENCODER_SIZE
+    )
     offsets = set_statistics(encoder, torch.cat([pictures, pictures.flip(0)], 1))
     with torch.no_grad():
         for style in encoder.styles:
@@ -136,9 +163,9 @@ class Clock:
 def run_published(psp, content, style, photos, config, opts, device):
     """(seconds per phase, losses [steps, 2], (latents, reconstructions)) of the first group."""
     way, clock = PublishedWay(psp, content, style, config), Clock(device)
-    x = photos[:opts.k].to(device).float().div(127.5).sub(1)
+    x = photos[: opts.k].to(device).float().div(127.5).sub(1)
     if device.type == 'cuda':
-        way.invert(x, 1)    # loads kernels
+        way.invert(x, 1)  # loads kernels
     ws, recon = clock.time('first inversion', lambda: way.invert(x))
     clock.seconds['second inversion'] = clock.seconds['first inversion']
     features = clock.time('targets', lambda: way.targets(x))
@@ -161,23 +188,24 @@ def run_ours(psp, content, style, photos, config, opts, device, found_before):
         if device.type == 'cuda':
             invert(frozen, x_batches[0], n_iters=1)
         found = clock.time('first inversion', lambda: [invert(frozen, x) for x in x_batches])
-        work['first inversion'] = operations(lambda: invert(frozen, x_batches[0])) * len(
-            photos) / len(x_batches[0])
+        work['first inversion'] = (
+            operations(lambda: invert(frozen, x_batches[0])) * len(photos) / len(x_batches[0])
+        )
     latents = torch.cat([f.ws for f in found]).split(opts.k)
     features = torch.cat([content.features(f.recon) for f in found]).split(opts.k)
     groups = [Group(*parts) for parts in zip(latents, photos.split(opts.k), features)]
     same = Group(found_before[0], groups[0].photos, content.features(found_before[1]))
-    engine = GroupOptimizer(psp, content, style, config=config, device=device,
-                            precision=opts.precision)
+    engine = GroupOptimizer(
+        psp, content, style, config=config, device=device, precision=opts.precision
+    )
     size = opts.group_batch or opts.groups
-    batches = [groups[i:i + size] for i in range(0, len(groups), size)]
+    batches = [groups[i : i + size] for i in range(0, len(groups), size)]
     with matmul_precision(opts.precision):
         targets = clock.time('targets', lambda: [engine.targets(b) for b in batches])[0]
         start = torch.stack([g.ws.mean(0) for g in batches[0]])
         scale = len(groups) / len(batches[0])
         work['targets'] = scale * operations(lambda: engine.targets(batches[0]))
-        work['steps'] = scale * opts.n_steps * operations(
-            lambda: one_step(engine, start, targets))
+        work['steps'] = scale * opts.n_steps * operations(lambda: one_step(engine, start, targets))
     timed = [timed_run(engine, batch, device) for batch in batches]
     clock.seconds['steps'] = opts.n_steps * sum(per_step(seconds) for seconds in timed)
     with torch.no_grad(), matmul_precision(opts.precision):
@@ -223,13 +251,21 @@ def print_table(published, ours, work, rate, opts):
     rows = [['phase', 'published, s', 'ours, s', 'ratio', 'floor, s']]
     for phase, old in published.items():
         new = ours.get(phase, 0.0)
-        rows.append([phase, f'{old:.2f}', f'{new:.2f}', f'{old / new:.1f}' if new else '',
-                     f'{work.get(phase, 0) / rate:.2f}'])
+        rows.append(
+            [
+                phase,
+                f'{old:.2f}',
+                f'{new:.2f}',
+                f'{old / new:.1f}' if new else '',
+                f'{work.get(phase, 0) / rate:.2f}',
+            ]
+        )
     old, new = sum(published.values()), sum(ours.values())
     floor = sum(work.values()) / rate
     rows.append(['one group', f'{old:.2f}', f'{new:.2f}', f'{old / new:.1f}', f'{floor:.2f}'])
-    rows.append(['groups per minute', *(f'{60 / v:.3g}' for v in (old, new)), '',
-                 f'{60 / floor:.3g}'])
+    rows.append(
+        ['groups per minute', *(f'{60 / v:.3g}' for v in (old, new)), '', f'{60 / floor:.3g}']
+    )
     for i, row in enumerate(rows):
         print('| ' + ' | '.join(row) + ' |' if opts.markdown else '\t'.join(row))
         if i == 0 and opts.markdown:
@@ -253,25 +289,29 @@ def main(argv=None):
     photos = photographs(opts.k * opts.groups, opts.seed + 2)
     with matmul_precision(opts.precision):
         published, old_losses, found = run_published(
-            *copy.deepcopy((psp, content, style)), photos, config, opts, device)
+            *copy.deepcopy((psp, content, style)), photos, config, opts, device
+        )
         rate = matrix_rate(device, ACTIVATIONS[opts.precision])
-    ours, work, losses, latents = run_ours(psp, content, style, photos, config, opts, device,
-                                           found)
+    ours, work, losses, latents = run_ours(psp, content, style, photos, config, opts, device, found)
     print(f'{describe(device)}; {opts.precision} matrix rate {rate / 1e9:.0f} GFLOP/s')
-    print(f'{opts.size} px, k = {opts.k}, {opts.groups} group(s), '
-          f'{opts.group_batch or opts.groups} at a time, {opts.steps} steps timed, '
-          f'{opts.n_steps} counted; seconds per group')
+    print(
+        f'{opts.size} px, k = {opts.k}, {opts.groups} group(s), '
+        f'{opts.group_batch or opts.groups} at a time, {opts.steps} steps timed, '
+        f'{opts.n_steps} counted; seconds per group'
+    )
     ratio, distance = print_table(published, ours, work, rate, opts)
     print(f'{ratio:.1f} times the published way; {distance:.1f} times the floor')
     if device.type == 'cuda':
-        print(f'peak memory {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB')
+        print(f'peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB')
     differences = loss_differences(old_losses, losses, config)
     first, last = AGREEMENT[opts.precision]
     start = differences[:FIRST_STEPS].max()
     apart = (latents - found[0]).norm() / (found[0] - psp.latent_avg).norm()
     print(f'latents: {float(apart):.1e} apart, relative to their distance from the average')
-    print(f'total loss: {float(start):.1e} apart over the first {min(FIRST_STEPS, opts.steps)} '
-          f'steps (allowed {first:g}), {float(differences[-1]):.1e} at the last (allowed {last:g})')
+    print(
+        f'total loss: {float(start):.1e} apart over the first {min(FIRST_STEPS, opts.steps)} '
+        f'steps (allowed {first:g}), {float(differences[-1]):.1e} at the last (allowed {last:g})'
+    )
     return int(bool(start > first or differences[-1] > last))
 
 

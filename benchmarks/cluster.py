@@ -9,6 +9,7 @@ Features are drawn from a seed unless --features names a file. Errors are SSE / 
 0 is no loss of information, 100 a single group. The memory run writes a temporary file of
 n x 8192 float32 (2.9 GB) and removes it.
 """
+
 import sys
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def plain_published(features, k):
         sums = np.nansum(distances, axis=1)
         sums[labels > 0] = -1
         seed = sums.argmax()
-        members = np.append(np.argsort(distances[seed], kind='stable')[:k - 1], seed)
+        members = np.append(np.argsort(distances[seed], kind='stable')[: k - 1], seed)
         labels[members] = group
         distances[members] = np.nan
         distances[:, members] = np.nan
@@ -70,11 +71,16 @@ def machine():
     name = platform.processor() or platform.machine()
     info = Path('/proc/cpuinfo')
     if info.exists():
-        names = [line.split(':')[1].strip() for line in info.read_text().splitlines()
-                 if line.startswith('model name')]
+        names = [
+            line.split(':')[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith('model name')
+        ]
         name = names[0] if names else name
-    return (f'{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, '
-            f'torch {torch.__version__}, NumPy {np.__version__}')
+    return (
+        f'{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, '
+        f'torch {torch.__version__}, NumPy {np.__version__}'
+    )
 
 
 def table(head, rows):
@@ -87,8 +93,11 @@ def table(head, rows):
 
 def compare(args):
     """Squared error and seconds of each method, per kind of features."""
-    kinds = {args.features: np.load(args.features, mmap_mode='r')} if args.features else {
-        name: draw(name, args.n) for name in DATA}
+    kinds = (
+        {args.features: np.load(args.features, mmap_mode='r')}
+        if args.features
+        else {name: draw(name, args.n) for name in DATA}
+    )
     methods = {m: {'method': m} for m in ('published', 'mdav', 'kmeans-constrained', 'default')}
     if args.long:
         methods['long runs'] = dict(rounds=1000, block=640, tolerance=1e-6, restarts=2)
@@ -98,13 +107,22 @@ def compare(args):
         reference = None
         for label, options in methods.items():
             begin = time.perf_counter()
-            found = assign_groups(features, args.k, reduce=args.reduce, device=args.device,
-                                  **options)
+            found = assign_groups(
+                features, args.k, reduce=args.reduce, device=args.device, **options
+            )
             seconds = time.perf_counter() - begin
             reference = reference or found.sse
-            rows.append([name, DATA.get(name, ''), label, f'{found.sse:,.0f}',
-                         f'{100 * found.info["sse_ratio"]:.2f}',
-                         f'{100 * (1 - found.sse / reference):+.2f}', f'{seconds:.1f}'])
+            rows.append(
+                [
+                    name,
+                    DATA.get(name, ''),
+                    label,
+                    f'{found.sse:,.0f}',
+                    f'{100 * found.info["sse_ratio"]:.2f}',
+                    f'{100 * (1 - found.sse / reference):+.2f}',
+                    f'{seconds:.1f}',
+                ]
+            )
     print(f'n = {len(features)}, k = {args.k}; {machine()}\n')
     table(['features', '', 'method', 'SSE', 'SSE/SST %', 'below published greedy %', 's'], rows)
 
@@ -117,12 +135,20 @@ def scaling(args):
         features = draw('low-rank', n).astype(np.float32)
         row = [f'{n:,}']
         for name, limit, call in (
-                ('default', None, lambda x: assign_groups(
-                    x, args.k, reduce=args.reduce, device=args.device)),
-                ('greedy, O(n d) memory', args.greedy_max,
-                 lambda x: assign_groups(x, args.k, method='published', reduce=args.reduce,
-                                         device=args.device)),
-                ('greedy as published', args.plain_max, lambda x: plain_published(x, args.k))):
+            (
+                'default',
+                None,
+                lambda x: assign_groups(x, args.k, reduce=args.reduce, device=args.device),
+            ),
+            (
+                'greedy, O(n d) memory',
+                args.greedy_max,
+                lambda x: assign_groups(
+                    x, args.k, method='published', reduce=args.reduce, device=args.device
+                ),
+            ),
+            ('greedy as published', args.plain_max, lambda x: plain_published(x, args.k)),
+        ):
             if limit is not None and n > limit:
                 row.append('not run')
                 continue
@@ -140,8 +166,10 @@ def scaling(args):
 
 def plot(times, path):
     import matplotlib
+
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
     for name, points in times.items():
         axes.loglog(list(points), list(points.values()), marker='o', label=name)
@@ -149,8 +177,13 @@ def plot(times, path):
     if plain:
         last = max(plain)
         sizes = np.array([last, max(times['default'])])
-        axes.loglog(sizes, plain[last] * (sizes / last) ** 3, linestyle=':', color='grey',
-                    label='growth with the cube of n')
+        axes.loglog(
+            sizes,
+            plain[last] * (sizes / last) ** 3,
+            linestyle=':',
+            color='grey',
+            label='growth with the cube of n',
+        )
     axes.set(xlabel='images', ylabel='seconds')
     axes.grid(alpha=0.3, which='both')
     axes.legend()
@@ -170,26 +203,45 @@ def memory(args):
             rows = min(2000, n - start)
             block = (rng.standard_normal((rows, 100), dtype=np.float32) * scale) @ directions
             block += 0.3 * rng.standard_normal((rows, d), dtype=np.float32)
-            features[start:start + rows] = block
+            features[start : start + rows] = block
             features.flush()
         del features
         begin, busy = time.perf_counter(), time.process_time()
-        found = assign_groups(np.load(path, mmap_mode='r'), args.k, reduce=args.reduce,
-                              device=args.device)
+        found = assign_groups(
+            np.load(path, mmap_mode='r'), args.k, reduce=args.reduce, device=args.device
+        )
         seconds, busy = time.perf_counter() - begin, time.process_time() - busy
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         # A yardstick for the error: groups of neighbours along the file, which is random.
         chance = np.arange(n) // args.k
         chance[chance == n // args.k] = 0
         random_sse, sst = squared_errors(np.load(path, mmap_mode='r'), chance + 1)
     kept = found.info['reduction']
     print(f'k = {args.k}; {machine()}\n')
-    table(['n x d', 'seconds', 'CPU seconds', 'peak GiB', 'dimensions kept', 'variance kept %',
-           'SSE/SST %', 'SSE/SST % of random groups'],
-          [[f'{n:,} x {d}', f'{seconds:.0f}', f'{busy:.0f}', f'{peak:.2f}',
-            str(kept['dims']) if kept else 'all',
-            f'{100 * kept["kept_variance"]:.2f}' if kept else '100',
-            f'{100 * found.info["sse_ratio"]:.2f}', f'{100 * random_sse / sst:.2f}']])
+    table(
+        [
+            'n x d',
+            'seconds',
+            'CPU seconds',
+            'peak GiB',
+            'dimensions kept',
+            'variance kept %',
+            'SSE/SST %',
+            'SSE/SST % of random groups',
+        ],
+        [
+            [
+                f'{n:,} x {d}',
+                f'{seconds:.0f}',
+                f'{busy:.0f}',
+                f'{peak:.2f}',
+                str(kept['dims']) if kept else 'all',
+                f'{100 * kept["kept_variance"]:.2f}' if kept else '100',
+                f'{100 * found.info["sse_ratio"]:.2f}',
+                f'{100 * random_sse / sst:.2f}',
+            ]
+        ],
+    )
 
 
 def build_parser():
@@ -201,15 +253,34 @@ def build_parser():
     p.add_argument('--features', metavar='NPY', help='file of [n, ...] features to compare on')
     p.add_argument('--n', type=positive_int, default=3000, metavar='INT', help='images')
     p.add_argument('--k', type=positive_int, default=5, metavar='INT', help='group size')
-    p.add_argument('--sizes', type=positive_int, nargs='+', metavar='INT',
-                   default=[1000, 3000, 10000, 30000, 88702], help='for --scaling; --memory '
-                   'takes the last')
-    p.add_argument('--plain_max', type=positive_int, default=5000, metavar='INT',
-                   help='largest n for the greedy as published')
-    p.add_argument('--greedy_max', type=positive_int, default=30000, metavar='INT',
-                   help='largest n for the greedy with kept sums')
-    p.add_argument('--reduce', type=positive_int, metavar='INT',
-                   help='principal directions; by default all, above 1 GiB of features 256')
+    p.add_argument(
+        '--sizes',
+        type=positive_int,
+        nargs='+',
+        metavar='INT',
+        default=[1000, 3000, 10000, 30000, 88702],
+        help='for --scaling; --memory takes the last',
+    )
+    p.add_argument(
+        '--plain_max',
+        type=positive_int,
+        default=5000,
+        metavar='INT',
+        help='largest n for the greedy as published',
+    )
+    p.add_argument(
+        '--greedy_max',
+        type=positive_int,
+        default=30000,
+        metavar='INT',
+        help='largest n for the greedy with kept sums',
+    )
+    p.add_argument(
+        '--reduce',
+        type=positive_int,
+        metavar='INT',
+        help='principal directions; by default all, above 1 GiB of features 256',
+    )
     p.add_argument('--device', default='cpu', help='cpu, cuda, cuda:N or auto')
     p.add_argument('--plot', metavar='PNG', help='where --scaling draws its curves')
     p.add_argument('--temp_dir', metavar='DIR', help='for the file of --memory')

@@ -9,6 +9,7 @@ own features and on lite1 (membership of people by one photograph each, own grou
 how much power the pictures have at high frequencies. Rows are kept in --out_dir; the same command
 goes on where it stopped. frontier.md and sheet.png (members, then the rows) are written anew.
 """
+
 import sys
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Row:
     settings: dict | None = None
 
 
-STRONG = {**AUTO, 'n_steps': 40, 'style_ratio': 3.0}    # both losses of about equal size
+STRONG = {**AUTO, 'n_steps': 40, 'style_ratio': 3.0}  # both losses of about equal size
 ROWS = {
     'pixel average': Row(),
     'centroid': Row(settings={**AUTO, 'n_steps': 0}),
@@ -72,9 +73,11 @@ ROWS = {
     'whole picture, ratio 3, 100 steps': Row(settings={**STRONG, 'n_steps': 100}),
     'whole picture, ratio 3, stride 8, 40 steps': Row(settings={**STRONG, 'style_strides': (8,)}),
     '4 x 4 patches at one place, ratio 3, 40 steps': Row(
-        settings={**STRONG, 'style_mode': 'same_place'}),
+        settings={**STRONG, 'style_mode': 'same_place'}
+    ),
     '4 x 4 patches, best match, ratio 3, 40 steps': Row(
-        settings={**STRONG, 'style_mode': 'best_match'}),
+        settings={**STRONG, 'style_mode': 'best_match'}
+    ),
     'content only, 100 steps, k = 10': Row(10, CONTENT_ONLY),
     'whole picture, 100 steps, k = 10': Row(10, AUTO),
     'whole picture, ratio 3, 40 steps, k = 10': Row(10, STRONG),
@@ -85,16 +88,39 @@ def build_parser() -> argparse.ArgumentParser:
     lines = __doc__.splitlines()
     p = parser(lines[0], epilog='\n'.join(lines[1:]))
     p.add_argument('--out_dir', type=Path, required=True, metavar='DIR', help='results and caches')
-    p.add_argument('--checkpoint', type=Path, default=ROOT / 'pretrained_models/demo/restyle.pt',
-                   metavar='FILE', help='ReStyle-pSp checkpoint')
-    p.add_argument('--n_patients', type=positive_int, default=500, metavar='N',
-                   help='members, two photographs each; as many others are drawn')
-    p.add_argument('--n_groups', type=positive_int, metavar='N',
-                   help='make the pictures of N groups drawn by chance (default: of all)')
-    p.add_argument('--rows', nargs='+', choices=sorted(ROWS), metavar='NAME',
-                   help='rows to compute (default: all)')
-    p.add_argument('--run', type=Path, metavar='DIR',
-                   help='measure this finished run of scripts/k-SALSA.py on phantoms instead')
+    p.add_argument(
+        '--checkpoint',
+        type=Path,
+        default=ROOT / 'pretrained_models/demo/restyle.pt',
+        metavar='FILE',
+        help='ReStyle-pSp checkpoint',
+    )
+    p.add_argument(
+        '--n_patients',
+        type=positive_int,
+        default=500,
+        metavar='N',
+        help='members, two photographs each; as many others are drawn',
+    )
+    p.add_argument(
+        '--n_groups',
+        type=positive_int,
+        metavar='N',
+        help='make the pictures of N groups drawn by chance (default: of all)',
+    )
+    p.add_argument(
+        '--rows',
+        nargs='+',
+        choices=sorted(ROWS),
+        metavar='NAME',
+        help='rows to compute (default: all)',
+    )
+    p.add_argument(
+        '--run',
+        type=Path,
+        metavar='DIR',
+        help='measure this finished run of scripts/k-SALSA.py on phantoms instead',
+    )
     p.add_argument('--precision', choices=PRECISIONS, default='bf16', help='of the optimisation')
     return add_common(p)
 
@@ -109,8 +135,9 @@ class Photographs:
     features: dict[str, dict[str, np.ndarray]]
 
 
-def photographs(opts: argparse.Namespace, role: str, seed: int, side: int,
-                device: torch.device) -> Photographs:
+def photographs(
+    opts: argparse.Namespace, role: str, seed: int, side: int, device: torch.device
+) -> Photographs:
     """Draws people and computes their features, once."""
     folder = opts.out_dir / role
     if not (folder / 'labels.csv').exists():
@@ -137,8 +164,9 @@ def described(table: Table, files: dict[str, Path], device: torch.device) -> Pho
     return Photographs(pictures, table.labels, np.array(table.patients), features)
 
 
-def finished_run(folder: Path, cache: Path, device: torch.device
-                 ) -> tuple[Photographs, list[np.ndarray], np.ndarray]:
+def finished_run(
+    folder: Path, cache: Path, device: torch.device
+) -> tuple[Photographs, list[np.ndarray], np.ndarray]:
     """Members, rows of each group, and pictures of a run of the main job."""
     options = json.loads((folder / 'private/options.json').read_text(encoding='utf-8'))['options']
     table = read_table(Path(options['df']), Path(options['data_path']), require_label=True)
@@ -151,43 +179,70 @@ def finished_run(folder: Path, cache: Path, device: torch.device
     return members, groups, pictures_of([folder / f'release/images/{n}.png' for n in names])
 
 
-def latents(opts: argparse.Namespace, members: Photographs, psp: PSP,
-            device: torch.device) -> torch.Tensor:
+def latents(
+    opts: argparse.Namespace, members: Photographs, psp: PSP, device: torch.device
+) -> torch.Tensor:
     """Latents [n, L, D] of the members, found once."""
     path = opts.out_dir / 'latents.npy'
     if not path.exists():
         frozen = FrozenPSP(psp.to(device))
-        found = [invert(frozen, from_uint8(part).to(device)).ws.cpu()
-                 for part in torch.from_numpy(members.pictures).split(_BATCH)]
+        found = [
+            invert(frozen, from_uint8(part).to(device)).ws.cpu()
+            for part in torch.from_numpy(members.pictures).split(_BATCH)
+        ]
         with atomic_path(path) as temp, open(temp, 'wb') as file:
             np.save(file, torch.cat(found).numpy())
     return torch.from_numpy(np.load(path))
 
 
-def groups_of(k: int, members: Photographs, ws: torch.Tensor, n_groups: int | None, seed: int,
-              device: torch.device) -> list[np.ndarray]:
+def groups_of(
+    k: int,
+    members: Photographs,
+    ws: torch.Tensor,
+    n_groups: int | None,
+    seed: int,
+    device: torch.device,
+) -> list[np.ndarray]:
     """Member rows of each group, as the main job groups them; n_groups of them by chance."""
     _, people = np.unique(members.people, return_inverse=True)
-    labels = np.asarray(assign_groups(ws.numpy().reshape(len(ws), -1), k, patients=list(people),
-                                      seed=seed, device=device).labels)
+    labels = np.asarray(
+        assign_groups(
+            ws.numpy().reshape(len(ws), -1), k, patients=list(people), seed=seed, device=device
+        ).labels
+    )
     found = [np.flatnonzero(labels == c) for c in range(1, labels.max() + 1)]
     order = numpy_generator(seed, 'groups', k).permutation(len(found))
     return [found[i] for i in order[:n_groups]]
 
 
-def release(row: Row, groups: list[np.ndarray], members: Photographs, ws: torch.Tensor, psp: PSP,
-            opts: argparse.Namespace, device: torch.device) -> np.ndarray:
+def release(
+    row: Row,
+    groups: list[np.ndarray],
+    members: Photographs,
+    ws: torch.Tensor,
+    psp: PSP,
+    opts: argparse.Namespace,
+    device: torch.device,
+) -> np.ndarray:
     """The groups' pictures, uint8 [G, 3, S, S]."""
     if row.settings is None:
         return np.stack([np.rint(members.pictures[g].mean(0)).astype(np.uint8) for g in groups])
     net = load_feature_network(MAKER)
-    engine = GroupOptimizer(psp, net, net, config=OptimizeConfig(**row.settings), device=device,
-                            precision=opts.precision)
+    engine = GroupOptimizer(
+        psp,
+        net,
+        net,
+        config=OptimizeConfig(**row.settings),
+        device=device,
+        precision=opts.precision,
+    )
     pooled = torch.from_numpy(members.features[MAKER]['pooled'])
     made = []
     for start in range(0, len(groups), _BATCH):
-        batch = [Group(ws[g], torch.from_numpy(members.pictures[g]), pooled[g])
-                 for g in groups[start:start + _BATCH]]
+        batch = [
+            Group(ws[g], torch.from_numpy(members.pictures[g]), pooled[g])
+            for g in groups[start : start + _BATCH]
+        ]
         made.append(to_uint8(engine.psp.pool(engine.run(batch).image)))
     return torch.cat(made).numpy()
 
@@ -198,8 +253,15 @@ def one_each(people: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> 
     return rows[np.unique(people[rows], return_index=True)[1]]
 
 
-def measure(pictures: np.ndarray, groups: list[np.ndarray], members: Photographs,
-            others: Photographs, probe: Probe, seed: int, device: torch.device) -> dict:
+def measure(
+    pictures: np.ndarray,
+    groups: list[np.ndarray],
+    members: Photographs,
+    others: Photographs,
+    probe: Probe,
+    seed: int,
+    device: torch.device,
+) -> dict:
     """The columns of the table for one release."""
     share = np.array([(members.grades[g] >= REFERABLE).mean() for g in groups])
     rng = numpy_generator(seed, 'candidates')
@@ -209,19 +271,33 @@ def measure(pictures: np.ndarray, groups: list[np.ndarray], members: Photographs
     inside = one_each(members.people, np.flatnonzero(own >= 0), rng)
     reference = one_each(others.people, np.flatnonzero(is_reference(others)), rng)
     outside = one_each(others.people, np.flatnonzero(~is_reference(others)), rng)
-    found = {'n_groups': len(groups), 'high_frequencies':
-             high_frequency_ratio(members.pictures, pictures, people=list(members.people))}
+    found = {
+        'n_groups': len(groups),
+        'high_frequencies': high_frequency_ratio(
+            members.pictures, pictures, people=list(members.people)
+        ),
+    }
     for name in (MAKER, JUDGE):
         ours = attack_features(load_feature_network(name).to(device), pictures)
 
         def part(whose: Photographs, rows: np.ndarray, name: str = name) -> dict:
             return {kind: values[rows] for kind, values in whose.features[name].items()}
+
         attacked = projection_attack(
-            part(members, inside), part(others, outside), ours, part(others, reference),
-            member_people=list(members.people[inside]), other_people=list(others.people[outside]),
-            group_of=own[inside])
-        found[name] = {'auc': attacked.auc, 'reading': str(attacked.reading),
-                       'rank_1': attacked.ranks['rank_1'], 'rank_5': attacked.ranks['rank_5']}
+            part(members, inside),
+            part(others, outside),
+            ours,
+            part(others, reference),
+            member_people=list(members.people[inside]),
+            other_people=list(others.people[outside]),
+            group_of=own[inside],
+        )
+        found[name] = {
+            'auc': attacked.auc,
+            'reading': str(attacked.reading),
+            'rank_1': attacked.ranks['rank_1'],
+            'rank_5': attacked.ranks['rank_5'],
+        }
         if name == JUDGE:
             found['reading'] = read_release(probe.score(ours['pooled']), share)._asdict()
     return found
@@ -230,38 +306,54 @@ def measure(pictures: np.ndarray, groups: list[np.ndarray], members: Photographs
 def is_reference(others: Photographs) -> np.ndarray:
     """Which rows show the first half of the people: reference of the attack, and the probe's."""
     people = list(dict.fromkeys(others.people))
-    return np.isin(others.people, people[:len(people) // 2])
+    return np.isin(others.people, people[: len(people) // 2])
 
 
 def judge(others: Photographs) -> Probe:
     """A ridge probe of the judging network, trained on photographs of the reference people."""
     rows = is_reference(others)
     grades = np.eye(5)[others.grades[rows]]
-    return fit_probe(others.features[JUDGE]['pooled'][rows], grades,
-                     people=list(others.people[rows]), kind='ridge')
+    return fit_probe(
+        others.features[JUDGE]['pooled'][rows],
+        grades,
+        people=list(others.people[rows]),
+        kind='ridge',
+    )
 
 
 def markdown(results: dict[str, dict]) -> str:
     """The table of all rows."""
-    lines = ['| release | k | groups | correlation of a photograph-trained probe with the shares '
-             '| membership, lite0 | membership, lite1 | own group rank 1 | high frequencies '
-             '| seconds a group |', '|---|---|---|---|---|---|---|---|---|']
+    lines = [
+        '| release | k | groups | correlation of a photograph-trained probe with the shares '
+        '| membership, lite0 | membership, lite1 | own group rank 1 | high frequencies '
+        '| seconds a group |',
+        '|---|---|---|---|---|---|---|---|---|',
+    ]
     for name, r in results.items():
         c = r['reading']['correlation']
-        lines.append(f'| {name} | {r["k"]} | {r["n_groups"]} | {c["value"]:.2f} ({c["low"]:.2f} to '
-                     f'{c["high"]:.2f}) | {r[MAKER]["auc"]:.2f} | {r[JUDGE]["auc"]:.2f} | '
-                     f'{r[MAKER]["rank_1"]:.2f} | {r["high_frequencies"]["value"]:.2f} | '
-                     f'{r["seconds"]:.1f} |')
+        lines.append(
+            f'| {name} | {r["k"]} | {r["n_groups"]} | {c["value"]:.2f} ({c["low"]:.2f} to '
+            f'{c["high"]:.2f}) | {r[MAKER]["auc"]:.2f} | {r[JUDGE]["auc"]:.2f} | '
+            f'{r[MAKER]["rank_1"]:.2f} | {r["high_frequencies"]["value"]:.2f} | '
+            f'{r["seconds"]:.1f} |'
+        )
     return '\n'.join(lines) + '\n'
 
 
-def write_sheet(opts: argparse.Namespace, results: dict[str, dict], members: Photographs,
-                groups: list[np.ndarray]) -> None:
+def write_sheet(
+    opts: argparse.Namespace,
+    results: dict[str, dict],
+    members: Photographs,
+    groups: list[np.ndarray],
+) -> None:
     """Eight groups of k = 5: members, then every row's picture."""
     rows = [name for name in results if ROWS[name].k == 5]
     pictures = [np.load(opts.out_dir / f'{slug(name)}.npy') for name in rows]
-    cells = [torch.from_numpy(c) for i, g in enumerate(groups[:_SHEET_GROUPS])
-             for c in [*members.pictures[g[:5]], *(p[i] for p in pictures)]]
+    cells = [
+        torch.from_numpy(c)
+        for i, g in enumerate(groups[:_SHEET_GROUPS])
+        for c in [*members.pictures[g[:5]], *(p[i] for p in pictures)]
+    ]
     save_png(grid(from_uint8(torch.stack(cells)), 5 + len(rows)), opts.out_dir / 'sheet.png')
 
 
@@ -290,8 +382,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def compare(opts: argparse.Namespace, members: Photographs, others: Photographs, probe: Probe,
-            psp: PSP, device: torch.device) -> None:
+def compare(
+    opts: argparse.Namespace,
+    members: Photographs,
+    others: Photographs,
+    probe: Probe,
+    psp: PSP,
+    device: torch.device,
+) -> None:
     """Computes the rows that are missing, and writes table and sheet."""
     ws, results, groups = latents(opts, members, psp, device), {}, {}
     for name, row in ROWS.items():
@@ -304,8 +402,14 @@ def compare(opts: argparse.Namespace, members: Photographs, others: Photographs,
             seconds = (time.process_time() - begin) / len(groups[row.k])
             with atomic_path(path.with_suffix('.npy')) as temp, open(temp, 'wb') as file:
                 np.save(file, pictures)
-            write_json(path, {'k': row.k, 'seconds': seconds, **measure(
-                pictures, groups[row.k], members, others, probe, opts.seed, device)})
+            write_json(
+                path,
+                {
+                    'k': row.k,
+                    'seconds': seconds,
+                    **measure(pictures, groups[row.k], members, others, probe, opts.seed, device),
+                },
+            )
         if path.exists():
             results[name] = json.loads(path.read_text(encoding='utf-8'))
             log.info('\n%s', markdown({name: results[name]}).splitlines()[-1])

@@ -6,6 +6,7 @@ innermost loop that reads and writes, per output row of one warp; with up 2 a th
 columns. "ceiling": the share of 3.0 TB/s that 132 multiprocessors of 1.7 GHz could move if they
 did nothing but issue these instructions, loads from memory counted once.
 """
+
 import argparse
 import re
 import shutil
@@ -18,8 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.stylegan2.op import build
 
-KERNELS = {('6__half', 4): 'half, 4 channels', ('6__half', 1): 'half, 1 channel',
-           ('f', 2): 'float, 2 channels', ('f', 1): 'float, 1 channel'}
+KERNELS = {
+    ('6__half', 4): 'half, 4 channels',
+    ('6__half', 1): 'half, 1 channel',
+    ('f', 2): 'float, 2 channels',
+    ('f', 1): 'float, 1 channel',
+}
 WIDTH = {'6__half': 2, 'f': 4}
 # (up, down): output rows and output columns a thread makes per trip of its unrolled loop, and
 # input elements per output element.
@@ -30,9 +35,27 @@ ISSUE, COPY = 132 * 4 * 1.7e9, 3.0e12
 def compiled(architecture: str, folder: Path) -> tuple[str, str]:
     """(ptxas report, machine code as text) of the kernels."""
     library = folder / 'kernels.so'
-    done = subprocess.run([build.find_nvcc(), '-O3', '-std=c++17', f'-arch={architecture}',
-                           '-Xptxas', '-v', '-shared', '-Xcompiler', '-fPIC', '-cudart', 'none',
-                           build.SOURCE, '-o', library], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [
+            build.find_nvcc(),
+            '-O3',
+            '-std=c++17',
+            f'-arch={architecture}',
+            '-Xptxas',
+            '-v',
+            '-shared',
+            '-Xcompiler',
+            '-fPIC',
+            '-cudart',
+            'none',
+            build.SOURCE,
+            '-o',
+            library,
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     tool = shutil.which('cuobjdump') or str(build.find_nvcc().with_name('cuobjdump'))
     code = subprocess.run([tool, '-sass', library], capture_output=True, text=True, check=True)
     return done.stderr, code.stdout
@@ -40,14 +63,15 @@ def compiled(architecture: str, folder: Path) -> tuple[str, str]:
 
 def inner_loop(function: str) -> list[str]:
     """Instructions of the smallest loop that loads and stores."""
-    lines = [(int(at, 16), text) for at, text in
-             re.findall(r'/\*([0-9a-f]{4,5})\*/\s+(.*?);', function)]
+    lines = [
+        (int(at, 16), text) for at, text in re.findall(r'/\*([0-9a-f]{4,5})\*/\s+(.*?);', function)
+    ]
     place = {at: i for i, (at, _) in enumerate(lines)}
     best: list[str] = []
     for i, (at, text) in enumerate(lines):
         back = re.search(r'\bBRA\b.*0x([0-9a-f]+)', text)
         if back and int(back[1], 16) < at and int(back[1], 16) in place:
-            body = [t for _, t in lines[place[int(back[1], 16)]:i + 1]]
+            body = [t for _, t in lines[place[int(back[1], 16)] : i + 1]]
             if all(any(word in t for t in body) for word in ('LDG', 'STG')):
                 best = body if not best or len(body) < len(best) else best
     return best
@@ -75,12 +99,16 @@ def main(argv: list[str] | None = None) -> int:
         label, rows, columns, inputs = FACTORS[factors]
         body = inner_loop(function)
         per_row = len(body) / rows
-        loads, stores = (sorted({m[1] for t in body if (m := re.search(rf'({w}[\w.]*)', t))})
-                         for w in ('LDG', 'STG'))
+        loads, stores = (
+            sorted({m[1] for t in body if (m := re.search(rf'({w}[\w.]*)', t))})
+            for w in ('LDG', 'STG')
+        )
         moved = 32 * columns * channels * WIDTH[kind] * (1 + inputs)
-        print(f'| {label} | {KERNELS[kind, channels]} | {registers[name]} | {per_row:.0f} | '
-              f'{" ".join(loads)} | {" ".join(stores)} | '
-              f'{min(1.0, moved * ISSUE / per_row / COPY):.0%} |')
+        print(
+            f'| {label} | {KERNELS[kind, channels]} | {registers[name]} | {per_row:.0f} | '
+            f'{" ".join(loads)} | {" ".join(stores)} | '
+            f'{min(1.0, moved * ISSUE / per_row / COPY):.0%} |'
+        )
     return 0
 
 

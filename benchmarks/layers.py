@@ -7,6 +7,7 @@ of the upsampling layer as a transposed convolution followed by the 4x4 filter, 
 with four 3x3 phase kernels per output (both in one, polyphase), and as four 2x2 phase kernels
 followed by the filter. Milliseconds for one image, the best of --repeats.
 """
+
 import sys
 from pathlib import Path
 
@@ -29,8 +30,9 @@ def build_parser():
     lines = __doc__.splitlines()
     p = parser(lines[0], epilog='\n'.join(lines[1:]))
     p.add_argument('--size', type=power_of_two, default=256, metavar='PX', help='image side')
-    p.add_argument('--from_size', type=power_of_two, default=64, metavar='PX',
-                   help='lowest resolution')
+    p.add_argument(
+        '--from_size', type=power_of_two, default=64, metavar='PX', help='lowest resolution'
+    )
     p.add_argument('--precision', choices=PRECISIONS, default='fp32', help='of all maps')
     p.add_argument('--repeats', type=positive_int, default=3, metavar='INT', help='timed calls')
     p.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
@@ -50,13 +52,19 @@ def blurred(function, kernel):
 def upsampling_ways(c_in, c_out, random):
     """{name: function of x [N, c_in, H, W] -> [N, c_out, 2H, 2W]}; `random`(shape) -> weights."""
     kernel = random((c_out, 1, 4, 4))
-    weight, phases3, phases2 = (random(s) for s in (
-        (c_in, c_out, 3, 3), (4 * c_out, c_in, 3, 3), (4 * c_out, c_in, 2, 2)))
+    weight, phases3, phases2 = (
+        random(s) for s in ((c_in, c_out, 3, 3), (4 * c_out, c_in, 3, 3), (4 * c_out, c_in, 2, 2))
+    )
     return {
         'transposed + filter': blurred(lambda x: F.conv_transpose2d(x, weight, stride=2), kernel),
         'four 3x3 phases': lambda x: F.pixel_shuffle(F.conv2d(x, phases3, padding=1), 2),
-        'four 2x2 phases + filter': lambda x: F.conv2d(F.pixel_shuffle(
-            F.conv2d(x, phases2, padding=1), 2)[..., :-1, :-1], kernel, padding=1, groups=c_out)}
+        'four 2x2 phases + filter': lambda x: F.conv2d(
+            F.pixel_shuffle(F.conv2d(x, phases2, padding=1), 2)[..., :-1, :-1],
+            kernel,
+            padding=1,
+            groups=c_out,
+        ),
+    }
 
 
 def best_ms(function, device, repeats):
@@ -78,8 +86,9 @@ def measure(function, x, device, repeats):
     leaf = x.detach().requires_grad_(True)
     y = function(leaf)
     grad = torch.randn_like(y)
-    backward = best_ms(lambda: torch.autograd.grad(y, leaf, grad, retain_graph=True), device,
-                       repeats)
+    backward = best_ms(
+        lambda: torch.autograd.grad(y, leaf, grad, retain_graph=True), device, repeats
+    )
     return forward, backward
 
 
@@ -105,17 +114,28 @@ def main(argv=None):
 
 def time_layers(table, side, layout, order, dtype, device, repeats):
     """Rows of the table for the two convolutions that end at `side`."""
+
     def random(shape):
         return torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=order)
 
     c_in, c_out = table[side // 2], table[side]
-    jobs = [(f'{c_out} to {c_out}, {side} px', 'convolution', conv(random((c_out, c_out, 3, 3))),
-             random((1, c_out, side, side)))]
+    jobs = [
+        (
+            f'{c_out} to {c_out}, {side} px',
+            'convolution',
+            conv(random((c_out, c_out, 3, 3))),
+            random((1, c_out, side, side)),
+        )
+    ]
     x = random((1, c_in, side // 2, side // 2))
-    jobs += [(f'{c_in} to {c_out}, up to {side} px', name, function, x)
-             for name, function in upsampling_ways(c_in, c_out, random).items()]
-    return [[layer, way, layout, *(f'{t:.1f}' for t in measure(function, x, device, repeats))]
-            for layer, way, function, x in jobs]
+    jobs += [
+        (f'{c_in} to {c_out}, up to {side} px', name, function, x)
+        for name, function in upsampling_ways(c_in, c_out, random).items()
+    ]
+    return [
+        [layer, way, layout, *(f'{t:.1f}' for t in measure(function, x, device, repeats))]
+        for layer, way, function, x in jobs
+    ]
 
 
 if __name__ == '__main__':

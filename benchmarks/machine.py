@@ -1,4 +1,5 @@
 """What the benchmarks measure about the machine itself."""
+
 import time
 
 import torch
@@ -23,7 +24,7 @@ def matrix_rate(device, dtype, n=4096):
         a @ b
         synchronize(device)
         best = min(best, time.perf_counter() - begin)
-    return 2 * n ** 3 / best
+    return 2 * n**3 / best
 
 
 class OperationCount(TorchDispatchMode):
@@ -53,6 +54,9 @@ class OperationCount(TorchDispatchMode):
 
 def describe(device):
     """One line: the device and the version of torch."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else (
-        f'CPU, {torch.get_num_threads()} threads')
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == 'cuda'
+        else (f'CPU, {torch.get_num_threads()} threads')
+    )
     return f'{name}, torch {torch.__version__}'

@@ -6,6 +6,7 @@ Every row is one op on one shape, dtype and layout. 'of copy' is the fraction of
 plain device-to-device copy reaches on the same card in the same run, counting each input and
 output element once. Without a GPU the PyTorch path alone is timed, on the CPU.
 """
+
 import sys
 from pathlib import Path
 
@@ -28,17 +29,25 @@ OPS = {
     'downsample x2': (lambda x, k, b, impl: upfirdn2d(x, k, down=2, pad=(1, 1), impl=impl), 0.25),
     'bias+lrelu': (lambda x, k, b, impl: fused_leaky_relu(x, b, impl=impl), 1.0),
 }
-_CALLS = 20    # on a GPU, between two events
+_CALLS = 20  # on a GPU, between two events
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
 def build_parser():
     p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
     p.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
-    p.add_argument('--repeats', type=positive_int, default=20, metavar='INT',
-                   help='timed calls; the median counts')
-    p.add_argument('--shapes', default='16x512x64x64,8x128x256x256,4x64x512x512',
-                   help='NxCxHxW, comma separated')
+    p.add_argument(
+        '--repeats',
+        type=positive_int,
+        default=20,
+        metavar='INT',
+        help='timed calls; the median counts',
+    )
+    p.add_argument(
+        '--shapes',
+        default='16x512x64x64,8x128x256x256,4x64x512x512',
+        help='NxCxHxW, comma separated',
+    )
     p.add_argument('--dtypes', default='fp32,fp16,bf16', help='of fp32, fp16, bf16')
     p.add_argument('--no_compile', action='store_true', help='leave torch.compile out')
     p.add_argument('--markdown', action='store_true', help='print a Markdown table')
@@ -73,7 +82,7 @@ def seconds(function: Callable[[], object], device: torch.device, repeats: int) 
 
 def copy_bandwidth(device, repeats):
     """Bytes per second, read plus written, of copying 256 MiB."""
-    x = torch.empty(2 ** 26 if device.type == 'cuda' else 2 ** 24, device=device).normal_()
+    x = torch.empty(2**26 if device.type == 'cuda' else 2**24, device=device).normal_()
     y = torch.empty_like(x)
     return 2 * x.numel() * 4 / seconds(lambda: y.copy_(x), device, repeats)
 
@@ -87,13 +96,16 @@ def main(argv=None):
     impls = ['ref']
     if not opts.no_compile:
         impls.append('compile')
-    if device.type == 'cuda' and build.library(
-            torch.cuda.current_device() if device.index is None else device.index) is not None:
+    if (
+        device.type == 'cuda'
+        and build.library(torch.cuda.current_device() if device.index is None else device.index)
+        is not None
+    ):
         impls.append('cuda')
     header = ['op', 'shape', 'dtype', 'layout', 'pass']
     header += [f'{i} {unit}' for i in impls for unit in ('ms', 'of copy')]
     print_row(header, opts.markdown, head=True)
-    taps = torch.tensor([1., 3., 3., 1.], device=device)
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device=device)
     kernel = torch.outer(taps, taps) / 64
     for shape in opts.shapes.split(','):
         size = [int(v) for v in shape.split('x')]
@@ -103,8 +115,21 @@ def main(argv=None):
                 x = torch.randn(size, device=device, dtype=dtype).contiguous(memory_format=layout)
                 bias = torch.randn(size[1], device=device, dtype=dtype)
                 for op, (function, growth) in OPS.items():
-                    measure(op, function, growth, x, kernel, bias, impls, copy, opts, shape,
-                            dtype_name, layout, device)
+                    measure(
+                        op,
+                        function,
+                        growth,
+                        x,
+                        kernel,
+                        bias,
+                        impls,
+                        copy,
+                        opts,
+                        shape,
+                        dtype_name,
+                        layout,
+                        device,
+                    )
     return 0
 
 
@@ -123,8 +148,9 @@ def measure(op, function, growth, x, kernel, bias, impls, copy, opts, shape, dty
         grad = torch.ones_like(y)
         # The activation's backward also reads the saved output.
         extra = y.numel() * y.element_size() if 'lrelu' in op else 0
-        took = seconds(partial(torch.autograd.grad, y, leaf, grad, retain_graph=True), device,
-                       opts.repeats)
+        took = seconds(
+            partial(torch.autograd.grad, y, leaf, grad, retain_graph=True), device, opts.repeats
+        )
         backward += [f'{took * 1e3:.3f}', f'{(traffic + extra) / took / copy:.2f}']
     kind = 'NHWC' if layout == torch.channels_last else 'NCHW'
     print_row([op, shape, dtype, kind, 'forward', *forward], opts.markdown)

@@ -6,6 +6,7 @@ three content passes for every member and step; Gram matrices in Python loops wi
 synchronisation for each patch. The formulas are the paper's, so the losses are those of
 anonymization/optimize.py.
 """
+
 import time
 
 import torch
@@ -46,7 +47,7 @@ def modulated_conv(conv, x, w):
 
 def styled_conv(layer, x, w, noise):
     y = modulated_conv(layer.conv, x, w) + layer.noise.weight * noise
-    return F.leaky_relu(y + layer.activate.bias.view(1, -1, 1, 1), 0.2) * 2 ** 0.5
+    return F.leaky_relu(y + layer.activate.bias.view(1, -1, 1, 1), 0.2) * 2**0.5
 
 
 def to_rgb(layer, x, w, skip=None):
@@ -130,11 +131,12 @@ class PublishedWay:
             own = 0
             for patch in patches(source, grid):
                 wanted = gram(patch)
-                similar = [F.cosine_similarity(g.reshape(1, -1), wanted.reshape(1, -1))
-                           for g in y_grams]
+                similar = [
+                    F.cosine_similarity(g.reshape(1, -1), wanted.reshape(1, -1)) for g in y_grams
+                ]
                 best = torch.cat(similar).argmax().item()
                 own = own + (y_grams[best] - wanted).square().sum()
-            loss = loss + own / grid ** 2
+            loss = loss + own / grid**2
         return loss / len(source_features)
 
     def targets(self, x):
@@ -168,8 +170,11 @@ class PublishedWay:
 def patches(features, grid):
     """[C, H, W] -> grid^2 patches [C, H // grid, W // grid], row by row."""
     h, w = features.shape[1] // grid, features.shape[2] // grid
-    return [features[:, i * h:(i + 1) * h, j * w:(j + 1) * w]
-            for i in range(grid) for j in range(grid)]
+    return [
+        features[:, i * h : (i + 1) * h, j * w : (j + 1) * w]
+        for i in range(grid)
+        for j in range(grid)
+    ]
 
 
 def gram(patch):

@@ -6,6 +6,7 @@ Networks of published sizes with random weights; seconds for one batch of groups
 --repeats, operations as counted by torch.utils.flop_counter, and both related by the matrix rate
 measured in the same run. Gradients are those with respect to the part's input.
 """
+
 import sys
 from pathlib import Path
 
@@ -31,11 +32,17 @@ from utils.cli import parser, positive_int, power_of_two, resolve_device, run
 def build_parser():
     lines = __doc__.splitlines()
     p = parser(lines[0], epilog='\n'.join(lines[1:]))
-    p.add_argument('--size', type=power_of_two, default=256, metavar='PX',
-                   help='side of the generated pictures')
+    p.add_argument(
+        '--size',
+        type=power_of_two,
+        default=256,
+        metavar='PX',
+        help='side of the generated pictures',
+    )
     p.add_argument('--k', type=positive_int, default=5, metavar='INT', help='group size')
-    p.add_argument('--groups', type=positive_int, default=1, metavar='INT',
-                   help='groups optimised together')
+    p.add_argument(
+        '--groups', type=positive_int, default=1, metavar='INT', help='groups optimised together'
+    )
     p.add_argument('--precision', choices=PRECISIONS, default='fp32', help='of the networks')
     p.add_argument('--repeats', type=positive_int, default=3, metavar='INT', help='timed calls')
     p.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
@@ -60,10 +67,12 @@ def parts_of_a_step(engine, groups):
     def style(y):
         return engine.style.loss(engine.style.maps(y), targets.style)
 
-    return {'generator': lambda: gradient(engine.synthesis, start),
-            'content loss': lambda: gradient(content, picture),
-            'local style loss': lambda: gradient(style, picture),
-            'whole step': lambda: one_step(engine, start, targets)}
+    return {
+        'generator': lambda: gradient(engine.synthesis, start),
+        'content loss': lambda: gradient(content, picture),
+        'local style loss': lambda: gradient(style, picture),
+        'whole step': lambda: one_step(engine, start, targets),
+    }
 
 
 def main(argv=None):
@@ -72,8 +81,9 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = True
     psp, content, style = random_networks(opts.size, 0)
     photos = photographs(opts.k * opts.groups, 2).split(opts.k)
-    engine = GroupOptimizer(psp, content, style, config=OptimizeConfig(), device=device,
-                            precision=opts.precision)
+    engine = GroupOptimizer(
+        psp, content, style, config=OptimizeConfig(), device=device, precision=opts.precision
+    )
     rows = [['part, with gradient', 'GFLOP', 's', 'floor, s', 'times the floor']]
     with matmul_precision(opts.precision):
         rate = matrix_rate(device, ACTIVATIONS[opts.precision])
@@ -85,8 +95,9 @@ def main(argv=None):
         for name, function in parts_of_a_step(engine, groups).items():
             work, took = operations(function), best_ms(function, device, opts.repeats) / 1000
             floor = work / rate
-            rows.append([name, f'{work / 1e9:.0f}', f'{took:.3f}', f'{floor:.3f}',
-                         f'{took / floor:.1f}'])
+            rows.append(
+                [name, f'{work / 1e9:.0f}', f'{took:.3f}', f'{floor:.3f}', f'{took / floor:.1f}']
+            )
     print(f'{describe(device)}; {opts.precision} matrix rate {rate / 1e9:.0f} GFLOP/s')
     for i, row in enumerate(rows):
         print('| ' + ' | '.join(row) + ' |' if opts.markdown else '\t'.join(row))

@@ -9,6 +9,7 @@ published networks, losses (pixels, LPIPS, content) and five refinements. Random
 stand in for real ones; they cost the same. The matrix rate of the machine is measured in the same
 run, so that the fraction of it that a step reaches can be given.
 """
+
 import sys
 from pathlib import Path
 
@@ -51,19 +52,33 @@ class RandomImages(torch.utils.data.Dataset):
 def build_parser():
     lines = __doc__.splitlines()
     p = parser(lines[0], epilog='\n'.join(lines[1:]))
-    p.add_argument('--net', choices=('generator', 'encoder'), default='generator',
-                   help='what is trained')
-    p.add_argument('--size', type=power_of_two, default=256, metavar='PX',
-                   help='side of the generated images')
+    p.add_argument(
+        '--net', choices=('generator', 'encoder'), default='generator', help='what is trained'
+    )
+    p.add_argument(
+        '--size', type=power_of_two, default=256, metavar='PX', help='side of the generated images'
+    )
     p.add_argument('--cfg', choices=PRESETS, default='auto', help='configuration of generators')
-    p.add_argument('--batch', type=positive_int, metavar='INT',
-                   help='images per step (default: the configuration\'s; 8 for encoders)')
-    p.add_argument('--precision', choices=sorted(DTYPES), default='fp32',
-                   help='of the four highest resolutions, or of encoder and losses')
-    p.add_argument('--p', type=fraction, default=0.3, metavar='FLOAT',
-                   help='augmentation strength')
-    p.add_argument('--steps', type=positive_int, default=16, metavar='INT',
-                   help='timed steps; 16 hold every regularisation in its true share')
+    p.add_argument(
+        '--batch',
+        type=positive_int,
+        metavar='INT',
+        help="images per step (default: the configuration's; 8 for encoders)",
+    )
+    p.add_argument(
+        '--precision',
+        choices=sorted(DTYPES),
+        default='fp32',
+        help='of the four highest resolutions, or of encoder and losses',
+    )
+    p.add_argument('--p', type=fraction, default=0.3, metavar='FLOAT', help='augmentation strength')
+    p.add_argument(
+        '--steps',
+        type=positive_int,
+        default=16,
+        metavar='INT',
+        help='timed steps; 16 hold every regularisation in its true share',
+    )
     p.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
     p.add_argument('--breakdown', action='store_true', help='print the costliest operations')
     return p
@@ -72,9 +87,15 @@ def build_parser():
 def generator_step(opts, device):
     """(function that takes one step, images per step, steps of a whole round of regularisation)."""
     config = make_config(opts.cfg, opts.size, 1, batch=opts.batch)
-    trainer = Trainer(RandomImages(2 * config.batch, opts.size), config, device=device,
-                      augment='fixed', augment_names=PIPES['bgc'], augment_p=opts.p,
-                      precision=None if opts.precision == 'fp32' else opts.precision)
+    trainer = Trainer(
+        RandomImages(2 * config.batch, opts.size),
+        config,
+        device=device,
+        augment='fixed',
+        augment_names=PIPES['bgc'],
+        augment_p=opts.p,
+        precision=None if opts.precision == 'fp32' else opts.precision,
+    )
     return trainer.step, config.batch, config.d_reg_interval
 
 
@@ -82,20 +103,30 @@ def encoder_step(opts, device):
     """As generator_step; every step is alike."""
     batch = opts.batch or ENCODER_BATCH
     generator = Generator(opts.size)
-    encoder = build_encoder('ResNetBackboneEncoder', n_styles=generator.n_latent,
-                            input_size=ENCODER_SIZE)
+    encoder = build_encoder(
+        'ResNetBackboneEncoder', n_styles=generator.n_latent, input_size=ENCODER_SIZE
+    )
     psp = PSP(encoder, generator, generator.mean_latent(1000), ENCODER_SIZE)
     with tempfile.TemporaryDirectory() as folder:
         losses = {'l2': (L2Term(), 1.0)}
-        for name, term, net, weight in (('lpips', LpipsTerm, torchvision.models.alexnet, 0.8),
-                                        ('moco', ContentTerm, torchvision.models.resnet50, 0.5)):
+        for name, term, net, weight in (
+            ('lpips', LpipsTerm, torchvision.models.alexnet, 0.8),
+            ('moco', ContentTerm, torchvision.models.resnet50, 0.5),
+        ):
             path = Path(folder) / f'{name}.pt'
             torch.save(net(weights=None).state_dict(), path)
             losses[name] = term(path, device), weight
         amp = 'no' if opts.precision == 'fp32' else opts.precision
         images = RandomImages(batch, ENCODER_SIZE)
-        coach = Coach(psp, images, images, CoachConfig(batch_size=batch, amp=amp),
-                      run_dir=folder, losses=losses, device=device)
+        coach = Coach(
+            psp,
+            images,
+            images,
+            CoachConfig(batch_size=batch, amp=amp),
+            run_dir=folder,
+            losses=losses,
+            device=device,
+        )
     x = images.images.to(device).float().div(127.5).sub(1)
     return lambda: coach.step(x), batch, 1
 
@@ -121,13 +152,17 @@ def main(argv=None):
     rate = matrix_rate(device, DTYPES[opts.precision])
     print(describe(device))
     setting = f', {opts.cfg}, p {opts.p}' if opts.net == 'generator' else ''
-    print(f'{opts.net} {opts.size} px{setting}, batch {batch}, {opts.precision}: '
-          f'{took:.2f} s a step, {batch / took:.2f} images/s, {1000 * took / batch:.1f} s/kimg')
-    print(f'{work / 1e12:.3f} TFLOP a step, {work / took / 1e12:.2f} TFLOP/s, '
-          f'{work / took / rate:.1%} of the measured {opts.precision} matrix rate '
-          f'({rate / 1e12:.2f} TFLOP/s)')
+    print(
+        f'{opts.net} {opts.size} px{setting}, batch {batch}, {opts.precision}: '
+        f'{took:.2f} s a step, {batch / took:.2f} images/s, {1000 * took / batch:.1f} s/kimg'
+    )
+    print(
+        f'{work / 1e12:.3f} TFLOP a step, {work / took / 1e12:.2f} TFLOP/s, '
+        f'{work / took / rate:.1%} of the measured {opts.precision} matrix rate '
+        f'({rate / 1e12:.2f} TFLOP/s)'
+    )
     if device.type == 'cuda':
-        print(f'peak memory {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB')
+        print(f'peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB')
     if opts.breakdown:
         with torch.profiler.profile() as profiler:
             for _ in range(4):

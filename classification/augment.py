@@ -4,6 +4,7 @@ torchvision's transforms draw one set of parameters per call, so a batch would s
 draw one per picture and gather every pixel once. Each step equals the operation of the same name
 in torchvision.transforms.v2.functional on float images.
 """
+
 import math
 
 import torch
@@ -13,18 +14,21 @@ from torch import Tensor
 from classification.settings import Settings
 from utils.transfer import send_together
 
-_LUMA = (0.2989, 0.587, 0.114)    # of rgb_to_grayscale, which the contrast is taken around
+_LUMA = (0.2989, 0.587, 0.114)  # of rgb_to_grayscale, which the contrast is taken around
 
 
-def draw_parameters(n: int, size: int, settings: Settings, generator: torch.Generator
-                    ) -> dict[str, Tensor]:
+def draw_parameters(
+    n: int, size: int, settings: Settings, generator: torch.Generator
+) -> dict[str, Tensor]:
     """Random parameters of n pictures of `size` px, drawn on the CPU.
 
     Returns a dict of tensors [n]: flip_x, flip_y (bool), brightness, contrast (factors),
     contrast_first (bool), angle (degrees, counter-clockwise), and shift [n, 2] (whole px, x, y).
     """
+
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator) * (high - low) + low
+
     most = settings.translation * size
     return {
         'flip_x': uniform(0, 1) < settings.horizontal_flip,

@@ -2,6 +2,7 @@
 
 Shapes: n training pictures, C = 5 grades. Pictures are uint8 [n, 3, S, S].
 """
+
 import dataclasses
 import json
 import logging
@@ -47,8 +48,10 @@ class TrainingSet:
     def targets(self, kind: str) -> np.ndarray:
         """What to train against: grades [n] ('majority') or shares [n, C] ('soft')."""
         if kind == 'soft' and self.shares is None:
-            raise UserError(f'labels: soft needs the columns p0 to p{N_CLASSES - 1} in '
-                            'labels.csv, which this release does not have; use majority')
+            raise UserError(
+                f'labels: soft needs the columns p0 to p{N_CLASSES - 1} in '
+                'labels.csv, which this release does not have; use majority'
+            )
         return self.labels if self.shares is None or kind != 'soft' else self.shares
 
 
@@ -65,29 +68,46 @@ def release_set(folder: str | Path) -> TrainingSet:
     folder = Path(folder)
     table_path = folder / 'labels.csv'
     if not table_path.is_file():
-        raise UserError(f'--release {folder}: it has no labels.csv; name the release folder of '
-                        'a k-SALSA run')
+        raise UserError(
+            f'--release {folder}: it has no labels.csv; name the release folder of a k-SALSA run'
+        )
     images = folder / 'images' if (folder / 'images').is_dir() else folder
     table = read_table(table_path, images, require_label=True)
     frame = pd.read_csv(table_path)
     columns = [f'p{c}' for c in range(N_CLASSES)]
     if set(columns) <= set(frame.columns):
         shares = frame[columns].apply(pd.to_numeric, errors='coerce').to_numpy(dtype=np.float64)
-        bad = ~(np.isfinite(shares).all(1) & (shares >= 0).all(1)
-                & (np.abs(shares.sum(1) - 1) < 1e-3))
+        bad = ~(
+            np.isfinite(shares).all(1) & (shares >= 0).all(1) & (np.abs(shares.sum(1) - 1) < 1e-3)
+        )
         if bad.any():
-            raise UserError(listing(f'{table_path}: p0..p{N_CLASSES - 1} must be shares that '
-                                     'sum to 1', [f'row {i + 2}' for i in np.flatnonzero(bad)]))
+            raise UserError(
+                listing(
+                    f'{table_path}: p0..p{N_CLASSES - 1} must be shares that sum to 1',
+                    [f'row {i + 2}' for i in np.flatnonzero(bad)],
+                )
+            )
     else:
         shares = None
-    return TrainingSet(names=table.ids, sources=[[p] for p in table.paths], labels=table.grades,
-                       shares=shares, groups=None, networks=networks_of(Path(folder)))
+    return TrainingSet(
+        names=table.ids,
+        sources=[[p] for p in table.paths],
+        labels=table.grades,
+        shares=shares,
+        groups=None,
+        networks=networks_of(Path(folder)),
+    )
 
 
 def photograph_set(table: Table) -> TrainingSet:
     """Every photograph of a labelled table as a training picture of its own."""
-    return TrainingSet(names=table.ids, sources=[[p] for p in table.paths], labels=table.grades,
-                       shares=one_hot(table.grades), groups=merge_identical(table).patients)
+    return TrainingSet(
+        names=table.ids,
+        sources=[[p] for p in table.paths],
+        labels=table.grades,
+        shares=one_hot(table.grades),
+        groups=merge_identical(table).patients,
+    )
 
 
 def graded_groups(path: str | Path, grades: Mapping[str, int]) -> list[Group]:
@@ -99,9 +119,14 @@ def graded_groups(path: str | Path, grades: Mapping[str, int]) -> list[Group]:
     ids = [i for g in groups for i in g.members]
     missing = [i for i in ids if i not in grades]
     if missing:
-        raise UserError(listing(f'{len(missing)} of {len(ids)} ids of --df {path} have no grade '
-                                'in --labels_train; give the table of the photographs the '
-                                'groups were made of', missing))
+        raise UserError(
+            listing(
+                f'{len(missing)} of {len(ids)} ids of --df {path} have no grade '
+                'in --labels_train; give the table of the photographs the '
+                'groups were made of',
+                missing,
+            )
+        )
     return groups
 
 
@@ -112,22 +137,28 @@ def _group_labels(groups, grades):
     return counts.argmax(1), counts / counts.sum(1, keepdims=True)
 
 
-def published_set(groups: Sequence[Group], grades: Mapping[str, int], folder: Path, *,
-                  centroid: bool = False) -> TrainingSet:
+def published_set(
+    groups: Sequence[Group], grades: Mapping[str, int], folder: Path, *, centroid: bool = False
+) -> TrainingSet:
     """The synthetic pictures of groups (`group_pictures`)."""
     paths = group_pictures(groups, folder, centroid=centroid, flag='--images_path')
     labels, shares = _group_labels(groups, grades)
-    return TrainingSet(names=[p.stem for p in paths], sources=[[p] for p in paths],
-                       labels=labels, shares=shares)
+    return TrainingSet(
+        names=[p.stem for p in paths], sources=[[p] for p in paths], labels=labels, shares=shares
+    )
 
 
-def pixel_average_set(groups: Sequence[Group], grades: Mapping[str, int],
-                      paths: Mapping[str, Path]) -> TrainingSet:
+def pixel_average_set(
+    groups: Sequence[Group], grades: Mapping[str, int], paths: Mapping[str, Path]
+) -> TrainingSet:
     """The mean photograph of each group (k-Same); paths: {id: file}."""
     labels, shares = _group_labels(groups, grades)
-    return TrainingSet(names=[f'group {g.number}' for g in groups],
-                       sources=[[paths[m] for m in g.members] for g in groups],
-                       labels=labels, shares=shares)
+    return TrainingSet(
+        names=[f'group {g.number}' for g in groups],
+        sources=[[paths[m] for m in g.members] for g in groups],
+        labels=labels,
+        shares=shares,
+    )
 
 
 def random_average_set(table: Table, size: int, *, seed: int = 0) -> TrainingSet:
@@ -146,13 +177,21 @@ def random_average_set(table: Table, size: int, *, seed: int = 0) -> TrainingSet
     if not groups:
         raise UserError(f'{len(set(people))} people are too few for means of {size}')
     shares = np.stack([one_hot(table.grades[g]).mean(0) for g in groups])
-    return TrainingSet(names=[f'mean {i}' for i in range(len(groups))],
-                       sources=[[table.paths[i] for i in g] for g in groups],
-                       labels=shares.argmax(1), shares=shares)
+    return TrainingSet(
+        names=[f'mean {i}' for i in range(len(groups))],
+        sources=[[table.paths[i] for i in g] for g in groups],
+        labels=shares.argmax(1),
+        shares=shares,
+    )
 
 
-def split_validation(labels: Sequence[int] | np.ndarray, *, fraction: float, seed: int,
-                     groups: Sequence | None = None) -> tuple[np.ndarray, np.ndarray]:
+def split_validation(
+    labels: Sequence[int] | np.ndarray,
+    *,
+    fraction: float,
+    seed: int,
+    groups: Sequence | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """(training indices, validation indices), sorted: every grade's share, whole patients only.
 
     groups: patient of each picture; all pictures of a patient land on the same side, which
@@ -161,8 +200,10 @@ def split_validation(labels: Sequence[int] | np.ndarray, *, fraction: float, see
     """
     labels = np.asarray(labels)
     if len(labels) < MIN_PICTURES:
-        raise UserError(f'only {len(labels)} training pictures; a grader needs at least '
-                        f'{MIN_PICTURES}, so use a smaller k or more photographs')
+        raise UserError(
+            f'only {len(labels)} training pictures; a grader needs at least '
+            f'{MIN_PICTURES}, so use a smaller k or more photographs'
+        )
     units = np.arange(len(labels))
     if groups is not None:
         _, units = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
@@ -177,8 +218,10 @@ def split_validation(labels: Sequence[int] | np.ndarray, *, fraction: float, see
     chosen = order[np.floor((position + 1) * fraction) > np.floor(position * fraction)]
     validation = np.isin(units, chosen)
     if not validation.any() or validation.all():
-        raise UserError('all training pictures show one patient, so none can be set apart for '
-                        'validation; add photographs of other people')
+        raise UserError(
+            'all training pictures show one patient, so none can be set apart for '
+            'validation; add photographs of other people'
+        )
     return np.flatnonzero(~validation), np.flatnonzero(validation)
 
 
@@ -196,8 +239,12 @@ def release_people(release: Path) -> Table | None:
         record = json.loads((private / 'options.json').read_text(encoding='utf-8'))
         return read_table(groups, record['options']['data_path'])
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-        log.warning('the photographs behind %s cannot be compared with those of the test, only '
-                    'ids and patients (%s)', release, error)
+        log.warning(
+            'the photographs behind %s cannot be compared with those of the test, only '
+            'ids and patients (%s)',
+            release,
+            error,
+        )
         return read_table(groups, ids_only=True)
 
 
@@ -209,7 +256,8 @@ def without_known_people(table: Table, *others: Table) -> tuple[Table, int]:
     """
     known = shown_elsewhere(table, *others)
     if all(known):
-        raise UserError('every test photograph shows a person of the training table, so nothing '
-                        'is held out; check --labels_test and --test_split')
-    return (merge_identical(table.subset([i for i, k in enumerate(known) if not k])),
-            sum(known))
+        raise UserError(
+            'every test photograph shows a person of the training table, so nothing '
+            'is held out; check --labels_test and --test_split'
+        )
+    return (merge_identical(table.subset([i for i, k in enumerate(known) if not k])), sum(known))

@@ -1,4 +1,5 @@
 """Grader runs over several seeds: train, test, record, draw."""
+
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -9,11 +10,7 @@ import torch
 
 from classification.data import TrainingSet, split_validation
 from classification.grader import metric_options
-from classification.metrics import (
-    bootstrap_intervals,
-    grading_metrics,
-    summarise,
-)
+from classification.metrics import bootstrap_intervals, grading_metrics, summarise
 from classification.plots import plot_confusion, plot_history
 from classification.probe import ProbeGrader
 from classification.settings import Config
@@ -31,9 +28,18 @@ WEIGHTS = {'best': 'best_validation_weights.pt', 'final': 'final_weights.pt'}
 _RESULT = 'result.json'
 
 
-def run_seeds(data: TrainingSet, pictures: np.ndarray, test: Table, test_pictures: np.ndarray, *,
-              config: Config, out_dir: Path, device: torch.device, n_draw: int | None = None,
-              stopped: Callable[[], bool] = lambda: False) -> dict | None:
+def run_seeds(
+    data: TrainingSet,
+    pictures: np.ndarray,
+    test: Table,
+    test_pictures: np.ndarray,
+    *,
+    config: Config,
+    out_dir: Path,
+    device: torch.device,
+    n_draw: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict | None:
     """Trains one grader per seed of `config` and tests each; returns the JSON-able results.
 
     A network or a probe, as `config.grader` says (a probe has no epochs and leaves no weights).
@@ -57,25 +63,40 @@ def run_seeds(data: TrainingSet, pictures: np.ndarray, test: Table, test_picture
             records.append(prober.record(seed, rows))
             write_json(folder / _RESULT, records[-1])
             continue
-        record = _run_seed(seed, rows, folder, data, pictures, test, test_pictures,
-                           config=config, device=device, stopped=stopped)
+        record = _run_seed(
+            seed,
+            rows,
+            folder,
+            data,
+            pictures,
+            test,
+            test_pictures,
+            config=config,
+            device=device,
+            stopped=stopped,
+        )
         if record is None:
             return None
         records.append(record)
     _draw(records, test, config, out_dir)
     return {
-        'n_test': len(test), 'n_test_people': len(set(test.patients)) if test.patients else None,
+        'n_test': len(test),
+        'n_test_people': len(set(test.patients)) if test.patients else None,
         'summary': summarise_seeds(records, 'test_best'),
         **({} if prober else {'summary_final_epoch': summarise_seeds(records, 'test_final')}),
-        'seeds': [{k: v for k, v in r.items() if k not in ('test_score', 'history')}
-                  for r in records],
+        'seeds': [
+            {k: v for k, v in r.items() if k not in ('test_score', 'history')} for r in records
+        ],
     }
 
 
 def summarise_seeds(records: Sequence[dict], part: str) -> dict[str, dict | None]:
     """{score: {'mean', 'std', 'values'}} of the scores that are there."""
-    return {name: summarise([r[part][name] for r in records]) for name in SCORES
-            if name in records[0][part]}
+    return {
+        name: summarise([r[part][name] for r in records])
+        for name in SCORES
+        if name in records[0][part]
+    }
 
 
 def _drawn(n, n_draw, seed):
@@ -89,34 +110,57 @@ def _drawn(n, n_draw, seed):
 def _run_seed(seed, rows, folder, data, pictures, test, test_pictures, *, config, device, stopped):
     settings = config.settings
     groups = None if data.groups is None else [data.groups[i] for i in rows]
-    train, val = split_validation(data.labels[rows], fraction=config.validation_fraction,
-                                  seed=seed, groups=groups)
+    train, val = split_validation(
+        data.labels[rows], fraction=config.validation_fraction, seed=seed, groups=groups
+    )
     train, val = rows[train], rows[val]
 
     def report(record):
-        log.info('seed %d  epoch %d/%d  %s', seed, record['epoch'], settings.epochs,
-                 '  '.join(f'{k} {v:.4g}' for k, v in record.items()
-                           if k not in ('epoch', 'learning_rate') and v is not None))
+        log.info(
+            'seed %d  epoch %d/%d  %s',
+            seed,
+            record['epoch'],
+            settings.epochs,
+            '  '.join(
+                f'{k} {v:.4g}'
+                for k, v in record.items()
+                if k not in ('epoch', 'learning_rate') and v is not None
+            ),
+        )
 
     checkpoint = folder / 'checkpoint.pt'
-    result = train_grader(pictures[train], data.targets(config.labels)[train], pictures[val],
-                          data.labels[val], settings=settings, seed=seed, device=device,
-                          imagenet_weights=config.initial_weights or None, checkpoint=checkpoint,
-                          on_epoch=report, stopped=stopped)
+    result = train_grader(
+        pictures[train],
+        data.targets(config.labels)[train],
+        pictures[val],
+        data.labels[val],
+        settings=settings,
+        seed=seed,
+        device=device,
+        imagenet_weights=config.initial_weights or None,
+        checkpoint=checkpoint,
+        on_epoch=report,
+        stopped=stopped,
+    )
     if result is None:
         return None
-    record = {'seed': seed, 'n_train': len(train), 'n_validation': len(val),
-              'best_epoch': result.best_epoch,
-              'validation_kappa': result.history[result.best_epoch - 1]['kappa'],
-              'channel_mean': result.mean.tolist(), 'channel_std': result.std.tolist()}
+    record = {
+        'seed': seed,
+        'n_train': len(train),
+        'n_validation': len(val),
+        'best_epoch': result.best_epoch,
+        'validation_kappa': result.history[result.best_epoch - 1]['kappa'],
+        'channel_mean': result.mean.tolist(),
+        'channel_std': result.std.tolist(),
+    }
     options = metric_options(settings)
     for which in ('final', 'best'):
         found = result.use(which).predict(test_pictures)
-        record[f'test_{which}'] = grading_metrics(test.grades, found.grades, found.score,
-                                                  **options)
+        record[f'test_{which}'] = grading_metrics(test.grades, found.grades, found.score, **options)
         save_torch(folder / WEIGHTS[which], getattr(result, f'{which}_state'))
     record['test_best']['interval_95'] = bootstrap_intervals(
-        test.grades, found.grades, found.score, groups=test.patients, **options)
+        test.grades, found.grades, found.score, groups=test.patients, **options
+    )
     record['test_score'] = found.score.tolist()
     record['history'] = result.history
     write_json(folder / _RESULT, record)
@@ -130,24 +174,35 @@ def _draw(records, test, config, out_dir):
     threshold = settings.positive_from if binary else REFERABLE_FROM
     positive = test.grades >= threshold
     scores = {f'seed {r["seed"]}': np.asarray(r['test_score']) for r in records}
-    plot_roc({seed: (s[positive], s[~positive]) for seed, s in scores.items()}, out_dir / 'roc.png',
-             title=f'grade {threshold} and more, test set')
+    plot_roc(
+        {seed: (s[positive], s[~positive]) for seed, s in scores.items()},
+        out_dir / 'roc.png',
+        title=f'grade {threshold} and more, test set',
+    )
     names = [f'< {threshold}', f'{threshold} and more'] if binary else None
     total = np.sum([r['test_best']['confusion'] for r in records], axis=0)
-    plot_confusion(total, out_dir / 'confusion.png', names=names,
-                   title=f'test set, sum of {len(records)} seeds')
+    plot_confusion(
+        total,
+        out_dir / 'confusion.png',
+        names=names,
+        title=f'test set, sum of {len(records)} seeds',
+    )
     if config.grader == 'network':
-        plot_history({f'seed {r["seed"]}': r['history'] for r in records},
-                     out_dir / 'training.png')
+        plot_history({f'seed {r["seed"]}': r['history'] for r in records}, out_dir / 'training.png')
 
 
 def results_table(results: dict) -> str:
     """Printable mean and spread of every score."""
-    lines = [f'features: {results["seeds"][0]["features"]}'] \
-        if 'features' in results['seeds'][0] else []
+    lines = (
+        [f'features: {results["seeds"][0]["features"]}']
+        if 'features' in results['seeds'][0]
+        else []
+    )
     lines += [f'{"score":<20}{"mean":>8}{"std":>8}   seeds']
     for name, score in results['summary'].items():
         std = '-' if score['std'] is None else f'{score["std"]:.3f}'
-        lines.append(f'{name:<20}{score["mean"]:>8.3f}{std:>8}   '
-                     + ' '.join(f'{v:.3f}' for v in score['values']))
+        lines.append(
+            f'{name:<20}{score["mean"]:>8.3f}{std:>8}   '
+            + ' '.join(f'{v:.3f}' for v in score['values'])
+        )
     return '\n'.join(lines)

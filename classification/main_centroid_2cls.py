@@ -2,6 +2,7 @@
 
 The published command of this name; all flags are those of main.py.
 """
+
 import sys
 from pathlib import Path
 

@@ -2,6 +2,7 @@
 
 The published command of this name; all flags are those of main.py.
 """
+
 import sys
 from pathlib import Path
 
@@ -11,5 +12,8 @@ from classification.two_classes import two_classes
 from utils.cli import run
 
 if __name__ == '__main__':
-    run(lambda: two_classes([], sys.argv[1:],
-                            needs='--baseline', what='the folder of the reconstructions'))
+    run(
+        lambda: two_classes(
+            [], sys.argv[1:], needs='--baseline', what='the folder of the reconstructions'
+        )
+    )

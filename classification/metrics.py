@@ -3,6 +3,7 @@
 One implementation serves single scores and bootstrap intervals: everything is computed for many
 weightings of the photographs at once.
 """
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,22 +16,33 @@ from utils.seeds import numpy_generator
 Numbers = Sequence[float] | np.ndarray
 
 
-def check_test_labels(labels: Sequence[int] | np.ndarray, *,
-                      positive_from: int = REFERABLE_FROM) -> None:
+def check_test_labels(
+    labels: Sequence[int] | np.ndarray, *, positive_from: int = REFERABLE_FROM
+) -> None:
     """UserError when grades [n] cannot be scored: all alike, or on one side of the threshold."""
     found = sorted({int(v) for v in labels})
     if len(found) < 2:
-        raise UserError(f'the test set holds only grade {found[0] if found else "(none)"}; kappa '
-                        'and AUC need at least two grades, so add photographs of other grades')
+        raise UserError(
+            f'the test set holds only grade {found[0] if found else "(none)"}; kappa '
+            'and AUC need at least two grades, so add photographs of other grades'
+        )
     for threshold in sorted({positive_from, REFERABLE_FROM}):
         if found[-1] < threshold or found[0] >= threshold:
-            raise UserError(f'the test set holds grades {", ".join(map(str, found))} only, all '
-                            f'on one side of grade {threshold}, so the AUC is undefined; add '
-                            'photographs of the other side')
+            raise UserError(
+                f'the test set holds grades {", ".join(map(str, found))} only, all '
+                f'on one side of grade {threshold}, so the AUC is undefined; add '
+                'photographs of the other side'
+            )
 
 
-def grading_metrics(labels: Numbers, predicted: Numbers, score: Numbers, *, n_classes: int = 5,
-                    positive_from: int | None = None) -> dict:
+def grading_metrics(
+    labels: Numbers,
+    predicted: Numbers,
+    score: Numbers,
+    *,
+    n_classes: int = 5,
+    positive_from: int | None = None,
+) -> dict:
     """Scores of predictions on grades.
 
     labels: true grades [n]. predicted: predicted grades [n]; with `positive_from`, 0 or 1 for
@@ -40,8 +52,9 @@ def grading_metrics(labels: Numbers, predicted: Numbers, score: Numbers, *, n_cl
     positive_from), n and confusion (row: truth). An AUC is None where the labels hold one side
     only.
     """
-    found, confusion = _weighted_scores(labels, predicted, score, np.ones((1, len(labels))),
-                                        n_classes, positive_from)
+    found, confusion = _weighted_scores(
+        labels, predicted, score, np.ones((1, len(labels))), n_classes, positive_from
+    )
     values = {name: float(v[0]) if np.isfinite(v[0]) else None for name, v in found.items()}
     return {'n': len(labels), **values, 'confusion': confusion[0].astype(int).tolist()}
 
@@ -52,7 +65,7 @@ def _weighted_scores(labels, predicted, score, weights, n_classes, positive_from
     score = np.asarray(score, dtype=np.float64)
     truth = labels if positive_from is None else (labels >= positive_from).astype(np.int64)
     classes = n_classes if positive_from is None else 2
-    cells = np.eye(classes ** 2)[truth * classes + predicted]
+    cells = np.eye(classes**2)[truth * classes + predicted]
     confusion = (weights @ cells).reshape(-1, classes, classes)
     total, true = confusion.sum((1, 2)), confusion.sum(2)
     right = np.diagonal(confusion, axis1=1, axis2=2)
@@ -68,10 +81,18 @@ def _weighted_scores(labels, predicted, score, weights, n_classes, positive_from
     return found, confusion
 
 
-def bootstrap_intervals(labels: Numbers, predicted: Numbers, score: Numbers, *,
-                        groups: People = None, n_bootstrap: int = 1000, seed: int = 0,
-                        level: float = 0.95, n_classes: int = 5,
-                        positive_from: int | None = None) -> dict[str, list[float]]:
+def bootstrap_intervals(
+    labels: Numbers,
+    predicted: Numbers,
+    score: Numbers,
+    *,
+    groups: People = None,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    n_classes: int = 5,
+    positive_from: int | None = None,
+) -> dict[str, list[float]]:
     """Percentile intervals {metric: [low, high]} of `grading_metrics`, resampling people.
 
     groups: one hashable per image (the patient); whole groups are drawn, so that two eyes of a
@@ -85,8 +106,11 @@ def bootstrap_intervals(labels: Numbers, predicted: Numbers, score: Numbers, *,
         for name, values in found.items():
             found_by.setdefault(name, []).append(values)
     draws = {name: np.concatenate(values) for name, values in found_by.items()}
-    return {name: list(percentiles(values, level)) for name, values in draws.items()
-            if np.isfinite(values).any()}
+    return {
+        name: list(percentiles(values, level))
+        for name, values in draws.items()
+        if np.isfinite(values).any()
+    }
 
 
 def summarise(values: Sequence[float | None]) -> dict | None:

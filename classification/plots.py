@@ -1,4 +1,5 @@
 """Confusion matrix and training curves as PNG files."""
+
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(temp, format='png', dpi=120, metadata={'Software': None})
 
 
-def plot_confusion(confusion: np.ndarray, path: Path, *, names: list[str] | None = None,
-                   title: str = '') -> None:
+def plot_confusion(
+    confusion: np.ndarray, path: Path, *, names: list[str] | None = None, title: str = ''
+) -> None:
     """A confusion matrix [C, C] (row: truth) with counts, coloured by the share of its row."""
     confusion = np.asarray(confusion)
     names = names or [str(i) for i in range(len(confusion))]
@@ -22,10 +24,24 @@ def plot_confusion(confusion: np.ndarray, path: Path, *, names: list[str] | None
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
     for (row, column), value in np.ndenumerate(confusion):
-        axes.text(column, row, str(value), ha='center', va='center', fontsize=9,
-                  color='white' if share[row, column] > 0.5 else 'black')
-    axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names,
-             yticklabels=names, xlabel='predicted', ylabel='true', title=title)
+        axes.text(
+            column,
+            row,
+            str(value),
+            ha='center',
+            va='center',
+            fontsize=9,
+            color='white' if share[row, column] > 0.5 else 'black',
+        )
+    axes.set(
+        xticks=range(len(names)),
+        yticks=range(len(names)),
+        xticklabels=names,
+        yticklabels=names,
+        xlabel='predicted',
+        ylabel='true',
+        title=title,
+    )
     figure.colorbar(image, label='share of the true grade')
     _save(figure, path)
 

@@ -1,4 +1,5 @@
 """The probe as a grader: linear models on frozen features, fitted and tested once per seed."""
+
 import logging
 from functools import cached_property
 
@@ -23,19 +24,29 @@ class ProbeGrader:
     a release was made with is called its maker in the records, and a warning says so.
     """
 
-    def __init__(self, data: TrainingSet, pictures: np.ndarray, test: Table,
-                 test_pictures: np.ndarray, *, config: Config, device: torch.device) -> None:
+    def __init__(
+        self,
+        data: TrainingSet,
+        pictures: np.ndarray,
+        test: Table,
+        test_pictures: np.ndarray,
+        *,
+        config: Config,
+        device: torch.device,
+    ) -> None:
         self.data, self.test, self.config, self.device = data, test, config, device
         self._pictures = pictures, test_pictures
 
     @cached_property
     def _judge(self) -> Judge:
-        network = load_feature_network(self.config.features,
-                                       arch=self.config.features_arch or None)
+        network = load_feature_network(self.config.features, arch=self.config.features_arch or None)
         judge = Judge(network, made(network, self.data.networks))
         if judge.maker:
-            log.warning('the release was made with %s: these figures flatter; set --features to '
-                        'another network, and read them beside its figures', network.name)
+            log.warning(
+                'the release was made with %s: these figures flatter; set --features to '
+                'another network, and read them beside its figures',
+                network.name,
+            )
         return judge
 
     @cached_property
@@ -51,13 +62,21 @@ class ProbeGrader:
         soft = data.targets(self.config.labels)
         shares = one_hot(soft) if soft.ndim == 1 else soft
         people = None if data.groups is None else [data.groups[i] for i in rows]
-        probe = fit_probe(train[rows], shares[rows], people=people, kind=self.config.probe,
-                          seed=seed)
+        probe = fit_probe(
+            train[rows], shares[rows], people=people, kind=self.config.probe, seed=seed
+        )
         grades, score = probe.grades(test), probe.score(test)
         found = grading_metrics(self.test.grades, grades, score)
-        found['interval_95'] = bootstrap_intervals(self.test.grades, grades, score,
-                                                   groups=self.test.patients)
-        return {'seed': seed, 'n_train': len(rows), 'features': self._judge.label,
-                'features_sha256': self._judge.network.digest, 'strength': probe.strength,
-                'grade_strength': probe.grade_strength, 'test_best': found,
-                'test_score': score.tolist()}
+        found['interval_95'] = bootstrap_intervals(
+            self.test.grades, grades, score, groups=self.test.patients
+        )
+        return {
+            'seed': seed,
+            'n_train': len(rows),
+            'features': self._judge.label,
+            'features_sha256': self._judge.network.digest,
+            'strength': probe.strength,
+            'grade_strength': probe.grade_strength,
+            'test_best': found,
+            'test_score': score.tolist(),
+        }

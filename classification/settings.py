@@ -1,4 +1,5 @@
 """Settings of a grader's training and the YAML files that hold them."""
+
 import dataclasses
 import difflib
 from pathlib import Path
@@ -22,6 +23,7 @@ SAMPLINGS = ('instance', 'class')
 def is_timm_model(name: str) -> bool:
     """Whether timm can build the architecture `name`."""
     import timm  # slow to import, and most runs need none of it
+
     return timm.is_model(name)
 
 
@@ -69,21 +71,32 @@ class Settings:
     translation: float = 0.2
 
     def __post_init__(self) -> None:
-        for name, choices in (('target', TARGETS), ('precision', PRECISIONS),
-                              ('sampling', SAMPLINGS)):
+        for name, choices in (
+            ('target', TARGETS),
+            ('precision', PRECISIONS),
+            ('sampling', SAMPLINGS),
+        ):
             if getattr(self, name) not in choices:
-                raise UserError(f'{name}: {getattr(self, name)!r} is none of '
-                                f'{", ".join(choices)}')
+                raise UserError(f'{name}: {getattr(self, name)!r} is none of {", ".join(choices)}')
         if self.arch not in ARCHS and not is_timm_model(self.arch):
-            raise UserError(f'arch: {self.arch!r} is none of {", ".join(ARCHS)} and no '
-                            'architecture of timm (timm.list_models() names them)')
-        for name in ('n_classes', 'image_size', 'epochs', 'batch_size', 'cosine_epochs',
-                     'eval_interval'):
+            raise UserError(
+                f'arch: {self.arch!r} is none of {", ".join(ARCHS)} and no '
+                'architecture of timm (timm.list_models() names them)'
+            )
+        for name in (
+            'n_classes',
+            'image_size',
+            'epochs',
+            'batch_size',
+            'cosine_epochs',
+            'eval_interval',
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f'{name}: {getattr(self, name)} must be 1 or more')
         if not 0 < self.positive_from < self.n_classes:
-            raise UserError(f'positive_from: {self.positive_from} must lie between 1 and '
-                            f'{self.n_classes - 1}')
+            raise UserError(
+                f'positive_from: {self.positive_from} must lie between 1 and {self.n_classes - 1}'
+            )
         if (self.mean is None) != (self.std is None):
             raise UserError('mean and std go together: give both, or neither')
 
@@ -115,16 +128,17 @@ class Config:
     def __post_init__(self) -> None:
         for name, choices in (('grader', GRADERS), ('labels', LABELS), ('probe', KINDS)):
             if getattr(self, name) not in choices:
-                raise UserError(f'{name}: {getattr(self, name)!r} is none of '
-                                f'{", ".join(choices)}')
+                raise UserError(f'{name}: {getattr(self, name)!r} is none of {", ".join(choices)}')
         if not 0 < self.validation_fraction < 1:
-            raise UserError(f'validation_fraction: {self.validation_fraction} must lie between '
-                            '0 and 1')
+            raise UserError(
+                f'validation_fraction: {self.validation_fraction} must lie between 0 and 1'
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """A flat dict, as in the YAML file."""
-        flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                if f.name != 'settings'}
+        flat = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != 'settings'
+        }
         flat.update(dataclasses.asdict(self.settings))
         return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
 
@@ -162,8 +176,7 @@ def load_config(path: str | Path, **overrides: Any) -> Config:
         values[name] = _typed(path, name, value, defaults[name])
     grader_names = {f.name for f in dataclasses.fields(Settings)}
     settings = Settings(**{k: v for k, v in values.items() if k in grader_names})
-    return Config(settings=settings,
-                  **{k: v for k, v in values.items() if k not in grader_names})
+    return Config(settings=settings, **{k: v for k, v in values.items() if k not in grader_names})
 
 
 def _typed(path, name, value, default):
@@ -180,7 +193,7 @@ def _typed(path, name, value, default):
         wanted = 'a list of whole numbers' if name == 'seeds' else 'a list of three numbers'
         raise UserError(f'{path}: {name} must be {wanted}, not {value!r}')
     kind = type(default)
-    if kind is float and isinstance(value, str):    # YAML 1.1 reads 1e-3 as a word
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
         try:
             return float(value)
         except ValueError:

@@ -2,6 +2,7 @@
 
 Shapes: n pictures, S side, C grades.
 """
+
 import dataclasses
 import hashlib
 import logging
@@ -52,12 +53,18 @@ def _epoch_order(classes: np.ndarray, settings: Settings, seed: int, epoch: int)
     return rng.choice(n, size=rounds * n, p=weight / weight.sum())
 
 
-def _fingerprint(images: np.ndarray, targets: Tensor, settings: Settings, seed: int,
-                 imagenet_weights: str | Path | None) -> str:
+def _fingerprint(
+    images: np.ndarray,
+    targets: Tensor,
+    settings: Settings,
+    seed: int,
+    imagenet_weights: str | Path | None,
+) -> str:
     """Changes with anything that shapes the training."""
     weights = imagenet_weights and sha256_file(weight_file(imagenet_weights))
-    digest = hashlib.sha256(repr((dataclasses.astuple(settings), seed, len(images), weights)
-                                 ).encode())
+    digest = hashlib.sha256(
+        repr((dataclasses.astuple(settings), seed, len(images), weights)).encode()
+    )
     digest.update(targets.numpy().tobytes())
     for image in images:
         digest.update(zlib.crc32(np.ascontiguousarray(image).data).to_bytes(4, 'little'))
@@ -74,15 +81,25 @@ class GraderTraining:
     UserError for too few pictures, an unfit weight file, and fp16 without a GPU.
     """
 
-    def __init__(self, images: np.ndarray | Tensor, targets: np.ndarray,
-                 val_images: np.ndarray | None, val_labels: np.ndarray | None, *,
-                 settings: Settings, seed: int, device: torch.device,
-                 imagenet_weights: str | Path | None) -> None:
+    def __init__(
+        self,
+        images: np.ndarray | Tensor,
+        targets: np.ndarray,
+        val_images: np.ndarray | None,
+        val_labels: np.ndarray | None,
+        *,
+        settings: Settings,
+        seed: int,
+        device: torch.device,
+        imagenet_weights: str | Path | None,
+    ) -> None:
         if len(images) < 2:
             raise UserError(f'{len(images)} training pictures are too few to train a grader')
         if tuple(images.shape[1:]) != (3, settings.image_size, settings.image_size):
-            raise ValueError(f'train_images {tuple(images.shape)}, want [n, 3, '
-                             f'{settings.image_size}, {settings.image_size}]')
+            raise ValueError(
+                f'train_images {tuple(images.shape)}, want [n, 3, '
+                f'{settings.image_size}, {settings.image_size}]'
+            )
         if settings.precision == 'fp16' and device.type != 'cuda':
             raise UserError('fp16 needs a GPU; use --precision bf16 or fp32')
         self.images = images.numpy() if torch.is_tensor(images) else images
@@ -91,17 +108,25 @@ class GraderTraining:
         self.classes = classes.argmax(1) if classes.ndim == 2 else classes
         self.validation = val_images, val_labels
         self.settings, self.seed, self.device = settings, seed, device
-        mean, std = channel_statistics(self.images) if settings.mean is None else (
-            torch.tensor(settings.mean), torch.tensor(settings.std))
+        mean, std = (
+            channel_statistics(self.images)
+            if settings.mean is None
+            else (torch.tensor(settings.mean), torch.tensor(settings.std))
+        )
         self.net = build_grader(settings, seed=seed, imagenet_weights=imagenet_weights)
         self.net.to(device)
         self.net.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
-            self.net.parameters(), lr=settings.learning_rate, momentum=settings.momentum,
-            nesterov=settings.momentum > 0, weight_decay=settings.weight_decay)
+            self.net.parameters(),
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            nesterov=settings.momentum > 0,
+            weight_decay=settings.weight_decay,
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == 'fp16')
-        self.grader = GraderResult(self.net, settings, mean.to(device), std.to(device),
-                                   device=device)
+        self.grader = GraderResult(
+            self.net, settings, mean.to(device), std.to(device), device=device
+        )
         self.mark = _fingerprint(self.images, self.targets, settings, seed, imagenet_weights)
         self.history: list[dict] = []
         self.best: dict[str, Any] = {'epoch': None, 'rank': None, 'state': None}
@@ -119,8 +144,7 @@ class GraderTraining:
             group['lr'] = rate
         record = {'epoch': epoch + 1, 'loss': self._pass(epoch), 'learning_rate': rate}
         rank, last = None, epoch + 1 == settings.epochs
-        if self.validation[0] is not None and (
-                (epoch + 1) % settings.eval_interval == 0 or last):
+        if self.validation[0] is not None and ((epoch + 1) % settings.eval_interval == 0 or last):
             raw = self.grader.raw_outputs(self.validation[0])
             if not raw.isfinite().all():
                 raise _diverged(epoch)
@@ -140,7 +164,7 @@ class GraderTraining:
         total, n_steps = torch.zeros((), device=self.device), len(order) // size
         self.net.train()
         for step in range(n_steps):
-            pick = order[step * size:(step + 1) * size]
+            pick = order[step * size : (step + 1) * size]
             batch = augment(unit_range(self.images[pick], self.device), self.settings, generator)
             raw = forward(self.net, batch, self.grader.mean, self.grader.std, self.settings)
             loss = loss_function(raw, send(self.targets[pick], self.device), self.settings)
@@ -156,16 +180,23 @@ class GraderTraining:
 
     def state(self) -> dict:
         """Everything needed to go on exactly where this epoch ended."""
-        return {'fingerprint': self.mark, 'net': _cpu_state(self.net),
-                'optimiser': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
-                'history': self.history, 'best': self.best}
+        return {
+            'fingerprint': self.mark,
+            'net': _cpu_state(self.net),
+            'optimiser': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            'history': self.history,
+            'best': self.best,
+        }
 
     def load_state(self, path: Path) -> None:
         """Takes over a saved `state()`; UserError for that of another training."""
         saved = load_weights(path, what='grader checkpoint', hint='Remove it to start again.')
         if not isinstance(saved, dict) or saved.get('fingerprint') != self.mark:
-            raise UserError(f'{path} belongs to a training with other pictures, labels or '
-                            'settings; remove it or choose another output folder')
+            raise UserError(
+                f'{path} belongs to a training with other pictures, labels or '
+                'settings; remove it or choose another output folder'
+            )
         self.net.load_state_dict(saved['net'])
         self.optimizer.load_state_dict(saved['optimiser'])
         self.scaler.load_state_dict(saved['scaler'])
@@ -173,19 +204,34 @@ class GraderTraining:
 
     def result(self) -> GraderResult:
         """The trained grader, which predicts with its best epoch."""
-        return GraderResult(self.net, self.settings, self.grader.mean, self.grader.std,
-                            device=self.device, history=self.history,
-                            best_epoch=self.best['epoch'], best_state=self.best['state'],
-                            final_state=_cpu_state(self.net)).use('best')
+        return GraderResult(
+            self.net,
+            self.settings,
+            self.grader.mean,
+            self.grader.std,
+            device=self.device,
+            history=self.history,
+            best_epoch=self.best['epoch'],
+            best_state=self.best['state'],
+            final_state=_cpu_state(self.net),
+        ).use('best')
 
 
-def train_grader(train_images: np.ndarray | Tensor, train_targets: np.ndarray,
-                 val_images: np.ndarray | None = None, val_labels: np.ndarray | None = None, *,
-                 settings: Settings | None = None, seed: int = 0,
-                 device: torch.device | str = 'cpu', imagenet_weights: str | Path | None = None,
-                 checkpoint: Path | None = None, checkpoint_seconds: float = 30.0,
-                 on_epoch: Callable[[dict], None] | None = None,
-                 stopped: Callable[[], bool] = lambda: False) -> GraderResult | None:
+def train_grader(
+    train_images: np.ndarray | Tensor,
+    train_targets: np.ndarray,
+    val_images: np.ndarray | None = None,
+    val_labels: np.ndarray | None = None,
+    *,
+    settings: Settings | None = None,
+    seed: int = 0,
+    device: torch.device | str = 'cpu',
+    imagenet_weights: str | Path | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 30.0,
+    on_epoch: Callable[[dict], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> GraderResult | None:
     """Trains a grader (see GraderTraining); None where it was stopped before its end.
 
     settings: None takes the published ones. checkpoint: a file written after an epoch, at most
@@ -193,9 +239,16 @@ def train_grader(train_images: np.ndarray | Tensor, train_targets: np.ndarray,
     uninterrupted one. on_epoch: called with each history record. stopped: asked after every
     epoch.
     """
-    training = GraderTraining(train_images, train_targets, val_images, val_labels,
-                              settings=settings or Settings(), seed=seed,
-                              device=torch.device(device), imagenet_weights=imagenet_weights)
+    training = GraderTraining(
+        train_images,
+        train_targets,
+        val_images,
+        val_labels,
+        settings=settings or Settings(),
+        seed=seed,
+        device=torch.device(device),
+        imagenet_weights=imagenet_weights,
+    )
     if checkpoint is not None and checkpoint.exists():
         training.load_state(checkpoint)
         log.info('resuming after epoch %d', len(training.history))
@@ -218,13 +271,16 @@ def _cpu_state(net):
 
 
 def _diverged(epoch):
-    return UserError(f'training diverged in epoch {epoch + 1}; lower learning_rate in the '
-                     'configuration')
+    return UserError(
+        f'training diverged in epoch {epoch + 1}; lower learning_rate in the configuration'
+    )
 
 
 def _validation_scores(raw, labels, settings):
     loss = loss_function(raw, training_targets(labels, settings), settings)
     found = interpret(raw, settings)
     values = grading_metrics(labels, found.grades, found.score, **metric_options(settings))
-    return {'val_loss': float(loss), **{name: values[name] for name in (
-        'kappa', 'accuracy', 'auc_referable')}}
+    return {
+        'val_loss': float(loss),
+        **{name: values[name] for name in ('kappa', 'accuracy', 'auc_referable')},
+    }

@@ -4,6 +4,7 @@ To train on your own photographs, set `my_train_data` and `my_test_data` in path
 give --train_path and --test_path), or add an entry. Source and target are the same pictures: the
 encoder learns to draw what it sees.
 """
+
 from configs.paths_config import dataset_paths
 from configs.transforms_config import EncodeTransforms
 

@@ -4,6 +4,7 @@ Order of precedence: a script's flag, then the environment variable KSALSA_<NAME
 (e.g. KSALSA_APTOS_TRAIN, KSALSA_MOCO), then the entry below. None means: not set. Relative paths
 start at the project folder, so scripts work from anywhere.
 """
+
 import os
 from pathlib import Path
 
@@ -16,12 +17,19 @@ def _set(name, default=None):
 
 
 # Folders of photographs (searched recursively) or archives made by scripts/dataset_tool.py
-dataset_paths = {name: _set(name) for name in (
-    'aptos_train', 'aptos_test',
-    'eyepacs_train', 'eyepacs_test',
-    'phantoms_train', 'phantoms_test',      # made by scripts/make_phantoms.py
-    'my_train_data', 'my_test_data',
-)}
+dataset_paths = {
+    name: _set(name)
+    for name in (
+        'aptos_train',
+        'aptos_test',
+        'eyepacs_train',
+        'eyepacs_test',
+        'phantoms_train',
+        'phantoms_test',  # made by scripts/make_phantoms.py
+        'my_train_data',
+        'my_test_data',
+    )
+}
 
 # Weight files of other projects; which script needs which is in pretrained_models/README.md
 model_paths = {

@@ -1,4 +1,5 @@
 """How photographs are prepared for encoder training."""
+
 import dataclasses
 
 

@@ -1,4 +1,5 @@
 """The content loss (paper, loss L_c)."""
+
 from torch import Tensor
 
 

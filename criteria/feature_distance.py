@@ -1,4 +1,5 @@
 """A perceptual distance on a pretrained feature network, in the manner of LPIPS, uncalibrated."""
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -7,6 +7,7 @@ picture depends on its members through a mean alone.
 
 Shapes: G groups, K members, P patches, C feature channels, S side of the pictures.
 """
+
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,8 +43,15 @@ class StyleTerm:
     strides: of the maps that are used; a FeatureNetwork without one of them leaves it out.
     """
 
-    def __init__(self, net: nn.Module, *, mode: str, n_crop: int, relative: bool,
-                 strides: Sequence[int] = STRIDES) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        mode: str,
+        n_crop: int,
+        relative: bool,
+        strides: Sequence[int] = STRIDES,
+    ) -> None:
         if mode not in MODES:
             raise ValueError(f'mode={mode!r}, want one of {MODES}')
         self.net, self.mode, self.relative = net, mode, relative
@@ -61,8 +69,10 @@ class StyleTerm:
             self.net.check_side(side)
             smallest = self.net.map_side(side, max(self.strides))
         if smallest < self.n_crop:
-            raise UserError(f'--num_crop {self.n_crop}: more than the {smallest} px of the maps '
-                            f'of {self.net.name}')
+            raise UserError(
+                f'--num_crop {self.n_crop}: more than the {smallest} px of the maps '
+                f'of {self.net.name}'
+            )
 
     def maps(self, img: Tensor, also: Sequence[int] = ()) -> dict[int, Tensor]:
         """{stride: maps [N, C, h, w]} of pictures [N, 3, S, S] in [-1, 1].
@@ -78,13 +88,14 @@ class StyleTerm:
         return [patch_grams(maps[s], self.n_crop) for s in self.strides]
 
     @torch.no_grad()
-    def targets(self, members: Sequence[Sequence[Tensor]],
-                weights: Sequence[Tensor]) -> StyleTargets:
+    def targets(
+        self, members: Sequence[Sequence[Tensor]], weights: Sequence[Tensor]
+    ) -> StyleTargets:
         """Targets of groups from the members' `grams`; weights: [K] of each group, of sum 1."""
         n_strides, most = len(self.strides), max(len(w) for w in weights)
         padded = torch.zeros(len(weights), most, device=weights[0].device)
         for i, w in enumerate(weights):
-            padded[i, :len(w)] = w
+            padded[i, : len(w)] = w
         found, scales = [], []
         for s in range(n_strides):
             parts = []
@@ -105,7 +116,7 @@ class StyleTerm:
         """1, or 1 over the mean squared norm of a group's target matrices, [G]."""
         if not self.relative:
             return torch.ones(len(target), device=target.device)
-        size = target.square().sum((-2, -1)).mean(-1)      # over patches: [G] or [G, K]
+        size = target.square().sum((-2, -1)).mean(-1)  # over patches: [G] or [G, K]
         if self.mode == 'best_match':
             size = (size * weights).sum(1)
         return 1 / size.clamp_min(1e-12)

@@ -2,6 +2,7 @@
 
 Shapes: G groups, K members, P patches, C feature channels.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,9 +19,9 @@ def patch_grams(features: Tensor, n_crop: int) -> Tensor:
     ph, pw = h // n_crop, w // n_crop
     if min(ph, pw) < 1:
         raise ValueError(f'n_crop={n_crop} is more than the {h}x{w} pixels of the features')
-    x = features[:, :, :ph * n_crop, :pw * n_crop].float()
+    x = features[:, :, : ph * n_crop, : pw * n_crop].float()
     x = x.reshape(n, c, n_crop, ph, n_crop, pw).permute(0, 2, 4, 1, 3, 5)
-    x = x.reshape(n, n_crop ** 2, c, ph * pw)
+    x = x.reshape(n, n_crop**2, c, ph * pw)
     return x @ x.mT
 
 
@@ -32,11 +33,11 @@ def local_style_loss(grams: Tensor, member_grams: Tensor, weights: Tensor) -> Te
     by cosine to the member's (many to one, recomputed each time, no gradient through the choice).
     """
     n_groups, n_members, n_patches = member_grams.shape[:3]
-    y = grams.flatten(2)                                                  # [G, P, CC]
-    members = member_grams.reshape(n_groups, n_members * n_patches, -1)   # [G, KP, CC]
+    y = grams.flatten(2)  # [G, P, CC]
+    members = member_grams.reshape(n_groups, n_members * n_patches, -1)  # [G, KP, CC]
     with torch.no_grad():
         # The member's own length does not change which patch is the most similar.
-        cosine = members @ F.normalize(y, dim=2, eps=1e-8).mT             # [G, KP, P]
+        cosine = members @ F.normalize(y, dim=2, eps=1e-8).mT  # [G, KP, P]
         best = cosine.argmax(2)
     chosen = y.gather(1, best[:, :, None].expand(-1, -1, y.shape[2]))
     distance = (chosen - members).square().sum(2).view(n_groups, n_members, n_patches).mean(2)

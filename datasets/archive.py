@@ -4,6 +4,7 @@ Layout: image files in sorted order of their names (`00000/img00000000.png`, ...
 `dataset.json` with `{"labels": [[name, label], ...]}` or `{"labels": null}`, where a label is a
 class number or a list of floats (stylegan2-ada-pytorch, dataset_tool).
 """
+
 import collections
 import io
 import json
@@ -24,7 +25,7 @@ from utils.images import IMAGE_SUFFIXES, as_rgb, decode_reason, open_image
 from utils.io import atomic_path, digest_files, sha256_bytes
 from utils.leftovers import SUFFIX, claimed, remove_leftovers
 
-_MAX_FILE = 2 ** 29     # bytes
+_MAX_FILE = 2**29  # bytes
 _MAX_CLASSES = 10_000
 
 
@@ -38,15 +39,18 @@ class FileStore:
         self.is_zip = self.path.is_file()
         if self.is_zip:
             try:
-                self.names = sorted(i.filename for i in self._open_zip().infolist()
-                                    if not i.is_dir())
-            except Exception as error:    # what zipfile raises for damage is not one kind
-                raise UserError(f'{self.path} is not a readable ZIP archive ({error}); give a ZIP '
-                                'or a folder of pictures, as scripts/dataset_tool.py makes them'
-                                ) from error
+                self.names = sorted(
+                    i.filename for i in self._open_zip().infolist() if not i.is_dir()
+                )
+            except Exception as error:  # what zipfile raises for damage is not one kind
+                raise UserError(
+                    f'{self.path} is not a readable ZIP archive ({error}); give a ZIP '
+                    'or a folder of pictures, as scripts/dataset_tool.py makes them'
+                ) from error
         elif self.path.is_dir():
-            self.names = sorted(p.relative_to(self.path).as_posix()
-                                for p in self.path.rglob('*') if p.is_file())
+            self.names = sorted(
+                p.relative_to(self.path).as_posix() for p in self.path.rglob('*') if p.is_file()
+            )
         else:
             raise UserError(f'no such folder or ZIP archive: {self.path}')
 
@@ -58,16 +62,24 @@ class FileStore:
 
     def open(self, name: str) -> BinaryIO:
         """A binary file object for one name; ValueError when it is too large to be read."""
-        size = self._open_zip().getinfo(name).file_size if self.is_zip \
+        size = (
+            self._open_zip().getinfo(name).file_size
+            if self.is_zip
             else (self.path / name).stat().st_size
-        if size > _MAX_FILE:    # a small ZIP can claim and unpack to any size
+        )
+        if size > _MAX_FILE:  # a small ZIP can claim and unpack to any size
             raise ValueError(f'{size >> 20} MiB, more than the {_MAX_FILE >> 20} MiB that are read')
         return self._open_zip().open(name) if self.is_zip else open(self.path / name, 'rb')
 
     def image_names(self):
         """Names that end like an image file, sorted; resource forks of macOS archives left out."""
-        return [n for n in self.names if n.lower().endswith(IMAGE_SUFFIXES)
-                and not n.startswith('__MACOSX/') and not n.rsplit('/', 1)[-1].startswith('._')]
+        return [
+            n
+            for n in self.names
+            if n.lower().endswith(IMAGE_SUFFIXES)
+            and not n.startswith('__MACOSX/')
+            and not n.rsplit('/', 1)[-1].startswith('._')
+        ]
 
     def image(self, name: str) -> Image.Image:
         """One file as a PIL RGB picture; UserError when it cannot be decoded."""
@@ -95,9 +107,11 @@ class FileStore:
             with self.open('dataset.json') as file:
                 labels = json.load(file).get('labels')
             return None if labels is None else {str(n).replace('\\', '/'): v for n, v in labels}
-        except Exception as error:    # damaged, encrypted, too deep, of another kind
-            raise UserError(f'{self.path}: dataset.json must read {{"labels": [[name, label], '
-                            f'...]}} or {{"labels": null}} ({str(error)[:200]})') from error
+        except Exception as error:  # damaged, encrypted, too deep, of another kind
+            raise UserError(
+                f'{self.path}: dataset.json must read {{"labels": [[name, label], '
+                f'...]}} or {{"labels": null}} ({str(error)[:200]})'
+            ) from error
 
     def __getstate__(self):
         return {**self.__dict__, '_zip': None, '_pid': None}
@@ -108,16 +122,19 @@ def encode_labels(labels: Sequence[object]) -> np.ndarray:
 
     UserError when they are neither, or are mixed, or beyond 10,000 classes.
     """
-    if all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < _MAX_CLASSES
-           for v in labels):
+    if all(
+        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < _MAX_CLASSES for v in labels
+    ):
         return np.eye(max(labels) + 1, dtype=np.float32)[np.array(labels)]
     try:
         array = np.array(labels, dtype=np.float32)
     except (ValueError, TypeError, OverflowError):
         array = None
     if array is None or array.ndim != 2 or not np.isfinite(array).all():
-        raise UserError(f'labels must be all class numbers (0, 1, ..., below {_MAX_CLASSES}) or '
-                        'all lists of floats of one length')
+        raise UserError(
+            f'labels must be all class numbers (0, 1, ..., below {_MAX_CLASSES}) or '
+            'all lists of floats of one length'
+        )
     return array
 
 
@@ -169,21 +186,28 @@ class ImageArchive(torch.utils.data.Dataset):
             elif (w, h) != common:
                 bad[name] = f'{w}x{h}, the others are {common[0]}x{common[1]}'
         if bad:
-            raise UserError(listing(
-                f'{self.store.path}: {len(bad)} of {len(self.names)} images cannot be used; '
-                'prepare them with scripts/dataset_tool.py --width N --height N',
-                [f'{name}: {bad[name]}' for name in sorted(bad)]))
+            raise UserError(
+                listing(
+                    f'{self.store.path}: {len(bad)} of {len(self.names)} images cannot be used; '
+                    'prepare them with scripts/dataset_tool.py --width N --height N',
+                    [f'{name}: {bad[name]}' for name in sorted(bad)],
+                )
+            )
         return common[0]
 
     def _read_labels(self):
         labels = self.store.labels()
         if labels is None:
-            raise UserError(f'{self.store.path} has no labels (dataset.json); make it from a '
-                            'labelled source with scripts/dataset_tool.py, or train without --cond')
+            raise UserError(
+                f'{self.store.path} has no labels (dataset.json); make it from a '
+                'labelled source with scripts/dataset_tool.py, or train without --cond'
+            )
         missing = [n for n in self.names if n not in labels]
         if missing:
-            raise UserError(f'{self.store.path}: dataset.json has no label for {len(missing)} '
-                            f'images, e.g. {missing[0]}')
+            raise UserError(
+                f'{self.store.path}: dataset.json has no label for {len(missing)} '
+                f'images, e.g. {missing[0]}'
+            )
         try:
             return encode_labels([labels[n] for n in self.names])
         except UserError as error:
@@ -232,8 +256,9 @@ class ArchiveWriter:
     def __init__(self, dest):
         self.dest = Path(dest)
         self.is_zip = self.dest.suffix.lower() == '.zip'
-        if self.dest.exists() and (self.is_zip or not self.dest.is_dir()
-                                   or any(self.dest.iterdir())):
+        if self.dest.exists() and (
+            self.is_zip or not self.dest.is_dir() or any(self.dest.iterdir())
+        ):
             raise UserError(f'--dest {self.dest} already exists; remove it or choose another name')
         self._labels = []
 
@@ -244,8 +269,11 @@ class ArchiveWriter:
             self._atomic = atomic_path(self.dest)
             self._zip = zipfile.ZipFile(self._atomic.__enter__(), 'w', zipfile.ZIP_STORED)
         else:
-            self._claim = claimed(lambda: tempfile.mkdtemp(
-                dir=self.dest.parent, prefix=f'.{self.dest.name}.', suffix=SUFFIX))
+            self._claim = claimed(
+                lambda: tempfile.mkdtemp(
+                    dir=self.dest.parent, prefix=f'.{self.dest.name}.', suffix=SUFFIX
+                )
+            )
             self._folder = self._claim.__enter__()
         return self
 
@@ -262,7 +290,7 @@ class ArchiveWriter:
         if failed:
             shutil.rmtree(self._folder)
         else:
-            self._folder.chmod(0o755)    # mkdtemp made it private
+            self._folder.chmod(0o755)  # mkdtemp made it private
             if self.dest.exists():
                 self.dest.rmdir()
             os.replace(self._folder, self.dest)

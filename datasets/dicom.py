@@ -5,6 +5,7 @@ header only patient, laterality and study date are used, to fill `patient_id`, `
 number; nothing of it goes anywhere else. Needs pydicom (PyPI), and for compressed pixels gdcm.
 Source: DICOM PS3.3 C.7.6.3 (Image Pixel), C.8.17.1 (Ophthalmic Photography).
 """
+
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,8 +32,19 @@ _FUNDUS_CLASSES = {
     '1.2.840.10008.5.1.4.1.1.7.4': 'Multi-frame True Color Secondary Capture',
 }
 _EYES = {'L': 'left', 'R': 'right'}
-_TAGS = ['SOPClassUID', 'Modality', 'PatientID', 'ImageLaterality', 'Laterality', 'StudyDate',
-         'AcquisitionDateTime', 'BurnedInAnnotation', 'NumberOfFrames', 'Rows', 'Columns']
+_TAGS = [
+    'SOPClassUID',
+    'Modality',
+    'PatientID',
+    'ImageLaterality',
+    'Laterality',
+    'StudyDate',
+    'AcquisitionDateTime',
+    'BurnedInAnnotation',
+    'NumberOfFrames',
+    'Rows',
+    'Columns',
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +60,16 @@ class DicomPhotograph:
 
 def find_dicom(folder: Path) -> list[Path]:
     """Files below `folder` that are DICOM by suffix or by their magic word, sorted."""
-    return sorted(p for p in folder.rglob('*') if p.is_file()
-                  and (p.suffix.lower() in DICOM_SUFFIXES
-                       or p.suffix.lower() not in IMAGE_SUFFIXES and _has_magic(p)))
+    return sorted(
+        p
+        for p in folder.rglob('*')
+        if p.is_file()
+        and (
+            p.suffix.lower() in DICOM_SUFFIXES
+            or p.suffix.lower() not in IMAGE_SUFFIXES
+            and _has_magic(p)
+        )
+    )
 
 
 def _has_magic(path: Path) -> bool:
@@ -58,8 +77,9 @@ def _has_magic(path: Path) -> bool:
         return file.read(132)[128:] == b'DICM'
 
 
-def list_photographs(paths: Iterable[Path], *, burned_in: bool = False
-                     ) -> tuple[list[DicomPhotograph], list[tuple[Path, str]]]:
+def list_photographs(
+    paths: Iterable[Path], *, burned_in: bool = False
+) -> tuple[list[DicomPhotograph], list[tuple[Path, str]]]:
     """Reads the headers of `paths`: the fundus photographs, and (path, reason) of the others.
 
     burned_in: whether files whose header says that text is burned into the picture are accepted.
@@ -74,7 +94,7 @@ def list_photographs(paths: Iterable[Path], *, burned_in: bool = False
             photograph = _photograph(path, header, burned_in)
         except UserError as error:
             refused.append((path, str(error)))
-        except Exception as error:    # a damaged header makes the reader fail in any way
+        except Exception as error:  # a damaged header makes the reader fail in any way
             refused.append((path, f'not a readable DICOM file ({_line(error)})'))
         else:
             found.append(photograph)
@@ -85,6 +105,7 @@ def _photograph(path: Path, header: 'Dataset', burned_in: bool) -> DicomPhotogra
     kind = str(header.get('SOPClassUID', ''))
     if kind not in _FUNDUS_CLASSES:
         from pydicom.uid import UID
+
         raise UserError(f'not a fundus photograph but {UID(kind).name or "of no stated class"}')
     modality = str(header.get('Modality', ''))
     if modality not in ('OP', 'OT', 'XC', ''):
@@ -93,9 +114,11 @@ def _photograph(path: Path, header: 'Dataset', burned_in: bool) -> DicomPhotogra
         raise UserError(f'{header.NumberOfFrames} frames; only single pictures are read')
     marked = str(header.get('BurnedInAnnotation', '')).upper() == 'YES'
     if marked and not burned_in:
-        raise UserError('text is burned into the picture (BurnedInAnnotation is YES); --mask '
-                        'blackens what lies outside the field of view, --burned_in_text accepts '
-                        'the picture as it is')
+        raise UserError(
+            'text is burned into the picture (BurnedInAnnotation is YES); --mask '
+            'blackens what lies outside the field of view, --burned_in_text accepts '
+            'the picture as it is'
+        )
     patient = str(header.get('PatientID', '')).strip()
     if not patient:
         raise UserError('no PatientID: whose photograph it is cannot be told')
@@ -133,6 +156,7 @@ def load_dicom(path: Path) -> Image.Image:
         dataset = _read(path)
         _check_size(path, dataset)
         from pydicom.pixels import apply_color_lut
+
         values = decode_pixels(path, dataset)
         if dataset.PhotometricInterpretation == 'PALETTE COLOR':
             values, bits = apply_color_lut(values, dataset), _palette_bits(dataset)
@@ -145,7 +169,7 @@ def load_dicom(path: Path) -> Image.Image:
         return _to_rgb(values, bits, path)
     except UserError:
         raise
-    except Exception as error:    # damaged pixels make the decoders fail in any way
+    except Exception as error:  # damaged pixels make the decoders fail in any way
         remedy = f'; {INSTALL}' if 'missing dependencies' in str(error) else ''
         raise UserError(f'{path} cannot be decoded ({_line(error)}){remedy}') from error
 
@@ -153,7 +177,7 @@ def load_dicom(path: Path) -> Image.Image:
 def _read(path: Path, **options: object) -> 'Dataset':
     pydicom = _pydicom()
     syntax = pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID', '')
-    if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:    # unpacked whole, whatever its size
+    if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:  # unpacked whole, whatever its size
         raise UserError(f'{path}: a deflated data set; unpack it, as with gdcmconv --raw')
     return pydicom.dcmread(path, **options)
 

@@ -3,6 +3,7 @@
 gdcm ends its process on some damaged streams. So Pillow decodes what it can, and what only gdcm
 can (lossless JPEG, JPEG-LS, 12 bits) is decoded in a process of its own.
 """
+
 import io
 import subprocess
 import sys
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 _SECONDS = 120
-_BYTES = 4 << 30    # of memory in that process
-_SURVIVE = ('pydicom', 'pillow', 'pylibjpeg')    # pydicom's names of decoders that raise
+_BYTES = 4 << 30  # of memory in that process
+_SURVIVE = ('pydicom', 'pillow', 'pylibjpeg')  # pydicom's names of decoders that raise
 
 
 def decode_pixels(path: Path, dataset: 'Dataset') -> np.ndarray:
@@ -25,6 +26,7 @@ def decode_pixels(path: Path, dataset: 'Dataset') -> np.ndarray:
     Raises what the decoders raise, in any form; RuntimeError when the process of its own failed.
     """
     from pydicom.pixels import get_decoder, pixel_array
+
     syntax = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated:
         return pixel_array(dataset)
@@ -40,8 +42,9 @@ def decode_pixels(path: Path, dataset: 'Dataset') -> np.ndarray:
 
 def _decode_apart(path: Path) -> np.ndarray:
     command = [sys.executable, '-m', 'datasets.dicom_decode', str(Path(path).resolve())]
-    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True,
-                          timeout=_SECONDS)
+    done = subprocess.run(
+        command, cwd=Path(__file__).resolve().parents[1], capture_output=True, timeout=_SECONDS
+    )
     if done.returncode:
         last = done.stderr.decode(errors='replace').strip().splitlines()[-1:]
         raise RuntimeError(f'gdcm failed: {"".join(last)}')
@@ -51,8 +54,10 @@ def _decode_apart(path: Path) -> np.ndarray:
 def _main(path: str) -> None:
     import pydicom
     from pydicom.pixels import pixel_array
+
     if sys.platform == 'linux':
         import resource
+
         resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
     found = io.BytesIO()
     np.save(found, pixel_array(pydicom.dcmread(path), decoding_plugin='gdcm'))

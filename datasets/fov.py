@@ -6,6 +6,7 @@ squeezed to an ellipse by a careless resize, may be dark in places, and may lie 
 white. The disc is therefore fitted to the rim that can be seen instead of being read off the
 extent of the bright pixels.
 """
+
 import dataclasses
 import math
 
@@ -15,14 +16,14 @@ from scipy import ndimage
 
 from utils.errors import UserError
 
-_WORK_SIZE = 320            # the long side at which the rim is looked for, in pixels
-_NEAR_BLACK = 20            # a frame whose 95th percentile of the largest channel is below this
-_BLANK = 8                  # a frame whose values span less than this holds no picture
-_DARK_MARGIN = 50           # edges brighter than this are retina, not margin
-_WHITE = 240                # all channels at least this: a white margin
+_WORK_SIZE = 320  # the long side at which the rim is looked for, in pixels
+_NEAR_BLACK = 20  # a frame whose 95th percentile of the largest channel is below this
+_BLANK = 8  # a frame whose values span less than this holds no picture
+_DARK_MARGIN = 50  # edges brighter than this are retina, not margin
+_WHITE = 240  # all channels at least this: a white margin
 _RAYS = 360
 _HYPOTHESES = 300
-_TOLERANCE = 0.012          # rim points this close to the disc (in radii) count as on it
+_TOLERANCE = 0.012  # rim points this close to the disc (in radii) count as on it
 
 
 class UnusableFrame(UserError):
@@ -89,15 +90,29 @@ def _margin_level(values):
     """The level of the darkest corner or edge strip: that of the margin, when there is one."""
     h, w = values.shape
     n = max(round(0.02 * min(h, w)), 1)
-    strips = [values[:n, :n], values[:n, -n:], values[-n:, :n], values[-n:, -n:],
-              values[:n], values[-n:], values[:, :n], values[:, -n:]]
+    strips = [
+        values[:n, :n],
+        values[:n, -n:],
+        values[-n:, :n],
+        values[-n:, -n:],
+        values[:n],
+        values[-n:],
+        values[:, :n],
+        values[:, -n:],
+    ]
     return min(float(np.median(s)) for s in strips)
 
 
 def _fit(values, scale, full_size):
     h, w = values.shape
-    frame = Fov('frame', full_size[0] / 2, full_size[1] / 2, full_size[0] / 2, full_size[1] / 2,
-                (0, 0, *full_size))
+    frame = Fov(
+        'frame',
+        full_size[0] / 2,
+        full_size[1] / 2,
+        full_size[0] / 2,
+        full_size[1] / 2,
+        (0, 0, *full_size),
+    )
     margin = _margin_level(values)
     if margin > _DARK_MARGIN:
         return frame
@@ -113,16 +128,25 @@ def _fit(values, scale, full_size):
         box = _to_box((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1), scale, full_size)
         if box == frame.box:
             return frame
-        return Fov('box', (box[0] + box[2]) / 2, (box[1] + box[3]) / 2,
-                   (box[2] - box[0]) / 2, (box[3] - box[1]) / 2, box)
+        return Fov(
+            'box',
+            (box[0] + box[2]) / 2,
+            (box[1] + box[3]) / 2,
+            (box[2] - box[0]) / 2,
+            (box[3] - box[1]) / 2,
+            box,
+        )
     cx, cy, rx, ry = (float(v) for v in disc)
     # A flat cut inside the frame ends the picture before the disc ends.
     (left, right), (top, bottom) = (_extent(mask.sum(axis=a)) for a in (0, 1))
-    box = (max(cx - rx, 0, min(left, cx - 0.6 * rx)), max(cy - ry, 0, min(top, cy - 0.6 * ry)),
-           min(cx + rx, w, max(right, cx + 0.6 * rx)), min(cy + ry, h, max(bottom, cy + 0.6 * ry)))
+    box = (
+        max(cx - rx, 0, min(left, cx - 0.6 * rx)),
+        max(cy - ry, 0, min(top, cy - 0.6 * ry)),
+        min(cx + rx, w, max(right, cx + 0.6 * rx)),
+        min(cy + ry, h, max(bottom, cy + 0.6 * ry)),
+    )
     sx, sy = scale
-    return Fov('disc', cx * sx, cy * sy, rx * sx, ry * sy,
-               _to_box(box, scale, full_size))
+    return Fov('disc', cx * sx, cy * sy, rx * sx, ry * sy, _to_box(box, scale, full_size))
 
 
 def _extent(counts):
@@ -153,7 +177,7 @@ def _rim_points(mask):
     ray = ((np.arctan2(dy, dx) / (2 * np.pi) + 0.5) * _RAYS).astype(int) % _RAYS
     order = np.argsort(np.hypot(dx, dy), kind='stable')
     outermost = np.full(_RAYS, -1)
-    outermost[ray[order]] = order    # the last write wins: the farthest
+    outermost[ray[order]] = order  # the last write wins: the farthest
     keep = outermost[outermost >= 0]
     xs, ys = xs[keep], ys[keep]
     inside = (xs > 1) & (xs < w - 2) & (ys > 1) & (ys < h - 2)
@@ -165,16 +189,16 @@ def _solve(points, circle):
     (NaN where none fits)."""
     x, y = points[..., 0], points[..., 1]
     one = np.ones_like(x)
-    if circle:    # x^2 + y^2 = a x + b y + c
+    if circle:  # x^2 + y^2 = a x + b y + c
         columns, target = [x, y, one], x * x + y * y
-    else:         # x^2 = -q y^2 + a x + b y + c
+    else:  # x^2 = -q y^2 + a x + b y + c
         columns, target = [x, y, one, -y * y], x * x
     solution = (np.linalg.pinv(np.stack(columns, axis=-1)) @ target[..., None])[..., 0]
     a, b, c = solution[..., 0], solution[..., 1], solution[..., 2]
     q = np.ones_like(a) if circle else solution[..., 3]
     with np.errstate(all='ignore'):
         cx, cy = a / 2, b / (2 * q)
-        rx2 = c + cx ** 2 + q * cy ** 2
+        rx2 = c + cx**2 + q * cy**2
         return np.stack([cx, cy, np.sqrt(rx2), np.sqrt(rx2 / q)], axis=-1)
 
 
@@ -188,9 +212,16 @@ def _plausible(disc, shape):
     h, w = shape
     cx, cy, rx, ry = (disc[..., i] for i in range(4))
     with np.errstate(invalid='ignore'):
-        return ((cx > 0.1 * w) & (cx < 0.9 * w) & (cy > 0.1 * h) & (cy < 0.9 * h)
-                & (np.minimum(rx, ry) > 0.2 * min(h, w)) & (np.maximum(rx, ry) < 0.9 * max(h, w))
-                & (rx < 1.8 * ry) & (ry < 1.8 * rx))
+        return (
+            (cx > 0.1 * w)
+            & (cx < 0.9 * w)
+            & (cy > 0.1 * h)
+            & (cy < 0.9 * h)
+            & (np.minimum(rx, ry) > 0.2 * min(h, w))
+            & (np.maximum(rx, ry) < 0.9 * max(h, w))
+            & (rx < 1.8 * ry)
+            & (ry < 1.8 * rx)
+        )
 
 
 def _ransac(rim, shape, circle):
@@ -230,8 +261,12 @@ def _fit_disc(rim, mask):
 
 def _to_box(box, scale, full_size):
     x0, y0, x1, y1 = (v * s for v, s in zip(box, (*scale, *scale), strict=True))
-    return (max(math.floor(x0), 0), max(math.floor(y0), 0),
-            min(math.ceil(x1), full_size[0]), min(math.ceil(y1), full_size[1]))
+    return (
+        max(math.floor(x0), 0),
+        max(math.floor(y0), 0),
+        min(math.ceil(x1), full_size[0]),
+        min(math.ceil(y1), full_size[1]),
+    )
 
 
 def fov_mask(fov, width, height):
@@ -245,8 +280,9 @@ def fov_mask(fov, width, height):
     return inside * np.clip(0.5 + (1 - rho) * min(fov.rx, fov.ry), 0, 1).astype(np.float32)
 
 
-def crop_fov(image, fov, *, size=None, mask=False, unsqueeze=False,
-             resample=Image.Resampling.LANCZOS):
+def crop_fov(
+    image, fov, *, size=None, mask=False, unsqueeze=False, resample=Image.Resampling.LANCZOS
+):
     """Crops a PIL RGB picture to its field of view, pads it to a square with black, resizes it.
 
     The square is centred on the disc as far as that keeps everything visible, so a picture with
@@ -263,11 +299,15 @@ def crop_fov(image, fov, *, size=None, mask=False, unsqueeze=False,
     if unsqueeze and fov.kind == 'disc' and fov.rx != fov.ry:
         stretch = max(fov.rx, fov.ry) / np.array([fov.rx, fov.ry])
         cx, cy = np.array([cx, cy]) * stretch
-        image = image.resize([round(s * f) for s, f in zip(image.size, stretch, strict=True)],
-                             Image.Resampling.BICUBIC)
+        image = image.resize(
+            [round(s * f) for s, f in zip(image.size, stretch, strict=True)],
+            Image.Resampling.BICUBIC,
+        )
     side = max(image.size)
-    x, y = (round(min(max(side / 2 - c, 0), side - s))
-            for c, s in zip((cx, cy), image.size, strict=True))
+    x, y = (
+        round(min(max(side / 2 - c, 0), side - s))
+        for c, s in zip((cx, cy), image.size, strict=True)
+    )
     canvas = Image.new('RGB', (side, side))
     canvas.paste(image, (x, y))
     return canvas if size is None else canvas.resize((size, size), resample)

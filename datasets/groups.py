@@ -1,4 +1,5 @@
 """Group tables (id_code, centers, release_name) and the pictures that stand for the groups."""
+
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import pandas as pd
 from utils.errors import UserError, listing
 from utils.images import IMAGE_SUFFIXES
 
-_MAX_NUMBER = 10 ** 9    # of a group
+_MAX_NUMBER = 10**9  # of a group
 
 
 class Group(NamedTuple):
@@ -41,24 +42,36 @@ def read_groups(path: str | Path, *, flag: str = '--df') -> list[Group]:
         raise UserError(f'{flag} {path}: no such table')
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except Exception as error:    # random bytes make the reader fail in any way
-        raise UserError(f'{flag} {path} is not a readable CSV table ({str(error)[:200]})'
-                        ) from error
+    except Exception as error:  # random bytes make the reader fail in any way
+        raise UserError(
+            f'{flag} {path} is not a readable CSV table ({str(error)[:200]})'
+        ) from error
     if not {'id_code', 'centers'} <= set(frame.columns):
-        raise UserError(f'{flag} {path}: it needs the columns id_code and centers, and has '
-                        f'{", ".join(map(str, frame.columns))[:200]}')
+        raise UserError(
+            f'{flag} {path}: it needs the columns id_code and centers, and has '
+            f'{", ".join(map(str, frame.columns))[:200]}'
+        )
     centers = pd.to_numeric(frame['centers'], errors='coerce')
     good = centers.between(0, _MAX_NUMBER) & (centers == centers.round())
     if not good.all():
-        raise UserError(listing(f'{flag} {path}: centers must be numbers, of groups from 1, or 0', [
-            f'row {i + 2}: {frame["centers"].iloc[i][:80]!r}' for i in np.flatnonzero(~good)]))
+        raise UserError(
+            listing(
+                f'{flag} {path}: centers must be numbers, of groups from 1, or 0',
+                [f'row {i + 2}: {frame["centers"].iloc[i][:80]!r}' for i in np.flatnonzero(~good)],
+            )
+        )
     frame = frame.assign(centers=centers.astype(int))
     frame = frame[frame['centers'] != 0]
     if frame.empty:
         raise UserError(f'{flag} {path} holds no group')
-    return [Group(int(number), list(rows['id_code']),
-                  rows['release_name'].iloc[0] if 'release_name' in rows else None)
-            for number, rows in frame.groupby('centers', sort=True)]
+    return [
+        Group(
+            int(number),
+            list(rows['id_code']),
+            rows['release_name'].iloc[0] if 'release_name' in rows else None,
+        )
+        for number, rows in frame.groupby('centers', sort=True)
+    ]
 
 
 def group_pictures(groups, folder, *, centroid=False, flag='--images_path'):
@@ -82,7 +95,12 @@ def group_pictures(groups, folder, *, centroid=False, flag='--images_path'):
             missing.append(names[0])
         paths.append(found)
     if missing:
-        raise UserError(listing(f'{len(missing)} of {len(groups)} groups have no picture in '
-                                f'{flag} {folder}; check the folder, the group table and whether '
-                                'centroids are meant', missing))
+        raise UserError(
+            listing(
+                f'{len(missing)} of {len(groups)} groups have no picture in '
+                f'{flag} {folder}; check the folder, the group table and whether '
+                'centroids are meant',
+                missing,
+            )
+        )
     return paths

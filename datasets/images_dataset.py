@@ -2,6 +2,7 @@
 
 Shapes: n images, S side. Pictures are uint8 [3, S, S].
 """
+
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,7 @@ from utils.seeds import numpy_generator
 
 log = logging.getLogger(__name__)
 
-_CACHE_LIMIT = 2 << 30    # bytes of decoded pictures kept in memory
+_CACHE_LIMIT = 2 << 30  # bytes of decoded pictures kept in memory
 
 
 class ImagesDataset(torch.utils.data.Dataset):
@@ -35,21 +36,32 @@ class ImagesDataset(torch.utils.data.Dataset):
         self.names = self._store.image_names()
         if not self.names:
             raise UserError(f'no images in {path}')
-        self.cached = len(self.names) * 3 * size ** 2 <= _CACHE_LIMIT
-        self._pixels = torch.empty((len(self.names) if self.cached else 0, 3, size, size),
-                                   dtype=torch.uint8)
+        self.cached = len(self.names) * 3 * size**2 <= _CACHE_LIMIT
+        self._pixels = torch.empty(
+            (len(self.names) if self.cached else 0, 3, size, size), dtype=torch.uint8
+        )
         self._read_all(threads)
 
     def _read_all(self, threads):
         # A ZIP handle cannot be read from several threads at once.
         threads = 1 if self._store.is_zip else threads
         with ThreadPoolExecutor(threads) as pool:
-            results = list(progress(pool.map(self._read_one, range(len(self.names))),
-                                    total=len(self.names), desc='reading images', unit='img'))
+            results = list(
+                progress(
+                    pool.map(self._read_one, range(len(self.names))),
+                    total=len(self.names),
+                    desc='reading images',
+                    unit='img',
+                )
+            )
         bad = [r for r in results if r is not None]
         if bad:
-            raise UserError(listing(f'{len(bad)} of {len(results)} images cannot be read; '
-                                    'replace or remove them', bad))
+            raise UserError(
+                listing(
+                    f'{len(bad)} of {len(results)} images cannot be read; replace or remove them',
+                    bad,
+                )
+            )
 
     def _read_one(self, i):
         """Caches picture i, or opens its header; returns a complaint or None."""
@@ -103,5 +115,5 @@ class StepSampler(torch.utils.data.Sampler):
                 order = draw.permutation(self.n)
                 flips = draw.random(self.n) < (0.5 if self.mirror else 0)
                 drawn = epoch
-            mine = order[k * self.batch_size:][self.part[0]:self.part[1]]
+            mine = order[k * self.batch_size :][self.part[0] : self.part[1]]
             yield [(int(i), bool(flips[i])) for i in mine]

@@ -3,6 +3,7 @@
 Photographs with the same bytes are one photograph, whatever a table says of them, so that they
 count once for k and fall on one side of every split.
 """
+
 import dataclasses
 import logging
 import os
@@ -49,8 +50,10 @@ def content_keys(paths: Sequence[str | os.PathLike]) -> list[str]:
     """
     sizes = [os.stat(path).st_size for path in paths]
     common = Counter(sizes)
-    return [f'{size} {sha256_file(Path(path))}' if common[size] > 1 else f'{size}'
-            for path, size in zip(paths, sizes)]
+    return [
+        f'{size} {sha256_file(Path(path))}' if common[size] > 1 else f'{size}'
+        for path, size in zip(paths, sizes)
+    ]
 
 
 def merge_identical(table: Table) -> Table:
@@ -68,8 +71,9 @@ def merge_identical(table: Table) -> Table:
         merged[person] = min(name, merged.get(person, name))
     if len(merged) == len(set(names)):
         return table
-    log.warning('identical photographs show one person: %d people, not %d', len(merged),
-                len(set(names)))
+    log.warning(
+        'identical photographs show one person: %d people, not %d', len(merged), len(set(names))
+    )
     return dataclasses.replace(table, patients=[merged[p] for p in people])
 
 
@@ -85,6 +89,7 @@ def shown_elsewhere(table: Table, *others: Table) -> list[bool]:
     people = person_numbers(
         [i for t in tables for i in t.ids],
         [p for t in tables for p in t.patients or [None] * len(t)],
-        [next(keys) if t.paths else None for t in tables for _ in range(len(t))])
-    known = set(people[len(table):])
-    return [p in known for p in people[:len(table)]]
+        [next(keys) if t.paths else None for t in tables for _ in range(len(t))],
+    )
+    known = set(people[len(table) :])
+    return [p in known for p in people[: len(table)]]

@@ -1,4 +1,5 @@
 """Reading many pictures into one array."""
+
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +9,7 @@ from utils.errors import UserError, listing
 from utils.images import load_rgb, resize
 from utils.logs import progress
 
-_IN_MEMORY = 4 << 30    # bytes of pictures kept in memory; larger sets live in a temporary file
+_IN_MEMORY = 4 << 30  # bytes of pictures kept in memory; larger sets live in a temporary file
 
 
 def load_pictures(sources, size, *, threads=4):
@@ -19,23 +20,30 @@ def load_pictures(sources, size, *, threads=4):
     """
     shape = (len(sources), 3, size, size)
     if np.prod(shape) > _IN_MEMORY:
-        with tempfile.TemporaryFile() as file:    # the mapping keeps the deleted file alive
+        with tempfile.TemporaryFile() as file:  # the mapping keeps the deleted file alive
             pictures = np.memmap(file, dtype=np.uint8, mode='w+', shape=shape)
     else:
         pictures = np.empty(shape, np.uint8)
 
     def read(i):
         try:
-            total = sum(np.asarray(resize(load_rgb(path), size), dtype=np.float64)
-                        for path in sources[i])
+            total = sum(
+                np.asarray(resize(load_rgb(path), size), dtype=np.float64) for path in sources[i]
+            )
         except UserError as error:
             return str(error)
         pictures[i] = np.rint(total / len(sources[i])).transpose(2, 0, 1)
         return None
 
     with ThreadPoolExecutor(threads) as pool:
-        answers = list(progress(pool.map(read, range(len(sources))), total=len(sources),
-                                desc='reading pictures', unit='img'))
+        answers = list(
+            progress(
+                pool.map(read, range(len(sources))),
+                total=len(sources),
+                desc='reading pictures',
+                unit='img',
+            )
+        )
     bad = [a for a in answers if a is not None]
     if bad:
         raise UserError(listing(f'{len(bad)} pictures cannot be read', bad))

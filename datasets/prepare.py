@@ -1,4 +1,5 @@
 """Turning collections of photographs into a training archive: sources, transforms, the report."""
+
 import concurrent.futures
 import dataclasses
 import itertools
@@ -11,13 +12,7 @@ import pandas as pd
 from PIL import Image
 
 from datasets.archive import ArchiveWriter, FileStore
-from datasets.dicom import (
-    DICOM_SUFFIXES,
-    DicomPhotograph,
-    find_dicom,
-    list_photographs,
-    load_dicom,
-)
+from datasets.dicom import DICOM_SUFFIXES, DicomPhotograph, find_dicom, list_photographs, load_dicom
 from datasets.fov import UnusableFrame, crop_fov, find_fov
 from datasets.sides import disc_to_the_right
 from datasets.table import read_table
@@ -28,9 +23,13 @@ from utils.logs import progress
 
 log = logging.getLogger(__name__)
 
-FILTERS = {'lanczos': Image.Resampling.LANCZOS, 'box': Image.Resampling.BOX,
-           'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC,
-           'hamming': Image.Resampling.HAMMING}
+FILTERS = {
+    'lanczos': Image.Resampling.LANCZOS,
+    'box': Image.Resampling.BOX,
+    'bilinear': Image.Resampling.BILINEAR,
+    'bicubic': Image.Resampling.BICUBIC,
+    'hamming': Image.Resampling.HAMMING,
+}
 TRANSFORMS = ('none', 'center-crop', 'center-crop-wide', 'fundus')
 
 
@@ -45,8 +44,13 @@ class SourceImage:
     dicom: DicomPhotograph | None = None
 
 
-def list_source(path: str | Path, *, image_dir: str | None = None, split: str | None = None,
-                burned_in: bool = False) -> list[SourceImage]:
+def list_source(
+    path: str | Path,
+    *,
+    image_dir: str | None = None,
+    split: str | None = None,
+    burned_in: bool = False,
+) -> list[SourceImage]:
     """The pictures of a folder, a ZIP or a CSV table, in sorted (table: given) order.
 
     Folder and ZIP take labels from a dataset.json inside; a CSV from its label column, its images
@@ -63,8 +67,10 @@ def list_source(path: str | Path, *, image_dir: str | None = None, split: str | 
     names = store.image_names()
     if dicom := find_dicom(path) if path.is_dir() else []:
         if names:
-            raise UserError(f'{path} holds DICOM files and other pictures ({names[0]}); give them '
-                            'in two folders, as two --source')
+            raise UserError(
+                f'{path} holds DICOM files and other pictures ({names[0]}); give them '
+                'in two folders, as two --source'
+            )
         return _list_dicom(path, dicom, burned_in)
     if not names:
         raise UserError(f'no images in {path}')
@@ -111,7 +117,7 @@ def _list_dicom(folder, paths, burned_in):
     images = []
     for path in paths:
         name = path.relative_to(folder).as_posix()
-        if path.suffix.lower() not in DICOM_SUFFIXES:    # the last part of a UID is no suffix
+        if path.suffix.lower() not in DICOM_SUFFIXES:  # the last part of a UID is no suffix
             name += DICOM_SUFFIXES[0]
         load = _Refused(reasons[path]) if path in reasons else _DicomLoader(path)
         images.append(SourceImage(str(folder), name, load, dicom=photographs.get(path)))
@@ -121,12 +127,22 @@ def _list_dicom(folder, paths, burned_in):
 def _list_table(path, image_dir, split):
     table = read_table(path, image_dir, split=split)
     labels = [None] * len(table) if table.labels is None else table.labels.tolist()
-    return [SourceImage(str(path), file.name, _FileLoader(file), label)
-            for file, label in zip(table.paths, labels)]
+    return [
+        SourceImage(str(path), file.name, _FileLoader(file), label)
+        for file, label in zip(table.paths, labels)
+    ]
 
 
-def transform_image(image, *, transform='none', width=None, height=None, resample='lanczos',
-                    mask=False, unsqueeze=False):
+def transform_image(
+    image,
+    *,
+    transform='none',
+    width=None,
+    height=None,
+    resample='lanczos',
+    mask=False,
+    unsqueeze=False,
+):
     """PIL RGB -> PIL RGB of `width` x `height` (None: as large as it comes).
 
     none: plain resize. center-crop: the largest central square. center-crop-wide: the largest
@@ -135,8 +151,9 @@ def transform_image(image, *, transform='none', width=None, height=None, resampl
     """
     kernel = FILTERS[resample]
     if transform == 'fundus':
-        return crop_fov(image, find_fov(image), size=width, mask=mask, unsqueeze=unsqueeze,
-                        resample=kernel)
+        return crop_fov(
+            image, find_fov(image), size=width, mask=mask, unsqueeze=unsqueeze, resample=kernel
+        )
     w, h = image.size
     if transform == 'center-crop':
         image = _central(image, min(w, h), min(w, h))
@@ -165,19 +182,34 @@ def check_options(transform, width, height, *, mask=False, unsqueeze=False):
         height = width
     if transform == 'center-crop-wide':
         if width is None or height is None or height > width:
-            raise UserError('--transform center-crop-wide needs --width and --height, with height '
-                            'at most width')
+            raise UserError(
+                '--transform center-crop-wide needs --width and --height, with height at most width'
+            )
     elif width != height:
-        raise UserError(f'--width {width} --height {height}: the generator takes squares only; '
-                        'give equal sizes, or use --transform center-crop-wide')
+        raise UserError(
+            f'--width {width} --height {height}: the generator takes squares only; '
+            'give equal sizes, or use --transform center-crop-wide'
+        )
     if transform != 'fundus' and (mask or unsqueeze):
         raise UserError('--mask and --unsqueeze need --transform fundus')
     return width, height
 
 
-def build_archive(images, dest, *, transform='none', width=None, height=None, resample='lanczos',
-                  mask=False, unsqueeze=False, max_images=None, workers=1, keep_names=False,
-                  one_side=False):
+def build_archive(
+    images,
+    dest,
+    *,
+    transform='none',
+    width=None,
+    height=None,
+    resample='lanczos',
+    mask=False,
+    unsqueeze=False,
+    max_images=None,
+    workers=1,
+    keep_names=False,
+    one_side=False,
+):
     """Writes `images` (SourceImage list) to the archive `dest`; returns the report, a DataFrame.
 
     Its columns: source, name, kept, reason (why not), archive_name, label, same_as (the name of an
@@ -195,8 +227,15 @@ def build_archive(images, dest, *, transform='none', width=None, height=None, re
 
     def prepare(item):
         try:
-            image = transform_image(item.load(), transform=transform, width=width, height=height,
-                                    resample=resample, mask=mask, unsqueeze=unsqueeze)
+            image = transform_image(
+                item.load(),
+                transform=transform,
+                width=width,
+                height=height,
+                resample=resample,
+                mask=mask,
+                unsqueeze=unsqueeze,
+            )
             return *(disc_to_the_right(image) if one_side else (image, False)), ''
         except UnusableFrame as error:
             return None, False, str(error)
@@ -204,13 +243,13 @@ def build_archive(images, dest, *, transform='none', width=None, height=None, re
             return None, False, f'damaged: {decode_reason(error.__cause__ or error)}'
 
     rows, misfits, n_kept, size, seen = [], [], 0, None, {}
-    with ArchiveWriter(dest) as writer, \
-            concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with ArchiveWriter(dest) as writer, concurrent.futures.ThreadPoolExecutor(workers) as pool:
         # In blocks: decoding ahead of the writer must not fill the memory.
         step = 16 * workers
-        blocks = (images[i:i + step] for i in range(0, len(images), step))
+        blocks = (images[i : i + step] for i in range(0, len(images), step))
         results = itertools.chain.from_iterable(
-            zip(block, pool.map(prepare, block)) for block in blocks)
+            zip(block, pool.map(prepare, block)) for block in blocks
+        )
         for item, (image, mirrored, reason) in progress(results, total=len(images), desc='images'):
             if max_images is not None and n_kept >= max_images:
                 break
@@ -228,20 +267,40 @@ def build_archive(images, dest, *, transform='none', width=None, height=None, re
                     same_as = '' if first is item else first.name
             else:
                 log.warning('left out %s: %s (%s)', item.name, reason, item.source)
-            rows.append({'source': item.source, 'name': item.name, 'kept': name is not None,
-                         'reason': reason, 'archive_name': name or '', 'label': item.label,
-                         'same_as': same_as, 'mirrored': mirrored})
+            rows.append(
+                {
+                    'source': item.source,
+                    'name': item.name,
+                    'kept': name is not None,
+                    'reason': reason,
+                    'archive_name': name or '',
+                    'label': item.label,
+                    'same_as': same_as,
+                    'mirrored': mirrored,
+                }
+            )
         if misfits:
-            raise UserError(listing(
-                f'{len(misfits)} of {len(images)} images are not squares of one power of two '
-                'after the transform; give --width and --height (e.g. --width 256 --height 256)',
-                misfits))
+            raise UserError(
+                listing(
+                    f'{len(misfits)} of {len(images)} images are not squares of one power of two '
+                    'after the transform; give --width and --height (e.g. --width 256 '
+                    '--height 256)',
+                    misfits,
+                )
+            )
         if not n_kept:
-            raise UserError(f'none of the {len(images)} images can be used: '
-                            + '; '.join(sorted({r['reason'] for r in rows})[:5]))
+            raise UserError(
+                f'none of the {len(images)} images can be used: '
+                + '; '.join(sorted({r['reason'] for r in rows})[:5])
+            )
     if twins := [r for r in rows if r['same_as']]:
-        log.warning('identical pixels, kept all the same: %d times, as %s and %s; see same_as in '
-                    'the report', len(twins), twins[0]['name'], twins[0]['same_as'])
+        log.warning(
+            'identical pixels, kept all the same: %d times, as %s and %s; see same_as in '
+            'the report',
+            len(twins),
+            twins[0]['name'],
+            twins[0]['same_as'],
+        )
     unlabelled = sum(1 for r in rows if r['kept'] and r['label'] is None)
     if 0 < unlabelled < n_kept:
         log.warning('%d of %d images have no label, so the archive has none', unlabelled, n_kept)

@@ -3,18 +3,19 @@
 In an upright photograph of a right eye the disc lies right of the centre, in one of a left eye
 left of it; of an inverted photograph the eye's name does not say where it is, the picture does.
 """
+
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
 
-_SIDE = 96                        # working side in pixels
-_INSIDE = 12                      # brightest channel of a pixel of the field of view, of 255
-_DISC, _AROUND = 0.03, 0.10       # widths of the blurs, in sides: of a disc and of what is round it
-_VESSEL, _TRUNK = 0.008, 0.045    # of a vessel, and of the bundle of them on the disc
+_SIDE = 96  # working side in pixels
+_INSIDE = 12  # brightest channel of a pixel of the field of view, of 255
+_DISC, _AROUND = 0.03, 0.10  # widths of the blurs, in sides: of a disc and of what is round it
+_VESSEL, _TRUNK = 0.008, 0.045  # of a vessel, and of the bundle of them on the disc
 _VESSEL_WEIGHT = 0.5
-_HEIGHT, _NEAR, _FAR = 0.30, 0.08, 0.42    # where a disc can be, from the centre, in sides
+_HEIGHT, _NEAR, _FAR = 0.30, 0.08, 0.42  # where a disc can be, from the centre, in sides
 
 
 class DiscPlace(NamedTuple):
@@ -35,18 +36,19 @@ def find_disc(image: Image.Image) -> DiscPlace:
     """
     pixels = np.asarray(image.convert('RGB').resize((_SIDE, _SIDE), Image.Resampling.BICUBIC))
     inside = pixels.max(2) > _INSIDE
-    field = _blur(inside, _DISC) > 0.98    # without the rim, an edge of its own
+    field = _blur(inside, _DISC) > 0.98  # without the rim, an edge of its own
     colours = pixels.astype(np.float64) / 255
     bright = _blur(_flat((colours[..., 0] + colours[..., 1]) / 2, inside), _DISC)
-    curvature = gaussian_filter(_flat(colours[..., 1], inside, _AROUND / 2), _VESSEL * _SIDE,
-                                order=(0, 2))
+    curvature = gaussian_filter(
+        _flat(colours[..., 1], inside, _AROUND / 2), _VESSEL * _SIDE, order=(0, 2)
+    )
     trunk = _blur(np.clip(curvature, 0, None), _TRUNK)
     score = _standardised(bright, field) + _VESSEL_WEIGHT * _standardised(trunk, field)
     at = (np.arange(_SIDE) + 0.5) / _SIDE - 0.5
     away = np.abs(at)
     possible = field & (away[:, None] < _HEIGHT) & (away > _NEAR) & (away < _FAR)
     score = np.where(possible, score, score.min() - 1)
-    best = score.max(0)    # of each column
+    best = score.max(0)  # of each column
     half = _SIDE // 2
     left, right = best[:half].max(), best[half:].max()
     row, column = np.unravel_index(score.argmax(), score.shape)

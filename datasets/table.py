@@ -3,6 +3,7 @@
 Column names of the common sets are understood: APTOS (id_code, diagnosis), EyePACS (image,
 level) and this project's phantoms.
 """
+
 import dataclasses
 import logging
 import re
@@ -31,10 +32,10 @@ class Table:
     """One entry per image, in the order of the file's rows; absent columns are None."""
 
     ids: list
-    paths: list                       # of the image files; empty when only ids were asked for
+    paths: list  # of the image files; empty when only ids were asked for
     labels: np.ndarray | None = None  # int64 grades, 0 to 4
-    patients: list | None = None      # strings
-    eyes: list | None = None          # 'left' or 'right'
+    patients: list | None = None  # strings
+    eyes: list | None = None  # 'left' or 'right'
     visits: list | None = None
     splits: list | None = None
 
@@ -52,9 +53,18 @@ class Table:
         """The rows with the given indices, in that order."""
         keep = [int(i) for i in keep]
         pick = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Table(**{name: None if value is None else value[keep] if name == 'labels'
-                        else [value[i] for i in keep] if value else value
-                        for name, value in pick.items()})
+        return Table(
+            **{
+                name: None
+                if value is None
+                else value[keep]
+                if name == 'labels'
+                else [value[i] for i in keep]
+                if value
+                else value
+                for name, value in pick.items()
+            }
+        )
 
 
 def read_table(csv, image_dir=None, *, require_label=False, ids_only=False, split=None):
@@ -70,9 +80,15 @@ def read_table(csv, image_dir=None, *, require_label=False, ids_only=False, spli
     csv = Path(csv)
     frame = _read_csv(csv)
     ids = _ids(frame, csv)
-    table = Table(ids=ids, paths=[], labels=_labels(frame, csv, require_label),
-                  patients=_patients(frame, ids, csv), eyes=_eyes(frame, ids),
-                  visits=_strings(frame, 'visit'), splits=_strings(frame, 'split'))
+    table = Table(
+        ids=ids,
+        paths=[],
+        labels=_labels(frame, csv, require_label),
+        patients=_patients(frame, ids, csv),
+        eyes=_eyes(frame, ids),
+        visits=_strings(frame, 'visit'),
+        splits=_strings(frame, 'split'),
+    )
     if split is not None:
         table = _only_split(table, split, csv)
     if not ids_only:
@@ -85,7 +101,7 @@ def _read_csv(csv: Path) -> pd.DataFrame:
         raise UserError(f'table not found: {csv}')
     try:
         frame = pd.read_csv(csv, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except Exception as error:    # random bytes make the reader, and unpackers, fail in any way
+    except Exception as error:  # random bytes make the reader, and unpackers, fail in any way
         raise UserError(f'{csv} is not a readable CSV table: {str(error)[:200]}') from error
     frame.columns = [str(c).strip() for c in frame.columns]
     if frame.empty:
@@ -96,9 +112,11 @@ def _read_csv(csv: Path) -> pd.DataFrame:
 def _ids(frame, csv):
     column = next((c for c in ID_COLUMNS if c in frame), None)
     if column is None:
-        raise UserError(f'{csv} has no id column: its columns are '
-                        f'{", ".join(frame.columns)}; name one of them '
-                        f'{" or ".join(ID_COLUMNS[:2])}')
+        raise UserError(
+            f'{csv} has no id column: its columns are '
+            f'{", ".join(frame.columns)}; name one of them '
+            f'{" or ".join(ID_COLUMNS[:2])}'
+        )
     ids = [v.strip() for v in frame[column]]
     empty = [f'row {i + 2}' for i, v in enumerate(ids) if not v]
     if empty:
@@ -122,9 +140,12 @@ def _labels(frame, csv, required):
     values = pd.to_numeric(frame[column], errors='coerce')
     good = values.between(0, MAX_GRADE) & (values == values.round())
     if not good.all():
-        raise UserError(listing(
-            f'{csv}: column {column} must hold grades from 0 to {MAX_GRADE}',
-            [f'row {i + 2}: {frame[column].iloc[i]!r}' for i in np.flatnonzero(~good)]))
+        raise UserError(
+            listing(
+                f'{csv}: column {column} must hold grades from 0 to {MAX_GRADE}',
+                [f'row {i + 2}: {frame[column].iloc[i]!r}' for i in np.flatnonzero(~good)],
+            )
+        )
     return values.to_numpy().astype(np.int64)
 
 
@@ -139,8 +160,13 @@ def _patients(frame: pd.DataFrame, ids: list[str], csv: Path) -> list[str] | Non
     patients = _strings(frame, column)
     empty = [f'row {i + 2} ({ids[i]})' for i, v in enumerate(patients) if not v]
     if empty:
-        raise UserError(listing(f'{csv}: column {column} is empty in some rows; fill it, or '
-                                 'remove the column if every image is another person', empty))
+        raise UserError(
+            listing(
+                f'{csv}: column {column} is empty in some rows; fill it, or '
+                'remove the column if every image is another person',
+                empty,
+            )
+        )
     return _one_spelling(patients, csv)
 
 
@@ -154,10 +180,14 @@ def _patients_of_ids(ids: list[str], csv: Path) -> list[str] | None:
     if len(odd) == len(ids):
         return None
     if odd:
-        raise UserError(listing(
-            f'{csv} has no patient column, and {len(odd)} of {len(ids)} ids are not of the form '
-            '<patient>_left or <patient>_right, from which patients could be taken; add a '
-            'patient_id column or remove these rows', odd))
+        raise UserError(
+            listing(
+                f'{csv} has no patient column, and {len(odd)} of {len(ids)} ids are not of the '
+                'form <patient>_left or <patient>_right, from which patients could be taken; add a '
+                'patient_id column or remove these rows',
+                odd,
+            )
+        )
     log.info('%s: patients taken from ids of the form <patient>_left, <patient>_right', csv)
     return _one_spelling([m.group(1) for m in matches if m], csv)
 
@@ -175,17 +205,26 @@ def _one_spelling(patients: list[str], csv: Path) -> list[str]:
     first: dict[str, str] = {}
     merged = [first.setdefault(_spelling(p), p) for p in patients]
     if double := sorted(set(patients) - set(merged)):
-        log.warning('%s: patients whose ids differ in spelling only count as one person: %s', csv,
-                    ', '.join(f'{first[_spelling(p)]} and {p}' for p in double[:5])
-                    + (f' and {len(double) - 5} more' if len(double) > 5 else ''))
+        log.warning(
+            '%s: patients whose ids differ in spelling only count as one person: %s',
+            csv,
+            ', '.join(f'{first[_spelling(p)]} and {p}' for p in double[:5])
+            + (f' and {len(double) - 5} more' if len(double) > 5 else ''),
+        )
     return merged
 
 
 def _eyes(frame, ids):
     for column in ('eye', 'laterality', 'side'):
         if column in frame:
-            named = {'l': 'left', 'left': 'left', 'os': 'left',
-                     'r': 'right', 'right': 'right', 'od': 'right'}
+            named = {
+                'l': 'left',
+                'left': 'left',
+                'os': 'left',
+                'r': 'right',
+                'right': 'right',
+                'od': 'right',
+            }
             return [named.get(v.strip().lower(), '') for v in frame[column]]
     matches = [_EYEPACS_ID.fullmatch(strip_suffix(v)) for v in ids]
     return [m.group(2).lower() for m in matches] if all(matches) else None
@@ -196,8 +235,10 @@ def _only_split(table, split, csv):
         raise UserError(f'--split {split}: {csv} has no split column')
     keep = [i for i, v in enumerate(table.splits) if v == split]
     if not keep:
-        raise UserError(f'--split {split}: no row of {csv} has that split; it has '
-                        f'{", ".join(sorted(set(table.splits)))}')
+        raise UserError(
+            f'--split {split}: no row of {csv} has that split; it has '
+            f'{", ".join(sorted(set(table.splits)))}'
+        )
     return table.subset(keep)
 
 
@@ -223,12 +264,21 @@ def _find_files(ids: list[str], csv: Path, image_dir: str | Path | None) -> list
         else:
             missing.append(v)
     if missing:
-        raise UserError(listing(f'{len(missing)} of {len(ids)} ids of {csv} have no image in '
-                                 f'{image_dir.resolve()}; name the folder of the images, add the '
-                                 'files or remove the rows', missing))
+        raise UserError(
+            listing(
+                f'{len(missing)} of {len(ids)} ids of {csv} have no image in '
+                f'{image_dir.resolve()}; name the folder of the images, add the '
+                'files or remove the rows',
+                missing,
+            )
+        )
     if unclear:
-        raise UserError(listing(f'ids of {csv} with more than one image in {image_dir}; keep '
-                                 'one file of each', unclear))
+        raise UserError(
+            listing(
+                f'ids of {csv} with more than one image in {image_dir}; keep one file of each',
+                unclear,
+            )
+        )
     users: dict[Path, list[str]] = {}
     for v, path in zip(ids, paths):
         users.setdefault(path, []).append(v)

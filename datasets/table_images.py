@@ -1,4 +1,5 @@
 """The photographs of a table (see datasets.table) as uint8 tensors of one size."""
+
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,7 +10,7 @@ from utils.images import load_rgb, resize
 from utils.io import digest_files
 from utils.logs import progress
 
-_CACHE_LIMIT = 2 << 30    # bytes of decoded pictures kept in memory
+_CACHE_LIMIT = 2 << 30  # bytes of decoded pictures kept in memory
 
 
 class TableImages(torch.utils.data.Dataset):
@@ -21,16 +22,23 @@ class TableImages(torch.utils.data.Dataset):
 
     def __init__(self, table, size, *, threads=4):
         self.names, self.paths, self.size = table.ids, table.paths, size
-        self.cached = len(self.paths) * 3 * size ** 2 <= _CACHE_LIMIT
-        self._pixels = torch.empty((len(self.paths) if self.cached else 0, 3, size, size),
-                                   dtype=torch.uint8)
+        self.cached = len(self.paths) * 3 * size**2 <= _CACHE_LIMIT
+        self._pixels = torch.empty(
+            (len(self.paths) if self.cached else 0, 3, size, size), dtype=torch.uint8
+        )
         with ThreadPoolExecutor(threads) as pool:
-            bad = [r for r in progress(pool.map(self._read_one, range(len(self.paths))),
-                                       total=len(self.paths), desc='reading images', unit='img')
-                   if r is not None]
+            bad = [
+                r
+                for r in progress(
+                    pool.map(self._read_one, range(len(self.paths))),
+                    total=len(self.paths),
+                    desc='reading images',
+                    unit='img',
+                )
+                if r is not None
+            ]
         if bad:
-            raise UserError(listing(f'{len(bad)} of {len(self.paths)} images cannot be read',
-                                    bad))
+            raise UserError(listing(f'{len(bad)} of {len(self.paths)} images cannot be read', bad))
 
     def _read_one(self, i):
         """Decodes (and caches) picture i; returns a complaint or None."""

@@ -4,9 +4,12 @@ Its top-level folders (`datasets`, `models`, `utils`, ...) are the published rep
 Installed, they would overwrite files of packages of the same names, Hugging Face `datasets` among
 them.
 """
-_REASON = ('k-SALSA runs from its checkout and is not installed: its folders would overwrite other '
-           'packages (datasets, models, utils, ...). Install what it needs with "make env" or '
-           '"pip install -r environment/requirements.txt" and run the scripts from here.')
+
+_REASON = (
+    'k-SALSA runs from its checkout and is not installed: its folders would overwrite other '
+    'packages (datasets, models, utils, ...). Install what it needs with "make env" or '
+    '"pip install -r environment/requirements.txt" and run the scripts from here.'
+)
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):

@@ -1,4 +1,5 @@
 """How real a release looks beside photographs of other people: distances, vessels, sharpness."""
+
 from collections.abc import Callable
 
 import numpy as np
@@ -13,17 +14,24 @@ from evaluation.study import Study
 from evaluation.vessel_amount import vessel_ratios
 
 
-@judged('fidelity', 'Fréchet and kernel distance, precision, coverage on pooled features',
-        lambda label, r: {f'FD ({label})': interval(r['fd'], '.0f'),
-                          f'KID ({label})': interval(r['kid'], '.3f')})
+@judged(
+    'fidelity',
+    'Fréchet and kernel distance, precision, coverage on pooled features',
+    lambda label, r: {
+        f'FD ({label})': interval(r['fd'], '.0f'),
+        f'KID ({label})': interval(r['kid'], '.3f'),
+    },
+)
 def distances(study: Study, judge: Judge) -> Callable[[Candidate], dict]:
     """Against photographs of other people."""
+
     def features(pictures: np.ndarray) -> np.ndarray:
         return scaled(study.features(judge, pictures)['pooled'])
 
     real, people = features(study.others), people_of(study.population.others)
-    return lambda candidate: fidelity(real, features(candidate.pictures), real_people=people,
-                                      seed=study.seed)
+    return lambda candidate: fidelity(
+        real, features(candidate.pictures), real_people=people, seed=study.seed
+    )
 
 
 def _ratios(r: dict) -> Cells:
@@ -31,16 +39,18 @@ def _ratios(r: dict) -> Cells:
     return {head: interval(r[name], '.2f') for name, head in heads.items()}
 
 
-@measure('detail', 'vessels and power at high frequencies, of the photographs\'', _ratios)
+@measure('detail', "vessels and power at high frequencies, of the photographs'", _ratios)
 def detail(study: Study):
     """What a retina needs and distances do not see, as ratios to photographs of other people."""
     people = people_of(study.population.others)
 
     def run(candidate, folder):
         pictures = study.others, candidate.pictures
-        return {**vessel_ratios(*pictures, people=people, seed=study.seed),
-                'high_frequencies': high_frequency_ratio(*pictures, people=people,
-                                                         seed=study.seed)}
+        return {
+            **vessel_ratios(*pictures, people=people, seed=study.seed),
+            'high_frequencies': high_frequency_ratio(*pictures, people=people, seed=study.seed),
+        }
+
     return run
 
 

@@ -3,6 +3,7 @@
 Two photographs of a person are not two independent observations, so that whole people are drawn,
 with all that was observed of them. Shapes: n observations, b draws.
 """
+
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -24,8 +25,9 @@ def unit_numbers(people: People, n: int) -> np.ndarray:
     return np.unique(np.asarray(people, dtype=str), return_inverse=True)[1]
 
 
-def draw_weights(people: People, n: int, n_draws: int, rng: np.random.Generator
-                 ) -> Iterator[np.ndarray]:
+def draw_weights(
+    people: People, n: int, n_draws: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
     """How often each of n observations counts in `n_draws` draws of whole people.
 
     people [n]: the person behind each observation (None: each its own). Yields blocks of draws
@@ -44,8 +46,9 @@ def percentiles(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def rate_interval(hits: Sequence[bool] | np.ndarray, people: People = None, level: float = 0.95
-                  ) -> tuple[float, float]:
+def rate_interval(
+    hits: Sequence[bool] | np.ndarray, people: People = None, level: float = 0.95
+) -> tuple[float, float]:
     """Exact binomial interval of the share of `hits` [n], for people with several observations.
 
     The number of observations is divided by the design effect, the variance of the share between
@@ -67,9 +70,15 @@ def rate_interval(hits: Sequence[bool] | np.ndarray, people: People = None, leve
     return float(low), float(high)
 
 
-def ratio_of_means(release: np.ndarray, photographs: np.ndarray, *,
-                   people: People = None, n_bootstrap: int = 1000, seed: int = 0,
-                   level: float = 0.95) -> dict[str, float]:
+def ratio_of_means(
+    release: np.ndarray,
+    photographs: np.ndarray,
+    *,
+    people: People = None,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, float]:
     """Mean of release [n] over mean of photographs [m]: {value, low, high}.
 
     A percentile interval over release pictures (no two of which share a person) and people;
@@ -79,10 +88,14 @@ def ratio_of_means(release: np.ndarray, photographs: np.ndarray, *,
     if not photographs.mean() > 0:
         return dict.fromkeys(('value', 'low', 'high'), float('nan'))
     rng = numpy_generator(seed, 'ratio')
-    drawn = [np.concatenate(list(draw_weights(who, len(values), n_bootstrap, rng)))
-             for values, who in ((release, None), (photographs, people))]
-    above, below = ((weights @ values) / weights.sum(1)
-                    for weights, values in zip(drawn, (release, photographs)))
+    drawn = [
+        np.concatenate(list(draw_weights(who, len(values), n_bootstrap, rng)))
+        for values, who in ((release, None), (photographs, people))
+    ]
+    above, below = (
+        (weights @ values) / weights.sum(1)
+        for weights, values in zip(drawn, (release, photographs))
+    )
     ratios = np.divide(above, below, out=np.full(n_bootstrap, np.nan), where=below > 0)
     low, high = percentiles(ratios, level)
     return {'value': float(release.mean() / photographs.mean()), 'low': low, 'high': high}

@@ -1,4 +1,5 @@
 """Results on disk, each beside what it depends on, so that a stale one is never shown."""
+
 import hashlib
 import json
 from collections.abc import Callable

@@ -1,4 +1,5 @@
 """All methods and measures, in the order in which tables show them. A new one is added here."""
+
 from evaluation.appearance import detail, distances, spectra
 from evaluation.attacks.nearest import pixel
 from evaluation.attacks.on_features import content, pair, projection
@@ -12,10 +13,23 @@ from evaluation.probing import probe, reading
 from evaluation.registry import Registry
 from evaluation.utility import utility
 
-METHODS = Registry('methods', [
-    real, real_same_n, inverted, pixel_average, centroid, unconditional, k_salsa,
-])
-MEASURES = Registry('measures', [
-    distances, detail, spectra, probe, reading, utility, projection, pixel, content, vessel, pair,
-    reidentification,
-])
+METHODS = Registry(
+    'methods', [real, real_same_n, inverted, pixel_average, centroid, unconditional, k_salsa]
+)
+MEASURES = Registry(
+    'measures',
+    [
+        distances,
+        detail,
+        spectra,
+        probe,
+        reading,
+        utility,
+        projection,
+        pixel,
+        content,
+        vessel,
+        pair,
+        reidentification,
+    ],
+)

@@ -1,4 +1,5 @@
 """Methods against measures: one row per release, every result kept beside what it depends on."""
+
 import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -34,8 +35,12 @@ def candidates(study: Study, methods: list[Method]) -> Iterator[tuple[str, Metho
     for method in methods:
         if method.grouped:
             for release in releases:
-                yield (f'{method.name}_k{release.k}', method, release.k,
-                       method.make(study, release))
+                yield (
+                    f'{method.name}_k{release.k}',
+                    method,
+                    release.k,
+                    method.make(study, release),
+                )
         else:
             candidate = method.make(study, releases[0])
             yield method.name, method, int((candidate.group_of >= 0).any()), candidate
@@ -46,19 +51,26 @@ def compare(study: Study, methods: list[Method], measures: list[Measure]) -> lis
     prepared, rows = {}, []
     for name, method, k, candidate in candidates(study, methods):
         folder = study.folder / 'methods' / name
-        save_png(grid(from_uint8(torch.from_numpy(candidate.pictures[:_EXAMPLES])), _EXAMPLES),
-                 folder / 'examples.png')
+        save_png(
+            grid(from_uint8(torch.from_numpy(candidate.pictures[:_EXAMPLES])), _EXAMPLES),
+            folder / 'examples.png',
+        )
         row = Row(name, method, k, len(candidate.pictures), {}, {})
         for m in measures:
-            depends = {'candidate': candidate.digest, 'people': study.digest, 'seed': study.seed,
-                       **m.depends(study)}
+            depends = {
+                'candidate': candidate.digest,
+                'people': study.digest,
+                'seed': study.seed,
+                **m.depends(study),
+            }
             own = folder_of(folder, m.name, depends)
 
             def compute(m=m, own=own, name=name, candidate=candidate):
                 log.info('%s: %s', name, m.title)
-                if m.name not in prepared:    # when first needed, not when all is cached
+                if m.name not in prepared:  # when first needed, not when all is cached
                     prepared[m.name] = m.prepare(study)
                 return {'value': prepared[m.name](candidate, own)}
+
             row.results[m.name] = cached(own / RESULT, depends, compute)['value']
             if m.attack:
                 row.scores[m.name] = tuple(np.load(own / f'{side}.npy') for side in SIDES)

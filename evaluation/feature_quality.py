@@ -2,6 +2,7 @@
 
 Shapes: features [n, F] unit vectors; labels int64 [n]; patients, eyes lists of n strings.
 """
+
 import warnings
 from collections.abc import Sequence
 
@@ -15,8 +16,9 @@ from sklearn.preprocessing import StandardScaler
 from evaluation.scores import REFERABLE_FROM, auc, quadratic_kappa
 
 
-def nearest_neighbours(features: np.ndarray, *, groups: np.ndarray | None = None,
-                       block: int = 2048) -> np.ndarray:
+def nearest_neighbours(
+    features: np.ndarray, *, groups: np.ndarray | None = None, block: int = 2048
+) -> np.ndarray:
     """Index of each row's most similar other row, [n]; -1 when there is none.
 
     groups [n]: neighbours of the row's own group do not count.
@@ -41,9 +43,13 @@ def chance_to_share(values: np.ndarray) -> float:
     return float((counts * (counts - 1)).sum() / (n * (n - 1)))
 
 
-def neighbour_quality(features: np.ndarray, *, labels: np.ndarray | None = None,
-                      patients: Sequence[str] | None = None, eyes: Sequence[str] | None = None
-                      ) -> dict:
+def neighbour_quality(
+    features: np.ndarray,
+    *,
+    labels: np.ndarray | None = None,
+    patients: Sequence[str] | None = None,
+    eyes: Sequence[str] | None = None,
+) -> dict:
     """Shares of nearest neighbours (cosine) with the same grade, patient and eye, and by chance.
 
     'grade_other_patients' leaves out images of the same patient, whose grade is no surprise.
@@ -55,8 +61,10 @@ def neighbour_quality(features: np.ndarray, *, labels: np.ndarray | None = None,
     for name, given in values.items():
         if given is not None:
             given = np.asarray(given)
-            result[name] = {'share': float((given[nearest] == given).mean()),
-                            'chance': chance_to_share(given)}
+            result[name] = {
+                'share': float((given[nearest] == given).mean()),
+                'chance': chance_to_share(given),
+            }
     if labels is not None and patients is not None:
         groups = np.unique(np.asarray(patients), return_inverse=True)[1]
         others = nearest_neighbours(features, groups=groups)
@@ -64,21 +72,30 @@ def neighbour_quality(features: np.ndarray, *, labels: np.ndarray | None = None,
         if has.any():
             result['grade_other_patients'] = {
                 'share': float((labels[others[has]] == labels[has]).mean()),
-                'chance': _chance_among_others(labels, groups)}
+                'chance': _chance_among_others(labels, groups),
+            }
     return result
 
 
 def _chance_among_others(labels, groups):
     """Probability that a random image of another patient has the row's grade."""
+
     def ordered_pairs(*keys):
         counts = np.unique(np.stack(keys), axis=1, return_counts=True)[1]
-        return (counts ** 2).sum()
+        return (counts**2).sum()
+
     same = ordered_pairs(labels) - ordered_pairs(labels, groups)
     return float(same / (len(labels) ** 2 - ordered_pairs(groups)))
 
 
-def linear_probe(features: np.ndarray, labels: np.ndarray, *,
-                 patients: Sequence[str] | None = None, folds: int = 5, seed: int = 0) -> dict:
+def linear_probe(
+    features: np.ndarray,
+    labels: np.ndarray,
+    *,
+    patients: Sequence[str] | None = None,
+    folds: int = 5,
+    seed: int = 0,
+) -> dict:
     """Logistic regression from frozen features to grades, every image predicted by a model that
     saw none of its patient.
 
@@ -87,8 +104,11 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, *,
     have an image in every fold. Grades rarer than `folds` patients are left out. AUC entries are
     None where undefined.
     """
-    groups = np.arange(len(labels)) if patients is None else \
-        np.unique(np.asarray(patients), return_inverse=True)[1]
+    groups = (
+        np.arange(len(labels))
+        if patients is None
+        else np.unique(np.asarray(patients), return_inverse=True)[1]
+    )
     grades = [g for g in np.unique(labels) if len(np.unique(groups[labels == g])) >= folds]
     keep = np.isin(labels, grades)
     if len(grades) < 2:
@@ -110,21 +130,30 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, *,
     referable, severe = y >= REFERABLE_FROM, np.asarray(grades) >= REFERABLE_FROM
     score = probability[:, severe].sum(1)
     both = referable.any() and not referable.all()
-    return {'images': int(keep.sum()), 'accuracy': float((guess == y).mean()),
-            'majority': float(max((y == g).mean() for g in grades)),
-            'kappa': float(quadratic_kappa(confusion)[0]),
-            'auc': float(np.mean(areas)),
-            'referable_auc': auc(score[referable], score[~referable]) if both else None}
+    return {
+        'images': int(keep.sum()),
+        'accuracy': float((guess == y).mean()),
+        'majority': float(max((y == g).mean() for g in grades)),
+        'kappa': float(quadratic_kappa(confusion)[0]),
+        'auc': float(np.mean(areas)),
+        'referable_auc': auc(score[referable], score[~referable]) if both else None,
+    }
 
 
-def feature_quality(features: np.ndarray, *, labels: np.ndarray | None = None,
-                    patients: Sequence[str] | None = None, eyes: Sequence[str] | None = None,
-                    seed: int = 0) -> dict:
+def feature_quality(
+    features: np.ndarray,
+    *,
+    labels: np.ndarray | None = None,
+    patients: Sequence[str] | None = None,
+    eyes: Sequence[str] | None = None,
+    seed: int = 0,
+) -> dict:
     """{'images': n, 'neighbours': ..., 'linear_probe': ...} of what labels and patients allow."""
     features = np.asarray(features, dtype=np.float32)
-    result = {'images': len(features),
-              'neighbours': neighbour_quality(features, labels=labels, patients=patients,
-                                              eyes=eyes)}
+    result = {
+        'images': len(features),
+        'neighbours': neighbour_quality(features, labels=labels, patients=patients, eyes=eyes),
+    }
     if labels is not None:
         result['linear_probe'] = linear_probe(features, labels, patients=patients, seed=seed)
     return result
@@ -132,16 +161,23 @@ def feature_quality(features: np.ndarray, *, labels: np.ndarray | None = None,
 
 def describe_quality(quality: dict) -> list[str]:
     """The numbers of `feature_quality` as lines of text."""
-    words = {'grade': 'has the same grade', 'patient': 'is of the same patient',
-             'eye_of_patient': 'is of the same eye of the same patient',
-             'grade_other_patients': 'among other patients has the same grade'}
-    lines = [f'the nearest neighbour {words[name]}: {v["share"]:.1%} (chance {v["chance"]:.1%})'
-             for name, v in quality['neighbours'].items()]
+    words = {
+        'grade': 'has the same grade',
+        'patient': 'is of the same patient',
+        'eye_of_patient': 'is of the same eye of the same patient',
+        'grade_other_patients': 'among other patients has the same grade',
+    }
+    lines = [
+        f'the nearest neighbour {words[name]}: {v["share"]:.1%} (chance {v["chance"]:.1%})'
+        for name, v in quality['neighbours'].items()
+    ]
     probe = quality.get('linear_probe')
     if probe:
-        text = (f'linear probe for the grade: accuracy {probe["accuracy"]:.3f} (always the '
-                f'commonest grade: {probe["majority"]:.3f}), kappa {probe["kappa"]:.3f}, '
-                f'AUC {probe["auc"]:.3f}')
+        text = (
+            f'linear probe for the grade: accuracy {probe["accuracy"]:.3f} (always the '
+            f'commonest grade: {probe["majority"]:.3f}), kappa {probe["kappa"]:.3f}, '
+            f'AUC {probe["auc"]:.3f}'
+        )
         if probe['referable_auc'] is not None:
             text += f', referable AUC {probe["referable_auc"]:.3f}'
         lines.append(text)

@@ -6,6 +6,7 @@ resized with antialiasing before either network sees them (Parmar et al. 2022).
 
 Shapes: n_r real and n_f synthetic pictures, feature dimension d.
 """
+
 import hashlib
 import logging
 import tempfile
@@ -33,12 +34,14 @@ log = logging.getLogger(__name__)
 
 INCEPTION_FILE = 'pt_inception-2015-12-05-6726825d.pth'
 METRICS = ('fd_fundus', 'kid_fundus', 'fid', 'kid')
-PR_NEIGHBOURS = 3     # Kynkäänniemi et al. 2019
-DC_NEIGHBOURS = 5     # Naeem et al. 2020
+PR_NEIGHBOURS = 3  # Kynkäänniemi et al. 2019
+DC_NEIGHBOURS = 5  # Naeem et al. 2020
 N_SPLITS = 5
-_WHERE = (f'It is {INCEPTION_FILE} of the releases of github.com/mseitzer/pytorch-fid '
-          '(torch-fidelity ships the same file as weights-inception-2015-12-05-6726825d.pth); '
-          'give its path with --inception_weights.')
+_WHERE = (
+    f'It is {INCEPTION_FILE} of the releases of github.com/mseitzer/pytorch-fid '
+    '(torch-fidelity ships the same file as weights-inception-2015-12-05-6726825d.pth); '
+    'give its path with --inception_weights.'
+)
 
 
 class InceptionNetwork(nn.Module):
@@ -52,17 +55,21 @@ class InceptionNetwork(nn.Module):
         super().__init__()
         state = load_state(path, what='Inception weights', hint=_WHERE)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         # torch-fidelity would download a missing file and run any pickle, also one that took the
         # place of the file after it was read here: it gets what was read.
         with tempfile.TemporaryDirectory() as folder:
             read = Path(folder) / 'weights.pt'
             save_torch(read, state)
             try:
-                self.net = FeatureExtractorInceptionV3('inception', ['2048'],
-                                                       feature_extractor_weights_path=str(read))
+                self.net = FeatureExtractorInceptionV3(
+                    'inception', ['2048'], feature_extractor_weights_path=str(read)
+                )
             except (RuntimeError, KeyError, TypeError) as error:
-                raise UserError(f'{path} does not hold the Inception network of FID '
-                                f'({mismatch(error)}). {_WHERE}') from error
+                raise UserError(
+                    f'{path} does not hold the Inception network of FID '
+                    f'({mismatch(error)}). {_WHERE}'
+                ) from error
 
     @torch.no_grad()
     def features(self, img):
@@ -74,9 +81,11 @@ def load_feature_network(*, content_weights=None, inception_weights=None, metric
     """The network a metric name needs; UserError naming the flag when its file is not given."""
     if metric.endswith('_fundus'):
         if content_weights is None:
-            raise UserError(f'{metric} needs a content encoder file (--content_weights; '
-                            '--metric_network when training a generator); make one with '
-                            'scripts/train_content_encoder.py')
+            raise UserError(
+                f'{metric} needs a content encoder file (--content_weights; '
+                '--metric_network when training a generator); make one with '
+                'scripts/train_content_encoder.py'
+            )
         return load_content_network(content_weights)
     if inception_weights is None:
         raise UserError(f'{metric} needs the Inception weights. {_WHERE}')
@@ -116,12 +125,17 @@ def read_pictures(path, size, *, threads=4):
 
     # A ZIP handle cannot be read from several threads at once.
     with ThreadPoolExecutor(1 if store.is_zip else threads) as pool:
-        answers = list(progress(pool.map(read, range(len(names))), total=len(names),
-                                desc='reading images', unit='img'))
+        answers = list(
+            progress(
+                pool.map(read, range(len(names))),
+                total=len(names),
+                desc='reading images',
+                unit='img',
+            )
+        )
     bad = [a for a in answers if a is not None]
     if bad:
-        raise UserError(listing(f'{len(bad)} of {len(names)} images of {path} cannot be read',
-                                bad))
+        raise UserError(listing(f'{len(bad)} of {len(names)} images of {path} cannot be read', bad))
     return pictures
 
 
@@ -129,8 +143,9 @@ def resize_pictures(pictures, size):
     """uint8 [n, 3, H, W] -> uint8 [n, 3, size, size], antialiased bicubic."""
     if tuple(pictures.shape[-2:]) == (size, size):
         return pictures
-    img = F.interpolate(pictures.float(), size=(size, size), mode='bicubic', antialias=True,
-                        align_corners=False)
+    img = F.interpolate(
+        pictures.float(), size=(size, size), mode='bicubic', antialias=True, align_corners=False
+    )
     return img.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -144,7 +159,7 @@ def extract_features(network, pictures, *, device='cpu', batch_size=32):
     network = network.to(device)
     found = []
     for start in progress(range(0, len(pictures), batch_size), desc='features', unit='batch'):
-        batch = torch.as_tensor(pictures[start:start + batch_size]).to(device)
+        batch = torch.as_tensor(pictures[start : start + batch_size]).to(device)
         batch = from_uint8(resize_pictures(batch, network.input_size))
         found.append(network.features(batch).double().cpu())
     return torch.cat(found).numpy()
@@ -187,7 +202,7 @@ def _distance_of_samples(real, fake):
     x, y = x / np.sqrt(len(x) - 1), y / np.sqrt(len(y) - 1)
     shared = np.linalg.svd(x @ y.T, compute_uv=False).sum()
     shift = np.sum((real.mean(0) - fake.mean(0)) ** 2)
-    return float(shift + np.sum(x ** 2) + np.sum(y ** 2) - 2 * shared)
+    return float(shift + np.sum(x**2) + np.sum(y**2) - 2 * shared)
 
 
 def _kernel(a, b):
@@ -197,25 +212,28 @@ def _kernel(a, b):
 
 def kernel_distance(real, fake):
     """KID on given features: unbiased squared maximum mean discrepancy, cubic kernel."""
-    return float(_kernel_distances(real, fake, np.ones((1, len(real))),
-                                   np.ones((1, len(fake))))[0])
+    return float(_kernel_distances(real, fake, np.ones((1, len(real))), np.ones((1, len(fake))))[0])
 
 
 def _kernel_distances(real, fake, weights_real, weights_fake):
     """Unbiased MMD^2 with rows counted [b, n] times; a row is never paired with itself."""
+
     def within(x, w):
         kernel = _kernel(x, x)
-        pairs = np.einsum('bi,ij,bj->b', w, kernel, w, optimize=True) - (w ** 2) @ kernel.diagonal()
-        return pairs / (w.sum(1) ** 2 - (w ** 2).sum(1))
-    between = np.einsum('bi,ij,bj->b', weights_real, _kernel(real, fake), weights_fake,
-                        optimize=True)
+        pairs = np.einsum('bi,ij,bj->b', w, kernel, w, optimize=True) - (w**2) @ kernel.diagonal()
+        return pairs / (w.sum(1) ** 2 - (w**2).sum(1))
+
+    between = np.einsum(
+        'bi,ij,bj->b', weights_real, _kernel(real, fake), weights_fake, optimize=True
+    )
     between /= weights_real.sum(1) * weights_fake.sum(1)
     return within(real, weights_real) + within(fake, weights_fake) - 2 * between
 
 
 def _distances(a, b):
-    return torch.cdist(torch.from_numpy(a), torch.from_numpy(b),
-                       compute_mode='donot_use_mm_for_euclid_dist').numpy()
+    return torch.cdist(
+        torch.from_numpy(a), torch.from_numpy(b), compute_mode='donot_use_mm_for_euclid_dist'
+    ).numpy()
 
 
 def neighbourhood_scores(real, fake):
@@ -226,9 +244,11 @@ def neighbourhood_scores(real, fake):
     density and coverage after Naeem et al. 2020 (5). UserError with too few pictures.
     """
     if min(len(real), len(fake)) <= DC_NEIGHBOURS:
-        raise UserError(f'{len(real)} real and {len(fake)} synthetic pictures are too few for '
-                        f'precision and coverage; give at least {DC_NEIGHBOURS + 1} of each')
-    radius_real = np.sort(_distances(real, real), axis=1)     # column 0 is the picture itself
+        raise UserError(
+            f'{len(real)} real and {len(fake)} synthetic pictures are too few for '
+            f'precision and coverage; give at least {DC_NEIGHBOURS + 1} of each'
+        )
+    radius_real = np.sort(_distances(real, real), axis=1)  # column 0 is the picture itself
     radius_fake = np.sort(_distances(fake, fake), axis=1)[:, PR_NEIGHBOURS]
     between = _distances(real, fake)
     wide = radius_real[:, DC_NEIGHBOURS, None]
@@ -253,17 +273,22 @@ def _interval(value, draws, level, most=None):
     Resampling repeats pictures, which shifts Fréchet distances upward; the spread of the draws
     is therefore centred on the estimate.
     """
-    low, high = np.quantile(np.asarray(draws) - np.mean(draws), [(1 - level) / 2,
-                                                                 (1 + level) / 2])
+    low, high = np.quantile(np.asarray(draws) - np.mean(draws), [(1 - level) / 2, (1 + level) / 2])
     low, high = value + low, value + high
     if most is not None:
         low, high = np.clip([low, high], 0, most)
     return {'value': float(value), 'low': float(low), 'high': float(high)}
 
 
-def fidelity(real_features: np.ndarray, fake_features: np.ndarray, *,
-             real_people: People = None, n_bootstrap: int = 100, seed: int = 0,
-             level: float = 0.95) -> dict:
+def fidelity(
+    real_features: np.ndarray,
+    fake_features: np.ndarray,
+    *,
+    real_people: People = None,
+    n_bootstrap: int = 100,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict:
     """All statistics of two feature sets [n_r, d] and [n_f, d], with bootstrap intervals.
 
     real_people [n_r]: whose photograph each real picture is (None: each its own), the unit that
@@ -284,24 +309,43 @@ def fidelity(real_features: np.ndarray, fake_features: np.ndarray, *,
     n_real, n_fake, dim = len(real), len(fake), real.shape[1]
     deficient = min(n_real, n_fake) <= dim
     if deficient:
-        log.warning('%d real and %d synthetic pictures for %d feature dimensions: the Fréchet '
-                    'distance is biased upward; read it beside the real-against-real split, and '
-                    'prefer KID', n_real, n_fake, dim)
+        log.warning(
+            '%d real and %d synthetic pictures for %d feature dimensions: the Fréchet '
+            'distance is biased upward; read it beside the real-against-real split, and '
+            'prefer KID',
+            n_real,
+            n_fake,
+            dim,
+        )
     rng = numpy_generator(seed, 'bootstrap')
     people = None if real_people is None else np.asarray(real_people, dtype=str)[order]
-    counts_real, counts_fake = (np.concatenate(list(draw_weights(who, n, n_bootstrap, rng)))
-                                for who, n in ((people, n_real), (None, n_fake)))
+    counts_real, counts_fake = (
+        np.concatenate(list(draw_weights(who, n, n_bootstrap, rng)))
+        for who, n in ((people, n_real), (None, n_fake))
+    )
     result = {'n_real': n_real, 'n_fake': n_fake, 'dim': dim, 'rank_deficient': bool(deficient)}
-    result['fd'] = _interval(_distance_of_samples(real, fake), [
-        _distance_of_samples(np.repeat(real, r.astype(int), axis=0),
-                             np.repeat(fake, f.astype(int), axis=0))
-        for r, f in zip(counts_real, counts_fake)], level, most=np.inf)
-    result['kid'] = _interval(kernel_distance(real, fake),
-                              _kernel_distances(real, fake, counts_real, counts_fake), level)
+    result['fd'] = _interval(
+        _distance_of_samples(real, fake),
+        [
+            _distance_of_samples(
+                np.repeat(real, r.astype(int), axis=0), np.repeat(fake, f.astype(int), axis=0)
+            )
+            for r, f in zip(counts_real, counts_fake)
+        ],
+        level,
+        most=np.inf,
+    )
+    result['kid'] = _interval(
+        kernel_distance(real, fake), _kernel_distances(real, fake, counts_real, counts_fake), level
+    )
     for name, term in terms.items():
         counts = counts_real if name in ('recall', 'coverage') else counts_fake
-        result[name] = _interval(term.mean(), counts @ term / counts.sum(1), level,
-                                 most=np.inf if name == 'density' else 1)
+        result[name] = _interval(
+            term.mean(),
+            counts @ term / counts.sum(1),
+            level,
+            most=np.inf if name == 'density' else 1,
+        )
     result['real_split'] = _real_split(real, people, n_fake, seed)
     return result
 
@@ -317,35 +361,47 @@ def _real_split(real, people, n_fake, seed):
     rng, unit = numpy_generator(seed, 'real split'), unit_numbers(people, len(real))
     parts = []
     for _ in range(N_SPLITS):
-        place = np.argsort(rng.permutation(unit.max() + 1))    # of every person in a random order
+        place = np.argsort(rng.permutation(unit.max() + 1))  # of every person in a random order
         sample = np.argsort(place[unit], kind='stable')[:n_sample]
         parts.append((real[~np.isin(unit, unit[sample])], real[sample]))
     n_reference = min(len(a) for a, _ in parts)
     if n_reference <= DC_NEIGHBOURS:
         return None
-    return {'n_reference': n_reference, 'n_sample': n_sample,
-            'fd': float(np.mean([_distance_of_samples(a, b) for a, b in parts])),
-            'kid': float(np.mean([kernel_distance(a, b) for a, b in parts]))}
+    return {
+        'n_reference': n_reference,
+        'n_sample': n_sample,
+        'fd': float(np.mean([_distance_of_samples(a, b) for a, b in parts])),
+        'kid': float(np.mean([kernel_distance(a, b) for a, b in parts])),
+    }
 
 
 def check_metric_names(names):
     """UserError that lists unknown metric names."""
     unknown = [n for n in names if n not in METRICS]
     if unknown:
-        raise UserError(f'unknown metric {", ".join(map(repr, unknown))}; known are '
-                        f'{", ".join(METRICS)}, or none (fid50k_full is fid here)')
+        raise UserError(
+            f'unknown metric {", ".join(map(repr, unknown))}; known are '
+            f'{", ".join(METRICS)}, or none (fid50k_full is fid here)'
+        )
 
 
-def _real_features(network: torch.nn.Module, dataset: ImageArchive, folder: Path | None, *,
-                   device: torch.device, batch_size: int) -> np.ndarray:
+def _real_features(
+    network: torch.nn.Module,
+    dataset: ImageArchive,
+    folder: Path | None,
+    *,
+    device: torch.device,
+    batch_size: int,
+) -> np.ndarray:
     """Features [n, d] of the archive's pictures, kept in `folder` under their content's name."""
     path = None
     if folder is not None:
         weights = hashlib.sha256()
         for name, value in sorted(network.state_dict().items()):
             weights.update(name.encode() + value.cpu().numpy().tobytes())
-        key = sha256_bytes(f'{dataset.digest()} {weights.hexdigest()} {network.input_size}'
-                           .encode())[:16]
+        key = sha256_bytes(
+            f'{dataset.digest()} {weights.hexdigest()} {network.input_size}'.encode()
+        )[:16]
         path = Path(folder) / f'real-features-{key}.npy'
         if path.is_file():
             try:
@@ -353,18 +409,27 @@ def _real_features(network: torch.nn.Module, dataset: ImageArchive, folder: Path
             except (ValueError, OSError, EOFError) as error:
                 log.warning('%s cannot be read (%s) and is made again', path, error)
     n = len(dataset.names)
-    found = np.concatenate([
-        extract_features(network, dataset.images(part), device=device, batch_size=batch_size)
-        for part in np.array_split(np.arange(n), -(-n // 512))])
+    found = np.concatenate(
+        [
+            extract_features(network, dataset.images(part), device=device, batch_size=batch_size)
+            for part in np.array_split(np.arange(n), -(-n // 512))
+        ]
+    )
     if path is not None:
         save_npy(path, found)
     return found
 
 
-def training_metric(names: Sequence[str], dataset: ImageArchive, *, n_images: int,
-                    content_weights: Path | None = None, inception_weights: Path | None = None,
-                    seed: int = 0, batch_size: int = 32
-                    ) -> Callable[..., dict[str, float]]:
+def training_metric(
+    names: Sequence[str],
+    dataset: ImageArchive,
+    *,
+    n_images: int,
+    content_weights: Path | None = None,
+    inception_weights: Path | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Callable[..., dict[str, float]]:
     """A function (generator, device, folder=None) -> {name: number}, for snapshots of a training.
 
     names: of METRICS. dataset: ImageArchive with the real pictures, all of which are used once,
@@ -375,38 +440,54 @@ def training_metric(names: Sequence[str], dataset: ImageArchive, *, n_images: in
     """
     check_metric_names(names)
     kinds = {name: 'fundus' if name.endswith('_fundus') else 'inception' for name in names}
-    networks = {kind: load_feature_network(
-        metric=name, content_weights=content_weights, inception_weights=inception_weights)
-        for name, kind in kinds.items()}
+    networks = {
+        kind: load_feature_network(
+            metric=name, content_weights=content_weights, inception_weights=inception_weights
+        )
+        for name, kind in kinds.items()
+    }
     real = {}
 
     @torch.no_grad()
     def generate(generator, device):
-        z = torch.randn(n_images, generator.style_dim,
-                        generator=torch_generator(seed, 'metric images'))
-        return torch.cat([to_uint8(generator(part.to(device))).cpu()
-                          for part in z.split(batch_size)])
+        z = torch.randn(
+            n_images, generator.style_dim, generator=torch_generator(seed, 'metric images')
+        )
+        return torch.cat(
+            [to_uint8(generator(part.to(device))).cpu() for part in z.split(batch_size)]
+        )
 
-    def metric(generator: torch.nn.Module, device: torch.device, folder: Path | None = None
-               ) -> dict[str, float]:
+    def metric(
+        generator: torch.nn.Module, device: torch.device, folder: Path | None = None
+    ) -> dict[str, float]:
         pictures = generate(generator, device)
         fake = {}
         for kind, network in networks.items():
             if kind not in real:
-                real[kind] = _real_features(network, dataset, folder, device=device,
-                                            batch_size=batch_size)
-            fake[kind] = extract_features(network, pictures, device=device,
-                                          batch_size=batch_size)
+                real[kind] = _real_features(
+                    network, dataset, folder, device=device, batch_size=batch_size
+                )
+            fake[kind] = extract_features(network, pictures, device=device, batch_size=batch_size)
             network.cpu()
-        return {name: (_distance_of_samples if name.startswith('f') else kernel_distance)(
-            real[kind], fake[kind]) for name, kind in kinds.items()}
+        return {
+            name: (_distance_of_samples if name.startswith('f') else kernel_distance)(
+                real[kind], fake[kind]
+            )
+            for name, kind in kinds.items()
+        }
 
     return metric
 
 
-def compare_pictures(real, fake, network, *, n_bootstrap=100, seed=0, device='cpu',
-                     batch_size=32):
+def compare_pictures(real, fake, network, *, n_bootstrap=100, seed=0, device='cpu', batch_size=32):
     """`fidelity` of two folders or ZIPs of pictures under one network."""
-    features = [extract_features(network, read_pictures(Path(path), network.input_size),
-                                 device=device, batch_size=batch_size) for path in (real, fake)]
+    features = [
+        extract_features(
+            network,
+            read_pictures(Path(path), network.input_size),
+            device=device,
+            batch_size=batch_size,
+        )
+        for path in (real, fake)
+    ]
     return fidelity(*features, n_bootstrap=n_bootstrap, seed=seed)

@@ -3,6 +3,7 @@
 A release is drawn towards what the networks that steered it see. Their own figures of it look
 better than anybody else's, so they stand beside those of another network and never alone.
 """
+
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MAKER = "the maker's"    # what figures of such a network are called
+MAKER = "the maker's"  # what figures of such a network are called
 
 
 def networks_of(release: Path) -> dict[str, str]:
@@ -50,8 +51,9 @@ class Judge(NamedTuple):
         return f'{self.network.name}, {MAKER}' if self.maker else self.network.name
 
 
-def load_judges(names: Sequence[str | dict[str, str]], releases: Iterable[dict[str, str]]
-                ) -> list[Judge]:
+def load_judges(
+    names: Sequence[str | dict[str, str]], releases: Iterable[dict[str, str]]
+) -> list[Judge]:
     """The networks that judge: independent ones first, makers behind them.
 
     names: 'lite0', 'lite1', 'lite2', or {weights: file, arch: timm architecture}. releases: the
@@ -59,17 +61,23 @@ def load_judges(names: Sequence[str | dict[str, str]], releases: Iterable[dict[s
     """
     releases, judges = list(releases), []
     for given in names:
-        weights, arch = (given['weights'], given['arch']) if isinstance(given, dict) \
-            else (given, None)
+        weights, arch = (
+            (given['weights'], given['arch']) if isinstance(given, dict) else (given, None)
+        )
         network = load_feature_network(weights, arch=arch)
         judges.append(Judge(network, any(made(network, used) for used in releases)))
     if all(judge.maker for judge in judges):
         others = [name for name in WHEELS if name not in names]
-        raise UserError(f'the release was made with {", ".join(j.network.name for j in judges)}, '
-                        'which may not judge it alone; add another network, such as '
-                        f'{others[0] if others else "a weight file of your own"}')
+        raise UserError(
+            f'the release was made with {", ".join(j.network.name for j in judges)}, '
+            'which may not judge it alone; add another network, such as '
+            f'{others[0] if others else "a weight file of your own"}'
+        )
     for judge in judges:
         if judge.maker:
-            log.warning('a release was made with %s: its figures flatter, read those of %s',
-                        judge.network.name, next(j.network.name for j in judges if not j.maker))
+            log.warning(
+                'a release was made with %s: its figures flatter, read those of %s',
+                judge.network.name,
+                next(j.network.name for j in judges if not j.maker),
+            )
     return sorted(judges, key=lambda judge: judge.maker)

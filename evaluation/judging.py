@@ -1,4 +1,5 @@
 """Measures that ask every judge: the networks that look at releases, makers beside others."""
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,50 +13,65 @@ from evaluation.registry import SIDES, Candidate, Cells, Measure, Run, interval
 from evaluation.study import Study
 from utils.io import save_npy
 
-Opinion = Callable[[Candidate], Any]                 # JSON-able
-Found = tuple[np.ndarray, np.ndarray, dict]          # scores of people [m], [o], and more to record
+Opinion = Callable[[Candidate], Any]  # JSON-able
+Found = tuple[np.ndarray, np.ndarray, dict]  # scores of people [m], [o], and more to record
 
 
-def judged(name: str, title: str, cells: Callable[[str, Any], Cells], **details: Any
-           ) -> Callable[[Callable[[Study, Judge], Opinion]], Measure]:
+def judged(
+    name: str, title: str, cells: Callable[[str, Any], Cells], **details: Any
+) -> Callable[[Callable[[Study, Judge], Opinion]], Measure]:
     """Makes a Measure of a function (study, judge) -> (candidate -> result).
 
     Its result is {judge's label: result}, independent judges first; cells(label, result) gives
     the columns of each.
     """
+
     def wrap(opinion_of: Callable[[Study, Judge], Opinion]) -> Measure:
         def prepare(study: Study) -> Run:
             opinions = {judge.label: opinion_of(study, judge) for judge in study.judges}
             return lambda candidate, folder: {
-                label: opinion(candidate) for label, opinion in opinions.items()}
+                label: opinion(candidate) for label, opinion in opinions.items()
+            }
 
         def columns(result: dict) -> Cells:
-            return {head: cell for label, own in result.items()
-                    for head, cell in cells(label, own).items()}
+            return {
+                head: cell
+                for label, own in result.items()
+                for head, cell in cells(label, own).items()
+            }
+
         return Measure(name, title, prepare, columns, _judges_of, **details)
+
     return wrap
 
 
-def judged_attack(name: str, title: str, cells: Callable[[str, dict], Cells] = lambda *_: {}
-                  ) -> Callable[[Callable[[Study, Judge], Callable[[Candidate], Found]]], Measure]:
+def judged_attack(
+    name: str, title: str, cells: Callable[[str, dict], Cells] = lambda *_: {}
+) -> Callable[[Callable[[Study, Judge], Callable[[Candidate], Found]]], Measure]:
     """Makes a membership attack of a function (study, judge) -> (candidate -> Found).
 
     Each entry of Found is of one person. Its result is the metrics of the strongest judge, with
     `by_judge` {label: metrics}: an attacker may have the maker's network as well as any other.
     """
+
     def wrap(attack_of: Callable[[Study, Judge], Callable[[Candidate], Found]]) -> Measure:
         def prepare(study: Study) -> Run:
-            attacks = {judge.label: attack_of(study, judge)
-                       for judge in sorted(study.judges, key=lambda j: not j.maker)}
+            attacks = {
+                judge.label: attack_of(study, judge)
+                for judge in sorted(study.judges, key=lambda j: not j.maker)
+            }
 
             def run(candidate: Candidate, folder: Path) -> dict:
                 found = {label: attack(candidate) for label, attack in attacks.items()}
-                metrics = {label: {**attack_metrics(member, other), **more}
-                           for label, (member, other, more) in found.items()}
+                metrics = {
+                    label: {**attack_metrics(member, other), **more}
+                    for label, (member, other, more) in found.items()
+                }
                 best = max(metrics, key=lambda label: metrics[label]['auc']['value'])
                 for side, scores in zip(SIDES, found[best]):
                     save_npy(folder / f'{side}.npy', scores)
                 return {**metrics[best], 'judge': best, 'by_judge': metrics}
+
             return run
 
         def columns(result: dict) -> Cells:
@@ -64,7 +80,9 @@ def judged_attack(name: str, title: str, cells: Callable[[str, dict], Cells] = l
                 found[f'attack: {name} ({label})'] = interval(own['auc'], '.2f')
                 found |= cells(label, own)
             return found
+
         return Measure(name, title, prepare, columns, _judges_of, attack=True)
+
     return wrap
 
 

@@ -2,6 +2,7 @@
 
 Whole people are split, and identical photographs show one person, so that nobody is on two sides.
 """
+
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
@@ -56,21 +57,26 @@ def roles_of(table: Table, *, share: float, column: dict | None, seed: int) -> l
 def populate(table: Table, roles: Sequence[str], *, seed: int) -> Population:
     """The population of a table whose identical photographs are merged (`merge_identical`)."""
     people, first = people_of(table), first_visits(table)
-    rows = {r: [i for i, own in enumerate(roles) if own == r and first[i]]
-            for r in (MEMBER, OTHER)}
+    rows = {r: [i for i, own in enumerate(roles) if own == r and first[i]] for r in (MEMBER, OTHER)}
     photographs = defaultdict(list)
     for n, i in enumerate(rows[MEMBER]):
         photographs[_eye(table, i)].append(n)
     later = [i for i, own in enumerate(roles) if own == MEMBER and not first[i]]
     again = [i for i in later if len(photographs[_eye(table, i)]) == 1]
     if len(again) < len(later):
-        log.warning('%d later photographs are left out: which first photograph shows the same '
-                    'eye is not known (eye column)', len(later) - len(again))
+        log.warning(
+            '%d later photographs are left out: which first photograph shows the same '
+            'eye is not known (eye column)',
+            len(later) - len(again),
+        )
     halves = split_by_patient([people[i] for i in rows[OTHER]], 0.5, seed=seed)
-    return Population(table.subset(rows[MEMBER]), table.subset(rows[OTHER]),
-                      table.subset(again) if again else None,
-                      np.array([photographs[_eye(table, i)][0] for i in again], dtype=int),
-                      np.array([h == MEMBER for h in halves]))
+    return Population(
+        table.subset(rows[MEMBER]),
+        table.subset(rows[OTHER]),
+        table.subset(again) if again else None,
+        np.array([photographs[_eye(table, i)][0] for i in again], dtype=int),
+        np.array([h == MEMBER for h in halves]),
+    )
 
 
 def _eye(table: Table, i: int) -> tuple[str, str]:

@@ -9,6 +9,7 @@ the model is held back is chosen by cross-validation over people.
 
 Shapes: n pictures, F features, C grades.
 """
+
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,20 +32,32 @@ from utils.seeds import numpy_generator
 log = logging.getLogger(__name__)
 
 KINDS = ('logistic', 'ridge')
-_STRENGTHS = {'logistic': np.geomspace(1e-5, 1, 6),     # C
-              'ridge': np.geomspace(1e5, 1e0, 6)}       # alpha, from the strictest on as well
+_STRENGTHS = {
+    'logistic': np.geomspace(1e-5, 1, 6),  # C
+    'ridge': np.geomspace(1e5, 1e0, 6),
+}  # alpha, from the strictest on as well
 _FOLDS = 5
 _TINY = 1e-9
 
 
 @torch.no_grad()
-def pooled_features(network: FeatureNetwork, pictures: np.ndarray, *,
-                    device: torch.device | str = 'cpu', batch_size: int = 32) -> np.ndarray:
+def pooled_features(
+    network: FeatureNetwork,
+    pictures: np.ndarray,
+    *,
+    device: torch.device | str = 'cpu',
+    batch_size: int = 32,
+) -> np.ndarray:
     """Unit vectors float32 [n, F] of uint8 pictures [n, 3, S, S], S at least 64 px (UserError)."""
     network = network.to(device)
-    parts = [network.pooled(from_uint8(torch.as_tensor(np.ascontiguousarray(
-        pictures[i:i + batch_size])).to(device))).cpu()
-        for i in progress(range(0, len(pictures), batch_size), desc='features', unit='batch')]
+    parts = [
+        network.pooled(
+            from_uint8(
+                torch.as_tensor(np.ascontiguousarray(pictures[i : i + batch_size])).to(device)
+            )
+        ).cpu()
+        for i in progress(range(0, len(pictures), batch_size), desc='features', unit='batch')
+    ]
     return torch.cat(parts).numpy()
 
 
@@ -58,11 +71,11 @@ class Probe(NamedTuple):
     kind: str
     mean: np.ndarray
     scale: np.ndarray
-    weights: np.ndarray          # [F]
+    weights: np.ndarray  # [F]
     intercept: float
-    grade_weights: np.ndarray    # [F]
+    grade_weights: np.ndarray  # [F]
     grade_intercept: float
-    thresholds: np.ndarray       # [C - 1]
+    thresholds: np.ndarray  # [C - 1]
     strength: float
     grade_strength: float
 
@@ -84,8 +97,14 @@ class Probe(NamedTuple):
         return (np.asarray(features, np.float64) - self.mean) / self.scale
 
 
-def fit_probe(features: np.ndarray, shares: np.ndarray, *, people: People = None,
-              kind: str = 'logistic', seed: int = 0) -> Probe:
+def fit_probe(
+    features: np.ndarray,
+    shares: np.ndarray,
+    *,
+    people: People = None,
+    kind: str = 'logistic',
+    seed: int = 0,
+) -> Probe:
     """Fits a probe to features [n, F] and shares of the grades [n, C].
 
     people [n]: whom each picture shows (None: each its own), for the cross-validation. UserError
@@ -96,9 +115,11 @@ def fit_probe(features: np.ndarray, shares: np.ndarray, *, people: People = None
     shares = np.asarray(shares, np.float64)
     referable, grade = shares[:, REFERABLE_FROM:].sum(1), shares @ np.arange(shares.shape[1])
     if referable.max() < _TINY or referable.min() > 1 - _TINY or np.ptp(referable) < _TINY:
-        raise UserError(f'all {len(shares)} training pictures have the same share of referable '
-                        f'retinopathy ({referable[0]:.2f}), so there is nothing to learn; add '
-                        'pictures of the other side')
+        raise UserError(
+            f'all {len(shares)} training pictures have the same share of referable '
+            f'retinopathy ({referable[0]:.2f}), so there is nothing to learn; add '
+            'pictures of the other side'
+        )
     x = np.asarray(features, np.float64)
     mean, scale = x.mean(0), x.std(0)
     scale = np.where(scale > _TINY, scale, 1.0)
@@ -106,15 +127,23 @@ def fit_probe(features: np.ndarray, shares: np.ndarray, *, people: People = None
     folds = list(_folds(people, len(x), seed))
     strength = _chosen(_MODELS[kind], _STRENGTHS[kind], x, referable, folds)
     weights, intercept = _MODELS[kind](x, referable, strength)
-    if kind == 'logistic':    # back from even odds to those of the training set
+    if kind == 'logistic':  # back from even odds to those of the training set
         rate = referable.mean()
         intercept += np.log(rate / (1 - rate))
     grade_strength = _chosen(_ridge, _STRENGTHS['ridge'], x, grade, folds)
     unseen = _unseen(_ridge, grade_strength, x, grade, folds)
     cuts = np.quantile(unseen, np.clip(np.cumsum(shares.mean(0))[:-1], 0, 1))
-    return Probe(kind, mean, scale, weights, float(intercept),
-                 *_ridge(x, grade, grade_strength), thresholds=cuts, strength=float(strength),
-                 grade_strength=float(grade_strength))
+    return Probe(
+        kind,
+        mean,
+        scale,
+        weights,
+        float(intercept),
+        *_ridge(x, grade, grade_strength),
+        thresholds=cuts,
+        strength=float(strength),
+        grade_strength=float(grade_strength),
+    )
 
 
 def _folds(people: People, n: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -147,20 +176,22 @@ _Model = Callable[[np.ndarray, np.ndarray, float], tuple[np.ndarray, float]]
 _MODELS: dict[str, _Model] = {'logistic': _logistic, 'ridge': _ridge}
 
 
-def _unseen(model: _Model, strength: float, x: np.ndarray, target: np.ndarray,
-            folds: list) -> np.ndarray:
+def _unseen(
+    model: _Model, strength: float, x: np.ndarray, target: np.ndarray, folds: list
+) -> np.ndarray:
     """Linear predictions [n], each by a model that saw none of the person."""
     found = np.full(len(x), np.nan)
     for train, test in folds:
         if model is _logistic and not 0 < target[train].mean() < 1:
-            continue    # one side only: nothing to fit
+            continue  # one side only: nothing to fit
         weights, intercept = model(x[train], target[train], strength)
         found[test] = x[test] @ weights + intercept
     return found
 
 
-def _chosen(model: _Model, strengths: np.ndarray, x: np.ndarray, target: np.ndarray,
-            folds: list) -> float:
+def _chosen(
+    model: _Model, strengths: np.ndarray, x: np.ndarray, target: np.ndarray, folds: list
+) -> float:
     """The strength with the least loss on unseen people; the strictest of equals."""
     losses = []
     for strength in strengths:
@@ -191,8 +222,14 @@ class Reading(NamedTuple):
     shift: dict[str, float]
 
 
-def read_release(score: np.ndarray, share: np.ndarray, *, n_bootstrap: int = 1000, seed: int = 0,
-                 level: float = 0.95) -> Reading:
+def read_release(
+    score: np.ndarray,
+    share: np.ndarray,
+    *,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Reading:
     """Compares scores [n] of release pictures with the groups' referable shares [n].
 
     Intervals resample the pictures, behind each of which stand people of its own. A correlation
@@ -200,13 +237,25 @@ def read_release(score: np.ndarray, share: np.ndarray, *, n_bootstrap: int = 100
     """
     rng = numpy_generator(seed, 'reading')
     score, share = np.asarray(score, np.float64), np.asarray(share, np.float64)
-    draws = np.concatenate([_moments(score, share, w) for w in draw_weights(
-        None, len(score), n_bootstrap, rng)], 1)
+    draws = np.concatenate(
+        [_moments(score, share, w) for w in draw_weights(None, len(score), n_bootstrap, rng)], 1
+    )
     values = _moments(score, share, np.ones((1, len(score))))[:, 0]
     # A value without a meaning has no interval either.
-    return Reading(*({'value': float(v), **dict(zip(
-        ('low', 'high'), percentiles(d, level) if np.isfinite(v) else (float('nan'),) * 2))}
-        for v, d in zip(values, draws)))
+    return Reading(
+        *(
+            {
+                'value': float(v),
+                **dict(
+                    zip(
+                        ('low', 'high'),
+                        percentiles(d, level) if np.isfinite(v) else (float('nan'),) * 2,
+                    )
+                ),
+            }
+            for v, d in zip(values, draws)
+        )
+    )
 
 
 def _moments(score: np.ndarray, share: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -214,9 +263,9 @@ def _moments(score: np.ndarray, share: np.ndarray, weights: np.ndarray) -> np.nd
     weights = weights / weights.sum(1, keepdims=True)
     means = weights @ score, weights @ share
     both = weights @ (score * share) - means[0] * means[1]
-    spread = [weights @ v ** 2 - m ** 2 for v, m in zip((score, share), means)]
+    spread = [weights @ v**2 - m**2 for v, m in zip((score, share), means)]
     with np.errstate(divide='ignore', invalid='ignore'):
-        usable = (spread[0] > _TINY ** 2) & (spread[1] > _TINY ** 2)
+        usable = (spread[0] > _TINY**2) & (spread[1] > _TINY**2)
         correlation = np.where(usable, both / np.sqrt(spread[0] * spread[1]), np.nan)
-        slope = np.where(spread[0] > _TINY ** 2, both / spread[0], np.nan)
+        slope = np.where(spread[0] > _TINY**2, both / spread[0], np.nan)
     return np.stack([correlation, slope, means[0] - means[1]])

@@ -1,4 +1,5 @@
 """What probes say: of photographs after a release taught them, of a release after photographs."""
+
 from collections.abc import Callable
 
 import numpy as np
@@ -19,8 +20,10 @@ _SCORES = ('auc_referable', 'kappa')
 
 def _cells(label: str, result: dict) -> Cells:
     heads = {'auc_referable': f'probe: AUC ({label})', 'kappa': f'probe: kappa ({label})'}
-    return {head: interval(result[name], '.2f') if name in result else '-'
-            for name, head in heads.items()}
+    return {
+        head: interval(result[name], '.2f') if name in result else '-'
+        for name, head in heads.items()
+    }
 
 
 def _score(result: dict) -> tuple[float, float | None]:
@@ -38,21 +41,33 @@ def probe(study: Study, judge: Judge) -> Callable[[Candidate], dict]:
 
     def run(candidate: Candidate) -> dict:
         try:
-            grader = fit_probe(study.features(judge, candidate.pictures)['pooled'],
-                               candidate.shares, people=candidate.people, seed=study.seed)
+            grader = fit_probe(
+                study.features(judge, candidate.pictures)['pooled'],
+                candidate.shares,
+                people=candidate.people,
+                seed=study.seed,
+            )
         except UserError as error:
             return {'unfit': str(error)}
         answers = others.grades, grader.grades(photographs), grader.score(photographs)
         value = grading_metrics(*answers)
         between = bootstrap_intervals(*answers, groups=people_of(others))
-        return {'strength': grader.strength, **{name: {
-            'value': value[name], 'low': between[name][0], 'high': between[name][1]}
-            for name in _SCORES}}
+        return {
+            'strength': grader.strength,
+            **{
+                name: {'value': value[name], 'low': between[name][0], 'high': between[name][1]}
+                for name in _SCORES
+            },
+        }
+
     return run
 
 
-@judged('reading', 'how a probe trained on photographs reads the release',
-        lambda label, r: {f'reading ({label})': interval(r['correlation'], '.2f')})
+@judged(
+    'reading',
+    'how a probe trained on photographs reads the release',
+    lambda label, r: {f'reading ({label})': interval(r['correlation'], '.2f')},
+)
 def reading(study: Study, judge: Judge) -> Callable[[Candidate], dict]:
     """A ridge probe on photographs of other people, against the groups' referable shares."""
     grader = photograph_probe(study, judge)
@@ -61,14 +76,20 @@ def reading(study: Study, judge: Judge) -> Callable[[Candidate], dict]:
         score = grader.score(study.features(judge, candidate.pictures)['pooled'])
         share = candidate.shares[:, REFERABLE_FROM:].sum(1)
         return read_release(score, share, seed=study.seed)._asdict()
+
     return run
 
 
 def photograph_probe(study: Study, judge: Judge) -> Probe:
     """A ridge probe that learnt from the photographs of people who are in no release."""
     others = study.population.others
-    return fit_probe(study.features(judge, study.others)['pooled'], one_hot(others.grades),
-                     people=people_of(others), kind='ridge', seed=study.seed)
+    return fit_probe(
+        study.features(judge, study.others)['pooled'],
+        one_hot(others.grades),
+        people=people_of(others),
+        kind='ridge',
+        seed=study.seed,
+    )
 
 
 def graded(study: Study, pictures: np.ndarray) -> np.ndarray:

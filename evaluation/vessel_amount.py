@@ -6,6 +6,7 @@ these thresholds agree best with the vessels drawn (Dice 0.6). Elongated lesions
 
 Pictures are uint8 [n, 3, S, S].
 """
+
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from skimage.morphology import skeletonize
 from evaluation.attacks.vessels import vessel_ridges
 from evaluation.bootstrap import ratio_of_means
 
-WEAK, STRONG = 0.03, 0.06    # of `vessel_ridges`; a thin line of 20 % contrast has about 0.06
+WEAK, STRONG = 0.03, 0.06  # of `vessel_ridges`; a thin line of 20 % contrast has about 0.06
 
 
 class VesselAmount(NamedTuple):
@@ -35,15 +36,19 @@ def vessel_amount(pictures: np.ndarray) -> VesselAmount:
     return VesselAmount(area, np.array(length))
 
 
-def vessel_ratios(photographs: np.ndarray, release: np.ndarray, *,
-                  people: list[str] | None = None, seed: int = 0) -> dict[str, dict[str, float]]:
+def vessel_ratios(
+    photographs: np.ndarray, release: np.ndarray, *, people: list[str] | None = None, seed: int = 0
+) -> dict[str, dict[str, float]]:
     """{'area', 'length'}: mean of a release over mean of photographs, each {value, low, high}.
 
     Both of one size S. people: whom each photograph shows, the unit of the interval.
     """
     if photographs.shape[-1] != release.shape[-1]:
-        raise ValueError(f'pictures of {photographs.shape[-1]} and {release.shape[-1]} px '
-                         'cannot be compared')
+        raise ValueError(
+            f'pictures of {photographs.shape[-1]} and {release.shape[-1]} px cannot be compared'
+        )
     amounts = vessel_amount(release), vessel_amount(photographs)
-    return {name: ratio_of_means(*(getattr(a, name) for a in amounts), people=people, seed=seed)
-            for name in VesselAmount._fields}
+    return {
+        name: ratio_of_means(*(getattr(a, name) for a in amounts), people=people, seed=seed)
+        for name in VesselAmount._fields
+    }

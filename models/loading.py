@@ -1,4 +1,5 @@
 """Networks from weight files that nobody vouches for: what they hold, and filling a network."""
+
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,18 @@ from utils.io import load_weights
 _MAX_REASON = 300
 
 
-def named_tensors(value: object, *, source: str | Path, what: str = 'weights', remedy: str = ''
-                  ) -> dict[str, torch.Tensor]:
+def named_tensors(
+    value: object, *, source: str | Path, what: str = 'weights', remedy: str = ''
+) -> dict[str, torch.Tensor]:
     """`value` when it is a state dict; else a UserError: `source` holds no `what`, `remedy`."""
-    if not isinstance(value, dict) or not value or not all(
-            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items()):
-        raise UserError(f'{source} holds no {what} (tensors by name).'
-                        + (f' {remedy}' if remedy else ''))
+    if (
+        not isinstance(value, dict)
+        or not value
+        or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
+    ):
+        raise UserError(
+            f'{source} holds no {what} (tensors by name).' + (f' {remedy}' if remedy else '')
+        )
     return value
 
 
@@ -33,8 +39,9 @@ def load_state(path: str | Path, *, what: str, hint: str = '') -> dict[str, torc
     return named_tensors(content, source=path, remedy=hint)
 
 
-def fill(build: Callable[[], nn.Module], state: dict[str, torch.Tensor], *,
-         optional: str | None = None) -> nn.Module:
+def fill(
+    build: Callable[[], nn.Module], state: dict[str, torch.Tensor], *, optional: str | None = None
+) -> nn.Module:
     """The module that `build()` makes, with the weights of `state`; RuntimeError if they differ.
 
     All shapes are compared before memory is taken for the module, which a few wide tensors of a

@@ -6,6 +6,7 @@ coarse to fine), one head per scale, hinge loss. The mixing weights are drawn on
 learnt. Heads here have spectral norm and no batch statistics, so that a pass of 4 images and four
 passes of 1 give the same.
 """
+
 from collections.abc import Iterator
 
 import torch
@@ -26,7 +27,8 @@ class ScaleHead(nn.Module):
         super().__init__()
         self.down = nn.ModuleList(
             spectral_norm(nn.Conv2d(channels, channels, 4, stride=2, padding=1))
-            for _ in range(n_down))
+            for _ in range(n_down)
+        )
         self.mix = spectral_norm(nn.Conv2d(channels, channels, 3, padding=1))
         self.logits = spectral_norm(nn.Conv2d(channels, 1, 1))
 
@@ -51,15 +53,17 @@ class ProjectedDiscriminator(nn.Module):
 
     def __init__(self, features: FeatureNetwork, *, channels: int = 64) -> None:
         super().__init__()
-        self._features = (features,)    # in a tuple, hidden from state_dict and parameters
+        self._features = (features,)  # in a tuple, hidden from state_dict and parameters
         self.across_channels = nn.ModuleDict()
         self.across_scales = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         for stride in STRIDES:
-            self.across_channels[str(stride)] = nn.Conv2d(features.channels[stride], channels, 1,
-                                                          bias=False)
-            self.across_scales[str(stride)] = nn.Conv2d(channels, channels, 3, padding=1,
-                                                        bias=False)
+            self.across_channels[str(stride)] = nn.Conv2d(
+                features.channels[stride], channels, 1, bias=False
+            )
+            self.across_scales[str(stride)] = nn.Conv2d(
+                channels, channels, 3, padding=1, bias=False
+            )
             n_down = (STRIDES[-1] // stride).bit_length() - 1
             self.heads[str(stride)] = ScaleHead(channels, n_down)
         for conv in self._mixing():
@@ -112,7 +116,7 @@ class ProjectedDiscriminator(nn.Module):
         for module in self.heads.modules():
             if hasattr(module, 'parametrizations'):
                 module.train()
-                _ = module.weight    # computing it in training mode moves the iteration
+                _ = module.weight  # computing it in training mode moves the iteration
                 module.eval()
 
     def mixed(self, x: Tensor) -> dict[int, Tensor]:

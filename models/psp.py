@@ -4,6 +4,7 @@ Shapes: N images, L styles, D style dimension, S side the encoder sees, R side o
 Images are float32 in [-1, 1] nominally; generated ones are not clamped.
 Source: Alaluf et al. 2021, 'ReStyle', section 3.
 """
+
 import copy
 import math
 from pathlib import Path
@@ -27,9 +28,9 @@ _REMEDY = 'Train one with scripts/train_restyle_psp.py.'
 class Inversion(NamedTuple):
     """Result of `invert`."""
 
-    ws: torch.Tensor                     # [N, L, D] latents after the last iteration
-    recon: torch.Tensor                  # [N, 3, S, S] their reconstructions
-    iterations: torch.Tensor | None      # [n_iters, N, L, D] latents after each iteration
+    ws: torch.Tensor  # [N, L, D] latents after the last iteration
+    recon: torch.Tensor  # [N, 3, S, S] their reconstructions
+    iterations: torch.Tensor | None  # [n_iters, N, L, D] latents after each iteration
 
 
 class PSP(nn.Module):
@@ -42,8 +43,11 @@ class PSP(nn.Module):
     def __init__(self, encoder, decoder, latent_avg, input_size=256):
         super().__init__()
         self.encoder, self.decoder, self.input_size = encoder, decoder, input_size
-        self.register_buffer('latent_avg', latent_avg.detach().float().expand(
-            decoder.n_latent, decoder.style_dim).clone(), persistent=False)
+        self.register_buffer(
+            'latent_avg',
+            latent_avg.detach().float().expand(decoder.n_latent, decoder.style_dim).clone(),
+            persistent=False,
+        )
 
     def pool(self, img):
         """[N, 3, R, R] -> [N, 3, S, S], the mean over each cell (published face_pool)."""
@@ -133,28 +137,31 @@ def refine(psp, x, ws, *, n_steps, lr=0.02):
         best_ws = torch.where(better[:, None, None], ws.detach(), best_ws)
         if step < n_steps:
             adam.param_groups[0]['lr'] = lr * (0.5 + 0.5 * math.cos(math.pi * step / n_steps))
-            ws.grad, = torch.autograd.grad(error.sum(), ws)
+            (ws.grad,) = torch.autograd.grad(error.sum(), ws)
             adam.step()
     return best_ws, best
 
 
-def psp_checkpoint(psp: PSP, opts: dict[str, Any], *, half_encoder: bool = False
-                   ) -> dict[str, Any]:
+def psp_checkpoint(psp: PSP, opts: dict[str, Any], *, half_encoder: bool = False) -> dict[str, Any]:
     """The published checkpoint layout for inference: {state_dict, opts, latent_avg}.
 
     opts: plain dict; what describes the networks is added under the published names, and the
     device they are on: the published classes put the latents there.
     half_encoder: store the encoder's matrices and kernels as float16.
     """
-    described = {'encoder_type': type(psp.encoder).__name__, 'output_size': psp.decoder.size,
-                 'input_nc': 6, 'encoder_size': psp.input_size,
-                 'device': psp.latent_avg.device.type}
+    described = {
+        'encoder_type': type(psp.encoder).__name__,
+        'output_size': psp.decoder.size,
+        'input_nc': 6,
+        'encoder_size': psp.input_size,
+        'device': psp.latent_avg.device.type,
+    }
     state = {k: v.detach().cpu() for k, v in psp.state_dict().items()}
     if half_encoder:
-        state = {k: v.half() if k.startswith('encoder.') and v.dim() > 1 else v
-                 for k, v in state.items()}
-    return {'state_dict': state, 'opts': {**opts, **described},
-            'latent_avg': psp.latent_avg.cpu()}
+        state = {
+            k: v.half() if k.startswith('encoder.') and v.dim() > 1 else v for k, v in state.items()
+        }
+    return {'state_dict': state, 'opts': {**opts, **described}, 'latent_avg': psp.latent_avg.cpu()}
 
 
 def psp_from_checkpoint(checkpoint: object, *, source: str | Path = 'checkpoint') -> PSP:
@@ -163,24 +170,31 @@ def psp_from_checkpoint(checkpoint: object, *, source: str | Path = 'checkpoint'
     UserError naming `source` when parts are missing or do not fit each other.
     """
     if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
-        raise UserError(f'{source} is not a ReStyle-pSp checkpoint: it has no "state_dict". '
-                        f'{_REMEDY}')
-    state = named_tensors(checkpoint['state_dict'], source=f'{source}: state_dict',
-                          remedy=_REMEDY)
-    parts = {name: {k[len(name) + 1:]: v for k, v in state.items()
-                    if k.startswith(f'{name}.')} for name in ('encoder', 'decoder')}
+        raise UserError(
+            f'{source} is not a ReStyle-pSp checkpoint: it has no "state_dict". {_REMEDY}'
+        )
+    state = named_tensors(checkpoint['state_dict'], source=f'{source}: state_dict', remedy=_REMEDY)
+    parts = {
+        name: {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f'{name}.')}
+        for name in ('encoder', 'decoder')
+    }
     for name, part in parts.items():
         if not part:
-            raise UserError(f'{source} is not a ReStyle-pSp checkpoint: no "{name}." weights. '
-                            f'{_REMEDY}')
+            raise UserError(
+                f'{source} is not a ReStyle-pSp checkpoint: no "{name}." weights. {_REMEDY}'
+            )
     opts = checkpoint.get('opts')
     if not isinstance(opts, (dict, NoneType)):
         raise UserError(f'{source}: its "opts" are no options by name. {_REMEDY}')
     decoder = generator_from_state(parts['decoder'], source=f'{source}: the decoder weights')
     encoder, input_size = encoder_from_state(
-        parts['encoder'], n_styles=decoder.n_latent, style_dim=decoder.style_dim,
+        parts['encoder'],
+        n_styles=decoder.n_latent,
+        style_dim=decoder.style_dim,
         input_size=(opts or {}).get('encoder_size'),
-        encoder_type=(opts or {}).get('encoder_type'), source=str(source))
+        encoder_type=(opts or {}).get('encoder_type'),
+        source=str(source),
+    )
     latent_avg = _start(checkpoint.get('latent_avg'), decoder, source)
     return PSP(encoder, decoder, latent_avg, input_size)
 
@@ -190,11 +204,16 @@ def _start(latent_avg: object, decoder: Generator, source: str | Path) -> torch.
     if latent_avg is None:
         return decoder.mean_latent()
     want = decoder.n_latent, decoder.style_dim
-    if not isinstance(latent_avg, torch.Tensor) or latent_avg.shape not in (
-            want, (1, want[1]), want[1:]) or not latent_avg.is_floating_point() \
-            or not latent_avg.isfinite().all():
-        raise UserError(f'{source}: latent_avg does not hold the {want[0]} x {want[1]} or '
-                        f'{want[1]} finite numbers its generator takes')
+    if (
+        not isinstance(latent_avg, torch.Tensor)
+        or latent_avg.shape not in (want, (1, want[1]), want[1:])
+        or not latent_avg.is_floating_point()
+        or not latent_avg.isfinite().all()
+    ):
+        raise UserError(
+            f'{source}: latent_avg does not hold the {want[0]} x {want[1]} or '
+            f'{want[1]} finite numbers its generator takes'
+        )
     return latent_avg
 
 

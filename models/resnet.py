@@ -1,4 +1,5 @@
 """ResNets without a classifier, as feature networks (torchvision's own, so its key names)."""
+
 import torchvision
 from torch import nn
 
@@ -27,6 +28,7 @@ def describe_resnet(state):
         raise KeyError('layer1 is not 64 channels wide')
     depth = sum(f'layer3.{i}.conv1.weight' in state for i in range(40))
     bottleneck = 'layer1.0.conv3.weight' in state
-    arch = {(False, 2): 'resnet18', (False, 6): 'resnet34', (True, 6): 'resnet50'}[bottleneck,
-                                                                                depth]
+    arch = {(False, 2): 'resnet18', (False, 6): 'resnet34', (True, 6): 'resnet50'}[
+        bottleneck, depth
+    ]
     return arch, state['conv1.weight'].shape[2] == 3

@@ -12,6 +12,7 @@ distances with those of real against real pictures as the yardstick. `detail` co
 of vessels and the power at high frequencies, `spectrum` radial power spectra. A network that the
 manifest of a release names among its makers does not judge it alone, and is marked.
 """
+
 import sys
 from pathlib import Path
 
@@ -53,29 +54,63 @@ def build_parser():
     p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
     p.add_argument('real', type=Path, metavar='REAL', help='real pictures')
     p.add_argument('synthetic', type=Path, metavar='SYNTHETIC', help='synthetic pictures')
-    p.add_argument('--metrics', metavar='LIST',
-                   help=f'comma-separated: {", ".join(KINDS)} (default: detail, spectrum, what '
-                        'weights are given for, and without those of Inception features)')
-    p.add_argument('--features', nargs='+', default=['lite1'], metavar='NAME',
-                   help='networks of `features`: lite0, lite1, lite2')
-    p.add_argument('--content_weights', type=Path, metavar='FILE',
-                   help='content encoder (scripts/train_content_encoder.py) or MoCo weights')
-    p.add_argument('--inception_weights', type=Path, metavar='FILE',
-                   help='pt_inception-2015-12-05-6726825d.pth; nothing is downloaded')
-    p.add_argument('--n_bootstrap', type=positive_int, default=100, metavar='INT',
-                   help='draws for the intervals')
-    p.add_argument('--batch_size', '--batch-size', type=positive_int, default=32, metavar='INT',
-                   help='pictures per pass')
-    p.add_argument('--out', type=Path, metavar='FILE',
-                   help='append the numbers as one line to this JSON-lines file')
+    p.add_argument(
+        '--metrics',
+        metavar='LIST',
+        help=f'comma-separated: {", ".join(KINDS)} (default: detail, spectrum, what '
+        'weights are given for, and without those of Inception features)',
+    )
+    p.add_argument(
+        '--features',
+        nargs='+',
+        default=['lite1'],
+        metavar='NAME',
+        help='networks of `features`: lite0, lite1, lite2',
+    )
+    p.add_argument(
+        '--content_weights',
+        type=Path,
+        metavar='FILE',
+        help='content encoder (scripts/train_content_encoder.py) or MoCo weights',
+    )
+    p.add_argument(
+        '--inception_weights',
+        type=Path,
+        metavar='FILE',
+        help='pt_inception-2015-12-05-6726825d.pth; nothing is downloaded',
+    )
+    p.add_argument(
+        '--n_bootstrap',
+        type=positive_int,
+        default=100,
+        metavar='INT',
+        help='draws for the intervals',
+    )
+    p.add_argument(
+        '--batch_size',
+        '--batch-size',
+        type=positive_int,
+        default=32,
+        metavar='INT',
+        help='pictures per pass',
+    )
+    p.add_argument(
+        '--out',
+        type=Path,
+        metavar='FILE',
+        help='append the numbers as one line to this JSON-lines file',
+    )
     return add_common(p)
 
 
 def chosen(opts):
     """The kinds of statistics to compute."""
     if opts.metrics is None:
-        given = {'features': not opts.inception_weights, 'fundus': opts.content_weights,
-                 'inception': opts.inception_weights}
+        given = {
+            'features': not opts.inception_weights,
+            'fundus': opts.content_weights,
+            'inception': opts.inception_weights,
+        }
         return [k for k in KINDS if given.get(k, True)]
     kinds = [k for k in opts.metrics.split(',') if k]
     unknown = [k for k in kinds if k not in KINDS]
@@ -93,7 +128,7 @@ def picture_side(path, *, one_size):
     store, names = picture_names(path)
     sizes = {}
     for name in names:
-        with contextlib.suppress(UserError):    # unreadable ones are listed when all are read
+        with contextlib.suppress(UserError):  # unreadable ones are listed when all are read
             sizes[name] = store.size(name)
     if not sizes:
         raise UserError(f'{path}: none of its {len(names)} images can be read')
@@ -101,9 +136,14 @@ def picture_side(path, *, one_size):
         common, _ = Counter(sizes.values()).most_common(1)[0]
         others = [f'{name}: {w}x{h}' for name, (w, h) in sizes.items() if (w, h) != common]
         if others:
-            raise UserError(listing(f'{path} holds {len(sizes) - len(others)} pictures of '
-                                    f'{common[0]}x{common[1]} and {len(others)} of another '
-                                    'size; give a folder of the synthetic pictures alone', others))
+            raise UserError(
+                listing(
+                    f'{path} holds {len(sizes) - len(others)} pictures of '
+                    f'{common[0]}x{common[1]} and {len(others)} of another '
+                    'size; give a folder of the synthetic pictures alone',
+                    others,
+                )
+            )
     return min(next(iter(sizes.values())))
 
 
@@ -114,8 +154,9 @@ def table(results):
         if kind == 'detail':
             for name, title in DETAIL.items():
                 score = found[name]
-                lines.append(f'{title:<24}{score["value"]:>10.4f}  '
-                             f'{score["low"]:.4f} to {score["high"]:.4f}')
+                lines.append(
+                    f'{title:<24}{score["value"]:>10.4f}  {score["low"]:.4f} to {score["high"]:.4f}'
+                )
             continue
         if kind == 'spectrum':
             for name in ('high_frequency_ratio', 'log_spectrum_rmse'):
@@ -123,16 +164,21 @@ def table(results):
             continue
         split = found['real_split'] or {}
         fd, kid = LABELS.get(kind, (f'FD-{kind}', f'KID-{kind}'))
-        names = {'fd': fd, 'kid': kid,
-                 **{n: f'{n} ({kind})' for n in ('precision', 'recall', 'density', 'coverage')}}
+        names = {
+            'fd': fd,
+            'kid': kid,
+            **{n: f'{n} ({kind})' for n in ('precision', 'recall', 'density', 'coverage')},
+        }
         for key, name in names.items():
             score = found[key]
             yardstick = f'{split[key]:.4f}' if key in split else ''
             interval = f'{score["low"]:.4f} to {score["high"]:.4f}'
             lines.append(f'{name:<24}{score["value"]:>10.4f}  {interval:<22}{yardstick:>10}')
-        lines.append(f'  n = {found["n_real"]} real, {found["n_fake"]} synthetic, '
-                     f'{found["dim"]} dimensions'
-                     + (', fewer pictures than dimensions' if found['rank_deficient'] else ''))
+        lines.append(
+            f'  n = {found["n_real"]} real, {found["n_fake"]} synthetic, '
+            f'{found["dim"]} dimensions'
+            + (', fewer pictures than dimensions' if found['rank_deficient'] else '')
+        )
         if split:
             lines.append(f'  real split: {split["n_reference"]} against {split["n_sample"]}')
     return '\n'.join(lines)
@@ -140,8 +186,10 @@ def table(results):
 
 def detail(real: np.ndarray, synthetic: np.ndarray, seed: int) -> dict:
     """Vessels and power at high frequencies, synthetic over real."""
-    return {**vessel_ratios(real, synthetic, seed=seed),
-            'high_frequencies': high_frequency_ratio(real, synthetic, seed=seed)}
+    return {
+        **vessel_ratios(real, synthetic, seed=seed),
+        'high_frequencies': high_frequency_ratio(real, synthetic, seed=seed),
+    }
 
 
 def main(argv=None):
@@ -149,32 +197,56 @@ def main(argv=None):
     setup_logging()
     kinds = chosen(opts)
     device = resolve_device(opts.device)
-    networks = {kind: load_feature_network(
-        metric='fd_fundus' if kind == 'fundus' else 'fid',
-        content_weights=opts.content_weights, inception_weights=opts.inception_weights)
-        for kind in kinds if kind in LABELS}
-    judges = load_judges(opts.features, [networks_of(opts.synthetic)]) if 'features' in kinds \
-        else []
-    side = min(picture_side(opts.real, one_size=False),
-               picture_side(opts.synthetic, one_size=True))
-    count = {name: len(picture_names(path)[1])
-             for name, path in (('n_real', opts.real), ('n_synthetic', opts.synthetic))}
+    networks = {
+        kind: load_feature_network(
+            metric='fd_fundus' if kind == 'fundus' else 'fid',
+            content_weights=opts.content_weights,
+            inception_weights=opts.inception_weights,
+        )
+        for kind in kinds
+        if kind in LABELS
+    }
+    judges = (
+        load_judges(opts.features, [networks_of(opts.synthetic)]) if 'features' in kinds else []
+    )
+    side = min(picture_side(opts.real, one_size=False), picture_side(opts.synthetic, one_size=True))
+    count = {
+        name: len(picture_names(path)[1])
+        for name, path in (('n_real', opts.real), ('n_synthetic', opts.synthetic))
+    }
     results = {}
     if set(kinds) - LABELS.keys():
         pictures = [read_pictures(path, side) for path in (opts.real, opts.synthetic)]
     if judges and side < SMALLEST_SIDE and opts.metrics is None:
-        log.warning('pictures of %d px are too small for %s: left out', side,
-                    ', '.join(j.label for j in judges))
+        log.warning(
+            'pictures of %d px are too small for %s: left out',
+            side,
+            ', '.join(j.label for j in judges),
+        )
         judges = []
     for judge in judges:
         results[judge.label] = fidelity(
-            *(scaled(pooled_features(judge.network, u8, device=device,
-                                     batch_size=opts.batch_size)) for u8 in pictures),
-            n_bootstrap=opts.n_bootstrap, seed=opts.seed)
-    results |= {kind: compare_pictures(opts.real, opts.synthetic, network, device=device,
-                                      n_bootstrap=opts.n_bootstrap, seed=opts.seed,
-                                      batch_size=opts.batch_size)
-               for kind, network in networks.items()}
+            *(
+                scaled(
+                    pooled_features(judge.network, u8, device=device, batch_size=opts.batch_size)
+                )
+                for u8 in pictures
+            ),
+            n_bootstrap=opts.n_bootstrap,
+            seed=opts.seed,
+        )
+    results |= {
+        kind: compare_pictures(
+            opts.real,
+            opts.synthetic,
+            network,
+            device=device,
+            n_bootstrap=opts.n_bootstrap,
+            seed=opts.seed,
+            batch_size=opts.batch_size,
+        )
+        for kind, network in networks.items()
+    }
     if 'detail' in kinds:
         results['detail'] = detail(*pictures, opts.seed)
     if 'spectrum' in kinds:
@@ -184,9 +256,19 @@ def main(argv=None):
     if opts.out is not None:
         opts.out.parent.mkdir(parents=True, exist_ok=True)
         with open(opts.out, 'a', encoding='utf-8') as file:
-            file.write(json.dumps({'real': str(opts.real), 'synthetic': str(opts.synthetic),
-                                   **count,
-                                   'seed': opts.seed, 'versions': versions(), **results}) + '\n')
+            file.write(
+                json.dumps(
+                    {
+                        'real': str(opts.real),
+                        'synthetic': str(opts.synthetic),
+                        **count,
+                        'seed': opts.seed,
+                        'versions': versions(),
+                        **results,
+                    }
+                )
+                + '\n'
+            )
     return 0
 
 

@@ -3,6 +3,7 @@
 Takes NVIDIA's StyleGAN2-ADA .pkl (no code in it is run) and .pt files of PyTorch ports that hold
 a "g_ema" entry, trainer checkpoints included.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -36,10 +37,18 @@ def build_parser():
     p = cli.parser(__doc__, EPILOG)
     p.add_argument('--source', '--network', required=True, metavar='FILE', help='.pkl or .pt')
     p.add_argument('--dest', required=True, metavar='FILE', help='the .pt file to write')
-    p.add_argument('--no_discriminator', action='store_true',
-                   help='leave out what only further training needs ("d" and "g")')
-    p.add_argument('--latent_samples', type=cli.positive_int, default=100_000, metavar='N',
-                   help='samples for the mean latent when the source stores none')
+    p.add_argument(
+        '--no_discriminator',
+        action='store_true',
+        help='leave out what only further training needs ("d" and "g")',
+    )
+    p.add_argument(
+        '--latent_samples',
+        type=cli.positive_int,
+        default=100_000,
+        metavar='N',
+        help='samples for the mean latent when the source stores none',
+    )
     p.add_argument('--overwrite', action='store_true', help='replace an existing --dest')
     return cli.add_common(p)
 
@@ -64,8 +73,9 @@ def read_port(path):
     if 'g' in content:
         weights['g'] = generator('g')
     if 'd' in content:
-        weights['d'] = discriminator_from_state(content['d'], source=f'{path} (d)',
-                                                remedy=_REMEDY).state_dict()
+        weights['d'] = discriminator_from_state(
+            content['d'], source=f'{path} (d)', remedy=_REMEDY
+        ).state_dict()
     return weights
 
 
@@ -83,8 +93,10 @@ def self_check(weights, device, seed):
         outputs['d'] = discriminator_from_state(weights['d']).to(device).eval()(images)
     bad = [name for name, values in outputs.items() if not torch.isfinite(values).all()]
     if bad:
-        raise UserError(f'the converted networks give values that are not finite '
-                        f'({", ".join(bad)}); the source is damaged')
+        raise UserError(
+            f'the converted networks give values that are not finite '
+            f'({", ".join(bad)}); the source is damaged'
+        )
     return net
 
 
@@ -98,7 +110,7 @@ def main(argv=None):
     if dest.exists() and not args.overwrite:
         raise UserError(f'--dest {dest} already exists; give --overwrite or another name')
     remove_leftovers(dest.parent, dest.stem)
-    seed_everything(args.seed, 'convert')    # ports without stored noise get fixed maps
+    seed_everything(args.seed, 'convert')  # ports without stored noise get fixed maps
     if Path(args.source).suffix.lower() in ('.pkl', '.pickle'):
         weights = convert(read_pickle(args.source), source=args.source)
     else:
@@ -111,9 +123,11 @@ def main(argv=None):
         weights['latent_avg'] = net.mean_latent(args.latent_samples, seed=args.seed).cpu()
     save_torch(dest, weights)
     channels = ', '.join(f'{r}: {c}' for r, c in net.channels.items())
-    print(f'{dest}: {net.size} px, {net.n_mlp} mapping layers, style width {net.style_dim}, '
-          f'channels {{{channels}}}; holds {", ".join(sorted(weights))}'
-          + (' (mean latent estimated)' if estimated else ''))
+    print(
+        f'{dest}: {net.size} px, {net.n_mlp} mapping layers, style width {net.style_dim}, '
+        f'channels {{{channels}}}; holds {", ".join(sorted(weights))}'
+        + (' (mean latent estimated)' if estimated else '')
+    )
     return 0
 
 

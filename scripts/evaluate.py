@@ -16,6 +16,7 @@ and optionally split_column {members, others} values; members (share of patients
 content_weights, style_weights, style_weight, content_weight, lr, num_steps, precision; k; methods;
 measures (default: all); grader (a configuration of classification/configs); seeds.
 """
+
 import sys
 from pathlib import Path
 
@@ -40,8 +41,9 @@ log = logging.getLogger(__name__)
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
-    p.add_argument('--config', type=Path, required=True, metavar='YAML',
-                   help='what to compare on which data')
+    p.add_argument(
+        '--config', type=Path, required=True, metavar='YAML', help='what to compare on which data'
+    )
     p.add_argument('--out_dir', type=Path, required=True, metavar='DIR', help='run folder')
     return cli.add_common(p)
 
@@ -52,14 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = read_settings(opts.config)
     methods = METHODS.choose(settings.methods)
     measures = MEASURES.choose(settings.measures)
-    study = open_study(settings, opts.out_dir, device=cli.resolve_device(opts.device),
-                       seed=opts.seed)
+    study = open_study(
+        settings, opts.out_dir, device=cli.resolve_device(opts.device), seed=opts.seed
+    )
     rows = compare(study, methods, measures)
-    facts = {'name': settings.name, 'n_members': len(study.members),
-             'n_others': len(study.others), 'n_again': len(study.again), 'versions': versions(),
-             'seed': opts.seed}
-    print(write_report(opts.out_dir, rows, measures, facts=facts,
-                       config=dataclasses.asdict(settings)))
+    facts = {
+        'name': settings.name,
+        'n_members': len(study.members),
+        'n_others': len(study.others),
+        'n_again': len(study.again),
+        'versions': versions(),
+        'seed': opts.seed,
+    }
+    print(
+        write_report(opts.out_dir, rows, measures, facts=facts, config=dataclasses.asdict(settings))
+    )
     log.info('page: %s', opts.out_dir / 'results.html')
     return 0
 

@@ -1,4 +1,5 @@
 """Makes pictures from a generator: samples, truncation sweeps, style mixing, interpolation."""
+
 import argparse
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from utils.images import CONTACT_SHEET, grid, save_png, tensor_to_pil
 from utils.io import atomic_path
 from utils.logs import progress, setup_logging
 
-_MAX_LATENTS = 2 ** 30    # bytes
+_MAX_LATENTS = 2**30  # bytes
 
 EPILOG = """examples:
   python scripts/generate.py --network generator.pt --outdir out --seeds 0-35 --trunc 0.7
@@ -40,7 +41,7 @@ def number_list(text):
         if dash and int(last) < int(first):
             raise argparse.ArgumentTypeError(f'{part!r} runs backwards; the smaller number first')
         numbers += range(int(first), int(last if dash else first) + 1)
-    if not numbers or max(numbers) >= 2 ** 32:
+    if not numbers or max(numbers) >= 2**32:
         raise argparse.ArgumentTypeError(f'{text!r} holds no number, or one above 2^32 - 1')
     return numbers
 
@@ -61,24 +62,55 @@ def build_parser():
     p.add_argument('--network', required=True, metavar='FILE', help='generator .pt file')
     p.add_argument('--outdir', required=True, metavar='DIR', help='where the pictures go')
     p.add_argument('--seeds', type=number_list, metavar='LIST', help='e.g. 0,3,5-9')
-    p.add_argument('--trunc', type=psi_list, default='1', metavar='PSI',
-                   help='truncation; several values (0.5,0.7,1) make a sweep')
-    p.add_argument('--noise_mode', '--noise-mode', choices=sorted(NOISE_MODES), default='const',
-                   help='const: the stored noise maps; random: drawn from the seed')
-    p.add_argument('--projected_w', '--projected-w', metavar='FILE',
-                   help='.npz ("w") or .npy latents [N, L, D] to render in place of seeds')
+    p.add_argument(
+        '--trunc',
+        type=psi_list,
+        default='1',
+        metavar='PSI',
+        help='truncation; several values (0.5,0.7,1) make a sweep',
+    )
+    p.add_argument(
+        '--noise_mode',
+        '--noise-mode',
+        choices=sorted(NOISE_MODES),
+        default='const',
+        help='const: the stored noise maps; random: drawn from the seed',
+    )
+    p.add_argument(
+        '--projected_w',
+        '--projected-w',
+        metavar='FILE',
+        help='.npz ("w") or .npy latents [N, L, D] to render in place of seeds',
+    )
     p.add_argument('--rows', type=number_list, metavar='LIST', help='style mixing: row seeds')
     p.add_argument('--cols', type=number_list, metavar='LIST', help='style mixing: column seeds')
-    p.add_argument('--styles', type=number_list, default='0-6', metavar='LIST',
-                   help='style mixing: layers taken from the column')
-    p.add_argument('--interpolate', choices=['webp', 'gif', 'frames'],
-                   help='a closed loop through the seeds')
-    p.add_argument('--frames', type=cli.positive_int, default=60, metavar='N',
-                   help='interpolation: frames from one seed to the next')
-    p.add_argument('--fps', type=cli.positive_int, default=30, metavar='N',
-                   help='interpolation: frames per second')
-    p.add_argument('--batch', type=cli.positive_int, default=8, metavar='N',
-                   help='pictures computed at once')
+    p.add_argument(
+        '--styles',
+        type=number_list,
+        default='0-6',
+        metavar='LIST',
+        help='style mixing: layers taken from the column',
+    )
+    p.add_argument(
+        '--interpolate', choices=['webp', 'gif', 'frames'], help='a closed loop through the seeds'
+    )
+    p.add_argument(
+        '--frames',
+        type=cli.positive_int,
+        default=60,
+        metavar='N',
+        help='interpolation: frames from one seed to the next',
+    )
+    p.add_argument(
+        '--fps',
+        type=cli.positive_int,
+        default=30,
+        metavar='N',
+        help='interpolation: frames per second',
+    )
+    p.add_argument(
+        '--batch', type=cli.positive_int, default=8, metavar='N', help='pictures computed at once'
+    )
     p.add_argument('--overwrite', action='store_true', help='replace existing pictures')
     return cli.add_common(p)
 
@@ -86,12 +118,20 @@ def build_parser():
 def check_options(args):
     """UserError for flags that do not go together."""
     mixing = args.rows is not None or args.cols is not None
-    kinds = [name for name, given in (('--seeds', args.seeds is not None),
-                                      ('--projected_w', args.projected_w is not None),
-                                      ('--rows with --cols', mixing)) if given]
+    kinds = [
+        name
+        for name, given in (
+            ('--seeds', args.seeds is not None),
+            ('--projected_w', args.projected_w is not None),
+            ('--rows with --cols', mixing),
+        )
+        if given
+    ]
     if len(kinds) != 1:
-        raise UserError('give exactly one of --seeds, --projected_w, or --rows with --cols'
-                        + (f' (given: {", ".join(kinds)})' if kinds else ''))
+        raise UserError(
+            'give exactly one of --seeds, --projected_w, or --rows with --cols'
+            + (f' (given: {", ".join(kinds)})' if kinds else '')
+        )
     if mixing and (args.rows is None or args.cols is None):
         raise UserError('style mixing needs both --rows and --cols')
     if args.interpolate and (args.seeds is None or len(args.seeds) < 2):
@@ -117,15 +157,18 @@ def read_latents(path: str, net: Generator) -> torch.Tensor:
         raise UserError(f'--projected_w {path}: no such file') from None
     except UserError:
         raise
-    except Exception as error:    # random bytes make the reader fail in any way
-        raise UserError(f'--projected_w {path} is no .npy file of an array, and no .npz file with '
-                        'an array "w"') from error
+    except Exception as error:  # random bytes make the reader fail in any way
+        raise UserError(
+            f'--projected_w {path} is no .npy file of an array, and no .npz file with an array "w"'
+        ) from error
     if w.dtype.kind not in 'fiu':
         raise UserError(f'--projected_w {path} does not hold numbers')
     want = (net.n_latent, net.style_dim)
     if w.ndim not in (2, 3) or w.shape[-2:] != want:
-        raise UserError(f'--projected_w {path} has shape {list(w.shape)}; this generator takes '
-                        f'[N, {want[0]}, {want[1]}]')
+        raise UserError(
+            f'--projected_w {path} has shape {list(w.shape)}; this generator takes '
+            f'[N, {want[0]}, {want[1]}]'
+        )
     if not np.isfinite(w).all():
         raise UserError(f'--projected_w {path} holds values that are not finite')
     return torch.from_numpy(w.reshape(-1, *want).astype(np.float32))
@@ -135,8 +178,10 @@ def guard(paths, overwrite):
     """UserError when one of the pictures exists."""
     existing = [p for p in paths if p.exists()]
     if existing and not overwrite:
-        raise UserError(f'{existing[0]} already exists (and {len(existing) - 1} more); choose '
-                        'another --outdir or give --overwrite')
+        raise UserError(
+            f'{existing[0]} already exists (and {len(existing) - 1} more); choose '
+            'another --outdir or give --overwrite'
+        )
 
 
 def save_samples(images, names, out, n_cols):
@@ -153,11 +198,15 @@ def save_samples(images, names, out, n_cols):
 def sample(args, net, styles, out):
     """--seeds: one picture per seed and truncation."""
     one = len(args.trunc) == 1
-    names = [f'seed{s:04d}.png' if one else f'seed{s:04d}-trunc{psi:.2f}.png'
-             for s in args.seeds for psi in args.trunc]
+    names = [
+        f'seed{s:04d}.png' if one else f'seed{s:04d}-trunc{psi:.2f}.png'
+        for s in args.seeds
+        for psi in args.trunc
+    ]
     if len(set(names)) < len(names):
-        raise UserError('--seeds or --trunc holds a value twice (truncations count to two '
-                        'decimals)')
+        raise UserError(
+            '--seeds or --trunc holds a value twice (truncations count to two decimals)'
+        )
     guard([out / n for n in [*names, CONTACT_SHEET]], args.overwrite)
     ws = torch.stack([styles(args.seeds, psi) for psi in args.trunc], 1).flatten(0, 1)
     seeds = [s for s in args.seeds for _ in args.trunc]
@@ -171,8 +220,9 @@ def project(args, net, device, out):
     ws = read_latents(args.projected_w, net).to(device)
     names = [f'latent{i:04d}.png' for i in range(len(ws))]
     guard([out / n for n in [*names, CONTACT_SHEET]], args.overwrite)
-    save_samples(render(net, ws, noise=args.noise_mode, batch=args.batch), names, out,
-                 min(8, len(names)))
+    save_samples(
+        render(net, ws, noise=args.noise_mode, batch=args.batch), names, out, min(8, len(names))
+    )
     return f'{len(names)} pictures'
 
 
@@ -186,13 +236,22 @@ def mix(args, net, styles, out):
     n_rows, n_cols = len(rows), len(cols)
     mixed = mix_styles(rows.repeat_interleave(n_cols, 0), cols.repeat(n_rows, 1, 1), args.styles)
     seeds = [*args.cols, *args.rows, *(s for s in args.rows for _ in args.cols)]
-    images = torch.stack([image.cpu() for image in render(
-        net, torch.cat([cols, rows, mixed]), noise=args.noise_mode, seeds=seeds,
-        batch=args.batch)])
+    images = torch.stack(
+        [
+            image.cpu()
+            for image in render(
+                net,
+                torch.cat([cols, rows, mixed]),
+                noise=args.noise_mode,
+                seeds=seeds,
+                batch=args.batch,
+            )
+        ]
+    )
     sheet = [torch.full_like(images[0], -1), *images[:n_cols]]
     for i in range(n_rows):
         first = n_cols + n_rows + i * n_cols
-        sheet += [images[n_cols + i], *images[first:first + n_cols]]
+        sheet += [images[n_cols + i], *images[first : first + n_cols]]
     save_png(grid(torch.stack(sheet), n_cols + 1), out / CONTACT_SHEET)
     return f'a grid of {n_rows} x {n_cols} mixtures'
 
@@ -213,8 +272,14 @@ def interpolate(args, net, styles, out):
     guard([path], args.overwrite)
     frames = (tensor_to_pil(image) for image in images)
     with atomic_path(path) as temp:
-        next(frames).save(temp, format=args.interpolate.upper(), save_all=True,
-                          append_images=frames, duration=round(1000 / args.fps), loop=0)
+        next(frames).save(
+            temp,
+            format=args.interpolate.upper(),
+            save_all=True,
+            append_images=frames,
+            duration=round(1000 / args.fps),
+            loop=0,
+        )
     return f'{path.name}, {len(ws)} frames,'
 
 

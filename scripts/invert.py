@@ -8,6 +8,7 @@ order of latents.npy: mean square error after every refinement, and after --refi
 the worst and best. All of it shows or rebuilds photographs: keep it private. The same command goes
 on where a run stopped.
 """
+
 import sys
 from pathlib import Path
 
@@ -23,15 +24,7 @@ from models.psp import FrozenPSP, invert, load_psp, refine
 from utils import cli
 from utils.errors import UserError
 from utils.images import check_image_files, find_images, grid, load_tensor, png_names, save_png
-from utils.io import (
-    digest_files,
-    is_intact,
-    load_weights,
-    save_npy,
-    save_torch,
-    sealing,
-    write_csv,
-)
+from utils.io import digest_files, is_intact, load_weights, save_npy, save_torch, sealing, write_csv
 from utils.logs import progress, setup_logging
 from utils.runs import run_record, start_run
 
@@ -43,22 +36,52 @@ _FREE = ('out_dir', 'device', 'data_path', 'checkpoint_path')
 
 def build_parser():
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
-    p.add_argument('--checkpoint_path', type=Path, required=True, metavar='FILE',
-                   help='ReStyle-pSp checkpoint')
-    p.add_argument('--data_path', type=Path, required=True, metavar='DIR',
-                   help='photographs, searched recursively')
+    p.add_argument(
+        '--checkpoint_path', type=Path, required=True, metavar='FILE', help='ReStyle-pSp checkpoint'
+    )
+    p.add_argument(
+        '--data_path',
+        type=Path,
+        required=True,
+        metavar='DIR',
+        help='photographs, searched recursively',
+    )
     p.add_argument('--out_dir', type=Path, required=True, metavar='DIR', help='output folder')
-    p.add_argument('--n_iters_per_batch', type=cli.positive_int, default=5, metavar='N',
-                   help='refinements by the encoder')
-    p.add_argument('--test_batch_size', type=cli.positive_int, default=8, metavar='N',
-                   help='photographs inverted together')
-    p.add_argument('--refine', type=cli.nonnegative_int, default=0, metavar='STEPS',
-                   help='go on by optimisation for poor reconstructions')
-    p.add_argument('--refine_above', type=cli.nonnegative_float, metavar='MSE',
-                   help='poor means a mean square error above this, range [-1, 1] (default: the '
-                        'worst quarter)')
-    p.add_argument('--refine_lr', type=cli.positive_float, default=0.02, metavar='RATE',
-                   help='learning rate of --refine')
+    p.add_argument(
+        '--n_iters_per_batch',
+        type=cli.positive_int,
+        default=5,
+        metavar='N',
+        help='refinements by the encoder',
+    )
+    p.add_argument(
+        '--test_batch_size',
+        type=cli.positive_int,
+        default=8,
+        metavar='N',
+        help='photographs inverted together',
+    )
+    p.add_argument(
+        '--refine',
+        type=cli.nonnegative_int,
+        default=0,
+        metavar='STEPS',
+        help='go on by optimisation for poor reconstructions',
+    )
+    p.add_argument(
+        '--refine_above',
+        type=cli.nonnegative_float,
+        metavar='MSE',
+        help='poor means a mean square error above this, range [-1, 1] (default: the '
+        'worst quarter)',
+    )
+    p.add_argument(
+        '--refine_lr',
+        type=cli.positive_float,
+        default=0.02,
+        metavar='RATE',
+        help='learning rate of --refine',
+    )
     return cli.add_common(p)
 
 
@@ -66,13 +89,18 @@ def encode(psp, paths, work, opts, device):
     """One file per batch in `work`: latents and the error after each refinement."""
     bar = progress(total=len(paths), desc='inversion', unit='img')
     for i in range(0, len(paths), opts.test_batch_size):
-        part, file = paths[i:i + opts.test_batch_size], work / f'batch_{i:07d}.pt'
+        part, file = paths[i : i + opts.test_batch_size], work / f'batch_{i:07d}.pt'
         if not is_intact(file):
             x = torch.stack([load_tensor(p, psp.input_size) for p in part]).to(device)
             found = invert(psp, x, n_iters=opts.n_iters_per_batch, keep_iterations=True)
             with torch.no_grad():
-                errors = torch.stack([(psp.pool(psp.decode(ws)) - x).square().mean((1, 2, 3))
-                                      for ws in found.iterations], 1)
+                errors = torch.stack(
+                    [
+                        (psp.pool(psp.decode(ws)) - x).square().mean((1, 2, 3))
+                        for ws in found.iterations
+                    ],
+                    1,
+                )
             with sealing(file):
                 save_torch(file, {'ws': found.ws.cpu(), 'errors': errors.cpu()})
         bar.update(len(part))
@@ -91,11 +119,12 @@ def improve(psp, paths, ws, errors, work, opts, device):
     log.info('optimising %d of %d latents with an error above %.4f', len(poor), len(paths), limit)
     bar = progress(total=len(poor), desc='optimisation', unit='img')
     for i in range(0, len(poor), opts.test_batch_size):
-        rows, file = poor[i:i + opts.test_batch_size], work / f'refined_{i:07d}.pt'
+        rows, file = poor[i : i + opts.test_batch_size], work / f'refined_{i:07d}.pt'
         if not is_intact(file):
             x = torch.stack([load_tensor(paths[j], psp.input_size) for j in rows]).to(device)
-            better, error = refine(psp, x, ws[rows].to(device), n_steps=opts.refine,
-                                   lr=opts.refine_lr)
+            better, error = refine(
+                psp, x, ws[rows].to(device), n_steps=opts.refine, lr=opts.refine_lr
+            )
             with sealing(file):
                 save_torch(file, {'ws': better.cpu(), 'errors': error.cpu()})
         part = load_weights(file, what='refined batch')
@@ -117,38 +146,55 @@ def main(argv=None):
     device = cli.resolve_device(opts.device)
     paths = find_images(opts.data_path)
     if bad := check_image_files(paths):
-        raise UserError('\n  '.join([f'{len(bad)} of {len(paths)} images cannot be read; replace '
-                                     'or remove them:', *(f'{p}: {r}' for p, r in bad[:20])]))
+        raise UserError(
+            '\n  '.join(
+                [
+                    f'{len(bad)} of {len(paths)} images cannot be read; replace or remove them:',
+                    *(f'{p}: {r}' for p, r in bad[:20]),
+                ]
+            )
+        )
     psp = FrozenPSP(load_psp(opts.checkpoint_path, device))
     names = [p.relative_to(opts.data_path).as_posix() for p in paths]
     options = {**vars(opts), 'images': digest_files(names, paths)}
-    start_run(opts.out_dir, run_record(options, inputs={'checkpoint': opts.checkpoint_path},
-                                       seed=opts.seed), resume=True, free_options=_FREE)
+    start_run(
+        opts.out_dir,
+        run_record(options, inputs={'checkpoint': opts.checkpoint_path}, seed=opts.seed),
+        resume=True,
+        free_options=_FREE,
+    )
     if (opts.out_dir / 'quality.csv').exists():
         log.info('%s is complete; choose another --out_dir for another run', opts.out_dir)
         return 0
     work = opts.out_dir / 'work'
     ws, errors = encode(psp, paths, work, opts, device)
-    columns = {'image': names, **{f'mse_{t + 1}': errors[:, t].numpy()
-                                  for t in range(errors.shape[1])}}
-    log.info('mean square error after each refinement: %s',
-             ' > '.join(f'{e:.4f}' for e in errors.mean(0)))
+    columns = {
+        'image': names,
+        **{f'mse_{t + 1}': errors[:, t].numpy() for t in range(errors.shape[1])},
+    }
+    log.info(
+        'mean square error after each refinement: %s',
+        ' > '.join(f'{e:.4f}' for e in errors.mean(0)),
+    )
     last = errors[:, -1]
     if opts.refine:
         ws, last = improve(psp, paths, ws, last, work, opts, device)
         columns['mse_refined'] = last.numpy()
         columns['gain'] = (1 - last / errors[:, -1]).numpy()
         changed = last < errors[:, -1]
-        log.info('%d latents improved; their mean square error fell from %.4f to %.4f',
-                 int(changed.sum()), *(float(e[changed].mean()) if changed.any() else 0.0
-                                       for e in (errors[:, -1], last)))
+        log.info(
+            '%d latents improved; their mean square error fell from %.4f to %.4f',
+            int(changed.sum()),
+            *(float(e[changed].mean()) if changed.any() else 0.0 for e in (errors[:, -1], last)),
+        )
     for name, w in zip(png_names(names), ws):
         save_png(draw(psp, w, device), opts.out_dir / 'reconstructions' / name)
     save_npy(opts.out_dir / 'latents.npy', ws.numpy())
     order = np.argsort(-last.numpy())
-    shown = [*order[:_SHEET_ROWS // 2], *order[-_SHEET_ROWS // 2:]][:len(order)]
-    cells = [c for i in shown for c in (load_tensor(paths[i], psp.input_size),
-                                        draw(psp, ws[i], device))]
+    shown = [*order[: _SHEET_ROWS // 2], *order[-_SHEET_ROWS // 2 :]][: len(order)]
+    cells = [
+        c for i in shown for c in (load_tensor(paths[i], psp.input_size), draw(psp, ws[i], device))
+    ]
     save_png(grid(torch.stack(cells), 4), opts.out_dir / 'sheet.png')
     write_csv(opts.out_dir / 'quality.csv', pd.DataFrame(columns))
     for file in work.iterdir():

@@ -5,6 +5,7 @@
 Writes images/<id_code>.png, labels.csv (id_code, diagnosis, patient_id, eye, visit), with
 --masks the vessel masks, and contact_sheet.png. The same flags give the same bytes.
 """
+
 import sys
 from pathlib import Path
 
@@ -34,23 +35,36 @@ def grade_shares(text):
     except ValueError:
         shares = []
     if len(shares) != 5 or min(shares) < 0 or sum(shares) <= 0:
-        raise argparse.ArgumentTypeError(f'{text!r} is not five shares such as '
-                                         '0.5,0.12,0.22,0.08,0.08')
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not five shares such as 0.5,0.12,0.22,0.08,0.08'
+        )
     return shares
 
 
 def build_parser():
     p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
     p.add_argument('--out_dir', required=True, type=Path, metavar='DIR', help='a new folder')
-    p.add_argument('--n_patients', required=True, type=positive_int, metavar='INT',
-                   help='patients to draw')
-    p.add_argument('--size', type=positive_int, default=256, metavar='PX',
-                   help=f'width of the pictures, {MIN_SIZE} to {MAX_SIZE}')
-    p.add_argument('--visits', type=positive_int, default=1, metavar='INT',
-                   help='photographs of each eye')
+    p.add_argument(
+        '--n_patients', required=True, type=positive_int, metavar='INT', help='patients to draw'
+    )
+    p.add_argument(
+        '--size',
+        type=positive_int,
+        default=256,
+        metavar='PX',
+        help=f'width of the pictures, {MIN_SIZE} to {MAX_SIZE}',
+    )
+    p.add_argument(
+        '--visits', type=positive_int, default=1, metavar='INT', help='photographs of each eye'
+    )
     p.add_argument('--eyes', choices=(*EYES, 'both'), default='both', help='which eyes')
-    p.add_argument('--grades', type=grade_shares, metavar='S0,..,S4',
-                   default=','.join(map(str, GRADE_SHARES)), help='shares of grades 0 to 4')
+    p.add_argument(
+        '--grades',
+        type=grade_shares,
+        metavar='S0,..,S4',
+        default=','.join(map(str, GRADE_SHARES)),
+        help='shares of grades 0 to 4',
+    )
     p.add_argument('--masks', action='store_true', help='write vessel masks too')
     p.add_argument('--seed', type=nonnegative_int, default=0, metavar='INT', help='random seed')
     p.add_argument('--workers', type=positive_int, default=1, metavar='INT', help='processes')
@@ -73,10 +87,17 @@ def main(argv=None):
         raise UserError(f'--size {opts.size}: choose {MIN_SIZE} to {MAX_SIZE}')
     options = {k: v for k, v in vars(opts).items() if k not in ('out_dir', 'workers')}
     start_run(opts.out_dir, run_record(options, seed=opts.seed))
-    table = make_dataset(opts.out_dir, n_patients=opts.n_patients, size=opts.size,
-                         seed=opts.seed, visits=opts.visits, masks=opts.masks,
-                         eyes=EYES if opts.eyes == 'both' else (opts.eyes,),
-                         grade_shares=opts.grades, workers=opts.workers)
+    table = make_dataset(
+        opts.out_dir,
+        n_patients=opts.n_patients,
+        size=opts.size,
+        seed=opts.seed,
+        visits=opts.visits,
+        masks=opts.masks,
+        eyes=EYES if opts.eyes == 'both' else (opts.eyes,),
+        grade_shares=opts.grades,
+        workers=opts.workers,
+    )
     save_png(contact_sheet(table, opts.out_dir / 'images'), opts.out_dir / 'contact_sheet.png')
     log.info('%d photographs of %d patients in %s', len(table), opts.n_patients, opts.out_dir)
     return 0

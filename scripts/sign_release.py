@@ -7,6 +7,7 @@ The first line makes a key, once: `institution.pem` stays secret, `institution.p
 where recipients trust it. The second writes the signature beside the folder, as `release.sig`.
 Recipients check it with scripts/verify_release.py RELEASE --public_key institution.pem.pub.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -24,8 +25,12 @@ def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
     p.add_argument('release', type=Path, nargs='?', metavar='RELEASE', help='release folder')
     p.add_argument('--key', type=Path, metavar='PEM', help='private Ed25519 key to sign with')
-    p.add_argument('--make_key', type=Path, metavar='PEM',
-                   help='make a new private key, and its public one beside it')
+    p.add_argument(
+        '--make_key',
+        type=Path,
+        metavar='PEM',
+        help='make a new private key, and its public one beside it',
+    )
     return p
 
 
@@ -35,8 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     if opts.make_key is not None:
         if opts.release is not None or opts.key is not None:
             raise UserError('--make_key makes a key and signs nothing; give it alone')
-        print(f'public key:  {make_key(opts.make_key)}\n'
-              f'private key: {opts.make_key} (keep it secret, and outside of release folders)')
+        print(
+            f'public key:  {make_key(opts.make_key)}\n'
+            f'private key: {opts.make_key} (keep it secret, and outside of release folders)'
+        )
         return 0
     if opts.release is None or opts.key is None:
         raise UserError('name a release folder and --key, or --make_key')

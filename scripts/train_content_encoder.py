@@ -21,6 +21,7 @@ In --out_dir: content_encoder.pt (for --content_weights of the other scripts), q
 curves.png, views.png (photographs and the views made of them), stats.jsonl, logs/ (TensorBoard),
 checkpoints/state_<step>.pt (for --resume).
 """
+
 import sys
 from pathlib import Path
 
@@ -53,8 +54,20 @@ from utils.signals import stop_on_signal
 log = logging.getLogger(__name__)
 
 # Flags that may differ when a run goes on: they do not change what is computed.
-_FREE = ('out_dir', 'data', 'image_dir', 'labels', 'labels_image_dir', 'quality_images',
-         'quality_split', 'workers', 'device', 'resume', 'max_minutes', 'keep_states')
+_FREE = (
+    'out_dir',
+    'data',
+    'image_dir',
+    'labels',
+    'labels_image_dir',
+    'quality_images',
+    'quality_split',
+    'workers',
+    'device',
+    'resume',
+    'max_minutes',
+    'keep_states',
+)
 _MIN_SIZE, _SMALL_SIZE = 32, 96
 
 
@@ -62,75 +75,163 @@ def build_parser():
     views, d = ViewConfig(), MocoConfig()
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
     g = p.add_argument_group('required')
-    g.add_argument('--data', type=Path, required=True, metavar='DIR|ZIP|CSV',
-                   help='training photographs')
+    g.add_argument(
+        '--data', type=Path, required=True, metavar='DIR|ZIP|CSV', help='training photographs'
+    )
     g.add_argument('--out_dir', type=Path, required=True, metavar='DIR', help='run folder')
     g = p.add_argument_group('data')
-    g.add_argument('--image_dir', type=Path, metavar='DIR',
-                   help='where the files of a table given as --data are (default: images/ '
-                        'beside it, or its folder)')
+    g.add_argument(
+        '--image_dir',
+        type=Path,
+        metavar='DIR',
+        help='where the files of a table given as --data are (default: images/ '
+        'beside it, or its folder)',
+    )
     g.add_argument('--split', metavar='NAME', help='only rows of that split of the table')
-    g.add_argument('--labels', type=Path, metavar='CSV',
-                   help='table of photographs for the quality report (default: --data when that '
-                        'is a table)')
-    g.add_argument('--labels_image_dir', type=Path, metavar='DIR',
-                   help='where the files of --labels are')
-    g.add_argument('--quality_split', metavar='NAME',
-                   help='only rows of that split in the quality report')
-    g.add_argument('--quality_images', type=cli.positive_int, default=5000, metavar='N',
-                   help='most images in the quality report, whole patients drawn at random')
-    g.add_argument('--workers', type=cli.nonnegative_int, default=4, metavar='N',
-                   help='loading processes (sets that fit 2 GB are kept in memory instead)')
+    g.add_argument(
+        '--labels',
+        type=Path,
+        metavar='CSV',
+        help='table of photographs for the quality report (default: --data when that is a table)',
+    )
+    g.add_argument(
+        '--labels_image_dir', type=Path, metavar='DIR', help='where the files of --labels are'
+    )
+    g.add_argument(
+        '--quality_split', metavar='NAME', help='only rows of that split in the quality report'
+    )
+    g.add_argument(
+        '--quality_images',
+        type=cli.positive_int,
+        default=5000,
+        metavar='N',
+        help='most images in the quality report, whole patients drawn at random',
+    )
+    g.add_argument(
+        '--workers',
+        type=cli.nonnegative_int,
+        default=4,
+        metavar='N',
+        help='loading processes (sets that fit 2 GB are kept in memory instead)',
+    )
     g = p.add_argument_group('network')
     g.add_argument('--arch', choices=ARCHS, default=d.arch, help='network')
-    g.add_argument('--input_size', type=cli.positive_int, default=d.input_size, metavar='PX',
-                   help='side of the pictures the network sees')
-    g.add_argument('--small_stem', type=cli.boolean, nargs='?', const=True, default=False,
-                   metavar='BOOL', help='for inputs below about 100 px: one 3x3 convolution of '
-                   'stride 2 in place of the 7x7 convolution and the max-pool (4x slower)')
+    g.add_argument(
+        '--input_size',
+        type=cli.positive_int,
+        default=d.input_size,
+        metavar='PX',
+        help='side of the pictures the network sees',
+    )
+    g.add_argument(
+        '--small_stem',
+        type=cli.boolean,
+        nargs='?',
+        const=True,
+        default=False,
+        metavar='BOOL',
+        help='for inputs below about 100 px: one 3x3 convolution of '
+        'stride 2 in place of the 7x7 convolution and the max-pool (4x slower)',
+    )
     g = p.add_argument_group('views')
     for name, kind, text in (
-            ('min_area', cli.fraction, 'smallest crop, share of the picture'),
-            ('rotation', cli.nonnegative_float, 'largest rotation, degrees'),
-            ('mirror', cli.fraction, 'probability of a left-right flip'),
-            ('upend', cli.fraction, 'probability of an up-down flip'),
-            ('brightness', cli.fraction, 'largest relative change'),
-            ('contrast', cli.fraction, 'largest relative change'),
-            ('saturation', cli.fraction, 'largest relative change'),
-            ('hue', cli.fraction, 'largest turn of the hue, in full turns'),
-            ('blur', cli.fraction, 'largest blur (sigma), share of the side')):
-        g.add_argument(f'--{name}', type=kind, default=getattr(views, name), metavar='NUMBER',
-                       help=text)
+        ('min_area', cli.fraction, 'smallest crop, share of the picture'),
+        ('rotation', cli.nonnegative_float, 'largest rotation, degrees'),
+        ('mirror', cli.fraction, 'probability of a left-right flip'),
+        ('upend', cli.fraction, 'probability of an up-down flip'),
+        ('brightness', cli.fraction, 'largest relative change'),
+        ('contrast', cli.fraction, 'largest relative change'),
+        ('saturation', cli.fraction, 'largest relative change'),
+        ('hue', cli.fraction, 'largest turn of the hue, in full turns'),
+        ('blur', cli.fraction, 'largest blur (sigma), share of the side'),
+    ):
+        g.add_argument(
+            f'--{name}', type=kind, default=getattr(views, name), metavar='NUMBER', help=text
+        )
     g = p.add_argument_group('training')
-    g.add_argument('--max_steps', type=cli.positive_int, default=d.max_steps, metavar='STEPS',
-                   help='optimiser steps')
-    g.add_argument('--warmup_steps', type=cli.nonnegative_int, default=d.warmup_steps,
-                   metavar='STEPS', help='linear rise of the learning rate')
-    g.add_argument('--batch_size', type=cli.positive_int, default=d.batch_size, metavar='N',
-                   help='images per step, all processes together')
-    g.add_argument('--queue_size', type=cli.positive_int, metavar='N',
-                   help='remembered keys, a multiple of the batch (default: half of the images, '
-                        'at most 65536)')
-    g.add_argument('--learning_rate', type=cli.positive_float, default=d.learning_rate,
-                   metavar='RATE', help='for batches of 256; scaled with the batch')
-    g.add_argument('--weight_decay', type=cli.nonnegative_float, default=d.weight_decay,
-                   metavar='NUMBER', help='weight decay')
-    g.add_argument('--key_momentum', type=cli.fraction, default=d.key_momentum, metavar='NUMBER',
-                   help='how slowly the key network follows; 0.99 suits runs below 5000 steps')
-    g.add_argument('--temperature', type=cli.positive_float, default=d.temperature,
-                   metavar='NUMBER', help='of the InfoNCE loss')
+    g.add_argument(
+        '--max_steps',
+        type=cli.positive_int,
+        default=d.max_steps,
+        metavar='STEPS',
+        help='optimiser steps',
+    )
+    g.add_argument(
+        '--warmup_steps',
+        type=cli.nonnegative_int,
+        default=d.warmup_steps,
+        metavar='STEPS',
+        help='linear rise of the learning rate',
+    )
+    g.add_argument(
+        '--batch_size',
+        type=cli.positive_int,
+        default=d.batch_size,
+        metavar='N',
+        help='images per step, all processes together',
+    )
+    g.add_argument(
+        '--queue_size',
+        type=cli.positive_int,
+        metavar='N',
+        help='remembered keys, a multiple of the batch (default: half of the images, '
+        'at most 65536)',
+    )
+    g.add_argument(
+        '--learning_rate',
+        type=cli.positive_float,
+        default=d.learning_rate,
+        metavar='RATE',
+        help='for batches of 256; scaled with the batch',
+    )
+    g.add_argument(
+        '--weight_decay',
+        type=cli.nonnegative_float,
+        default=d.weight_decay,
+        metavar='NUMBER',
+        help='weight decay',
+    )
+    g.add_argument(
+        '--key_momentum',
+        type=cli.fraction,
+        default=d.key_momentum,
+        metavar='NUMBER',
+        help='how slowly the key network follows; 0.99 suits runs below 5000 steps',
+    )
+    g.add_argument(
+        '--temperature',
+        type=cli.positive_float,
+        default=d.temperature,
+        metavar='NUMBER',
+        help='of the InfoNCE loss',
+    )
     g.add_argument('--amp', choices=('no', 'bf16'), default=d.amp, help='mixed precision')
     cli.add_common(g)
     g = p.add_argument_group('records')
-    g.add_argument('--log_interval', type=cli.positive_int, default=d.log_interval,
-                   metavar='STEPS', help='progress lines and stats.jsonl')
-    g.add_argument('--save_interval', type=cli.positive_int, default=d.save_interval,
-                   metavar='STEPS', help='resumable states and content_encoder.pt')
-    g.add_argument('--keep_states', type=cli.positive_int, default=2, metavar='N',
-                   help='resumable states kept')
+    g.add_argument(
+        '--log_interval',
+        type=cli.positive_int,
+        default=d.log_interval,
+        metavar='STEPS',
+        help='progress lines and stats.jsonl',
+    )
+    g.add_argument(
+        '--save_interval',
+        type=cli.positive_int,
+        default=d.save_interval,
+        metavar='STEPS',
+        help='resumable states and content_encoder.pt',
+    )
+    g.add_argument(
+        '--keep_states', type=cli.positive_int, default=2, metavar='N', help='resumable states kept'
+    )
     g.add_argument('--resume', action='store_true', help='go on from the newest state')
-    g.add_argument('--max_minutes', type=cli.positive_float, metavar='MIN',
-                   help='stop in good order after that time; go on with --resume')
+    g.add_argument(
+        '--max_minutes',
+        type=cli.positive_float,
+        metavar='MIN',
+        help='stop in good order after that time; go on with --resume',
+    )
     return p
 
 
@@ -144,8 +245,11 @@ def check_options(opts):
     if not opts.small_stem and opts.input_size < 2 * _MIN_SIZE:
         raise UserError(f'--input_size {opts.input_size} needs --small_stem')
     if opts.small_stem and opts.input_size > _SMALL_SIZE:
-        log.warning('--small_stem is meant for at most %d px; it makes %d px slow', _SMALL_SIZE,
-                    opts.input_size)
+        log.warning(
+            '--small_stem is meant for at most %d px; it makes %d px slow',
+            _SMALL_SIZE,
+            opts.input_size,
+        )
     if not opts.min_area:
         raise UserError('--min_area must be above 0')
     for flag in ('image_dir', 'split'):
@@ -160,8 +264,7 @@ def check_options(opts):
 
 def training_set(opts):
     if is_table(opts.data):
-        return TableImages(read_table(opts.data, opts.image_dir, split=opts.split),
-                           opts.input_size)
+        return TableImages(read_table(opts.data, opts.image_dir, split=opts.split), opts.input_size)
     return ImagesDataset(opts.data, opts.input_size)
 
 
@@ -175,11 +278,11 @@ def quality_table(opts):
         return None
     if len(table) < 2:
         raise UserError(f'{opts.labels}: a quality report needs at least 2 images')
-    table = merge_identical(table)    # so that no probe is tested on a photograph it has seen
+    table = merge_identical(table)  # so that no probe is tested on a photograph it has seen
     people = np.asarray(table.ids if table.patients is None else table.patients)
     order = numpy_generator(opts.seed, 'quality').permutation(np.unique(people))
     rank = {person: i for i, person in enumerate(order)}
-    chosen = np.argsort([rank[v] for v in people], kind='stable')[:opts.quality_images]
+    chosen = np.argsort([rank[v] for v in people], kind='stable')[: opts.quality_images]
     return table.subset(np.sort(chosen))
 
 
@@ -199,15 +302,25 @@ def report_quality(opts, trainer, table, device):
     pictures, result = TableImages(table, opts.input_size), {}
     trained = trainer.export()
     seed_everything(opts.seed, 'untrained')
-    untrained = {**trained, 'state_dict': build_resnet(
-        opts.arch, small_stem=opts.small_stem).state_dict()}
+    untrained = {
+        **trained,
+        'state_dict': build_resnet(opts.arch, small_stem=opts.small_stem).state_dict(),
+    }
     for name, file in (('untrained', untrained), ('trained', trained)):
         net = content_network_from_state(file, source=name)
         result[name] = feature_quality(
-            image_features(net, pictures, device, amp=opts.amp), labels=table.labels,
-            patients=table.patients, eyes=table.eyes, seed=opts.seed)
-        log.info('%s features of %d images:\n  %s', name, len(table),
-                 '\n  '.join(describe_quality(result[name])))
+            image_features(net, pictures, device, amp=opts.amp),
+            labels=table.labels,
+            patients=table.patients,
+            eyes=table.eyes,
+            seed=opts.seed,
+        )
+        log.info(
+            '%s features of %d images:\n  %s',
+            name,
+            len(table),
+            '\n  '.join(describe_quality(result[name])),
+        )
     write_json(opts.out_dir / 'quality.json', result)
 
 
@@ -220,28 +333,48 @@ def main(argv=None):
     images = training_set(opts)
     given = vars(opts)
     views = ViewConfig(**{f.name: given[f.name] for f in dataclasses.fields(ViewConfig)})
-    config = MocoConfig(views=views, **{f.name: given[f.name]
-                                        for f in dataclasses.fields(MocoConfig)
-                                        if f.name in given})
-    trainer = MocoTrainer(images, config, run_dir=opts.out_dir, device=device,
-                          workers=0 if images.cached else opts.workers,
-                          keep_states=opts.keep_states)
+    config = MocoConfig(
+        views=views,
+        **{f.name: given[f.name] for f in dataclasses.fields(MocoConfig) if f.name in given},
+    )
+    trainer = MocoTrainer(
+        images,
+        config,
+        run_dir=opts.out_dir,
+        device=device,
+        workers=0 if images.cached else opts.workers,
+        keep_states=opts.keep_states,
+    )
     if distributed.is_main():
-        record = run_record({**given, 'images': f'{len(images)} images, {images.digest()}'},
-                            seed=opts.seed)
-        start_run(opts.out_dir, record, resume=opts.resume, free_options=_FREE,
-                  resume_flag='--resume')
+        record = run_record(
+            {**given, 'images': f'{len(images)} images, {images.digest()}'}, seed=opts.seed
+        )
+        start_run(
+            opts.out_dir, record, resume=opts.resume, free_options=_FREE, resume_flag='--resume'
+        )
         setup_logging(opts.out_dir / 'log.txt')
     distributed.barrier()
     if opts.resume:
         trainer.resume()
-    log.info('%d images of %d px, %s%s, batch %d on %d process(es), queue %d, %s', len(images),
-             opts.input_size, opts.arch, ' with the small stem' if opts.small_stem else '',
-             opts.batch_size, distributed.world_size(), trainer.queue_size, device)
+    log.info(
+        '%d images of %d px, %s%s, batch %d on %d process(es), queue %d, %s',
+        len(images),
+        opts.input_size,
+        opts.arch,
+        ' with the small stem' if opts.small_stem else '',
+        opts.batch_size,
+        distributed.world_size(),
+        trainer.queue_size,
+        device,
+    )
     with stop_on_signal() as signalled:
         done = trainer.train(max_minutes=opts.max_minutes, should_stop=signalled)
-    log.info('%s after %d steps; the encoder is %s', 'finished' if done else 'stopped',
-             trainer.step_count, opts.out_dir / EXPORT_NAME)
+    log.info(
+        '%s after %d steps; the encoder is %s',
+        'finished' if done else 'stopped',
+        trainer.step_count,
+        opts.out_dir / EXPORT_NAME,
+    )
     # A scheduler that asks to stop waits seconds, which the report would not fit in.
     if table is not None and distributed.is_main() and not signalled():
         report_quality(opts, trainer, table, device)

@@ -12,6 +12,7 @@ A small run on a CPU: --encoder_type=LightProgressiveEncoder --encoder_size=64 a
 scripts/train_restyle_psp.py, whose run folder, resuming and processes are the same. Checkpoints are
 used by the other scripts like those of pSp.
 """
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -33,36 +34,89 @@ DEFAULT_ENCODER = 'ProgressiveBackboneEncoder'
 def build_parser() -> argparse.ArgumentParser:
     p = train_restyle_psp.build_parser(__doc__, PROGRESSIVE_ENCODERS, DEFAULT_ENCODER)
     g = p.add_argument_group('latent discriminator')
-    g.add_argument('--w_discriminator_lambda', type=cli.nonnegative_float, default=0.0,
-                   metavar='WEIGHT', help='weight of its loss; 0: there is none (published: 0.1)')
-    g.add_argument('--w_discriminator_lr', type=cli.positive_float, default=2e-5, metavar='RATE',
-                   help='its learning rate')
-    g.add_argument('--r1', type=cli.nonnegative_float, default=10.0, metavar='WEIGHT',
-                   help='weight of its gradient penalty')
-    g.add_argument('--d_reg_every', type=cli.positive_int, default=16, metavar='STEPS',
-                   help='steps between two penalties')
-    g.add_argument('--use_w_pool', action='store_true',
-                   help='show it latents of earlier steps too')
-    g.add_argument('--w_pool_size', type=cli.positive_int, default=50, metavar='N',
-                   help='how many of them are kept')
+    g.add_argument(
+        '--w_discriminator_lambda',
+        type=cli.nonnegative_float,
+        default=0.0,
+        metavar='WEIGHT',
+        help='weight of its loss; 0: there is none (published: 0.1)',
+    )
+    g.add_argument(
+        '--w_discriminator_lr',
+        type=cli.positive_float,
+        default=2e-5,
+        metavar='RATE',
+        help='its learning rate',
+    )
+    g.add_argument(
+        '--r1',
+        type=cli.nonnegative_float,
+        default=10.0,
+        metavar='WEIGHT',
+        help='weight of its gradient penalty',
+    )
+    g.add_argument(
+        '--d_reg_every',
+        type=cli.positive_int,
+        default=16,
+        metavar='STEPS',
+        help='steps between two penalties',
+    )
+    g.add_argument('--use_w_pool', action='store_true', help='show it latents of earlier steps too')
+    g.add_argument(
+        '--w_pool_size',
+        type=cli.positive_int,
+        default=50,
+        metavar='N',
+        help='how many of them are kept',
+    )
     g = p.add_argument_group('deltas')
-    g.add_argument('--delta_norm', type=cli.positive_int, default=2, metavar='P',
-                   help='which norm of the deltas is held small')
-    g.add_argument('--delta_norm_lambda', type=cli.nonnegative_float, default=2e-4,
-                   metavar='WEIGHT', help='weight of that norm')
-    g.add_argument('--progressive_start', type=cli.nonnegative_int, metavar='STEP',
-                   help='step at which the second style gets its delta (default: all have theirs '
-                        'from the start, and their norm is free)')
-    g.add_argument('--progressive_step_every', type=cli.positive_int, default=2000,
-                   metavar='STEPS', help='steps from one delta to the next')
-    g.add_argument('--progressive_steps', type=cli.nonnegative_int, nargs='+', metavar='STEP',
-                   help='in place of the last two, the step of every style, the first 0')
+    g.add_argument(
+        '--delta_norm',
+        type=cli.positive_int,
+        default=2,
+        metavar='P',
+        help='which norm of the deltas is held small',
+    )
+    g.add_argument(
+        '--delta_norm_lambda',
+        type=cli.nonnegative_float,
+        default=2e-4,
+        metavar='WEIGHT',
+        help='weight of that norm',
+    )
+    g.add_argument(
+        '--progressive_start',
+        type=cli.nonnegative_int,
+        metavar='STEP',
+        help='step at which the second style gets its delta (default: all have theirs '
+        'from the start, and their norm is free)',
+    )
+    g.add_argument(
+        '--progressive_step_every',
+        type=cli.positive_int,
+        default=2000,
+        metavar='STEPS',
+        help='steps from one delta to the next',
+    )
+    g.add_argument(
+        '--progressive_steps',
+        type=cli.nonnegative_int,
+        nargs='+',
+        metavar='STEP',
+        help='in place of the last two, the step of every style, the first 0',
+    )
     g = p.add_argument_group('old command lines')
-    g.add_argument('--resume_training_from_ckpt', dest='resume', metavar='FILE',
-                   help='the same as --resume FILE')
+    g.add_argument(
+        '--resume_training_from_ckpt',
+        dest='resume',
+        metavar='FILE',
+        help='the same as --resume FILE',
+    )
     for name in ('save_training_data', 'keep_optimizer'):
-        g.add_argument(f'--{name}', action='store_true',
-                       help='accepted; states to go on from are always kept')
+        g.add_argument(
+            f'--{name}', action='store_true', help='accepted; states to go on from are always kept'
+        )
     return p
 
 
@@ -70,12 +124,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
 
     def make_coach(psp: PSP, *arguments, **options) -> E4ECoach:
-        steps = progressive_steps(psp.decoder.n_latent, given=opts.progressive_steps,
-                                  start=opts.progressive_start,
-                                  every=opts.progressive_step_every)
+        steps = progressive_steps(
+            psp.decoder.n_latent,
+            given=opts.progressive_steps,
+            start=opts.progressive_start,
+            every=opts.progressive_step_every,
+        )
         fields = {f.name: getattr(opts, f.name) for f in dataclasses.fields(E4EConfig)}
-        return E4ECoach(psp, *arguments, e4e=E4EConfig(**fields | {'progressive_steps': steps}),
-                        **options)
+        return E4ECoach(
+            psp, *arguments, e4e=E4EConfig(**fields | {'progressive_steps': steps}), **options
+        )
 
     return train_restyle_psp.train(opts, make_coach, DEFAULT_ENCODER)
 

@@ -10,6 +10,7 @@ audit.json in the private folder. Without --private, what a recipient can check:
 schema, sums and hashes, and with --public_key the signature. Exit code 0 when all is well, 1 when
 not, 2 when the check could not be made.
 """
+
 import argparse
 import json
 import sys
@@ -37,22 +38,47 @@ def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
     p.add_argument('release', type=Path, metavar='RELEASE', help='release folder')
     p.add_argument('--private', type=Path, metavar='DIR', help='the private folder of the same run')
-    p.add_argument('--data_path', type=Path, metavar='DIR',
-                   help='folder of the photographs (default: as in the run)')
+    p.add_argument(
+        '--data_path',
+        type=Path,
+        metavar='DIR',
+        help='folder of the photographs (default: as in the run)',
+    )
     p.add_argument('--df', type=Path, metavar='CSV', help='their table (default: as in the run)')
-    p.add_argument('--recompute', type=_how_many, default=0, metavar='N',
-                   help='synthesise N pictures anew from the latents of their groups, or "all"')
-    p.add_argument('--checkpoint_path', type=Path, metavar='FILE',
-                   help='networks for --recompute (default: as in the run)')
-    p.add_argument('--device', default='auto', metavar='DEVICE',
-                   help='for --recompute: cpu, cuda, cuda:N, or auto')
-    p.add_argument('--public_key', type=Path, metavar='PEM',
-                   help='check the signature with this Ed25519 key')
-    p.add_argument('--signature', type=Path, metavar='FILE',
-                   help='signature file (default: RELEASE.sig beside the folder)')
-    p.add_argument('--out', type=Path, metavar='JSON',
-                   help='also write the verdict here, without source ids, and the distances beside '
-                        'it as .png')
+    p.add_argument(
+        '--recompute',
+        type=_how_many,
+        default=0,
+        metavar='N',
+        help='synthesise N pictures anew from the latents of their groups, or "all"',
+    )
+    p.add_argument(
+        '--checkpoint_path',
+        type=Path,
+        metavar='FILE',
+        help='networks for --recompute (default: as in the run)',
+    )
+    p.add_argument(
+        '--device',
+        default='auto',
+        metavar='DEVICE',
+        help='for --recompute: cpu, cuda, cuda:N, or auto',
+    )
+    p.add_argument(
+        '--public_key', type=Path, metavar='PEM', help='check the signature with this Ed25519 key'
+    )
+    p.add_argument(
+        '--signature',
+        type=Path,
+        metavar='FILE',
+        help='signature file (default: RELEASE.sig beside the folder)',
+    )
+    p.add_argument(
+        '--out',
+        type=Path,
+        metavar='JSON',
+        help='also write the verdict here, without source ids, and the distances beside it as .png',
+    )
     return p
 
 
@@ -63,8 +89,10 @@ def source_table(opts: argparse.Namespace) -> Table:
         df, data_path = opts.df or record['df'], opts.data_path or record['data_path']
         split, n_images = record.get('split'), record.get('n_images')
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f'{opts.private} is not the private folder of a run (options.json is '
-                        'missing or damaged)') from error
+        raise UserError(
+            f'{opts.private} is not the private folder of a run (options.json is '
+            'missing or damaged)'
+        ) from error
     table = read_table(df, data_path, split=split)
     if n_images:
         table = table.subset(range(min(n_images, len(table))))
@@ -89,9 +117,14 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     check_flags(opts)
     table = source_table(opts) if opts.private else None
-    audit = audit_release(opts.release, private=opts.private, source_table=table,
-                          recompute_n=opts.recompute, checkpoint=opts.checkpoint_path,
-                          device=cli.resolve_device(opts.device) if opts.recompute != 0 else 'cpu')
+    audit = audit_release(
+        opts.release,
+        private=opts.private,
+        source_table=table,
+        recompute_n=opts.recompute,
+        checkpoint=opts.checkpoint_path,
+        device=cli.resolve_device(opts.device) if opts.recompute != 0 else 'cpu',
+    )
     if opts.public_key is not None:
         audit.checks.append(check_signature(opts.release, opts.public_key, opts.signature))
     elif signature_path(opts.release).exists():
@@ -108,9 +141,12 @@ def main(argv: list[str] | None = None) -> int:
     print(report_text(audit))
     if not audit.passed and any(c.private for c in audit.checks) and opts.private is not None:
         print(f'names and ids: {opts.private / "audit.json"}')
-    kept = ('the release keeps its promises' if opts.private is not None else
-            'the release is of the known form and its files agree; whether its pictures are '
-            'those of its groups, only --private can tell')
+    kept = (
+        'the release keeps its promises'
+        if opts.private is not None
+        else 'the release is of the known form and its files agree; whether its pictures are '
+        'those of its groups, only --private can tell'
+    )
     print(kept if audit.passed else 'THE RELEASE FAILS: do not share it')
     return 0 if audit.passed else 1
 

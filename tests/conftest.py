@@ -1,4 +1,5 @@
 """Shared test helpers: golden files, and a reason for every skipped GPU test."""
+
 import importlib.util
 import os
 import signal
@@ -22,7 +23,7 @@ def pytest_collection_modifyitems(items):
         return
     skip = pytest.mark.skip(reason='no CUDA device on this machine')
     for item in items:
-        if item.get_closest_marker('gpu'):    # keywords hold names of folders, too
+        if item.get_closest_marker('gpu'):  # keywords hold names of folders, too
             item.add_marker(skip)
 
 
@@ -41,9 +42,11 @@ def exact_float32(request):
 @pytest.fixture(scope='session')
 def golden():
     """golden('name') -> dict of float32 tensors (and raw arrays) of tests/golden/name.npz."""
+
     def load(name):
         with np.load(GOLDEN / f'{name}.npz') as data:
             return {k: torch.from_numpy(data[k]) for k in data.files}
+
     return load
 
 
@@ -55,8 +58,9 @@ def relative_error(got, want):
 
 def load_script(name, folder='scripts'):
     """A script as a module, whatever characters its file name has."""
-    spec = importlib.util.spec_from_file_location(f'script_{name.replace("-", "_")}',
-                                                  ROOT / folder / f'{name}.py')
+    spec = importlib.util.spec_from_file_location(
+        f'script_{name.replace("-", "_")}', ROOT / folder / f'{name}.py'
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -7,6 +7,7 @@ float64, for the sanitizers:
 
     python tests/cuda_emulation.py KERNELS.so N_CASES SEED
 """
+
 import contextlib
 import ctypes
 import random
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from models.stylegan2.op import build, fused_leaky_relu, upfirdn2d
 
 _LAUNCH = re.compile(r'(\w+(?:<[\w\s,]*>)?)<<<(.*?)>>>\(', re.S)
-_PRELUDE = r'''
+_PRELUDE = r"""
 #include <stdint.h>
 #include <cstring>
 #define __global__
@@ -77,7 +78,7 @@ static __nv_bfloat16 __float2bfloat16_rn(float f) {
 }
 extern "C" uint16_t emulated_to_half(float f) { return __float2half_rn(f).u; }
 extern "C" float emulated_from_half(uint16_t u) { return __half2float({u}); }
-'''
+"""
 
 
 def compile_emulation(folder: Path, *, sanitize: str = '') -> Path:
@@ -91,9 +92,22 @@ def compile_emulation(folder: Path, *, sanitize: str = '') -> Path:
     source = folder / 'kernels.cpp'
     source.write_text(f'{_PRELUDE}#line 1 "{build.SOURCE}"\n{text}', encoding='utf-8')
     flags = ['-O1', '-g', f'-fsanitize={sanitize}'] if sanitize else ['-O2']
-    subprocess.run(['g++', '-std=c++17', '-fno-strict-aliasing', '-shared', '-fPIC', *flags,
-                    str(source), '-o', str(folder / 'kernels.so')],
-                   check=True, capture_output=True, text=True)
+    subprocess.run(
+        [
+            'g++',
+            '-std=c++17',
+            '-fno-strict-aliasing',
+            '-shared',
+            '-fPIC',
+            *flags,
+            str(source),
+            '-o',
+            str(folder / 'kernels.so'),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return folder / 'kernels.so'
 
 
@@ -102,11 +116,12 @@ def emulated(library: Path) -> Iterator[ctypes.CDLL]:
     """CPU tensors take the kernels of `library` for impl 'auto' and 'cuda'; yields the library."""
     kernels = build.declare(ctypes.CDLL(str(library)))
     stream = types.SimpleNamespace(cuda_stream=None)
-    with mock.patch.object(build, 'library', lambda index: kernels), \
-            mock.patch.object(build, 'get',
-                              lambda x, impl, op: None if impl == 'ref' else kernels), \
-            mock.patch.object(torch.cuda, 'device', lambda device: contextlib.nullcontext()), \
-            mock.patch.object(torch.cuda, 'current_stream', lambda: stream):
+    with (
+        mock.patch.object(build, 'library', lambda index: kernels),
+        mock.patch.object(build, 'get', lambda x, impl, op: None if impl == 'ref' else kernels),
+        mock.patch.object(torch.cuda, 'device', lambda device: contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, 'current_stream', lambda: stream),
+    ):
         yield kernels
 
 
@@ -118,20 +133,34 @@ def counter(library: ctypes.CDLL, name: str) -> ctypes.c_int64:
 # -- random cases against definitions in float64 --------------------------------------------
 
 EPSILON = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1.2e-3, torch.bfloat16: 9e-3}
-LAYOUTS = ('contiguous', 'last', 'part of channels', 'part of rows', 'odd offset',
-           'odd offset, last', 'transposed', 'expanded', 'part of channels, last')
+LAYOUTS = (
+    'contiguous',
+    'last',
+    'part of channels',
+    'part of rows',
+    'odd offset',
+    'odd offset, last',
+    'transposed',
+    'expanded',
+    'part of channels, last',
+)
 
 
-def resampled(x: torch.Tensor, kernel: torch.Tensor, up: int, down: int,
-              pad: tuple) -> torch.Tensor:
+def resampled(
+    x: torch.Tensor, kernel: torch.Tensor, up: int, down: int, pad: tuple
+) -> torch.Tensor:
     """upfirdn2d by its definition: x [n, c, h, w], kernel [kh, kw], in float64."""
     n, c, h, w = x.shape
     left, right, top, bottom = pad
     z = F.pad(x.double().reshape(n, c, h, 1, w, 1), (0, up - 1, 0, 0, 0, up - 1))
     z = z.reshape(n, c, h * up, w * up)
     z = F.pad(z, [max(p, 0) for p in pad])
-    z = z[:, :, max(-top, 0):z.shape[2] - max(-bottom, 0),
-          max(-left, 0):z.shape[3] - max(-right, 0)]
+    z = z[
+        :,
+        :,
+        max(-top, 0) : z.shape[2] - max(-bottom, 0),
+        max(-left, 0) : z.shape[3] - max(-right, 0),
+    ]
     windows = z.unfold(2, kernel.shape[0], 1).unfold(3, kernel.shape[1], 1)
     y = (windows * kernel.double().flip(0, 1)).sum((4, 5))
     return y[:, :, ::down, ::down]
@@ -144,23 +173,24 @@ def laid_out(shape: tuple, dtype: torch.dtype, kind: str, rng: torch.Generator) 
 
     def normal(*sizes):
         return torch.randn(*sizes, generator=rng).to(dtype)
+
     if kind == 'last':
         return normal(*shape).contiguous(memory_format=torch.channels_last)
     if kind == 'part of channels':
-        return normal(n, c + 3, h, w)[:, 2:2 + c]
+        return normal(n, c + 3, h, w)[:, 2 : 2 + c]
     if kind == 'part of rows':
-        return normal(n, c, h, w + 5)[..., 1:1 + w]
+        return normal(n, c, h, w + 5)[..., 1 : 1 + w]
     if kind == 'odd offset':
-        return normal(size + 3)[1:1 + size].view(shape)
+        return normal(size + 3)[1 : 1 + size].view(shape)
     if kind == 'odd offset, last':
-        return normal(size + 3)[1:1 + size].view(n, h, w, c).permute(0, 3, 1, 2)
+        return normal(size + 3)[1 : 1 + size].view(n, h, w, c).permute(0, 3, 1, 2)
     if kind == 'transposed':
         return normal(n, c, w, h).transpose(2, 3)
     if kind == 'expanded':
         return normal(1, c, 1, w).expand(shape)
     if kind == 'part of channels, last':
         wide = normal(n, c + 8, h, w).contiguous(memory_format=torch.channels_last)
-        return wide[:, 4:4 + c]
+        return wide[:, 4 : 4 + c]
     return normal(*shape)
 
 
@@ -177,13 +207,22 @@ def resampling_case(rng: random.Random) -> tuple[str, float]:
     dtype, kind = rng.choice(list(EPSILON)), rng.choice(LAYOUTS)
     up, down = rng.choice([1, 1, 2, 2, 3, 4]), rng.choice([1, 1, 2, 2, 3])
     kh, kw = rng.choice([(4, 4), (4, 4), (3, 3), (1, 1), (2, 4), (4, 1), (1, 12), (5, 5), (3, 4)])
-    shape = (rng.choice([0, 1, 2, 3]), rng.choice([1, 2, 3, 4, 5, 8, 16]),
-             rng.choice([1, 2, 3, 4, 7, 8, 15, 17, 33]), rng.choice([1, 2, 3, 4, 5, 8, 16, 33]))
+    shape = (
+        rng.choice([0, 1, 2, 3]),
+        rng.choice([1, 2, 3, 4, 5, 8, 16]),
+        rng.choice([1, 2, 3, 4, 7, 8, 15, 17, 33]),
+        rng.choice([1, 2, 3, 4, 5, 8, 16, 33]),
+    )
     pad = tuple(rng.choice([-3, -2, -1, 0, 0, 1, 2, 3, 5]) for _ in range(4))
-    inner = (shape[2] * up + min(pad[2], 0) + min(pad[3], 0),
-             shape[3] * up + min(pad[0], 0) + min(pad[1], 0))
-    if (min(inner) < 1 or shape[2] * up + pad[2] + pad[3] < kh
-            or shape[3] * up + pad[0] + pad[1] < kw):
+    inner = (
+        shape[2] * up + min(pad[2], 0) + min(pad[3], 0),
+        shape[3] * up + min(pad[0], 0) + min(pad[1], 0),
+    )
+    if (
+        min(inner) < 1
+        or shape[2] * up + pad[2] + pad[3] < kh
+        or shape[3] * up + pad[0] + pad[1] < kw
+    ):
         return resampling_case(rng)
     values = torch.Generator().manual_seed(rng.randrange(1 << 31))
     x = laid_out(shape, dtype, kind, values).detach().requires_grad_()
@@ -193,22 +232,29 @@ def resampling_case(rng: random.Random) -> tuple[str, float]:
     want = resampled(exact, kernel, up, down, pad)
     assert y.shape == want.shape and y.dtype == dtype
     weight = torch.randn(y.shape, generator=values).to(dtype).requires_grad_()
-    grad, = torch.autograd.grad(y, x, weight, create_graph=True)
-    want_grad, = torch.autograd.grad(want, exact, weight.detach().double())
+    (grad,) = torch.autograd.grad(y, x, weight, create_graph=True)
+    (want_grad,) = torch.autograd.grad(want, exact, weight.detach().double())
     other = torch.randn(grad.shape, generator=values).to(dtype)
-    second, = torch.autograd.grad(grad, weight, other)
-    worst = max(_excess(y, want, dtype), _excess(grad, want_grad, dtype),
-                _excess(second, resampled(other, kernel, up, down, pad), dtype))
+    (second,) = torch.autograd.grad(grad, weight, other)
+    worst = max(
+        _excess(y, want, dtype),
+        _excess(grad, want_grad, dtype),
+        _excess(second, resampled(other, kernel, up, down, pad), dtype),
+    )
     return f'{shape} {dtype} {kind} up {up} down {down} {kh}x{kw} pad {pad}', worst
 
 
 def activation_case(rng: random.Random) -> tuple[str, float]:
     """One random fused_leaky_relu with its derivatives, values kept off the kinks."""
     dtype, kind = rng.choice(list(EPSILON)), rng.choice(LAYOUTS)
-    shape = (rng.choice([0, 1, 2, 3]), rng.choice([1, 2, 3, 4, 8, 24]),
-             rng.choice([1, 2, 5, 8, 16]), rng.choice([1, 3, 4, 8, 16]))
+    shape = (
+        rng.choice([0, 1, 2, 3]),
+        rng.choice([1, 2, 3, 4, 8, 24]),
+        rng.choice([1, 2, 5, 8, 16]),
+        rng.choice([1, 3, 4, 8, 16]),
+    )
     clamp, slope = rng.choice([None, 0.7, 1.0, 181.01933598375618]), rng.choice([0.2, 0.01, 1.0])
-    gain, with_bias = rng.choice([1.0, 2 ** 0.5, 0.5]), rng.random() < 0.6
+    gain, with_bias = rng.choice([1.0, 2**0.5, 0.5]), rng.random() < 0.6
     values = torch.Generator().manual_seed(rng.randrange(1 << 31))
     x = laid_out(shape, dtype, kind, values) * (300 if clamp and clamp > 100 else 1)
     x = x.detach().requires_grad_()
@@ -228,13 +274,15 @@ def activation_case(rng: random.Random) -> tuple[str, float]:
         slopes = slopes * (linear.abs() < clamp)
         near |= (linear.abs() - clamp).abs() < 8 * EPSILON[dtype] * clamp
     weight = torch.randn(shape, generator=values).to(dtype).requires_grad_()
-    grad, = torch.autograd.grad(y, x, weight, create_graph=True)
+    (grad,) = torch.autograd.grad(y, x, weight, create_graph=True)
     other = torch.randn(shape, generator=values).to(dtype)
-    second, = torch.autograd.grad(grad, weight, other)
+    (second,) = torch.autograd.grad(grad, weight, other)
     keep = (~near).double()
-    worst = max(_excess(y / (clamp or 1), want / (clamp or 1), dtype),
-                _excess(grad * keep, weight.detach().double() * slopes * keep, dtype),
-                _excess(second * keep, other.double() * slopes * keep, dtype))
+    worst = max(
+        _excess(y / (clamp or 1), want / (clamp or 1), dtype),
+        _excess(grad * keep, weight.detach().double() * slopes * keep, dtype),
+        _excess(second * keep, other.double() * slopes * keep, dtype),
+    )
     return f'{shape} {dtype} {kind} clamp {clamp} slope {slope} gain {gain} {with_bias}', worst
 
 

@@ -4,6 +4,7 @@ The golden outputs beside this file were computed with networks whose state dict
 was filled by `fill_state_dict`, so no weight file has to travel: build the same
 network, fill it, load it with strict=True, and the outputs must agree.
 """
+
 import zlib
 
 import numpy as np
@@ -25,31 +26,34 @@ def fill_state_dict(state: dict, equalized: bool) -> dict:
     filled = {}
     for name, value in state.items():
         shape = tuple(value.shape)
-        leaf = name.rsplit(".", 1)[-1]
-        if leaf == "kernel":
+        leaf = name.rsplit('.', 1)[-1]
+        if leaf == 'kernel':
             filled[name] = value.clone()
             continue
-        if leaf == "num_batches_tracked":
+        if leaf == 'num_batches_tracked':
             filled[name] = torch.zeros_like(value)
             continue
         r = _noise(name, shape)
-        if leaf == "running_var":
+        if leaf == 'running_var':
             r = 1 + 0.2 * np.abs(r)
-        elif leaf == "running_mean":
+        elif leaf == 'running_mean':
             r = 0.1 * r
-        elif name.endswith("modulation.bias"):
+        elif name.endswith('modulation.bias'):
             r = 1 + 0.1 * r
-        elif leaf == "bias":
+        elif leaf == 'bias':
             r = 0.1 * r
-        elif (leaf == "weight" and len(shape) == 1
-              and name.startswith(("noise", "conv1.noise", "convs"))):
-            r = 0.1 * r    # noise strength
-        elif leaf == "weight" and len(shape) == 1:
-            r = 1 + 0.1 * r                  # batch norm, PReLU
-        elif leaf == "weight" and not equalized:
+        elif (
+            leaf == 'weight'
+            and len(shape) == 1
+            and name.startswith(('noise', 'conv1.noise', 'convs'))
+        ):
+            r = 0.1 * r  # noise strength
+        elif leaf == 'weight' and len(shape) == 1:
+            r = 1 + 0.1 * r  # batch norm, PReLU
+        elif leaf == 'weight' and not equalized:
             r = r * np.sqrt(2.0 / np.prod(shape[1:]))
-        if not equalized and ".linear." in name:
-            r = 0.02 * r    # small residuals, so that iterated inversion stays in range
+        if not equalized and '.linear.' in name:
+            r = 0.02 * r  # small residuals, so that iterated inversion stays in range
         filled[name] = torch.from_numpy(np.asarray(r, dtype=np.float32)).reshape(shape)
     return filled
 
@@ -58,9 +62,10 @@ def fill_image(name: str, shape) -> torch.Tensor:
     """A smooth random image batch in [-1, 1], (N, 3, H, W)."""
     n, c, h, w = shape
     coarse = torch.from_numpy(_noise(name, (n, c, max(h // 8, 2), max(w // 8, 2))))
-    fine = torch.from_numpy(_noise(name + "/fine", (n, c, h, w)))
-    smooth = torch.nn.functional.interpolate(coarse, size=(h, w), mode="bilinear",
-                                             align_corners=False)
+    fine = torch.from_numpy(_noise(name + '/fine', (n, c, h, w)))
+    smooth = torch.nn.functional.interpolate(
+        coarse, size=(h, w), mode='bilinear', align_corners=False
+    )
     return torch.tanh(smooth + 0.1 * fine)
 
 

@@ -1,12 +1,22 @@
 """Material for the tests of damaged and hostile files."""
+
 import pickle
 import random
 
 import torch
 
-CONTENT = {'weights': {'a.weight': torch.arange(300.).reshape(20, 15), 'a.bias': torch.ones(20),
-                       'half': torch.ones(7, dtype=torch.float16)},
-           'step': 5, 'best': 0.25, 'names': ['x', 'y'], 'betas': (0.9, 0.99), 'none': None}
+CONTENT = {
+    'weights': {
+        'a.weight': torch.arange(300.0).reshape(20, 15),
+        'a.bias': torch.ones(20),
+        'half': torch.ones(7, dtype=torch.float16),
+    },
+    'step': 5,
+    'best': 0.25,
+    'names': ['x', 'y'],
+    'betas': (0.9, 0.99),
+    'none': None,
+}
 
 
 def same(a, b):

@@ -3,6 +3,7 @@
 The forward pass is written from the description of the networks, with literal zero insertion,
 padding and filtering, and shares no code with the project's networks.
 """
+
 import argparse
 import collections
 import contextlib
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-CHANNELS = {4: 12, 8: 10, 16: 8, 32: 6}    # no channel multiplier gives this table
+CHANNELS = {4: 12, 8: 10, 16: 8, 32: 6}  # no channel multiplier gives this table
 W_DIM = 12
 
 
@@ -40,17 +41,21 @@ class Net(torch.nn.Module):
 
     def __reduce__(self):
         state = {k: v for k, v in self.__dict__.items() if k != 'class_name'}
-        meta = EasyDict(type='class', version=6, module_src=self.source,
-                        class_name=self.class_name, state=state)
+        meta = EasyDict(
+            type='class', version=6, module_src=self.source, class_name=self.class_name, state=state
+        )
         return sys.modules['torch_utils.persistence']._reconstruct_persistent_obj, (meta,), None
 
 
 @contextlib.contextmanager
 def original_modules():
     """The module names the pickle refers to exist while it is written, not while it is read."""
-    names = {'torch_utils': types.ModuleType('torch_utils'),
-             'torch_utils.persistence': types.ModuleType('torch_utils.persistence'),
-             'dnnlib': types.ModuleType('dnnlib'), 'dnnlib.util': types.ModuleType('dnnlib.util')}
+    names = {
+        'torch_utils': types.ModuleType('torch_utils'),
+        'torch_utils.persistence': types.ModuleType('torch_utils.persistence'),
+        'dnnlib': types.ModuleType('dnnlib'),
+        'dnnlib.util': types.ModuleType('dnnlib.util'),
+    }
     function = types.FunctionType(_never_called.__code__, globals(), '_reconstruct_persistent_obj')
     function.__module__ = 'torch_utils.persistence'
     function.__qualname__ = '_reconstruct_persistent_obj'
@@ -75,8 +80,9 @@ def write_pickle(path, content, protocol=4):
 
 
 def _linear(g, in_dim, out_dim, lr=1.0, bias=0.0, activation='linear'):
-    layer = Net('FullyConnectedLayer', activation=activation, bias_gain=lr,
-                weight_gain=lr / np.sqrt(in_dim))    # a numpy number, as in the originals
+    layer = Net(
+        'FullyConnectedLayer', activation=activation, bias_gain=lr, weight_gain=lr / np.sqrt(in_dim)
+    )  # a numpy number, as in the originals
     layer.weight = torch.nn.Parameter(torch.randn(out_dim, in_dim, generator=g) / lr)
     layer.bias = torch.nn.Parameter(bias + torch.randn(out_dim, generator=g) * 0.3 / lr)
     return layer
@@ -115,12 +121,19 @@ def make_generator(seed=0, *, n_mlp=3, channels=None, c_dim=0, colours=3, z_dim=
         layer = _linear(g, z_dim if n == 0 else W_DIM, W_DIM, 0.01, activation='lrelu')
         setattr(net.mapping, f'fc{n}', layer)
     net.mapping.register_buffer('w_avg', torch.randn(W_DIM, generator=g))
-    net.synthesis = Net('SynthesisNetwork', img_resolution=max(channels),
-                        block_resolutions=list(channels))
+    net.synthesis = Net(
+        'SynthesisNetwork', img_resolution=max(channels), block_resolutions=list(channels)
+    )
     before = 0
     for r, ch in channels.items():
-        block = _filter(Net('SynthesisBlock', architecture='skip', in_channels=before,
-                            is_last=r == max(channels)))
+        block = _filter(
+            Net(
+                'SynthesisBlock',
+                architecture='skip',
+                in_channels=before,
+                is_last=r == max(channels),
+            )
+        )
         if r == 4:
             block.const = torch.nn.Parameter(torch.randn(ch, 4, 4, generator=g))
         else:
@@ -158,10 +171,18 @@ def make_discriminator(seed=1, *, channels=None, conditional=False):
 
 def make_content(**options):
     """A whole snapshot: G, D, G_ema and the plain values beside them."""
-    return {'G': make_generator(5, **options), 'D': make_discriminator(),
-            'G_ema': make_generator(**options), 'augment_pipe': None,
-            'training_set_kwargs': EasyDict(class_name='ImageFolderDataset', xflip=False,
-                                            seen={1, 2}, order=collections.OrderedDict(a=1.5))}
+    return {
+        'G': make_generator(5, **options),
+        'D': make_discriminator(),
+        'G_ema': make_generator(**options),
+        'augment_pipe': None,
+        'training_set_kwargs': EasyDict(
+            class_name='ImageFolderDataset',
+            xflip=False,
+            seen={1, 2},
+            order=collections.OrderedDict(a=1.5),
+        ),
+    }
 
 
 def namespace_checkpoint(path, weights):
@@ -194,14 +215,14 @@ def _style_layer(s, name, x, w, up):
     affine = s[f'{name}.affine.weight'] / math.sqrt(w.shape[1])
     style = w @ affine.T + s[f'{name}.affine.bias']
     images = []
-    for i in range(len(x)):    # one image at a time, with its own weights
+    for i in range(len(x)):  # one image at a time, with its own weights
         own = weight * style[i][None, :, None, None]
         own = own / (own.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
         if up:
-            y = _fir(x[i:i + 1], s[f'{name}.resample_filter'], up=2, pad=(3, 2), gain=4)
-            y = F.conv2d(y, own.flip([2, 3]))    # the up-sampling layers truly convolve
+            y = _fir(x[i : i + 1], s[f'{name}.resample_filter'], up=2, pad=(3, 2), gain=4)
+            y = F.conv2d(y, own.flip([2, 3]))  # the up-sampling layers truly convolve
         else:
-            y = F.conv2d(x[i:i + 1], own, padding=1)
+            y = F.conv2d(x[i : i + 1], own, padding=1)
         images.append(y)
     y = torch.cat(images) + s[f'{name}.noise_const'] * s[f'{name}.noise_strength']
     return _lrelu(y + s[f'{name}.bias'][:, None, None])
@@ -221,8 +242,9 @@ def map_latents(s, z):
     n = 0
     while f'mapping.fc{n}.weight' in s:
         weight = s[f'mapping.fc{n}.weight']
-        x = _lrelu(x @ weight.T * (0.01 / math.sqrt(weight.shape[1]))
-                   + s[f'mapping.fc{n}.bias'] * 0.01)
+        x = _lrelu(
+            x @ weight.T * (0.01 / math.sqrt(weight.shape[1])) + s[f'mapping.fc{n}.bias'] * 0.01
+        )
         n += 1
     return x
 
@@ -237,14 +259,16 @@ def synthesise(s, ws):
         block = f'synthesis.b{r}'
         x = _style_layer(s, f'{block}.conv0', x, ws[:, first], up=True)
         x = _style_layer(s, f'{block}.conv1', x, ws[:, first + 1], up=False)
-        rgb = _fir(rgb, s[f'{block}.resample_filter'], up=2, pad=(2, 1), gain=4) \
-            + _to_rgb(s, f'{block}.torgb', x, ws[:, first + 2])
+        rgb = _fir(rgb, s[f'{block}.resample_filter'], up=2, pad=(2, 1), gain=4) + _to_rgb(
+            s, f'{block}.torgb', x, ws[:, first + 2]
+        )
         r, first = 2 * r, first + 2
     return rgb
 
 
 def judge(s, x):
     """Discriminator: images [N, 3, R, R] -> logits [N, 1]; minibatch groups of 4."""
+
     def conv(name, x, padding=0, stride=1, active=True):
         weight = s[f'{name}.weight']
         y = F.conv2d(x, weight / math.sqrt(weight[0].numel()), padding=padding, stride=stride)

@@ -2,6 +2,7 @@
 
 Each kind is a function of a Spoiled run, made consistent as a careful insider would do it.
 """
+
 import io
 import struct
 import zipfile
@@ -41,8 +42,9 @@ def _jpeg(image: Image.Image, quality: int) -> Image.Image:
 
 def _crop(image: Image.Image, share: float) -> Image.Image:
     margin = round(share * image.width / 2)
-    return image.crop((margin, margin, image.width - margin, image.height - margin)
-                      ).resize(image.size, Image.Resampling.BICUBIC)
+    return image.crop((margin, margin, image.width - margin, image.height - margin)).resize(
+        image.size, Image.Resampling.BICUBIC
+    )
 
 
 def _pad(image: Image.Image, share: float) -> Image.Image:
@@ -72,8 +74,9 @@ def _hue(image: Image.Image) -> Image.Image:
 
 
 def _perspective(image: Image.Image) -> Image.Image:
-    return image.transform(image.size, Image.Transform.PERSPECTIVE,
-                           (1.05, 0.04, -1, 0.02, 1.04, -1, 1e-3, 1e-3))
+    return image.transform(
+        image.size, Image.Transform.PERSPECTIVE, (1.05, 0.04, -1, 0.02, 1.04, -1, 1e-3, 1e-3)
+    )
 
 
 def _disc(image: Image.Image, other: Image.Image) -> Image.Image:
@@ -104,8 +107,10 @@ DISGUISES: dict[str, Callable[[Image.Image], Image.Image]] = {
     'mirrored': lambda x: x.transpose(_T.FLIP_LEFT_RIGHT),
     'upside down': lambda x: x.transpose(_T.FLIP_TOP_BOTTOM),
     'transposed': lambda x: x.transpose(_T.TRANSPOSE),
-    **{f'turned by {a}': (lambda x, a=a: x.rotate(a, Image.Resampling.BICUBIC))
-       for a in (5, 10, 20, 45, 90, 180, 270)},
+    **{
+        f'turned by {a}': (lambda x, a=a: x.rotate(a, Image.Resampling.BICUBIC))
+        for a in (5, 10, 20, 45, 90, 180, 270)
+    },
     **{f'cropped by {p}': (lambda x, p=p: _crop(x, p)) for p in (0.05, 0.1, 0.2)},
     'padded': lambda x: _pad(x, 0.1),
     **{f'shifted by {s}': (lambda x, s=s: _shift(x, s)) for s in (1, 2, 3, 5)},
@@ -115,8 +120,9 @@ DISGUISES: dict[str, Callable[[Image.Image], Image.Image]] = {
     'negative': ImageOps.invert,
     'white balance': lambda x: _u8(_floats(x) * _WHITE),
     'hue': _hue,
-    'colour jitter': lambda x: ImageEnhance.Color(ImageEnhance.Contrast(x).enhance(1.3)
-                                                  ).enhance(0.5),
+    'colour jitter': lambda x: ImageEnhance.Color(ImageEnhance.Contrast(x).enhance(1.3)).enhance(
+        0.5
+    ),
     'equalised': ImageOps.equalize,
     'autocontrast': ImageOps.autocontrast,
     'posterised': lambda x: ImageOps.posterize(x, 2),
@@ -145,6 +151,8 @@ def reconstruction(spoiled: Spoiled, rows: list[int]) -> Image.Image:
 
 for _name, _disguise in DISGUISES.items():
     PICTURES[_name] = lambda s, d=_disguise: slip_in(s, d(s.photograph()))
+
+
 def _swap(spoiled: Spoiled) -> None:
     first, second = spoiled.pictures[:2]
     one, two = first.read_bytes(), second.read_bytes()
@@ -154,11 +162,13 @@ def _swap(spoiled: Spoiled) -> None:
 
 
 PICTURES |= {
-    'half and half': lambda s: slip_in(s, _u8(np.concatenate(
-        [_floats(s.photograph())[:16], _floats(s.photograph(OTHER_ID))[16:]]))),
+    'half and half': lambda s: slip_in(
+        s, _u8(np.concatenate([_floats(s.photograph())[:16], _floats(s.photograph(OTHER_ID))[16:]]))
+    ),
     'blend of 50': lambda s: slip_in(s, Image.blend(s.photograph(), s.photograph(OTHER_ID), 0.5)),
     'blend of 60 with the picture': lambda s: slip_in(
-        s, Image.blend(s.photograph(), load_rgb(s.pictures[0]), 0.4)),
+        s, Image.blend(s.photograph(), load_rgb(s.pictures[0]), 0.4)
+    ),
     'mosaic': lambda s: slip_in(s, _mosaic([s.photograph(f'eye00{i}x') for i in range(4)])),
     'disc pasted': lambda s: slip_in(s, _disc(s.photograph(), load_rgb(s.pictures[0]))),
     'thumbnail': lambda s: slip_in(s, _thumbnail(s.photograph(), load_rgb(s.pictures[0]))),
@@ -177,15 +187,28 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
 
 
-def _png(pixels: np.ndarray, *, before: bytes = b'', stream: bytes | None = None,
-         after: bytes = b'', end: bytes = b'', level: int = 6, header: tuple = (8, 2, 0, 0, 0)
-         ) -> bytes:
+def _png(
+    pixels: np.ndarray,
+    *,
+    before: bytes = b'',
+    stream: bytes | None = None,
+    after: bytes = b'',
+    end: bytes = b'',
+    level: int = 6,
+    header: tuple = (8, 2, 0, 0, 0),
+) -> bytes:
     height, width = pixels.shape[:2]
     raw = b''.join(b'\0' + row.tobytes() for row in pixels)
     stream = zlib.compress(raw, level) if stream is None else stream
     ihdr = struct.pack('>IIBBBBB', width, height, *header)
-    return (b'\x89PNG\r\n\x1a\n' + _chunk(b'IHDR', ihdr) + before + _chunk(b'IDAT', stream)
-            + after + _chunk(b'IEND', end))
+    return (
+        b'\x89PNG\r\n\x1a\n'
+        + _chunk(b'IHDR', ihdr)
+        + before
+        + _chunk(b'IDAT', stream)
+        + after
+        + _chunk(b'IEND', end)
+    )
 
 
 def _payload(**parts: Any) -> Kind:
@@ -193,6 +216,7 @@ def _payload(**parts: Any) -> Kind:
         path = spoiled.pictures[0]
         path.write_bytes(_png(np.array(Image.open(path)), **parts))
         spoiled.seal()
+
     return spoil
 
 
@@ -201,6 +225,7 @@ def _raw(change: Callable[[bytes], bytes]) -> Kind:
         path = spoiled.pictures[0]
         path.write_bytes(change(path.read_bytes()))
         spoiled.seal()
+
     return spoil
 
 
@@ -211,6 +236,7 @@ def _saved(change: Callable[[Spoiled, Image.Image], Image.Image], **options: Any
             picture = change(spoiled, image.copy())
         picture.save(path, **{'format': 'PNG', **options})
         spoiled.seal()
+
     return spoil
 
 
@@ -228,6 +254,7 @@ def _low_bits(bits: int) -> Kind:
     def hide(spoiled: Spoiled, image: Image.Image) -> Image.Image:
         shown, hidden = np.asarray(image), np.asarray(spoiled.photograph())
         return Image.fromarray((shown >> bits << bits) | (hidden >> (8 - bits)))
+
     return _saved(hide)
 
 
@@ -270,12 +297,14 @@ def _exif(spoiled: Spoiled) -> None:
 
 _WHO = ID.encode()
 PAYLOADS: dict[str, Kind] = {
-    'text chunk': _text_chunk, 'exif': _exif,
+    'text chunk': _text_chunk,
+    'exif': _exif,
     'after the end': _raw(lambda data: data + _WHO),
     'behind the stream': lambda s: _in_stream(s, _WHO, inside=False),
     'inside the stream': lambda s: _in_stream(s, _WHO, inside=True),
     'photograph inside the stream': lambda s: _in_stream(
-        s, (s.photographs / f'{ID}.png').read_bytes(), inside=True),
+        s, (s.photographs / f'{ID}.png').read_bytes(), inside=True
+    ),
     'ZIP behind the stream': lambda s: _in_stream(s, _zip_bytes(), inside=False),
     'in IEND': _payload(end=_WHO),
     'palette': _payload(before=_chunk(b'PLTE', (_WHO * 110)[:768])),
@@ -286,7 +315,8 @@ PAYLOADS: dict[str, Kind] = {
     'alpha channel': _saved(_alpha),
     'under transparent pixels': _saved(lambda s, x: _transparent(s.photograph())),
     'low byte of 16 bits': _sixteen_bits,
-    '2 low bits': _low_bits(2), '4 low bits': _low_bits(4),
+    '2 low bits': _low_bits(2),
+    '4 low bits': _low_bits(4),
     'grey picture': _saved(lambda s, x: x.convert('L')),
     'palette picture': _saved(lambda s, x: x.quantize(64)),
     'JPEG named png': _saved(lambda s, x: x, format='JPEG'),

@@ -16,6 +16,7 @@ As a program it runs a script, with small matrices for its measure of speed, and
 
 Not seen: speed, memory, races, pinned memory changed too early, cuDNN's own refusals.
 """
+
 import collections
 import contextlib
 import functools
@@ -40,19 +41,88 @@ CUDA, CPU = torch.device('cuda', 0), torch.device('cpu')
 _real_device = torch._C.TensorBase.device.__get__
 # These take a 0-d tensor of the CPU beside tensors of the GPU, as a number.
 _TAKE_NUMBERS = {
-    name + suffix for suffix in ('', '_') for name in (
-        'add', 'sub', 'mul', 'div', 'where', 'lt', 'le', 'gt', 'ge', 'eq', 'ne', 'pow', 'rsub',
-        'maximum', 'minimum', 'lerp', 'addcmul', 'addcdiv', 'fill', 'masked_fill', 'atan2',
-        'clamp', 'clamp_min', 'clamp_max', 'remainder', 'copysign', '_foreach_mul',
-        '_foreach_div', 'logical_and', 'bitwise_and')}
-_WAIT = {'nonzero', 'masked_select', '_local_scalar_dense', '_unique2', 'unique_dim', 'equal',
-         'unique_consecutive', 'is_nonzero', 'bincount'}
+    name + suffix
+    for suffix in ('', '_')
+    for name in (
+        'add',
+        'sub',
+        'mul',
+        'div',
+        'where',
+        'lt',
+        'le',
+        'gt',
+        'ge',
+        'eq',
+        'ne',
+        'pow',
+        'rsub',
+        'maximum',
+        'minimum',
+        'lerp',
+        'addcmul',
+        'addcdiv',
+        'fill',
+        'masked_fill',
+        'atan2',
+        'clamp',
+        'clamp_min',
+        'clamp_max',
+        'remainder',
+        'copysign',
+        '_foreach_mul',
+        '_foreach_div',
+        'logical_and',
+        'bitwise_and',
+    )
+}
+_WAIT = {
+    'nonzero',
+    'masked_select',
+    '_local_scalar_dense',
+    '_unique2',
+    'unique_dim',
+    'equal',
+    'unique_consecutive',
+    'is_nonzero',
+    'bincount',
+}
 _ONE_DTYPE = {'convolution', 'convolution_backward', 'mm', 'bmm', 'addmm', 'baddbmm'}
-_FACTORIES = {'empty', 'zeros', 'ones', 'full', 'rand', 'randn', 'randint', 'randperm', 'arange',
-              'linspace', 'logspace', 'eye', 'tensor', 'as_tensor', 'empty_strided', 'frombuffer',
-              'scalar_tensor', 'hann_window', 'tril_indices', 'triu_indices'}
-_DRAWS = {'randn', 'rand', 'randint', 'randperm', 'normal_', 'uniform_', 'bernoulli', 'random_',
-          'multinomial', 'randn_like', 'rand_like'}
+_FACTORIES = {
+    'empty',
+    'zeros',
+    'ones',
+    'full',
+    'rand',
+    'randn',
+    'randint',
+    'randperm',
+    'arange',
+    'linspace',
+    'logspace',
+    'eye',
+    'tensor',
+    'as_tensor',
+    'empty_strided',
+    'frombuffer',
+    'scalar_tensor',
+    'hann_window',
+    'tril_indices',
+    'triu_indices',
+}
+_DRAWS = {
+    'randn',
+    'rand',
+    'randint',
+    'randperm',
+    'normal_',
+    'uniform_',
+    'bernoulli',
+    'random_',
+    'multinomial',
+    'randn_like',
+    'rand_like',
+}
 
 
 class PretendedGPU:
@@ -68,7 +138,7 @@ class PretendedGPU:
         self._tags: dict[int, str | None] = {}
         self._pinned: set[int] = set()
         self.counting = True
-        self.inside = 0    # PyTorch's own Python code below is to see the real device
+        self.inside = 0  # PyTorch's own Python code below is to see the real device
 
     def clear(self) -> None:
         """Forgets what has been counted."""
@@ -135,11 +205,14 @@ class PretendedGPU:
 
     def report(self, title: str = '') -> str:
         """Everything as text, the most frequent first."""
-        lines = [f'{title}: {len(self.faults)} faults, {self.n_waits} waits, '
-                 f'{self.n_operations} operations']
+        lines = [
+            f'{title}: {len(self.faults)} faults, {self.n_waits} waits, '
+            f'{self.n_operations} operations'
+        ]
         for name in ('faults', 'waits', 'operations', 'places'):
-            lines += [f'  {name[:-1]} {n:5d} x {what}'
-                      for what, n in getattr(self, name).most_common(25)]
+            lines += [
+                f'  {name[:-1]} {n:5d} x {what}' for what, n in getattr(self, name).most_common(25)
+            ]
         return '\n'.join(lines)
 
 
@@ -149,7 +222,7 @@ def _where(depth: int = 3) -> str:
     while frame is not None and len(found) < depth:
         path = frame.f_code.co_filename
         if path.startswith(str(ROOT)) and path != __file__:
-            found.append(f'{path[len(str(ROOT)) + 1:]}:{frame.f_lineno}')
+            found.append(f'{path[len(str(ROOT)) + 1 :]}:{frame.f_lineno}')
         frame = frame.f_back
     return ' < '.join(found)
 
@@ -247,8 +320,7 @@ class _Functions(TorchFunctionMode):
                 gpu.wait(f'numbers to the GPU {tuple(out.shape)}')
                 gpu.count('copy between devices')
             gpu.set_tag(out, target)
-        elif name in _FACTORIES or (wanted and (name.startswith('new_') or
-                                                name.endswith('_like'))):
+        elif name in _FACTORIES or (wanted and (name.startswith('new_') or name.endswith('_like'))):
             gpu.set_tag(out, wanted or 'cpu')
             if wanted == 'cuda' and not name.startswith('empty'):
                 gpu.count(name)
@@ -257,8 +329,9 @@ class _Functions(TorchFunctionMode):
 @functools.cache
 def _is_view(func: torch._ops.OpOverload) -> bool:
     returns = func._schema.returns
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write
-                                 for r in returns)
+    return bool(returns) and all(
+        r.alias_info is not None and not r.alias_info.is_write for r in returns
+    )
 
 
 class _Dispatch(TorchDispatchMode):
@@ -287,8 +360,10 @@ class _Dispatch(TorchDispatchMode):
         gpu, name = self.gpu, func.overloadpacket.__name__
         if name == 'copy_' and on_cpu:
             source = args[1]
-            if not (len(args) > 2 and args[2] and gpu.is_pinned(source)) or \
-                    gpu.tag(source) == 'cuda':
+            if (
+                not (len(args) > 2 and args[2] and gpu.is_pinned(source))
+                or gpu.tag(source) == 'cuda'
+            ):
                 gpu.wait(f'copy between devices {tuple(source.shape)}')
         elif name in ('index', 'index_put', 'index_put_', '_index_put_impl_'):
             if any(a.dtype in (torch.bool, torch.uint8) for a in given[1:]):
@@ -296,8 +371,10 @@ class _Dispatch(TorchDispatchMode):
             if any(a.dtype == torch.long for a in on_cpu):
                 gpu.wait(f'{name} with indices of the CPU')
         elif on_cpu and not (name in _TAKE_NUMBERS and all(a.dim() == 0 for a in on_cpu)):
-            gpu.fault(f'{name} of tensors of both devices, {[tuple(a.shape) for a in on_cpu][:3]} '
-                      'on the CPU')
+            gpu.fault(
+                f'{name} of tensors of both devices, {[tuple(a.shape) for a in on_cpu][:3]} '
+                'on the CPU'
+            )
         if name in _WAIT or str(func) == 'aten.repeat_interleave.Tensor':
             gpu.wait(name)
         floats = {a.dtype for a in given if a.is_floating_point()}
@@ -325,6 +402,7 @@ class _Generator(torch.Generator):
 def _activation(x, bias, saved, slope, gain, clamp):
     """What the fused activation's launcher computes, in PyTorch."""
     from models.stylegan2.op import fused_leaky_relu
+
     if saved is None:
         return fused_leaky_relu(x, bias, slope=slope, gain=gain, clamp=clamp, impl='ref')
     y = x * torch.where(saved < 0, slope * gain, gain).to(x.dtype)
@@ -338,11 +416,13 @@ def _stand_in(gpu: PretendedGPU, name: str, twin: Callable) -> Callable:
             y = twin(x, *arguments)
         gpu.set_tag(y, gpu.tag(x))
         return y
+
     return launch
 
 
 def _tagging(gpu: PretendedGPU, make: Callable) -> Callable:
     """`make`, whose new tensors live on the CPU, or where its first argument does."""
+
     def made(*args, **kwargs):
         out = make(*args, **kwargs)
         source = gpu.tag(args[0]) if isinstance(args[0], torch.Tensor) else 'cpu'
@@ -350,25 +430,29 @@ def _tagging(gpu: PretendedGPU, make: Callable) -> Callable:
             if isinstance(value, torch.Tensor):
                 gpu.set_tag(value, source)
         return out
+
     return made
 
 
 def _loaded(gpu: PretendedGPU, real: Callable) -> Callable:
     """Batches of a loader with pin_memory are pinned, as where there is a GPU."""
+
     def following(self):
         batch = real(self)
         for value in tree_flatten(batch)[0]:
             if isinstance(value, torch.Tensor):
                 gpu.set_tag(value, 'cpu', pinned=self._pretended_pin)
         return batch
+
     return following
 
 
 def _loader(real: Callable) -> Callable:
     def begun(self, loader):
-        pin, loader.pin_memory = loader.pin_memory, False    # it would warn of the missing GPU
+        pin, loader.pin_memory = loader.pin_memory, False  # it would warn of the missing GPU
         real(self, loader)
         loader.pin_memory = self._pretended_pin = pin
+
     return begun
 
 
@@ -386,6 +470,7 @@ def _patches(gpu: PretendedGPU) -> list[tuple[object, str, object]]:
 
     def host(*_, **__):
         return torch.zeros(16, dtype=torch.uint8)
+
     return [
         (torch.Tensor, 'device', property(device)),
         (torch.Tensor, 'is_cuda', property(lambda self: gpu.tag(self) == 'cuda')),
@@ -447,12 +532,14 @@ def run_script(path: str, arguments: list[str]) -> PretendedGPU:
     def resolved(name: str) -> torch.device:
         cli.full_precision()
         return torch.device('cuda' if name == 'auto' else name)
+
     # PyTorch itself is not told: its optimisers would look for the driver.
     answers = {'device_count': 1, 'current_device': 0, 'get_device_name': 'pretended GPU'}
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name,
-                                                  lambda *_, answer=answer: answer))
+            stack.enter_context(
+                mock.patch.object(torch.cuda, name, lambda *_, answer=answer: answer)
+            )
         stack.enter_context(mock.patch.object(cli, 'resolve_device', resolved))
         stack.enter_context(mock.patch.object(torch.cuda, 'Event', _Event))
         stack.enter_context(mock.patch.object(matrix_rate, '__defaults__', (64,)))

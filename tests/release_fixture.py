@@ -1,4 +1,5 @@
 """Tiny networks and photographs for end-to-end runs of the main job."""
+
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +32,10 @@ def save_networks(folder):
     psp = PSP(encoder, decoder, 0.1 * torch.randn(16), 32)
     save_torch(folder / 'psp.pt', psp_checkpoint(psp, {}))
     net = build_resnet('resnet18', small_stem=True)
-    save_torch(folder / 'content.pt', content_checkpoint(net, arch='resnet18', input_size=32,
-                                                         small_stem=True))
+    save_torch(
+        folder / 'content.pt',
+        content_checkpoint(net, arch='resnet18', input_size=32, small_stem=True),
+    )
 
 
 def save_photographs(folder, n, *, patients=None, seed=0):
@@ -53,32 +56,65 @@ def save_photographs(folder, n, *, patients=None, seed=0):
 
 def release_facts(card: Path | None = None) -> dict[str, Any]:
     """What a run of patients in groups of five says of itself, as `write_release` takes it."""
-    return {'k': 5, 'unit': 'patients', 'policy': 'distinct', 'clustering': 'default',
-            'strata': [], 'n_suppressed': 0, 'image_size': 8,
-            'settings': {'n_iters': 5, 'n_steps': 4, 'n_crop': 2, 'content_weight': 100.0,
-                         'style_weight': 1e-6, 'lr': 'auto', 'style_mode': None,
-                         'style_strides': (4, 8), 'style_ratio': 0.05,
-                         'precision': 'fp32',
-                         'mirror_left': False},
-            'networks': {'generator and encoder': 64 * 'a', 'content': f'moco {64 * "b"}',
-                         'style': f'vgg19-relu1_2 {64 * "c"}'},
-            'versions': versions(), 'card': read_card(card), 'png_encoder': png_encoder()}
+    return {
+        'k': 5,
+        'unit': 'patients',
+        'policy': 'distinct',
+        'clustering': 'default',
+        'strata': [],
+        'n_suppressed': 0,
+        'image_size': 8,
+        'settings': {
+            'n_iters': 5,
+            'n_steps': 4,
+            'n_crop': 2,
+            'content_weight': 100.0,
+            'style_weight': 1e-6,
+            'lr': 'auto',
+            'style_mode': None,
+            'style_strides': (4, 8),
+            'style_ratio': 0.05,
+            'precision': 'fp32',
+            'mirror_left': False,
+        },
+        'networks': {
+            'generator and encoder': 64 * 'a',
+            'content': f'moco {64 * "b"}',
+            'style': f'vgg19-relu1_2 {64 * "c"}',
+        },
+        'versions': versions(),
+        'card': read_card(card),
+        'png_encoder': png_encoder(),
+    }
 
 
 def arguments(folder, data, exp_dir, **options):
     """The command line of a small run of scripts/k-SALSA.py."""
-    flags = {'exp_dir': exp_dir, 'checkpoint_path': folder / 'psp.pt',
-             'content_weights': folder / 'content.pt', 'style_weights': 'filters',
-             'data_path': data / 'images', 'df': data / 'labels.csv', 'same_k': 5,
-             'num_steps': 4, 'num_crop': 2, 'test_workers': 0, 'group_batch': 2,
-             'device': 'cpu', **options}
+    flags = {
+        'exp_dir': exp_dir,
+        'checkpoint_path': folder / 'psp.pt',
+        'content_weights': folder / 'content.pt',
+        'style_weights': 'filters',
+        'data_path': data / 'images',
+        'df': data / 'labels.csv',
+        'same_k': 5,
+        'num_steps': 4,
+        'num_crop': 2,
+        'test_workers': 0,
+        'group_batch': 2,
+        'device': 'cpu',
+        **options,
+    }
     return [f'--{name}={value}' for name, value in flags.items()]
 
 
 def tree_bytes(folder):
     """{relative path: bytes} of all files below a folder."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes()
-            for p in sorted(folder.rglob('*')) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob('*'))
+        if p.is_file()
+    }
 
 
 class Spoiled(NamedTuple):
@@ -115,9 +151,11 @@ class Spoiled(NamedTuple):
             labels = pd.read_csv(self.release / 'labels.csv')
             for name, text in render_pages(manifest, labels).items():
                 (self.release / name).write_text(text)
-        manifest['files'] = {p.relative_to(self.release).as_posix(): sha256_file(p)
-                             for p in sorted(self.release.rglob('*'))
-                             if p.is_file() and p.name != 'manifest.json'}
+        manifest['files'] = {
+            p.relative_to(self.release).as_posix(): sha256_file(p)
+            for p in sorted(self.release.rglob('*'))
+            if p.is_file() and p.name != 'manifest.json'
+        }
         (self.release / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
 
     def reseal_private(self, name: str) -> None:

@@ -2,6 +2,7 @@
 
 Each kind is a function of a Spoiled run.
 """
+
 import base64
 import os
 import shutil
@@ -28,11 +29,13 @@ def _append(page: str, text: str) -> Kind:
         with open(spoiled.release / page, 'a', encoding='utf-8') as file:
             file.write(f'\n{text}\n')
         spoiled.seal()
+
     return spoil
 
 
 def _field(name: str, value: Any, *, render: bool = True) -> Kind:
     """A field of the manifest, by dotted name, and pages that go with it."""
+
     def spoil(spoiled: Spoiled) -> None:
         manifest = spoiled.manifest()
         place = manifest
@@ -41,6 +44,7 @@ def _field(name: str, value: Any, *, render: bool = True) -> Kind:
             place = place[part]
         place[last] = value
         spoiled.seal(manifest, render=render)
+
     return spoil
 
 
@@ -65,6 +69,7 @@ def _manifest_text(change: Callable[[str], str]) -> Kind:
     def spoil(spoiled: Spoiled) -> None:
         path = spoiled.release / 'manifest.json'
         path.write_text(change(path.read_text()), encoding='utf-8')
+
     return spoil
 
 
@@ -77,6 +82,7 @@ def _no_page(name: str) -> Kind:
     def spoil(spoiled: Spoiled) -> None:
         (spoiled.release / name).unlink()
         spoiled.seal()
+
     return spoil
 
 
@@ -87,6 +93,7 @@ def _in_page(name: str, old: str, new: str) -> Kind:
         assert old in text
         path.write_text(text.replace(old, new, 1), encoding='utf-8')
         spoiled.seal()
+
     return spoil
 
 
@@ -112,14 +119,18 @@ TEXTS: dict[str, Kind] = {
     'inline script': _append('report.html', '<script>alert(1)</script>'),
     'remote script': _append('report.html', '<script src="https://example.org/a.js"></script>'),
     'remote picture': _append('report.html', '<img src="https://example.org/a.png">'),
-    'no datasheet': _no_page('DATASHEET.md'), 'no report': _no_page('report.html'),
-    'no labels': _no_page('labels.csv'), 'no metadata': _no_page('metadata.csv'),
-    'no card': _no_page('README.md'), 'no croissant': _no_page('croissant.json'),
+    'no datasheet': _no_page('DATASHEET.md'),
+    'no report': _no_page('report.html'),
+    'no labels': _no_page('labels.csv'),
+    'no metadata': _no_page('metadata.csv'),
+    'no card': _no_page('README.md'),
+    'no croissant': _no_page('croissant.json'),
     'id in the card': _append('README.md', f'Made from {ID}.'),
     'remote picture in the card': _append('README.md', '![](https://example.org/a.png)'),
     'id in croissant': _in_page('croissant.json', '"retina"', f'"{ID}"'),
-    'croissant from elsewhere': _in_page('croissant.json', '"contentUrl": "',
-                                         '"contentUrl": "https://example.org/'),
+    'croissant from elsewhere': _in_page(
+        'croissant.json', '"contentUrl": "', '"contentUrl": "https://example.org/'
+    ),
     'another hash in croissant': _in_page('croissant.json', '"sha256": "', '"sha256": "0'),
     'doubled keys': _manifest_text(lambda t: t.replace('{', f'{{\n  "k": "{ID}",', 1)),
     'escaped letters': _manifest_text(lambda t: t.replace('"format"', '"\\u0066ormat"')),
@@ -127,7 +138,8 @@ TEXTS: dict[str, Kind] = {
     'bytes after the manifest': _manifest_text(lambda t: t + ' ' * 7),
     'nested deep': _manifest_text(lambda t: '[' * 100_000 + ']' * 100_000),
     'nested deep in a field': _manifest_text(
-        lambda t: t.replace('{', '{"a": ' + '[' * 100_000 + ']' * 100_000 + ',', 1)),
+        lambda t: t.replace('{', '{"a": ' + '[' * 100_000 + ']' * 100_000 + ',', 1)
+    ),
     'not a number': _manifest_text(lambda t: t.replace('"k": 5', '"k": NaN')),
     'a list': _manifest_text(lambda t: '[]\n'),
     'not JSON': _manifest_text(lambda t: t[:-9]),
@@ -137,14 +149,19 @@ TEXTS: dict[str, Kind] = {
 # -- facts ----------------------------------------------------------------------------------
 
 
-def _labels(change: Callable[[pd.DataFrame], pd.DataFrame | None], *, page: str = 'labels.csv',
-            **options: Any) -> Kind:
+def _labels(
+    change: Callable[[pd.DataFrame], pd.DataFrame | None],
+    *,
+    page: str = 'labels.csv',
+    **options: Any,
+) -> Kind:
     def spoil(spoiled: Spoiled) -> None:
         path = spoiled.release / page
         table = pd.read_csv(path)
         changed = change(table)
         (table if changed is None else changed).to_csv(path, **{'index': False, **options})
         spoiled.seal()
+
     return spoil
 
 
@@ -172,8 +189,9 @@ def _wrong_grade(spoiled: Spoiled) -> None:
     labels[columns], labels['label'] = shares, shares.argmax(1)
     labels.to_csv(path, index=False)
     manifest = spoiled.manifest()
-    manifest['grades'] = {str(k): int(v) for k, v in
-                          labels['label'].value_counts().sort_index().items()}
+    manifest['grades'] = {
+        str(k): int(v) for k, v in labels['label'].value_counts().sort_index().items()
+    }
     spoiled.seal(manifest, render=True)
 
 
@@ -196,19 +214,25 @@ def _small_group(spoiled: Spoiled) -> None:
 
 
 FACTS: dict[str, Kind] = {
-    'k lowered': _field('k', 2), 'k as text': _field('k', '5'), 'k as a number': _field('k', 5.0),
+    'k lowered': _field('k', 2),
+    'k as text': _field('k', '5'),
+    'k as a number': _field('k', 5.0),
     'k in the report': _k_in_the_report,
     'a group below k': _small_group,
-    'unit': _field('unit', 'images'), 'policy': _field('policy', 'together'),
-    'clustering': _field('clustering', 'published'), 'strata': _field('strata', ['eyes']),
-    'n_images': _field('n_images', 9), 'n_suppressed': _field('n_suppressed', 3),
+    'unit': _field('unit', 'images'),
+    'policy': _field('policy', 'together'),
+    'clustering': _field('clustering', 'published'),
+    'strata': _field('strata', ['eyes']),
+    'n_images': _field('n_images', 9),
+    'n_suppressed': _field('n_suppressed', 3),
     'image_size': _field('image_size', 64),
     'sizes in images': _field('images_per_group', {'6': 4}),
     'sizes in patients': _field('patients_per_group', {'6': 4}),
     'grades': _field('grades', {'0': 4}),
     'diversity': _field('grade_diversity.homogeneous', 0.25),
     't-closeness': _field('grade_diversity.t_max', 0.5),
-    'settings': _field('settings.n_steps', 100), 'seed': _field('settings.seed', 0),
+    'settings': _field('settings.n_steps', 100),
+    'seed': _field('settings.seed', 0),
     'networks': _field('networks.style', 'vgg19-relu1_2 ' + 64 * 'a'),
     'versions': _field('versions.torch', '2.0.0'),
     'format': _field('format', 'k-salsa-release-9'),
@@ -222,7 +246,8 @@ FACTS: dict[str, Kind] = {
     'an index column': _labels(lambda t: None, index=True),
     'other line ends': _labels(lambda t: None, lineterminator='\r\n'),
     'quoted': _labels(lambda t: None, quoting=1),
-    'rows in group order': _in_group_order, 'rows in input order': _in_input_order,
+    'rows in group order': _in_group_order,
+    'rows in input order': _in_input_order,
     'a row twice': _labels(lambda t: pd.concat([t, t.iloc[:1]])),
     'a row less': _labels(lambda t: t.iloc[1:]),
     'one wrong grade': _wrong_grade,
@@ -236,7 +261,8 @@ FACTS: dict[str, Kind] = {
     'metadata: a foreign column': _labels(lambda t: t.assign(age=60), page='metadata.csv'),
     'metadata: rows turned': _labels(lambda t: t.iloc[::-1], page='metadata.csv'),
     'metadata: private files': _labels(
-        lambda t: t.assign(file_name='../private/contact_sheet.png'), page='metadata.csv'),
+        lambda t: t.assign(file_name='../private/contact_sheet.png'), page='metadata.csv'
+    ),
 }
 
 # -- files ----------------------------------------------------------------------------------
@@ -249,12 +275,13 @@ def _link(name: str, target: str) -> Kind:
         kept = spoiled.private / 'kept' / path.name
         shutil.move(path, kept)
         path.symlink_to(kept if target == 'kept' else spoiled.private / target)
+
     return spoil
 
 
 def _socket(spoiled: Spoiled) -> None:
     here = os.getcwd()
-    os.chdir(spoiled.release)    # the name of a socket may have 100 characters only
+    os.chdir(spoiled.release)  # the name of a socket may have 100 characters only
     try:
         with socket.socket(socket.AF_UNIX) as end:
             end.bind('s')
@@ -267,6 +294,7 @@ def _instead(name: str, make: Callable[[Path], None]) -> Kind:
         path = spoiled.release / name
         path.unlink(missing_ok=True)
         make(path)
+
     return spoil
 
 
@@ -274,8 +302,11 @@ def _renamed(spoiled: Spoiled) -> None:
     """A source id as the name of a picture, consistently in the private table too."""
     path = spoiled.pictures[0]
     path.rename(path.with_name(f'synthetic_{ID}.png'))
-    for file in (spoiled.release / 'labels.csv', spoiled.private / 'groups.csv',
-                 spoiled.private / 'pictures.json'):
+    for file in (
+        spoiled.release / 'labels.csv',
+        spoiled.private / 'groups.csv',
+        spoiled.private / 'pictures.json',
+    ):
         file.write_text(file.read_text().replace(path.stem, f'synthetic_{ID}'))
     for name in ('groups.csv', 'pictures.json'):
         spoiled.reseal_private(name)
@@ -287,12 +318,13 @@ def _attribute(spoiled: Spoiled) -> None:
 
 
 FILES: dict[str, Kind] = {
-    'link to the same picture': _link('', 'kept'), 'link to the same page': _link(
-        'DATASHEET.md', 'kept'),
+    'link to the same picture': _link('', 'kept'),
+    'link to the same page': _link('DATASHEET.md', 'kept'),
     'link to the same card': _link('README.md', 'kept'),
     'link into private': _link('DATASHEET.md', 'README.txt'),
     'link in place of images': _link('images', 'kept'),
-    'pipe': _instead('pipe', os.mkfifo), 'pipe as manifest': _instead('manifest.json', os.mkfifo),
+    'pipe': _instead('pipe', os.mkfifo),
+    'pipe as manifest': _instead('manifest.json', os.mkfifo),
     'pipe as labels': _instead('labels.csv', os.mkfifo),
     'pipe as croissant': _instead('croissant.json', os.mkfifo),
     'metadata of another kind': lambda s: (s.release / 'metadata.jsonl').write_text(ID),
@@ -303,10 +335,14 @@ FILES: dict[str, Kind] = {
     'hidden picture': lambda s: (save_png(s.photograph(), s.release / 'images/.a.png'), s.seal()),
     'hidden file': lambda s: (s.release / '.a').write_text(ID),
     'group table': lambda s: (shutil.copy(s.private / 'groups.csv', s.release), s.seal()),
-    'one picture more': lambda s: (save_png(s.photograph(), s.release / 'images/bcdfghjk.png'),
-                                   s.seal()),
-    'picture of another suffix': lambda s: (s.photograph().save(s.release / 'images/a.jpg'),
-                                            s.seal()),
+    'one picture more': lambda s: (
+        save_png(s.photograph(), s.release / 'images/bcdfghjk.png'),
+        s.seal(),
+    ),
+    'picture of another suffix': lambda s: (
+        s.photograph().save(s.release / 'images/a.jpg'),
+        s.seal(),
+    ),
     'missing picture': lambda s: s.pictures[0].unlink(),
     'missing picture, not listed': lambda s: (s.pictures[0].unlink(), s.seal()),
     'missing manifest': lambda s: (s.release / 'manifest.json').unlink(),

@@ -1,4 +1,5 @@
 """The reader and writer of StyleGAN2-ADA archives."""
+
 import io
 import json
 import os
@@ -19,8 +20,9 @@ from utils.io import digest_files
 
 
 def picture(seed, size=16):
-    return Image.fromarray(np.random.default_rng(seed).integers(
-        0, 256, (size, size, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    )
 
 
 def png(image):
@@ -64,9 +66,10 @@ def test_zip_layout(tmp_path):
     with zipfile.ZipFile(tmp_path / 'a.zip') as file:
         assert all(i.compress_type == zipfile.ZIP_STORED for i in file.infolist())
         assert json.loads(file.read('dataset.json')) == {
-            'labels': [['00000/img00000000.png', 4], ['00000/img00000001.png', 2]]}
+            'labels': [['00000/img00000000.png', 4], ['00000/img00000001.png', 2]]
+        }
         image = file.read('00000/img00000000.png')
-    assert len(image) > 16 * 16 * 3    # the PNG itself is not compressed either
+    assert len(image) > 16 * 16 * 3  # the PNG itself is not compressed either
     assert (tmp_path / 'a.zip').read_bytes() == (tmp_path / 'b.zip').read_bytes()
 
 
@@ -85,7 +88,7 @@ def test_the_digest_sees_other_pictures_of_the_same_names_and_sizes(tmp_path):
         found = []
         for content in (0, 0, 1):
             path = tmp_path / f'{kind}{len(found)}' / ('a.zip' if kind == 'zip' else 'a')
-            with ArchiveWriter(path) as writer:    # uncompressed: all files are equally large
+            with ArchiveWriter(path) as writer:  # uncompressed: all files are equally large
                 for i in range(3):
                     writer.add(picture(i + content))
             data = ImageArchive(path)
@@ -103,18 +106,19 @@ def test_mirror_subset_and_cache(archive):
     assert len(data) == 10
     assert torch.equal(data[7][0], data[2][0].flip(2)) and torch.equal(data[7][1], data[2][1])
     kept = data[2][0].clone()
-    assert data[2][0] is data[2][0]    # the second read comes from memory
+    assert data[2][0] is data[2][0]  # the second read comes from memory
     assert torch.equal(data[2][0], kept)
     some = ImageArchive(archive, subset=3, seed=1, labels=True)
     assert len(some) == 3 and some.names == sorted(some.names)
     assert some.names == ImageArchive(archive, subset=3, seed=1).names
     assert {tuple(ImageArchive(archive, subset=3, seed=s).names) for s in range(5)} != {
-        tuple(some.names)}
+        tuple(some.names)
+    }
     full = ImageArchive(archive, labels=True)
     for i, name in enumerate(some.names):
         j = full.names.index(name)
         assert torch.equal(some[i][0], full[j][0]) and torch.equal(some[i][1], full[j][1])
-    assert some.label_dim == 3    # one-hot over the classes of the whole archive
+    assert some.label_dim == 3  # one-hot over the classes of the whole archive
     assert len(ImageArchive(archive, subset=5)) == 5
     with pytest.raises(UserError, match='holds 5 images'):
         ImageArchive(archive, subset=6)
@@ -122,7 +126,7 @@ def test_mirror_subset_and_cache(archive):
 
 def test_workers_and_pickling(archive):
     data = ImageArchive(archive)
-    first = data[0][0]    # opens the file before the workers fork
+    first = data[0][0]  # opens the file before the workers fork
     loader = torch.utils.data.DataLoader(data, batch_size=1, num_workers=2)
     got = torch.cat([images for images, _ in loader])
     assert torch.equal(got, data.images(range(5)))
@@ -137,8 +141,9 @@ def test_foreign_layouts(tmp_path):
     picture(1).convert('P').save(root / 'a.png')
     picture(2).save(root / 'c.JPG', format='JPEG')
     (root / 'notes.txt').write_text('not an image')
-    (root / 'dataset.json').write_text(json.dumps(
-        {'labels': [['b/grey.png', [0.5, 1]], ['a.png', [0, 2]], ['c.JPG', [3, 4]]]}))
+    (root / 'dataset.json').write_text(
+        json.dumps({'labels': [['b/grey.png', [0.5, 1]], ['a.png', [0, 2]], ['c.JPG', [3, 4]]]})
+    )
     data = ImageArchive(root, labels=True)
     assert data.names == ['a.png', 'b/grey.png', 'c.JPG']
     assert [data[i][1].tolist() for i in range(3)] == [[0, 2], [0.5, 1], [3, 4]]
@@ -160,9 +165,13 @@ def test_bad_files_are_listed_together(tmp_path):
         ImageArchive(path)
     text = str(error.value)
     assert text.startswith(f'{path}: 4 of 8 images')
-    for words in ('broken.png: unreadable', 'large.png: 32x32, the others are 16x16',
-                  'odd.png: 24x24, not a power of two', 'wide.png: 32x16, not square',
-                  'dataset_tool.py'):
+    for words in (
+        'broken.png: unreadable',
+        'large.png: 32x32, the others are 16x16',
+        'odd.png: 24x24, not a power of two',
+        'wide.png: 32x16, not square',
+        'dataset_tool.py',
+    ):
         assert words in text
 
 
@@ -174,17 +183,23 @@ def test_truncated_pixel_data_is_reported_by_name(tmp_path):
         ImageArchive(path)[0]
 
 
-@pytest.mark.parametrize('content,words', [
-    ('{', 'must read'), ('[1]', 'must read'), ('{"labels": [1, 2]}', 'must read'),
-    ('{"labels": [["a.png", 1]]}', 'no label for 1 images'),
-    ('{"labels": [["a.png", 1], ["b.png", [1.0]]]}', 'all class numbers'),
-    ('{"labels": [["a.png", -1], ["b.png", 0]]}', 'all class numbers'),
-    ('{"labels": [["a.png", "x"], ["b.png", "y"]]}', 'all class numbers'),
-    ('{"labels": [["a.png", 0], ["b.png", 1000000000]]}', 'all class numbers'),
-    ('{"labels": [["a.png", [NaN]], ["b.png", [1]]]}', 'all class numbers'),
-    ('{"labels": ' + '[' * 100_000, 'must read'), ('{"labels": {"a": 1}}', 'must read'),
-    ('{"labels": [[["a"], 1, 2]]}', 'must read'),
-])
+@pytest.mark.parametrize(
+    'content,words',
+    [
+        ('{', 'must read'),
+        ('[1]', 'must read'),
+        ('{"labels": [1, 2]}', 'must read'),
+        ('{"labels": [["a.png", 1]]}', 'no label for 1 images'),
+        ('{"labels": [["a.png", 1], ["b.png", [1.0]]]}', 'all class numbers'),
+        ('{"labels": [["a.png", -1], ["b.png", 0]]}', 'all class numbers'),
+        ('{"labels": [["a.png", "x"], ["b.png", "y"]]}', 'all class numbers'),
+        ('{"labels": [["a.png", 0], ["b.png", 1000000000]]}', 'all class numbers'),
+        ('{"labels": [["a.png", [NaN]], ["b.png", [1]]]}', 'all class numbers'),
+        ('{"labels": ' + '[' * 100_000, 'must read'),
+        ('{"labels": {"a": 1}}', 'must read'),
+        ('{"labels": [[["a"], 1, 2]]}', 'must read'),
+    ],
+)
 def test_bad_labels(tmp_path, content, words):
     for name in ('a.png', 'b.png'):
         picture(0).save(tmp_path / name)
@@ -235,10 +250,11 @@ def test_photographs_a_killed_writer_left_are_removed(tmp_path, name):
     command = [sys.executable, '-c', _KILLED, str(tmp_path / name)]
     assert subprocess.run([*command, 'killed'], cwd=ROOT).returncode == -9
     assert len(os.listdir(tmp_path)) == 1
-    other = subprocess.Popen([*command, 'alive'], cwd=ROOT, stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE)
+    other = subprocess.Popen(
+        [*command, 'alive'], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert other.stdout.readline() == b'writing\n'
-    live, = os.listdir(tmp_path)    # the dead one's is gone; this one's must stay
+    (live,) = os.listdir(tmp_path)  # the dead one's is gone; this one's must stay
     with ArchiveWriter(tmp_path / name) as writer:
         assert live in os.listdir(tmp_path)
         writer.add(picture(0))

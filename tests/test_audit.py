@@ -1,4 +1,5 @@
 """The independent check of a release: everything that was altered is caught, without tracebacks."""
+
 import json
 import os
 import re
@@ -27,10 +28,27 @@ from utils.images import load_rgb, save_png
 k_salsa, verify = load_script('k-SALSA'), load_script('verify_release')
 GROUPS = 'every group has at least k = 5 distinct patients, groups are disjoint'
 # Altered where only the records in private/ can tell.
-_INVISIBLE = {*PICTURES, *(n for n in PAYLOADS if n.endswith('low bits')), 'one wrong grade',
-              'policy', 'clustering', 'strata', 'n_suppressed', 'sizes in images', 'diversity',
-              't-closeness', 'settings', 'versions', 'networks', 'unit', 'k lowered',
-              'a group below k', 'sizes in patients', 'another licence', 'a patient as contact'}
+_INVISIBLE = {
+    *PICTURES,
+    *(n for n in PAYLOADS if n.endswith('low bits')),
+    'one wrong grade',
+    'policy',
+    'clustering',
+    'strata',
+    'n_suppressed',
+    'sizes in images',
+    'diversity',
+    't-closeness',
+    'settings',
+    'versions',
+    'networks',
+    'unit',
+    'k lowered',
+    'a group below k',
+    'sizes in patients',
+    'another licence',
+    'a patient as contact',
+}
 
 
 @pytest.fixture(scope='module')
@@ -40,8 +58,10 @@ def finished(tmp_path_factory):
     save_networks(folder)
     save_photographs(folder / 'data', 24, patients=[f'person{i // 2:02d}z' for i in range(24)])
     (folder / 'card.yaml').write_text('license: cc-by-4.0\ncontact: "eyes@example.org | Köln"\n')
-    k_salsa.main(arguments(folder, folder / 'data', folder / 'run')
-                 + ['--soft_labels', f'--card={folder / "card.yaml"}'])
+    k_salsa.main(
+        arguments(folder, folder / 'data', folder / 'run')
+        + ['--soft_labels', f'--card={folder / "card.yaml"}']
+    )
     return folder
 
 
@@ -74,16 +94,25 @@ def test_untouched_release_passes(spoiled):
     assert_says_no_id(audit)
 
 
-FAMILIES = {'pictures': (PICTURES, pictures.MADE), 'payloads': (PAYLOADS, pictures.FORM),
-            'texts': (TEXTS, auditing.CONTENT), 'facts': (FACTS, auditing.CONTENT),
-            'files': (FILES, auditing.FILES)}
+FAMILIES = {
+    'pictures': (PICTURES, pictures.MADE),
+    'payloads': (PAYLOADS, pictures.FORM),
+    'texts': (TEXTS, auditing.CONTENT),
+    'facts': (FACTS, auditing.CONTENT),
+    'files': (FILES, auditing.FILES),
+}
 # Kinds that another check of the family's own catches.
-_CAUGHT_BY = {**{n: pictures.MADE for n in PAYLOADS if n.endswith('low bits')},
-              'altered picture': pictures.MADE, 'id as a name': GROUPS}
+_CAUGHT_BY = {
+    **{n: pictures.MADE for n in PAYLOADS if n.endswith('low bits')},
+    'altered picture': pictures.MADE,
+    'id as a name': GROUPS,
+}
 
 
-@pytest.mark.parametrize(('family', 'kind'), [pytest.param(f, k, id=f'{f}: {k}') for f, (kinds, _)
-                                              in FAMILIES.items() for k in kinds])
+@pytest.mark.parametrize(
+    ('family', 'kind'),
+    [pytest.param(f, k, id=f'{f}: {k}') for f, (kinds, _) in FAMILIES.items() for k in kinds],
+)
 def test_tampering_is_caught(spoiled, family, kind):
     kinds, check = FAMILIES[family]
     try:
@@ -127,14 +156,25 @@ def edit(spoiled, name, change):
 
 def record_as_made(spoiled):
     """pictures.json says of the pictures that are there that the optimisation made them."""
+
     def change(recorded):
         for path in spoiled.pictures:
             recorded[path.stem] = {'pixels': pictures.pixel_digest(np.asarray(load_rgb(path)))}
+
     edit(spoiled, 'pictures.json', change)
 
 
-@pytest.mark.parametrize('kind', ['gamma 0.4', 'JPEG 3', 'thumbnail', 'all black',
-                                  'two pictures swapped', 'mean of two eyes of one person'])
+@pytest.mark.parametrize(
+    'kind',
+    [
+        'gamma 0.4',
+        'JPEG 3',
+        'thumbnail',
+        'all black',
+        'two pictures swapped',
+        'mean of two eyes of one person',
+    ],
+)
 def test_pictures_synthesised_anew(spoiled, kind):
     PICTURES[kind](spoiled)
     record_as_made(spoiled)
@@ -164,8 +204,7 @@ def test_some_pictures_synthesised_anew(spoiled):
     assert audited(spoiled, recompute_n=2).facts['recomputed']['n'] == 2
 
 
-@pytest.mark.parametrize('name', ['groups.csv', 'pictures.json', 'group_latents.npy',
-                                  'facts.json'])
+@pytest.mark.parametrize('name', ['groups.csv', 'pictures.json', 'group_latents.npy', 'facts.json'])
 def test_checksums_of_private_records(spoiled, name):
     path = spoiled.private / name
     path.with_name(f'{name}.sha256').write_text(64 * '0' + f'  {name}\n')
@@ -174,8 +213,17 @@ def test_checksums_of_private_records(spoiled, name):
     assert list(failed(audited(spoiled))) == [derive.RECORDS]
 
 
-@pytest.mark.parametrize('name', ['groups.csv', 'pictures.json', 'group_latents.npy', 'facts.json',
-                                  'options.json', 'latents.npy'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'groups.csv',
+        'pictures.json',
+        'group_latents.npy',
+        'facts.json',
+        'options.json',
+        'latents.npy',
+    ],
+)
 @pytest.mark.parametrize('damage', ['missing', 'empty', 'list', 'deep', 'cut', 'pipe', 'folder'])
 def test_damaged_private_record(spoiled, name, damage):
     path = spoiled.private / name
@@ -186,8 +234,11 @@ def test_damaged_private_record(spoiled, name, damage):
     elif damage == 'pipe':
         os.mkfifo(path)
     elif damage != 'missing':
-        path.write_bytes({'empty': b'', 'list': b'[]', 'deep': b'[' * 100_000,
-                          'cut': data[:len(data) // 2]}[damage])
+        path.write_bytes(
+            {'empty': b'', 'list': b'[]', 'deep': b'[' * 100_000, 'cut': data[: len(data) // 2]}[
+                damage
+            ]
+        )
     with pytest.raises(UserError, match=name.replace('.', r'\.')):
         audited(spoiled)
 
@@ -205,6 +256,7 @@ def test_group_of_too_few_patients(spoiled):
         rows = table.index[table.centers == '1']
         table.loc[rows[4:], ['centers', 'count_centers', 'release_name']] = ['0', '0', '']
         table.loc[rows[:4], 'count_centers'] = '4'
+
     edit_groups(spoiled, change)
     audit = audited(spoiled)
     assert '4 distinct patients' in failed(audit)[GROUPS]
@@ -214,36 +266,50 @@ def test_group_of_too_few_patients(spoiled):
 
 def test_patient_counted_twice(spoiled):
     """Swaps one member for the fellow eye of another member of the same group."""
+
     def change(table):
         group = table.index[table.centers == '1']
         stays, leaves = group[0], group[1]
-        fellow = stays ^ 1                      # rows 2i and 2i + 1 are one person
+        fellow = stays ^ 1  # rows 2i and 2i + 1 are one person
         columns = ['centers', 'release_name', 'count_centers']
         values = table.loc[[fellow, leaves], columns].to_numpy()
         table.loc[leaves, columns], table.loc[fellow, columns] = values[0], values[1]
+
     edit_groups(spoiled, change)
     assert 'group 1' in failed(audited(spoiled))[derive.TWICE]
 
 
-@pytest.mark.parametrize(('change', 'check'), [
-    (lambda t: t.assign(patient_id='person00z'), derive.RECORDS),
-    (lambda t: t.assign(diagnosis='2'), derive.RECORDS),
-    (lambda t: t.assign(id_code=t.id_code[::-1].to_numpy()), derive.RECORDS),
-    (lambda t: t.assign(id_code=[t.id_code[1], *t.id_code[1:]]), GROUPS),
-    (lambda t: t.assign(count_centers='9'), GROUPS),
-    (lambda t: t.assign(release_name=t.release_name.where(t.index > 0, 'bcdfghjk')), GROUPS),
-    (lambda t: t.replace(t.release_name[0], 'bcdfghjk'), GROUPS),
-], ids=['patients', 'grades', 'order of ids', 'id twice', 'counts', 'a name', 'a name throughout'])
+@pytest.mark.parametrize(
+    ('change', 'check'),
+    [
+        (lambda t: t.assign(patient_id='person00z'), derive.RECORDS),
+        (lambda t: t.assign(diagnosis='2'), derive.RECORDS),
+        (lambda t: t.assign(id_code=t.id_code[::-1].to_numpy()), derive.RECORDS),
+        (lambda t: t.assign(id_code=[t.id_code[1], *t.id_code[1:]]), GROUPS),
+        (lambda t: t.assign(count_centers='9'), GROUPS),
+        (lambda t: t.assign(release_name=t.release_name.where(t.index > 0, 'bcdfghjk')), GROUPS),
+        (lambda t: t.replace(t.release_name[0], 'bcdfghjk'), GROUPS),
+    ],
+    ids=['patients', 'grades', 'order of ids', 'id twice', 'counts', 'a name', 'a name throughout'],
+)
 def test_group_table_altered(spoiled, change, check):
     edit_groups(spoiled, change)
     assert check in failed(audited(spoiled))
 
 
-@pytest.mark.parametrize('change', [
-    lambda t: t.iloc[1:], lambda t: t.assign(centers='0'), lambda t: t.assign(centers='x'),
-    lambda t: t.replace({'centers': {'1': '9'}}), lambda t: t.replace({'centers': {'1': '-1'}}),
-    lambda t: t.drop(columns='patient_id'), lambda t: pd.concat([t, t.iloc[:1]]),
-], ids=['row less', 'no group', 'text', 'gap', 'negative', 'no patients', 'row more'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda t: t.iloc[1:],
+        lambda t: t.assign(centers='0'),
+        lambda t: t.assign(centers='x'),
+        lambda t: t.replace({'centers': {'1': '9'}}),
+        lambda t: t.replace({'centers': {'1': '-1'}}),
+        lambda t: t.drop(columns='patient_id'),
+        lambda t: pd.concat([t, t.iloc[:1]]),
+    ],
+    ids=['row less', 'no group', 'text', 'gap', 'negative', 'no patients', 'row more'],
+)
 def test_group_table_that_is_none(spoiled, change):
     edit_groups(spoiled, change)
     with pytest.raises(UserError, match='groups.csv'):
@@ -261,8 +327,9 @@ def test_identical_photographs_are_found_in_the_files(spoiled, tmp_path):
     spoiled = spoiled._replace(photographs=data / 'images')
     found = failed(audited(spoiled))
     assert 'not those of the run' in found[derive.RECORDS] and 'group 1' in found[derive.TWICE]
-    Image.open(data / f'images/{first[0]}.png').save(data / f'images/{other[0]}.png',
-                                                     compress_level=1)
+    Image.open(data / f'images/{first[0]}.png').save(
+        data / f'images/{other[0]}.png', compress_level=1
+    )
     assert 'identical photographs are in more than one group' in failed(audited(spoiled))[GROUPS]
 
 
@@ -280,15 +347,19 @@ def test_both_ways_to_work_out_diversity_agree():
     """To the last digit, since the manifest is compared byte for byte."""
     rng = np.random.default_rng(0)
     for _ in range(300):
-        counts = [tuple(map(int, rng.multinomial(rng.integers(2, 40), rng.dirichlet([0.5] * 5))))
-                  for _ in range(rng.integers(1, 9))]
+        counts = [
+            tuple(map(int, rng.multinomial(rng.integers(2, 40), rng.dirichlet([0.5] * 5))))
+            for _ in range(rng.integers(1, 9))
+        ]
         groups = [GroupFacts(str(i), sum(c), sum(c), c) for i, c in enumerate(counts)]
         assert json.dumps(grade_diversity(groups)) == json.dumps(derive.diversity(counts))
 
 
-@pytest.mark.parametrize('change', [
-    {'license': 'NO LICENCE'}, {'notes': 'x'}, {'contact': f'ask {PATIENT}, please'}],
-    ids=['form', 'field', 'patient'])
+@pytest.mark.parametrize(
+    'change',
+    [{'license': 'NO LICENCE'}, {'notes': 'x'}, {'contact': f'ask {PATIENT}, please'}],
+    ids=['form', 'field', 'patient'],
+)
 def test_card_in_the_record(spoiled, change):
     edit(spoiled, 'facts.json', lambda facts: facts['facts']['card'].update(change))
     audit = audited(spoiled)
@@ -299,9 +370,22 @@ def test_card_in_the_record(spoiled, change):
 # -- the diagnostic of copies ---------------------------------------------------------------
 
 # What these maps do not find in each of the phantoms below.
-UNSEEN = {'padded', 'shifted by 1', 'shifted by 3', 'shifted by 5', 'posterised', 'solarised',
-          'Ben Graham', 'noise 20', 'noise 40', 'JPEG 10', 'JPEG 3', 'blurred by 2',
-          'blurred by 4', 'perspective'}
+UNSEEN = {
+    'padded',
+    'shifted by 1',
+    'shifted by 3',
+    'shifted by 5',
+    'posterised',
+    'solarised',
+    'Ben Graham',
+    'noise 20',
+    'noise 40',
+    'JPEG 10',
+    'JPEG 3',
+    'blurred by 2',
+    'blurred by 4',
+    'perspective',
+}
 
 
 def test_what_the_diagnostic_of_copies_finds(tmp_path):
@@ -332,8 +416,22 @@ def test_command_and_exit_codes(spoiled, capsys):
     assert verify.main([release]) == 0
     assert 'with --private' in capsys.readouterr().out
     out = spoiled.run / 'v.json'
-    assert verify.main([release, '--private', private, '--recompute', 'all', '--device', 'cpu',
-                        '--out', str(out)]) == 0
+    assert (
+        verify.main(
+            [
+                release,
+                '--private',
+                private,
+                '--recompute',
+                'all',
+                '--device',
+                'cpu',
+                '--out',
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert json.loads(out.read_text())['passed'] and out.with_suffix('.png').exists()
     (spoiled.release / PATIENT).mkdir()
     assert verify.main([release, '--private', private, '--out', str(out)]) == 1
@@ -342,13 +440,30 @@ def test_command_and_exit_codes(spoiled, capsys):
     assert PATIENT in (spoiled.private / 'audit.json').read_text()
 
 
-@pytest.mark.parametrize(('flags', 'message'), [
-    (['--private', 'RUN'], 'not the private folder'), (['--recompute', '2'], 'needs --private'),
-    (['--recompute', 'all'], 'needs --private'), (['--df', 'x.csv'], 'needs --private'),
-    (['--signature', 'x.sig'], 'needs --public_key'),
-    (['--private', 'PRIVATE', '--recompute', '1', '--device', 'cpu', '--checkpoint_path', 'NONE'],
-     'not the checkpoint of the run'),
-], ids=lambda v: ' '.join(v) if isinstance(v, list) else '')
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--private', 'RUN'], 'not the private folder'),
+        (['--recompute', '2'], 'needs --private'),
+        (['--recompute', 'all'], 'needs --private'),
+        (['--df', 'x.csv'], 'needs --private'),
+        (['--signature', 'x.sig'], 'needs --public_key'),
+        (
+            [
+                '--private',
+                'PRIVATE',
+                '--recompute',
+                '1',
+                '--device',
+                'cpu',
+                '--checkpoint_path',
+                'NONE',
+            ],
+            'not the checkpoint of the run',
+        ),
+    ],
+    ids=lambda v: ' '.join(v) if isinstance(v, list) else '',
+)
 def test_wrong_flags(spoiled, flags, message):
     words = {'RUN': spoiled.run, 'PRIVATE': spoiled.private, 'NONE': spoiled.run / 'none.pt'}
     with pytest.raises(UserError, match=message):

@@ -1,13 +1,10 @@
 """ADA's transformations against the reference's percentile cases, and the strength heuristic."""
+
 import pytest
 import torch
 from conftest import relative_error
 
-from training.augment import (
-    PIPES,
-    AugmentPipe,
-    PercentileDraws,
-)
+from training.augment import PIPES, AugmentPipe, PercentileDraws
 from training.resampling import (
     Margins,
     double_by_filters,
@@ -37,8 +34,10 @@ def test_percentile_golden_together(golden, q):
 def test_filters_resample_as_the_matrices_do() -> None:
     pipe = AugmentPipe(PIPES['geom'], 'cpu')
     x = torch.randn(2, 3, 20, 17, generator=torch.Generator().manual_seed(0))
-    pairs = [(double_by_filters, double_by_matrices, Margins(3, 0, 11, 5)),
-             (halve_by_filters, halve_by_matrices, None)]
+    pairs = [
+        (double_by_filters, double_by_matrices, Margins(3, 0, 11, 5)),
+        (halve_by_filters, halve_by_matrices, None),
+    ]
     for filters, matrices, margins in pairs:
         y, results = x.repeat_interleave(2, 2).repeat_interleave(2, 3), []
         for resample in (filters, matrices):

@@ -1,4 +1,5 @@
 """The institution's fields, and a release in the tools of those who receive it."""
+
 import json
 import os
 import re
@@ -11,13 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT, load_script
 from PIL import Image
-from release_fixture import (
-    arguments,
-    release_facts,
-    save_networks,
-    save_photographs,
-    tree_bytes,
-)
+from release_fixture import arguments, release_facts, save_networks, save_photographs, tree_bytes
 
 from anonymization import pipeline
 from anonymization.audit import audit_release, report_text
@@ -28,22 +23,34 @@ from datasets.table import read_table
 from utils.errors import UserError
 
 k_salsa = load_script('k-SALSA')
-CARD = {'pretty_name': 'Augen | Köln: <1> "a"', 'license': 'cc-by-4.0', 'creator': 'Eyes & Co.',
-        'contact': 'eyes@example.org', 'url': 'https://example.org/eyes?v=1',
-        'citation': '@misc{eyes,\n  title={Eyes}}', 'date_published': '2026-03-01',
-        'version': '1.2.0'}
+CARD = {
+    'pretty_name': 'Augen | Köln: <1> "a"',
+    'license': 'cc-by-4.0',
+    'creator': 'Eyes & Co.',
+    'contact': 'eyes@example.org',
+    'url': 'https://example.org/eyes?v=1',
+    'citation': '@misc{eyes,\n  title={Eyes}}',
+    'date_published': '2026-03-01',
+    'version': '1.2.0',
+}
 COLOURS = {'bcdfghjk': (200, 0, 0), 'mnpqrstv': (0, 200, 0), 'zzxxwwvv': (0, 0, 200)}
 GRADES = [(3, 2, 0, 0, 0), (0, 1, 4, 0, 0), (0, 0, 0, 0, 5)]
 
 
-def make_release(folder: Path, card: Path | None = None, *, graded: bool = True,
-                 soft_labels: bool = False) -> Path:
+def make_release(
+    folder: Path, card: Path | None = None, *, graded: bool = True, soft_labels: bool = False
+) -> Path:
     """A release of three pictures of one colour each, with grades 0, 2 and 4."""
-    groups = [GroupFacts(name, 5, 5, grades if graded else None)
-              for name, grades in zip(COLOURS, GRADES)]
-    write_release(folder / 'release', groups,
-                  lambda name: Image.new('RGB', (8, 8), COLOURS[name]),
-                  facts=release_facts(card), soft_labels=soft_labels)
+    groups = [
+        GroupFacts(name, 5, 5, grades if graded else None) for name, grades in zip(COLOURS, GRADES)
+    ]
+    write_release(
+        folder / 'release',
+        groups,
+        lambda name: Image.new('RGB', (8, 8), COLOURS[name]),
+        facts=release_facts(card),
+        soft_labels=soft_labels,
+    )
     return folder / 'release'
 
 
@@ -59,14 +66,18 @@ def test_card_as_written(card):
     assert read_card(None) == dict.fromkeys(FIELDS)
     card.write_text('date_published: 2026-03-01\nlicense: https://example.org/licence\n')
     assert {n: v for n, v in read_card(card).items() if v} == {
-        'date_published': '2026-03-01', 'license': 'https://example.org/licence'}
+        'date_published': '2026-03-01',
+        'license': 'https://example.org/licence',
+    }
     assert filled(read_card(card))['creator'] == '[institution]'
 
 
 def test_faults_of_a_card_are_listed_together(tmp_path):
-    (tmp_path / 'c.yaml').write_text('license: "<b>"\nlicence: mit\nversion: 1.0\nurl: "a b"\n'
-                                     'date_published: 2026-02-30\ncontact: "a\\u200bb"\n'
-                                     'creator: [a, b]\n')
+    (tmp_path / 'c.yaml').write_text(
+        'license: "<b>"\nlicence: mit\nversion: 1.0\nurl: "a b"\n'
+        'date_published: 2026-02-30\ncontact: "a\\u200bb"\n'
+        'creator: [a, b]\n'
+    )
     with pytest.raises(UserError) as error:
         read_card(tmp_path / 'c.yaml')
     lines = str(error.value).splitlines()
@@ -143,8 +154,9 @@ def test_recipients_find_nothing_wrong(tmp_path, card, with_card, options):
 
 
 def test_header_of_the_card(tmp_path, card):
-    head, body = (make_release(tmp_path / 'a', card) / README).read_text(encoding='utf-8').split(
-        '\n---\n')
+    head, body = (
+        (make_release(tmp_path / 'a', card) / README).read_text(encoding='utf-8').split('\n---\n')
+    )
     header = yaml.safe_load(head)
     assert header['pretty_name'] == CARD['pretty_name'] and header['license'] == 'cc-by-4.0'
     assert header['size_categories'] == ['n<1K']
@@ -162,7 +174,7 @@ def test_header_of_the_card(tmp_path, card):
 # -- in other tools -------------------------------------------------------------------------
 
 # Runs what the card shows, and says what came out: per reader (grade, colour) of each picture.
-_READ = '''
+_READ = """
 import json, re, sys
 import datasets, mlcroissant
 
@@ -186,16 +198,26 @@ found['warnings'] = list(croissant.metadata.ctx.issues.warnings)
 found['croissant'] = [(r['pictures/label'], colour(r['pictures/image']))
                       for r in croissant.records('pictures')]
 print(json.dumps(found))
-'''
+"""
 
 
 def read_elsewhere(release: Path) -> dict:
     """What recipients' tools make of `release`, away from this project and from any network."""
-    env = {**os.environ, 'HF_HOME': str(release.parent / 'cache'), 'HF_HUB_OFFLINE': '1',
-           'HF_DATASETS_OFFLINE': '1'}
-    env.pop('PYTHONPATH', None)    # the project's own `datasets` would hide the library
-    done = subprocess.run([sys.executable, '-c', _READ], cwd=release.parent, env=env,
-                          capture_output=True, text=True, check=False)
+    env = {
+        **os.environ,
+        'HF_HOME': str(release.parent / 'cache'),
+        'HF_HUB_OFFLINE': '1',
+        'HF_DATASETS_OFFLINE': '1',
+    }
+    env.pop('PYTHONPATH', None)  # the project's own `datasets` would hide the library
+    done = subprocess.run(
+        [sys.executable, '-c', _READ],
+        cwd=release.parent,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -219,10 +241,26 @@ def test_croissant_as_written(tmp_path, card):
     text = (make_release(tmp_path / 'a', card) / CROISSANT).read_text(encoding='utf-8')
     found = json.loads(text)
     assert found['conformsTo'].endswith('croissant/1.1')
-    assert (found['name'], found['license'], found['url'], found['creator']['name'],
-            found['datePublished'], found['version'], found['citeAs']) == tuple(
-        CARD[name] for name in ('pretty_name', 'license', 'url', 'creator', 'date_published',
-                                'version', 'citation'))
+    assert (
+        found['name'],
+        found['license'],
+        found['url'],
+        found['creator']['name'],
+        found['datePublished'],
+        found['version'],
+        found['citeAs'],
+    ) == tuple(
+        CARD[name]
+        for name in (
+            'pretty_name',
+            'license',
+            'url',
+            'creator',
+            'date_published',
+            'version',
+            'citation',
+        )
+    )
     manifest = json.loads((tmp_path / 'a/release/manifest.json').read_text())
     hashes = {f['@id']: f['sha256'] for f in found['distribution'] if 'sha256' in f}
     assert hashes == {n: manifest['files'][n] for n in ('metadata.csv', 'labels.csv')}

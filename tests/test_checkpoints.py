@@ -1,4 +1,5 @@
 """Checkpoints: pruning, order, and falling back past damaged files."""
+
 import logging
 
 import pytest

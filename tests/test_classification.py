@@ -1,4 +1,5 @@
 """The grader: metrics, augmentation, soft labels, resuming, and the published commands."""
+
 import dataclasses
 import json
 import os
@@ -27,11 +28,7 @@ from classification.grader import (
     training_targets,
 )
 from classification.main import main
-from classification.metrics import (
-    bootstrap_intervals,
-    check_test_labels,
-    grading_metrics,
-)
+from classification.metrics import bootstrap_intervals, check_test_labels, grading_metrics
 from classification.settings import CONFIG_DIR, Settings, load_config
 from classification.train import GraderTraining, train_grader
 from datasets.pictures import load_pictures
@@ -40,8 +37,15 @@ from models.features.pretrained import load_feature_network
 from utils.errors import UserError
 from utils.io import save_torch
 
-TINY = Settings(arch='resnet18', small_stem=True, image_size=16, epochs=4, batch_size=8,
-                learning_rate=0.001, translation=0.05)
+TINY = Settings(
+    arch='resnet18',
+    small_stem=True,
+    image_size=16,
+    epochs=4,
+    batch_size=8,
+    learning_rate=0.001,
+    translation=0.05,
+)
 CLI = ['-config', 'tiny.yaml', '--device', 'cpu', '--seed', '1', '2']
 
 
@@ -70,23 +74,26 @@ def study(tmp_path, monkeypatch):
     pd.DataFrame({'id_code': ids, 'diagnosis': grades}).to_csv('train.csv', index=False)
     centers = np.concatenate([np.arange(20), np.arange(20)]) + 1
     pd.DataFrame({'id_code': ids, 'centers': centers, 'count_centers': 2}).to_csv(
-        'k2_nearest_df.csv', index=False)
+        'k2_nearest_df.csv', index=False
+    )
     first = pictures(grades[:20], seed=1)
     write_pictures(tmp_path / 'style_proj', ids[:20], first)
     write_pictures(tmp_path / 'centroid', [f'{i}_centroids' for i in ids[:20]], first)
     names = [f'synthetic_{i:05d}' for i in range(20)]
     write_pictures(tmp_path / 'release' / 'images', names, first)
     shares = np.eye(5)[grades[:20]]
-    pd.DataFrame({'image': names, 'label': grades[:20],
-                  **{f'p{c}': shares[:, c] for c in range(5)}}).to_csv('release/labels.csv',
-                                                                      index=False)
+    pd.DataFrame(
+        {'image': names, 'label': grades[:20], **{f'p{c}': shares[:, c] for c in range(5)}}
+    ).to_csv('release/labels.csv', index=False)
     test = np.arange(15) % 5
     write_pictures(tmp_path / 'test', [f't{i}' for i in range(15)], pictures(test, seed=2))
     pd.DataFrame({'id_code': [f't{i}' for i in range(15)], 'diagnosis': test}).to_csv(
-        'test.csv', index=False)
+        'test.csv', index=False
+    )
     (tmp_path / 'tiny.yaml').write_text(
         'arch: resnet18\nsmall_stem: true\nimage_size: 16\nepochs: 2\nbatch_size: 8\n'
-        'learning_rate: 1e-3\nsave_path: runs/tiny\n')
+        'learning_rate: 1e-3\nsave_path: runs/tiny\n'
+    )
     return tmp_path
 
 
@@ -97,9 +104,13 @@ class TinyNet(torch.nn.Module):
 
     def __init__(self, *_, **__):
         super().__init__()
-        self.body = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.BatchNorm2d(8),
-                                        torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
-                                        torch.nn.Flatten())
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 4, 4),
+            torch.nn.BatchNorm2d(8),
+            torch.nn.ReLU(),
+            torch.nn.AdaptiveAvgPool2d(1),
+            torch.nn.Flatten(),
+        )
 
     def forward(self, x):
         return self.fc(self.body(x))
@@ -111,11 +122,26 @@ def tiny_net(monkeypatch):
 
 
 TEST_FLAGS = ['--labels_test', 'test.csv', '--test_images_path', 'test']
-PUBLISHED = ['-overwrite', '--k', 'k2', '--crop', 'crop4', '--lambda1', '1e2', '--lambda2',
-             '1e-6', '--df', 'k2_nearest_df.csv', '--labels_train', 'train.csv', *TEST_FLAGS]
+PUBLISHED = [
+    '-overwrite',
+    '--k',
+    'k2',
+    '--crop',
+    'crop4',
+    '--lambda1',
+    '1e2',
+    '--lambda2',
+    '1e-6',
+    '--df',
+    'k2_nearest_df.csv',
+    '--labels_train',
+    'train.csv',
+    *TEST_FLAGS,
+]
 
 
 # metrics
+
 
 def test_metrics_against_their_definitions():
     rng = np.random.default_rng(0)
@@ -131,12 +157,12 @@ def test_metrics_against_their_definitions():
     ranks = (score[positive][:, None] > score[~positive]).mean()
     assert found['kappa'] == pytest.approx(1 - (weight * counts).sum() / (weight * chance).sum())
     assert found['kappa'] == pytest.approx(
-        cohen_kappa_score(labels, predicted, weights='quadratic'))
+        cohen_kappa_score(labels, predicted, weights='quadratic')
+    )
     assert found['auc_referable'] == pytest.approx(ranks)
     assert found['auc_referable'] == pytest.approx(roc_auc_score(positive, score))
     assert found['accuracy'] == pytest.approx(np.trace(counts) / 300)
-    assert found['balanced_accuracy'] == pytest.approx(
-        np.mean(np.diag(counts) / counts.sum(1)))
+    assert found['balanced_accuracy'] == pytest.approx(np.mean(np.diag(counts) / counts.sum(1)))
     assert found['confusion'] == counts.astype(int).tolist()
 
 
@@ -164,14 +190,19 @@ def test_bootstrap_counts_people_not_eyes():
     assert low < roc_auc_score(labels >= 2, score) < high
     # Every eye four times: the same information, so the same interval when people are drawn.
     four = [np.tile(v, 4) for v in (labels, predicted, score)]
-    width = [np.subtract(*found['kappa'][::-1]) for found in (
-        bootstrap_intervals(labels, predicted, score, n_bootstrap=300),
-        bootstrap_intervals(*four, groups=np.tile(np.arange(60), 4), n_bootstrap=300),
-        bootstrap_intervals(*four, n_bootstrap=300))]
+    width = [
+        np.subtract(*found['kappa'][::-1])
+        for found in (
+            bootstrap_intervals(labels, predicted, score, n_bootstrap=300),
+            bootstrap_intervals(*four, groups=np.tile(np.arange(60), 4), n_bootstrap=300),
+            bootstrap_intervals(*four, n_bootstrap=300),
+        )
+    ]
     assert width[1] == pytest.approx(width[0], rel=0.4) and width[2] < 0.7 * width[0]
 
 
 # augmentation and schedule
+
 
 def test_augmentation_equals_torchvision_one_by_one():
     generator = torch.Generator().manual_seed(0)
@@ -181,13 +212,21 @@ def test_augmentation_equals_torchvision_one_by_one():
         want = img[i]
         want = TF.horizontal_flip(want) if p['flip_x'][i] else want
         want = TF.vertical_flip(want) if p['flip_y'][i] else want
-        steps = [lambda x, i=i: TF.adjust_brightness(x, float(p['brightness'][i])),
-                 lambda x, i=i: TF.adjust_contrast(x, float(p['contrast'][i]))]
+        steps = [
+            lambda x, i=i: TF.adjust_brightness(x, float(p['brightness'][i])),
+            lambda x, i=i: TF.adjust_contrast(x, float(p['contrast'][i])),
+        ]
         for step in steps[::-1] if p['contrast_first'][i] else steps:
             want = step(want)
         want = TF.rotate(want, float(p['angle'][i]), InterpolationMode.NEAREST)
-        want = TF.affine(want, angle=0, translate=[int(v) for v in p['shift'][i]], scale=1,
-                         shear=[0, 0], interpolation=InterpolationMode.NEAREST)
+        want = TF.affine(
+            want,
+            angle=0,
+            translate=[int(v) for v in p['shift'][i]],
+            scale=1,
+            shear=[0, 0],
+            interpolation=InterpolationMode.NEAREST,
+        )
         # A coordinate halfway between two pixels may round either way.
         assert ((got - want).abs() > 1e-4).float().mean() < 0.01
 
@@ -198,6 +237,7 @@ def test_published_schedule():
 
 
 # targets
+
 
 def test_soft_labels_change_the_targets_and_the_gradient():
     shares = np.array([[0.6, 0, 0, 0, 0.4]])
@@ -215,8 +255,9 @@ def test_soft_labels_train_another_grader(tiny_net):
     grades = np.arange(20) % 5
     soft = np.eye(5)[grades] * 0.6 + 0.08
     settings = Settings(**{**vars(TINY), 'epochs': 1})
-    hard_result, soft_result = (train_grader(pictures(grades), t, settings=settings)
-                                for t in (grades, soft))
+    hard_result, soft_result = (
+        train_grader(pictures(grades), t, settings=settings) for t in (grades, soft)
+    )
     assert hard_result.history[0]['loss'] != soft_result.history[0]['loss']
 
 
@@ -227,13 +268,16 @@ def test_regression_rounds_and_clips_as_published():
 
 # training
 
+
 @pytest.mark.parametrize('target', ['regression', '5-class', 'binary'])
 def test_grader_learns(tiny_net, target):
     grades = np.arange(60) % 5
-    settings = Settings(**{**vars(TINY), 'target': target, 'epochs': 40, 'brightness': 0.0,
-                           'learning_rate': 0.02})
-    result = train_grader(pictures(grades), grades, pictures(grades, seed=1), grades,
-                          settings=settings)
+    settings = Settings(
+        **{**vars(TINY), 'target': target, 'epochs': 40, 'brightness': 0.0, 'learning_rate': 0.02}
+    )
+    result = train_grader(
+        pictures(grades), grades, pictures(grades, seed=1), grades, settings=settings
+    )
     assert result.evaluate(pictures(grades, seed=2), grades)['auc_referable'] > 0.9
 
 
@@ -252,16 +296,32 @@ def test_resumed_training_equals_an_uninterrupted_one(tiny_net, tmp_path):
 
     checkpoint = tmp_path / 'checkpoint.pt'
     with pytest.raises(Stop):
-        train_grader(images, grades, images[:8], grades[:8], checkpoint=checkpoint,
-                     checkpoint_seconds=0, on_epoch=stop, **arguments)
+        train_grader(
+            images,
+            grades,
+            images[:8],
+            grades[:8],
+            checkpoint=checkpoint,
+            checkpoint_seconds=0,
+            on_epoch=stop,
+            **arguments,
+        )
     rest = []
-    resumed = train_grader(images, grades, images[:8], grades[:8], checkpoint=checkpoint,
-                           on_epoch=rest.append, **arguments)
+    resumed = train_grader(
+        images,
+        grades,
+        images[:8],
+        grades[:8],
+        checkpoint=checkpoint,
+        on_epoch=rest.append,
+        **arguments,
+    )
     assert [r['epoch'] for r in rest] == [3, 4]
     assert resumed.history == whole.history and resumed.best_epoch == whole.best_epoch
     for which in ('best', 'final'):
-        np.testing.assert_array_equal(resumed.use(which).predict(images).outputs,
-                                      whole.use(which).predict(images).outputs)
+        np.testing.assert_array_equal(
+            resumed.use(which).predict(images).outputs, whole.use(which).predict(images).outputs
+        )
     with pytest.raises(UserError, match='other pictures, labels or settings'):
         train_grader(images, (grades + 1) % 5, checkpoint=checkpoint, **arguments)
 
@@ -276,20 +336,23 @@ def test_a_command_stops_in_good_order(study, tiny_net, monkeypatch, number):
         if self.seed == 2 and len(self.history) == 1:
             os.kill(os.getpid(), number)
         return epoch(self)
+
     with monkeypatch.context() as patch:
         patch.setattr(GraderTraining, 'train_epoch', interrupted)
         assert main([*flags, '--out_dir', 'stopped']) == 128 + number
     saved = torch.load('stopped/seed_2/checkpoint.pt', weights_only=True)
     assert len(saved['history']) == 2
     assert main([*flags, '--out_dir', 'stopped']) == 0
-    whole, stopped = (json.loads((study / f / 'results.json').read_text())
-                      for f in ('whole', 'stopped'))
+    whole, stopped = (
+        json.loads((study / f / 'results.json').read_text()) for f in ('whole', 'stopped')
+    )
     assert whole == stopped
 
 
 @pytest.mark.parametrize('damage', [False, True])
 def test_an_ended_command_goes_on_exactly(study, tiny_net, monkeypatch, damage):
     """Killed in the second seed; a flipped bit in its checkpoint is noticed."""
+
     class Killed(BaseException):
         pass
 
@@ -298,7 +361,9 @@ def test_an_ended_command_goes_on_exactly(study, tiny_net, monkeypatch, damage):
             on_epoch(record)
             if options['seed'] == 2 and record['epoch'] == 2:
                 raise Killed
+
         return train_grader(*arguments, on_epoch=report, checkpoint_seconds=0, **options)
+
     flags = [*CLI, *PUBLISHED, '--images_path', 'style_proj', '--epochs', '3']
     main([*flags, '--out_dir', 'whole'])
     monkeypatch.setattr('classification.experiment.train_grader', train)
@@ -317,25 +382,34 @@ def test_an_ended_command_goes_on_exactly(study, tiny_net, monkeypatch, damage):
     main(again)
     for seed in (1, 2):
         for name in ('best_validation_weights.pt', 'final_weights.pt'):
-            whole, ended = (torch.load(study / run / f'seed_{seed}' / name, weights_only=True)
-                            for run in ('whole', 'ended'))
+            whole, ended = (
+                torch.load(study / run / f'seed_{seed}' / name, weights_only=True)
+                for run in ('whole', 'ended')
+            )
             assert all(torch.equal(whole[k], ended[k]) for k in whole)
 
 
 def test_imagenet_weights_by_path(tmp_path):
     import torchvision
+
     state = torchvision.models.resnet18(weights=None).state_dict()
     state['conv1.weight'].fill_(0.25)
     save_torch(tmp_path / 'resnet18.pth', state)
     grades = np.arange(10) % 5
-    settings = Settings(**{**vars(TINY), 'small_stem': False, 'epochs': 1,
-                           'learning_rate': 1e-9, 'image_size': 32})
-    result = train_grader(pictures(grades, 32), grades, settings=settings,
-                          imagenet_weights=tmp_path / 'resnet18.pth')
+    settings = Settings(
+        **{**vars(TINY), 'small_stem': False, 'epochs': 1, 'learning_rate': 1e-9, 'image_size': 32}
+    )
+    result = train_grader(
+        pictures(grades, 32), grades, settings=settings, imagenet_weights=tmp_path / 'resnet18.pth'
+    )
     assert (result.final_state['conv1.weight'] - 0.25).abs().max() < 1e-3
     with pytest.raises(UserError, match='is a resnet18, the grader a resnet50'):
-        train_grader(pictures(grades, 32), grades, imagenet_weights=tmp_path / 'resnet18.pth',
-                     settings=Settings(image_size=32))
+        train_grader(
+            pictures(grades, 32),
+            grades,
+            imagenet_weights=tmp_path / 'resnet18.pth',
+            settings=Settings(image_size=32),
+        )
 
 
 def test_divergence_is_reported(tiny_net):
@@ -346,6 +420,7 @@ def test_divergence_is_reported(tiny_net):
 
 
 # data
+
 
 def test_validation_split_keeps_people_together_and_grades_in_proportion():
     grades = np.repeat([0, 1, 2, 3, 4], [60, 20, 60, 20, 40])
@@ -366,15 +441,16 @@ def test_group_labels(study):
     grades = dict(zip(table.ids, table.labels)) | {'src20': 3}
     groups = data.graded_groups(study / 'k2_nearest_df.csv', grades)
     found = data.published_set(groups, grades, study / 'style_proj')
-    assert found.labels[0] == 0    # grades 0 and 3: a tie goes to the lowest
+    assert found.labels[0] == 0  # grades 0 and 3: a tie goes to the lowest
     np.testing.assert_array_equal(found.shares[0], [0.5, 0, 0, 0.5, 0])
 
 
 def test_pixel_average(study):
     table = read_table('train.csv', study / 'source', require_label=True)
     grades = dict(zip(table.ids, table.labels))
-    found = data.pixel_average_set(data.graded_groups('k2_nearest_df.csv', grades), grades,
-                                   dict(zip(table.ids, table.paths)))
+    found = data.pixel_average_set(
+        data.graded_groups('k2_nearest_df.csv', grades), grades, dict(zip(table.ids, table.paths))
+    )
     single = load_pictures([[p] for p in table.paths], 16).astype(float)
     got = load_pictures(found.sources, 16)
     np.testing.assert_array_equal(got, np.rint((single[:20] + single[20:]) / 2))
@@ -382,9 +458,11 @@ def test_pixel_average(study):
 
 def test_test_photographs_of_training_people_are_left_out(tmp_path):
     pd.DataFrame({'image': ['1_left', '2_left'], 'level': [0, 1]}).to_csv(
-        tmp_path / 'train.csv', index=False)
+        tmp_path / 'train.csv', index=False
+    )
     pd.DataFrame({'image': ['1_right', '3_left'], 'level': [0, 1]}).to_csv(
-        tmp_path / 'test.csv', index=False)
+        tmp_path / 'test.csv', index=False
+    )
     train, test = (read_table(tmp_path / f'{n}.csv', ids_only=True) for n in ('train', 'test'))
     kept, dropped = data.without_known_people(test, train)
     assert kept.ids == ['3_left'] and dropped == 1
@@ -408,19 +486,33 @@ def test_identical_photographs_are_on_one_side(study):
 
 # configuration and command
 
+
 def test_all_configurations_load():
     names = sorted(p.name for p in CONFIG_DIR.glob('*.yaml'))
-    assert names == ['aptos.yaml', 'eyepacs.yaml', 'eyepacs_2cls.yaml', 'finetune.yaml',
-                     'probe.yaml', 'small.yaml']
+    assert names == [
+        'aptos.yaml',
+        'eyepacs.yaml',
+        'eyepacs_2cls.yaml',
+        'finetune.yaml',
+        'probe.yaml',
+        'small.yaml',
+    ]
     assert load_config('./configs/aptos.yaml').settings == Settings()
     for name in names:
         load_config(name)
 
 
-@pytest.mark.parametrize('text,message', [
-    ('epocs: 3', 'did you mean epochs'), ('epochs: many', 'epochs must be of type int'),
-    ('target: 4-class', 'none of regression'), ('mean: [1, 2]', 'three numbers'),
-    ('- 1', 'name: value'), ('a: [', 'not readable YAML')])
+@pytest.mark.parametrize(
+    'text,message',
+    [
+        ('epocs: 3', 'did you mean epochs'),
+        ('epochs: many', 'epochs must be of type int'),
+        ('target: 4-class', 'none of regression'),
+        ('mean: [1, 2]', 'three numbers'),
+        ('- 1', 'name: value'),
+        ('a: [', 'not readable YAML'),
+    ],
+)
 def test_bad_configuration(tmp_path, text, message):
     (tmp_path / 'bad.yaml').write_text(text)
     with pytest.raises(UserError, match=message):
@@ -429,8 +521,11 @@ def test_bad_configuration(tmp_path, text, message):
 
 @pytest.mark.parametrize('kind', ['style_proj', 'centroid', 'release'])
 def test_command_on_every_release_kind(study, tiny_net, kind, capsys):
-    flags = ['--release', 'release', *TEST_FLAGS] if kind == 'release' else [
-        *PUBLISHED, '--images_path', kind, '--is_centroid', str(kind == 'centroid')]
+    flags = (
+        ['--release', 'release', *TEST_FLAGS]
+        if kind == 'release'
+        else [*PUBLISHED, '--images_path', kind, '--is_centroid', str(kind == 'centroid')]
+    )
     assert main([*CLI, *flags, '--out_dir', 'out']) == 0
     out = study / 'out'
     results = json.loads((out / 'results.json').read_text())
@@ -441,7 +536,8 @@ def test_command_on_every_release_kind(study, tiny_net, kind, capsys):
     for name in ('roc.png', 'confusion.png', 'training.png'):
         Image.open(out / name).verify()
     assert {'best_validation_weights.pt', 'final_weights.pt', 'result.json'} == {
-        p.name for p in (out / 'seed_1').iterdir()}
+        p.name for p in (out / 'seed_1').iterdir()
+    }
     assert 'auc_referable' in capsys.readouterr().out
 
 
@@ -450,7 +546,7 @@ def test_published_output_folder_and_finished_seeds(study, tiny_net, monkeypatch
     assert main(arguments) == 0
     folder = study / 'runs' / 'tiny_k2_crop4_1e2_1e-6'
     first = (folder / 'results.json').read_text()
-    monkeypatch.setattr('classification.experiment.train_grader', None)    # must not be needed
+    monkeypatch.setattr('classification.experiment.train_grader', None)  # must not be needed
     assert main([a for a in arguments if a != '-overwrite']) == 0
     assert (folder / 'results.json').read_text() == first
     with pytest.raises(UserError, match='other settings'):
@@ -461,11 +557,32 @@ def test_published_output_folder_and_finished_seeds(study, tiny_net, monkeypatch
         main([*arguments, '--out_dir', 'mine'])
 
 
-@pytest.mark.parametrize('baseline,n', [('real', 40), ('real-same-n', 20), ('pixel-average', 20),
-                                        ('source', 40), ('release', 20)])
+@pytest.mark.parametrize(
+    'baseline,n',
+    [('real', 40), ('real-same-n', 20), ('pixel-average', 20), ('source', 40), ('release', 20)],
+)
 def test_baselines(study, tiny_net, baseline, n):
-    assert main([*CLI, *PUBLISHED, '--baseline', baseline, '--train_images_path', 'source',
-                 '--out_dir', 'out', '--seed', '0', '--epochs', '1', '--labels', 'soft']) == 0
+    assert (
+        main(
+            [
+                *CLI,
+                *PUBLISHED,
+                '--baseline',
+                baseline,
+                '--train_images_path',
+                'source',
+                '--out_dir',
+                'out',
+                '--seed',
+                '0',
+                '--epochs',
+                '1',
+                '--labels',
+                'soft',
+            ]
+        )
+        == 0
+    )
     seed = json.loads((study / 'out' / 'results.json').read_text())['seeds'][0]
     assert seed['n_train'] + seed['n_validation'] == n
 
@@ -487,10 +604,23 @@ def test_random_averages_are_of_different_people(study):
 
 
 def test_the_probe_is_a_grader(study, monkeypatch, capsys):
-    monkeypatch.setattr('classification.probe.pooled_features', lambda net, u8, device:
-                        u8.reshape(len(u8), 3, -1).mean(2) / 255)
-    flags = ['-config', 'probe.yaml', '--device', 'cpu', '--image_size', '16',
-             '--labels_train', 'train.csv', '--train_images_path', 'source', *TEST_FLAGS]
+    monkeypatch.setattr(
+        'classification.probe.pooled_features',
+        lambda net, u8, device: u8.reshape(len(u8), 3, -1).mean(2) / 255,
+    )
+    flags = [
+        '-config',
+        'probe.yaml',
+        '--device',
+        'cpu',
+        '--image_size',
+        '16',
+        '--labels_train',
+        'train.csv',
+        '--train_images_path',
+        'source',
+        *TEST_FLAGS,
+    ]
     assert main([*flags, '--baseline', 'real', '--out_dir', 'out']) == 0
     found = json.loads((study / 'out' / 'results.json').read_text())
     assert found['summary']['auc_referable']['mean'] > 0.95
@@ -500,17 +630,39 @@ def test_the_probe_is_a_grader(study, monkeypatch, capsys):
     assert {p.name for p in (study / 'out' / 'seed_0').iterdir()} == {'result.json'}
     digest = load_feature_network('lite0').digest
     (study / 'release' / 'manifest.json').write_text(
-        json.dumps({'networks': {'content': f'lite0 {digest}'}}))
+        json.dumps({'networks': {'content': f'lite0 {digest}'}})
+    )
     assert main([*flags, '--release', 'release', '--features', 'lite0', '--out_dir', 'soft']) == 0
     assert "features: lite0, the maker's" in capsys.readouterr().out
-    assert main([*flags, '--baseline', 'random-average', '--group_size', '2', '--out_dir',
-                 'means', '--seed', '0', '1']) == 0
+    assert (
+        main(
+            [
+                *flags,
+                '--baseline',
+                'random-average',
+                '--group_size',
+                '2',
+                '--out_dir',
+                'means',
+                '--seed',
+                '0',
+                '1',
+            ]
+        )
+        == 0
+    )
     assert 'auc_referable' in capsys.readouterr().out
 
 
 def test_a_pretrained_network_is_trained_further():
-    settings = Settings(target='5-class', arch='tf_efficientnet_lite0', image_size=64, epochs=1,
-                        batch_size=8, learning_rate=0.01)
+    settings = Settings(
+        target='5-class',
+        arch='tf_efficientnet_lite0',
+        image_size=64,
+        epochs=1,
+        batch_size=8,
+        learning_rate=0.01,
+    )
     one, other = (build_grader(settings, seed=s, imagenet_weights='lite0') for s in (0, 1))
     frozen = load_feature_network('lite0').net.state_dict()
     for key, value in one.state_dict().items():
@@ -518,14 +670,17 @@ def test_a_pretrained_network_is_trained_further():
             assert torch.equal(value, frozen[key])
     assert not torch.equal(one.classifier.weight, other.classifier.weight)
     grades = np.arange(10) % 5
-    result = train_grader(pictures(grades, 64), np.eye(5)[grades], settings=settings,
-                          imagenet_weights='lite0')
+    result = train_grader(
+        pictures(grades, 64), np.eye(5)[grades], settings=settings, imagenet_weights='lite0'
+    )
     trained = result.net.state_dict()
-    assert all(not torch.equal(trained[k], frozen[k]) for k in ('conv_stem.weight',
-                                                                'conv_head.weight'))
+    assert all(
+        not torch.equal(trained[k], frozen[k]) for k in ('conv_stem.weight', 'conv_head.weight')
+    )
     assert result.predict(pictures(grades, 64)).outputs.shape == (10, 5)
-    assert build_grader(dataclasses.replace(settings, arch='mobilenetv3_small_050'),
-                        seed=0)(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+    assert build_grader(dataclasses.replace(settings, arch='mobilenetv3_small_050'), seed=0)(
+        torch.zeros(1, 3, 64, 64)
+    ).shape == (1, 5)
 
 
 def test_pretrained_networks_are_named_rightly(study):
@@ -544,8 +699,9 @@ def in_run_folder(study):
     (study / 'release').rename(study / 'run/release')
     ids = [f't{i}' for i in range(5, 10)]
     pd.DataFrame({'id_code': ids, 'centers': 1}).to_csv('run/private/groups.csv', index=False)
-    (study / 'run/private/options.json').write_text(json.dumps(
-        {'options': {'data_path': str(study / 'test')}}))
+    (study / 'run/private/options.json').write_text(
+        json.dumps({'options': {'data_path': str(study / 'test')}})
+    )
     return ['--release', 'run/release', *TEST_FLAGS, '--out_dir', 'out', '--epochs', '1']
 
 
@@ -556,24 +712,39 @@ def test_nobody_of_the_release_is_tested(study, tiny_net, capsys):
     results = json.loads((study / 'out/results.json').read_text())
     assert results['n_test'] == 10 and results['test_rows_dropped'] == 5
     assert results['test_people_checked'] and 'NOT KNOWN' not in capsys.readouterr().err
-    (study / 'run/private/options.json').write_text('{}')    # ids are compared all the same
+    (study / 'run/private/options.json').write_text('{}')  # ids are compared all the same
     assert main([*CLI, *flags[:-4], '--out_dir', 'again', '--epochs', '1']) == 0
     assert json.loads((study / 'again/results.json').read_text())['n_test'] == 10
 
 
 def test_a_release_by_itself_is_said_to_be_unknown(study, tiny_net, capsys):
-    assert main([*CLI, '--release', 'release', *TEST_FLAGS, '--out_dir', 'out',
-                 '--epochs', '1']) == 0
+    assert (
+        main([*CLI, '--release', 'release', *TEST_FLAGS, '--out_dir', 'out', '--epochs', '1']) == 0
+    )
     assert 'IT IS NOT KNOWN WHO IS BEHIND THE RELEASE' in capsys.readouterr().err
     assert not json.loads((study / 'out/results.json').read_text())['test_people_checked']
 
 
 def test_resuming_compares_pictures_not_paths(study, tiny_net):
-    flags = ['--baseline', 'real', '--labels_train', 'train.csv', '--out_dir', 'out',
-             '--epochs', '1', '--labels_test', 'test.csv']
+    flags = [
+        '--baseline',
+        'real',
+        '--labels_train',
+        'train.csv',
+        '--out_dir',
+        'out',
+        '--epochs',
+        '1',
+        '--labels_test',
+        'test.csv',
+    ]
     assert main([*CLI, *flags, '--train_images_path', 'source', '--test_images_path', 'test']) == 0
-    absolute = ['--train_images_path', str(study / 'source'),
-                '--test_images_path', str(study / 'test')]
+    absolute = [
+        '--train_images_path',
+        str(study / 'source'),
+        '--test_images_path',
+        str(study / 'test'),
+    ]
     assert main([*CLI, *flags, *absolute]) == 0
     shutil.copy('test/t0.png', 'test/t5.png')
     with pytest.raises(UserError, match='test photographs: was'):
@@ -582,34 +753,68 @@ def test_resuming_compares_pictures_not_paths(study, tiny_net):
 
 def test_inverted_asks_for_the_reconstructions(study):
     script = str(ROOT / 'classification' / 'main_inverted_2cls.py')
-    done = subprocess.run([sys.executable, script, *PUBLISHED, '--images_path', 'style_proj'],
-                          capture_output=True, text=True, cwd=study, timeout=300)
+    done = subprocess.run(
+        [sys.executable, script, *PUBLISHED, '--images_path', 'style_proj'],
+        capture_output=True,
+        text=True,
+        cwd=study,
+        timeout=300,
+    )
     assert done.returncode == 2 and done.stderr == (
-        'error: --baseline needed: the folder of the reconstructions; see --help\n')
+        'error: --baseline needed: the folder of the reconstructions; see --help\n'
+    )
 
 
 def test_two_class_command(study):
     done = subprocess.run(
-        [sys.executable, str(ROOT / 'classification' / 'main_ours_2cls.py'), *PUBLISHED,
-         '--images_path', 'style_proj', '--device', 'cpu', '--seed', '0', '--epochs', '1',
-         '--arch', 'resnet18', '--image_size', '32', '--out_dir', 'out'],
-        capture_output=True, text=True, cwd=study, timeout=900)
+        [
+            sys.executable,
+            str(ROOT / 'classification' / 'main_ours_2cls.py'),
+            *PUBLISHED,
+            '--images_path',
+            'style_proj',
+            '--device',
+            'cpu',
+            '--seed',
+            '0',
+            '--epochs',
+            '1',
+            '--arch',
+            'resnet18',
+            '--image_size',
+            '32',
+            '--out_dir',
+            'out',
+        ],
+        capture_output=True,
+        text=True,
+        cwd=study,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((study / 'out' / 'results.json').read_text())['summary']
-    assert summary['auc']['mean'] is not None and 'labels: soft' in (
-        study / 'out' / 'config.yaml').read_text()
+    assert (
+        summary['auc']['mean'] is not None
+        and 'labels: soft' in (study / 'out' / 'config.yaml').read_text()
+    )
 
 
 def test_bad_input_is_named(study, tiny_net):
     def fails(match, *flags):
         with pytest.raises(UserError, match=match):
             main([*CLI, *flags])
+
     images = ['--images_path', 'style_proj']
     frame = pd.read_csv('train.csv')
     frame[frame.index >= 2].to_csv('short.csv', index=False)
     fails('(?s)2 of 40 ids.*src00.*src01', *PUBLISHED, *images, '--labels_train', 'short.csv')
-    fails('(?s)20 of 20 groups have no picture.*src00_centroids', *PUBLISHED, *images,
-          '--is_centroid', 'True')
+    fails(
+        '(?s)20 of 20 groups have no picture.*src00_centroids',
+        *PUBLISHED,
+        *images,
+        '--is_centroid',
+        'True',
+    )
     pd.DataFrame({'id_code': ['t0', 't5'], 'diagnosis': [0, 0]}).to_csv('one.csv', index=False)
     fails('only grade 0', *PUBLISHED, *images, '--labels_test', 'one.csv')
     small = pd.read_csv('k2_nearest_df.csv').query('centers <= 4')

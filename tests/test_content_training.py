@@ -1,4 +1,5 @@
 """Content encoder training: views, InfoNCE, queue, key network, resume, processes, quality."""
+
 import json
 import os
 import subprocess
@@ -42,8 +43,17 @@ from utils.images import from_uint8
 from utils.io import load_weights
 from utils.logs import read_jsonl
 
-STILL = ViewConfig(min_area=1.0, rotation=0, mirror=0, upend=0, brightness=0, contrast=0,
-                   saturation=0, hue=0, blur=0)
+STILL = ViewConfig(
+    min_area=1.0,
+    rotation=0,
+    mirror=0,
+    upend=0,
+    brightness=0,
+    contrast=0,
+    saturation=0,
+    hue=0,
+    blur=0,
+)
 
 
 def generator(seed=0):
@@ -63,8 +73,9 @@ class Pictures(torch.utils.data.Dataset):
 
     def __init__(self, n=16, size=32):
         self.names = [str(i) for i in range(n)]
-        self.pixels = torch.randint(256, (n, 3, size, size), generator=generator(2),
-                                    dtype=torch.uint8)
+        self.pixels = torch.randint(
+            256, (n, 3, size, size), generator=generator(2), dtype=torch.uint8
+        )
 
     def __len__(self):
         return len(self.pixels)
@@ -74,9 +85,19 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def make_trainer(run_dir, n=16, **settings):
-    settings = {'arch': 'resnet18', 'small_stem': True, 'input_size': 32, 'batch_size': 4,
-                'queue_size': 8, 'max_steps': 4, 'log_interval': 1, 'save_interval': 2,
-                'learning_rate': 0.5, 'key_momentum': 0.9, **settings}
+    settings = {
+        'arch': 'resnet18',
+        'small_stem': True,
+        'input_size': 32,
+        'batch_size': 4,
+        'queue_size': 8,
+        'max_steps': 4,
+        'log_interval': 1,
+        'save_interval': 2,
+        'learning_rate': 0.5,
+        'key_momentum': 0.9,
+        **settings,
+    }
     return MocoTrainer(Pictures(n), MocoConfig(**settings), run_dir=run_dir, device='cpu')
 
 
@@ -117,9 +138,9 @@ def test_crops_keep_their_share_of_the_area():
     views = draw_views(2000, ViewConfig(min_area=0.5), generator())
     area = torch.linalg.det(views['grid'][:, :, :2]).abs()
     assert area.min() >= 0.49 and area.max() <= 1 and area.std() > 0.1
-    corners = views['grid'] @ torch.tensor([[-1., 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
+    corners = views['grid'] @ torch.tensor([[-1.0, 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
     straight = draw_views(2000, ViewConfig(rotation=0), generator())['grid']
-    inside = straight @ torch.tensor([[-1., 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
+    inside = straight @ torch.tensor([[-1.0, 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
     assert inside.abs().max() <= 1 + 1e-5 < corners.abs().max()
 
 
@@ -129,8 +150,9 @@ def test_colour_survives_and_grey_stays_grey():
     img = apply_views(red, {**draw_views(64, ViewConfig(rotation=0), generator())})
     mean = img.mean((2, 3))
     assert (mean[:, 0] > mean[:, 1] + 0.25).all() and (mean[:, 0] > mean[:, 2] + 0.25).all()
-    grey = apply_views(torch.full_like(red, 0.1), draw_views(64, ViewConfig(rotation=0),
-                                                             generator()))
+    grey = apply_views(
+        torch.full_like(red, 0.1), draw_views(64, ViewConfig(rotation=0), generator())
+    )
     assert (grey.amax(1) - grey.amin(1)).max() < 1e-5
 
 
@@ -173,9 +195,11 @@ def test_queue_replaces_the_oldest():
 def test_key_network_follows_weights_and_statistics():
     moco = MoCo('resnet18', small_stem=True, queue_size=8, generator=generator()).train()
     assert moco.query.training and not moco.key.training
-    assert all(torch.equal(a, b) for a, b in zip(moco.key.state_dict().values(),
-                                                 moco.query.state_dict().values()))
-    moco.query(pictures(4))    # moves the running statistics
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(moco.key.state_dict().values(), moco.query.state_dict().values())
+    )
+    moco.query(pictures(4))  # moves the running statistics
     with torch.no_grad():
         moco.query.backbone.conv1.weight.add_(1.0)
     old = {k: v.clone() for k, v in moco.key.state_dict().items()}
@@ -193,7 +217,7 @@ def test_one_step_by_hand(tmp_path):
     views = other.views(img, 0), other.views(img, 1)
     values = trainer.step(img)
 
-    moco = other.moco.train()    # at step 0 the key network equals the query
+    moco = other.moco.train()  # at step 0 the key network equals the query
     with torch.no_grad():
         k = moco.key(views[1])
     q = moco.query(views[0])
@@ -211,14 +235,15 @@ def test_one_step_by_hand(tmp_path):
 
 
 def test_schedules():
-    cfg = MocoConfig(batch_size=128, learning_rate=0.06, max_steps=100, warmup_steps=4,
-                     key_momentum=0.99)
+    cfg = MocoConfig(
+        batch_size=128, learning_rate=0.06, max_steps=100, warmup_steps=4, key_momentum=0.99
+    )
     assert learning_rate(cfg, 0) == pytest.approx(0.03 / 4)
     assert learning_rate(cfg, 50) == pytest.approx(0.015)
     assert learning_rate(cfg, 99) < 1e-4
     assert [key_momentum(cfg, s) for s in (0, 90, 5000)] == [0.1, 0.91, 0.99]
     assert automatic_queue(4000, 64) == 1984
-    assert automatic_queue(10 ** 6, 256) == 65536
+    assert automatic_queue(10**6, 256) == 65536
     assert automatic_queue(70, 64) == 64
 
 
@@ -238,17 +263,21 @@ def states_equal(a, b):
 def test_resume_is_exact_and_survives_damage(tmp_path, caplog):
     whole = make_trainer(tmp_path / 'whole', max_steps=3, save_interval=9)
     assert whole.train()
+
     # Stopped by the clock after one step, then gone on from there.
     def part():
         return make_trainer(tmp_path / 'parts', max_steps=3, save_interval=2)
+
     first = part()
     assert not first.train(max_minutes=1e-9) and first.step_count == 1
     second = part()
     assert second.resume() and second.train()
     assert states_equal(whole.state(), second.state())
     for field in ('loss', 'top1', 'learning_rate'):
-        one, two = ([r[field] for r in read_jsonl(tmp_path / run / 'stats.jsonl')]
-                    for run in ('whole', 'parts'))
+        one, two = (
+            [r[field] for r in read_jsonl(tmp_path / run / 'stats.jsonl')]
+            for run in ('whole', 'parts')
+        )
         assert one == two and len(one) == 3
     # The last file is damaged: the one before it serves.
     last = tmp_path / 'parts' / 'checkpoints' / 'state_3.pt'
@@ -266,7 +295,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
     """The same global batches under torchrun with gloo; weights agree to 2e-3 of their update
     (float32 sums in another order, through two steps)."""
     program = tmp_path / 'run.py'
-    program.write_text(f'''
+    program.write_text(f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 from test_content_training import two_steps
@@ -274,11 +303,21 @@ from utils import distributed
 distributed.init('cpu')
 two_steps(sys.argv[1])
 distributed.shutdown()
-''')
-    job = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                            '--nproc_per_node=2', str(program), str(tmp_path / 'two')],
-                           env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'},
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+""")
+    job = subprocess.Popen(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node=2',
+            str(program),
+            str(tmp_path / 'two'),
+        ],
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     start = two_steps(tmp_path / 'start', max_steps=0).moco.state_dict()
     one = two_steps(tmp_path / 'one').moco.state_dict()
     output = job.communicate(timeout=900)[0]
@@ -286,28 +325,38 @@ distributed.shutdown()
     two = load_weights(tmp_path / 'two' / 'checkpoints' / 'state_2.pt')['moco']
 
     def distance(a, b):
-        return sum(float((a[k].double() - b[k].double()).square().sum())
-                   for k in start if k.startswith('query.')) ** 0.5
+        return (
+            sum(
+                float((a[k].double() - b[k].double()).square().sum())
+                for k in start
+                if k.startswith('query.')
+            )
+            ** 0.5
+        )
+
     assert distance(one, two) < 2e-3 * distance(one, start)
     assert (one['queue'] - two['queue']).abs().max() < 1e-3
     assert one['queue_at'] == two['queue_at'] == 0
-    losses = [[r['loss'] for r in read_jsonl(tmp_path / n / 'stats.jsonl')]
-              for n in ('one', 'two')]
+    losses = [[r['loss'] for r in read_jsonl(tmp_path / n / 'stats.jsonl')] for n in ('one', 'two')]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def two_steps(run_dir, max_steps=2):
-    trainer = make_trainer(run_dir, batch_size=8, queue_size=16, max_steps=max_steps,
-                           learning_rate=0.1)
+    trainer = make_trainer(
+        run_dir, batch_size=8, queue_size=16, max_steps=max_steps, learning_rate=0.1
+    )
     trainer.train()
     return trainer
 
 
-@pytest.mark.parametrize('settings,words', [
-    ({'batch_size': 32, 'queue_size': 32}, 'fewer than one batch'),
-    ({'queue_size': 10}, 'no multiple of --batch_size'),
-    ({'batch_size': 1, 'queue_size': 8}, '2 images per process'),
-])
+@pytest.mark.parametrize(
+    'settings,words',
+    [
+        ({'batch_size': 32, 'queue_size': 32}, 'fewer than one batch'),
+        ({'queue_size': 10}, 'no multiple of --batch_size'),
+        ({'batch_size': 1, 'queue_size': 8}, '2 images per process'),
+    ],
+)
 def test_bad_settings(settings, words, tmp_path):
     with pytest.raises(UserError, match=words):
         make_trainer(tmp_path, **settings)
@@ -338,10 +387,9 @@ def test_features_of_identity_and_of_disease_are_told_apart():
     person = units(30, 16).numpy()[np.arange(60) // 2]
     disease = units(3, 16).numpy()[labels]
     noise = 0.1 * rng.standard_normal((60, 16)) / 4
-    of_person = neighbour_quality(person + noise, labels=labels, patients=patients,
-                                  eyes=eyes)
+    of_person = neighbour_quality(person + noise, labels=labels, patients=patients, eyes=eyes)
     assert of_person['patient']['share'] == 1 and of_person['patient']['chance'] < 0.02
-    assert of_person['grade']['share'] == 1    # which says nothing: the same patient
+    assert of_person['grade']['share'] == 1  # which says nothing: the same patient
     assert of_person['grade_other_patients']['share'] < 0.7
     assert of_person['eye_of_patient']['share'] == 0
     of_disease = feature_quality(disease + noise, labels=labels, patients=patients)
@@ -355,9 +403,10 @@ def test_features_of_identity_and_of_disease_are_told_apart():
 
 def test_chance_among_other_patients_is_the_plain_count():
     patients, labels, _ = people(20)
-    labels[3] = 2    # a patient with two grades
-    pairs = [(labels[i] == labels[j]) for i in range(20) for j in range(20)
-             if patients[i] != patients[j]]
+    labels[3] = 2  # a patient with two grades
+    pairs = [
+        (labels[i] == labels[j]) for i in range(20) for j in range(20) if patients[i] != patients[j]
+    ]
     got = neighbour_quality(np.eye(20), labels=labels, patients=patients)
     assert got['grade_other_patients']['chance'] == pytest.approx(np.mean(pairs))
 
@@ -370,7 +419,7 @@ def test_probe_does_not_know_the_patient():
     assert probe['accuracy'] < 0.6 and probe['kappa'] < 0.4
     assert linear_probe(person, np.zeros(120, int), patients=patients) == {}
     rare = labels.copy()
-    rare[:2] = 4    # a single patient of grade 4 cannot be in every fold
+    rare[:2] = 4  # a single patient of grade 4 cannot be in every fold
     assert linear_probe(person, rare, patients=patients)['images'] == 118
 
 
@@ -387,16 +436,39 @@ def photographs(tmp_path_factory):
     for name in ids:
         pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / 'images' / f'{name}.png')
-    pd.DataFrame({'id_code': ids, 'diagnosis': labels, 'patient_id': patients, 'eye': eyes,
-                  'split': ['train'] * 30 + ['test'] * 6}
-                 ).to_csv(folder / 'labels.csv', index=False)
+    pd.DataFrame(
+        {
+            'id_code': ids,
+            'diagnosis': labels,
+            'patient_id': patients,
+            'eye': eyes,
+            'split': ['train'] * 30 + ['test'] * 6,
+        }
+    ).to_csv(folder / 'labels.csv', index=False)
     return folder
 
 
 def arguments(data, out_dir, *more):
-    return ['--data', str(data), '--out_dir', str(out_dir), '--arch', 'resnet18', '--small_stem',
-            '--input_size', '32', '--batch_size', '8', '--max_steps', '2', '--device', 'cpu',
-            '--log_interval', '1', *more]
+    return [
+        '--data',
+        str(data),
+        '--out_dir',
+        str(out_dir),
+        '--arch',
+        'resnet18',
+        '--small_stem',
+        '--input_size',
+        '32',
+        '--batch_size',
+        '8',
+        '--max_steps',
+        '2',
+        '--device',
+        'cpu',
+        '--log_interval',
+        '1',
+        *more,
+    ]
 
 
 def test_script_end_to_end(photographs, tmp_path):
@@ -411,8 +483,12 @@ def test_script_end_to_end(photographs, tmp_path):
     assert 'auc' in quality['trained']['linear_probe']
 
     file = load_weights(out / EXPORT_NAME)
-    assert (file['format'], file['arch'], file['input_size'], file['small_stem']) == \
-        ('k-salsa-content-encoder', 'resnet18', 32, True)
+    assert (file['format'], file['arch'], file['input_size'], file['small_stem']) == (
+        'k-salsa-content-encoder',
+        'resnet18',
+        32,
+        True,
+    )
     assert file['state_dict']['layer1.0.conv1.weight'].dtype == torch.float16
     assert not any(k.startswith(('fc.', 'backbone.', 'head.')) for k in file['state_dict'])
     state = load_weights(out / 'checkpoints' / 'state_2.pt')['moco']
@@ -428,14 +504,26 @@ def test_script_end_to_end(photographs, tmp_path):
         script.main(command)
     with pytest.raises(UserError, match='hue: was 0.01, now 0.02'):
         script.main([*command, '--resume', '--hue', '0.02'])
-    assert script.main([*command, '--resume']) == 0    # finished: only reports again
+    assert script.main([*command, '--resume']) == 0  # finished: only reports again
 
 
 def test_script_takes_folders_with_labels_beside_them(photographs, tmp_path):
     out = tmp_path / 'run'
-    assert script.main(arguments(
-        photographs / 'images', out, '--labels', str(photographs / 'labels.csv'),
-        '--quality_images', '9', '--max_steps', '1')) == 0
+    assert (
+        script.main(
+            arguments(
+                photographs / 'images',
+                out,
+                '--labels',
+                str(photographs / 'labels.csv'),
+                '--quality_images',
+                '9',
+                '--max_steps',
+                '1',
+            )
+        )
+        == 0
+    )
     quality = json.loads((out / 'quality.json').read_text())
     assert quality['trained']['images'] == 9
 
@@ -455,15 +543,18 @@ def test_table_images(photographs, tmp_path):
     assert 'a.png' in str(caught.value) and 'b.png' in str(caught.value)
 
 
-@pytest.mark.parametrize('more,words', [
-    (['--input_size', '16'], 'at least 32 px'),
-    (['--small_stem', '0'], 'needs --small_stem'),
-    (['--min_area', '0'], '--min_area'),
-    (['--split', 'train'], 'goes with a table'),
-    (['--labels_image_dir', '.'], 'goes with --labels'),
-    (['--batch_size', '64'], 'fewer than one batch'),
-    (['--data', 'nowhere'], 'nowhere'),
-])
+@pytest.mark.parametrize(
+    'more,words',
+    [
+        (['--input_size', '16'], 'at least 32 px'),
+        (['--small_stem', '0'], 'needs --small_stem'),
+        (['--min_area', '0'], '--min_area'),
+        (['--split', 'train'], 'goes with a table'),
+        (['--labels_image_dir', '.'], 'goes with --labels'),
+        (['--batch_size', '64'], 'fewer than one batch'),
+        (['--data', 'nowhere'], 'nowhere'),
+    ],
+)
 def test_script_refuses(more, words, photographs, tmp_path):
     with pytest.raises(UserError, match=words):
         script.main(arguments(photographs / 'images', tmp_path / 'run', *more))

@@ -1,4 +1,5 @@
 """NVIDIA pickles and PyTorch ports -> this project's weight files, checked by numbers."""
+
 import json
 import os
 import pickle
@@ -71,8 +72,12 @@ def test_pickle_tensors_arrive_bit_for_bit(content, pickle_path):
         found, want = tensors(read[name]), truth(content[name])
         assert found.keys() == want.keys()
         assert all(torch.equal(found[k], want[k]) for k in want)
-    assert read['training_set_kwargs'] == {'class_name': 'ImageFolderDataset', 'xflip': False,
-                                           'seen': {1, 2}, 'order': {'a': 1.5}}
+    assert read['training_set_kwargs'] == {
+        'class_name': 'ImageFolderDataset',
+        'xflip': False,
+        'seen': {1, 2},
+        'order': {'a': 1.5},
+    }
 
 
 @torch.no_grad()
@@ -128,8 +133,9 @@ def _mistakes_g():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('mistake,key,change', list(_mistakes_g()),
-                         ids=[m[0] for m in _mistakes_g()])
+@pytest.mark.parametrize(
+    'mistake,key,change', list(_mistakes_g()), ids=[m[0] for m in _mistakes_g()]
+)
 def test_generator_mistakes_would_be_seen(content, weights, mistake, key, change):
     source = truth(content['G_ema'])
     wrong = dict(weights['g_ema'])
@@ -141,16 +147,19 @@ def test_generator_mistakes_would_be_seen(content, weights, mistake, key, change
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('key,change', [
-    ('convs.1.conv1.0.weight', lambda t: t.flip([2, 3])),
-    ('convs.1.conv2.1.weight', lambda t: t.flip([2, 3])),
-    ('convs.2.conv1.0.weight', lambda t: t.transpose(0, 1)),
-    ('convs.2.conv2.0.kernel', lambda t: t * 4),
-    ('convs.3.skip.0.kernel', lambda t: t * 4),
-    ('final_linear.0.weight', lambda t: t.view(-1, 12, 4, 4).transpose(2, 3).flatten(1)),
-    ('final_conv.0.weight', lambda t: t.roll(1, 1)),
-    ('final_conv.1.bias', lambda t: t * 0),
-])
+@pytest.mark.parametrize(
+    'key,change',
+    [
+        ('convs.1.conv1.0.weight', lambda t: t.flip([2, 3])),
+        ('convs.1.conv2.1.weight', lambda t: t.flip([2, 3])),
+        ('convs.2.conv1.0.weight', lambda t: t.transpose(0, 1)),
+        ('convs.2.conv2.0.kernel', lambda t: t * 4),
+        ('convs.3.skip.0.kernel', lambda t: t * 4),
+        ('final_linear.0.weight', lambda t: t.view(-1, 12, 4, 4).transpose(2, 3).flatten(1)),
+        ('final_conv.0.weight', lambda t: t.roll(1, 1)),
+        ('final_conv.1.bias', lambda t: t * 0),
+    ],
+)
 def test_discriminator_mistakes_would_be_seen(content, weights, key, change):
     wrong = {**weights['d'], key: change(weights['d'][key]).contiguous()}
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -166,7 +175,7 @@ def test_older_numpy_names_and_protocols(content, tmp_path):
         path.write_bytes(data.replace(b'numpy._core.multiarray\n', name))
         layer = read_pickle(path)['G_ema'].state['_modules']['synthesis'].state['_modules']['b4']
         gain = layer.state['_modules']['conv1'].state['act_gain']
-        assert type(gain) is float and gain == pytest.approx(2 ** 0.5)
+        assert type(gain) is float and gain == pytest.approx(2**0.5)
 
 
 @torch.no_grad()
@@ -238,33 +247,43 @@ def _other_architecture(kind):
     return net
 
 
-@pytest.mark.parametrize('net,words', [
-    (lambda: make_generator(c_dim=5), 'class-conditional'),
-    (lambda: make_generator(colours=1), '1 channel'),
-    (lambda: make_generator(z_dim=20), 'w_dim'),
-    (lambda: _other_architecture('resnet'), 'resnet'),
-    (lambda: _other_architecture('orig'), 'torgb'),
-    (lambda: _other_architecture('no noise'), 'noise_strength'),
-    (lambda: _other_architecture('filter'), 'filter'),
-    (lambda: _other_architecture('activation'), 'relu'),
-    (lambda: _other_architecture('rate'), 'learning rate multiplier 0.1'),
-    (lambda: _other_architecture('no blocks'), 'no StyleGAN2 blocks'),
-])
+@pytest.mark.parametrize(
+    'net,words',
+    [
+        (lambda: make_generator(c_dim=5), 'class-conditional'),
+        (lambda: make_generator(colours=1), '1 channel'),
+        (lambda: make_generator(z_dim=20), 'w_dim'),
+        (lambda: _other_architecture('resnet'), 'resnet'),
+        (lambda: _other_architecture('orig'), 'torgb'),
+        (lambda: _other_architecture('no noise'), 'noise_strength'),
+        (lambda: _other_architecture('filter'), 'filter'),
+        (lambda: _other_architecture('activation'), 'relu'),
+        (lambda: _other_architecture('rate'), 'learning rate multiplier 0.1'),
+        (lambda: _other_architecture('no blocks'), 'no StyleGAN2 blocks'),
+    ],
+)
 def test_what_cannot_be_represented_is_refused(net, words, tmp_path):
     path = write_pickle(tmp_path / 'odd.pkl', {'G_ema': net()})
     with pytest.raises(UserError, match=words):
         convert(read_pickle(path))
 
 
-@pytest.mark.parametrize('change,words', [
-    (lambda d: setattr(d, 'c_dim', 4), 'class-conditional'),
-    (lambda d: setattr(d.b16, 'fromrgb', d.b32.fromrgb), 'skip'),
-    (lambda d: delattr(d.b16, 'skip'), 'b16.skip.weight'),
-    (lambda d: setattr(d.b32.fromrgb, 'weight', torch.nn.Parameter(torch.ones(6, 1, 1, 1))),
-     '1 channel'),
-    (lambda d: setattr(d.b4.conv, 'weight', torch.nn.Parameter(torch.ones(12, 12, 3, 3))),
-     'minibatch'),
-])
+@pytest.mark.parametrize(
+    'change,words',
+    [
+        (lambda d: setattr(d, 'c_dim', 4), 'class-conditional'),
+        (lambda d: setattr(d.b16, 'fromrgb', d.b32.fromrgb), 'skip'),
+        (lambda d: delattr(d.b16, 'skip'), 'b16.skip.weight'),
+        (
+            lambda d: setattr(d.b32.fromrgb, 'weight', torch.nn.Parameter(torch.ones(6, 1, 1, 1))),
+            '1 channel',
+        ),
+        (
+            lambda d: setattr(d.b4.conv, 'weight', torch.nn.Parameter(torch.ones(12, 12, 3, 3))),
+            'minibatch',
+        ),
+    ],
+)
 def test_other_discriminators_are_refused(change, words, tmp_path):
     net = make_discriminator()
     change(net)
@@ -292,8 +311,10 @@ def _hostile(marker):
     yield 'getattr', Call(getattr, 'x', 'upper')
     yield 'torch.load', Call(torch.load, str(marker))
     yield 'nested', {'G_ema': {'a': [1, {'b': (Call(os.system, command),)}]}}
-    yield 'in a storage', Call(torch.storage._load_from_bytes,
-                               pickle.dumps(Call(os.system, command), protocol=2))
+    yield (
+        'in a storage',
+        Call(torch.storage._load_from_bytes, pickle.dumps(Call(os.system, command), protocol=2)),
+    )
     yield 'module object', Call(__import__, 'os')
 
 
@@ -319,14 +340,24 @@ def test_hostile_attribute_inside_a_network(tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize('layout', [(0, (1000,), (1,)), (2, (3,), (1,)), (0, (2, 2), (1, 3)),
-                                    (-1, (2,), (1,)), (0, (1000,), (0,)), (0, (2,), (-1,))])
+@pytest.mark.parametrize(
+    'layout',
+    [
+        (0, (1000,), (1,)),
+        (2, (3,), (1,)),
+        (0, (2, 2), (1, 3)),
+        (-1, (2,), (1,)),
+        (0, (1000,), (0,)),
+        (0, (2,), (-1,)),
+    ],
+)
 def test_tensor_beyond_its_data_is_refused(layout, tmp_path):
     storage = torch.zeros(4)._typed_storage()
 
     class Wide:
         def __reduce__(self):
             return torch._utils._rebuild_tensor_v2, (storage, *layout, False, {})
+
     path = tmp_path / 'wide.pkl'
     path.write_bytes(pickle.dumps({'G_ema': Wide()}))
     with pytest.raises(UserError, match='refused'):
@@ -349,13 +380,30 @@ def test_damaged_and_foreign_files(tmp_path, pickle_path):
 def test_a_cycle_of_modules_is_refused(tmp_path):
     def text(value):
         return b'X' + len(value).to_bytes(4, 'little') + value.encode()
+
     # {'G_ema': module} whose own dict of children (memo 1) receives the module (memo 2) afterwards.
     path = tmp_path / 'cycle.pkl'
-    path.write_bytes(b''.join([
-        b'\x80\x02}', text('G_ema'), b'ctorch_utils.persistence\n_reconstruct_persistent_obj\n',
-        b'}(', text('type'), text('class'), text('class_name'), text('Generator'),
-        text('state'), b'}(', text('_modules'), b'}q\x01uu\x85Rq\x02s',
-        b'h\x01', text('loop'), b'h\x02s0.']))
+    path.write_bytes(
+        b''.join(
+            [
+                b'\x80\x02}',
+                text('G_ema'),
+                b'ctorch_utils.persistence\n_reconstruct_persistent_obj\n',
+                b'}(',
+                text('type'),
+                text('class'),
+                text('class_name'),
+                text('Generator'),
+                text('state'),
+                b'}(',
+                text('_modules'),
+                b'}q\x01uu\x85Rq\x02s',
+                b'h\x01',
+                text('loop'),
+                b'h\x02s0.',
+            ]
+        )
+    )
     with pytest.raises(UserError, match='holds itself'):
         read_pickle(path)
 
@@ -381,14 +429,36 @@ def test_script_converts_a_pickle(pickle_path, content, tmp_path, capsys):
 
 def test_script_reads_a_trainer_checkpoint(tmp_path):
     torch.manual_seed(0)
-    g, d = (Generator(32, style_dim=8, n_mlp=2, channels=CHANNELS),
-            Discriminator(32, channels=CHANNELS))
-    source = namespace_checkpoint(tmp_path / '000100.pt', {
-        'g': g.state_dict(), 'd': d.state_dict(), 'g_ema': g.state_dict(), 'g_optim': {},
-        'ada_aug_p': 0.1})
+    g, d = (
+        Generator(32, style_dim=8, n_mlp=2, channels=CHANNELS),
+        Discriminator(32, channels=CHANNELS),
+    )
+    source = namespace_checkpoint(
+        tmp_path / '000100.pt',
+        {
+            'g': g.state_dict(),
+            'd': d.state_dict(),
+            'g_ema': g.state_dict(),
+            'g_optim': {},
+            'ada_aug_p': 0.1,
+        },
+    )
     dest = tmp_path / 'g.pt'
-    assert script.main(['--source', str(source), '--dest', str(dest), '--device', 'cpu',
-                        '--latent_samples', '500']) == 0
+    assert (
+        script.main(
+            [
+                '--source',
+                str(source),
+                '--dest',
+                str(dest),
+                '--device',
+                'cpu',
+                '--latent_samples',
+                '500',
+            ]
+        )
+        == 0
+    )
     net, latent_avg = load_generator(dest)
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in g.state_dict().items())
     assert torch.allclose(latent_avg, g.mean_latent(500, seed=0))
@@ -411,8 +481,12 @@ def test_script_refuses_bad_files(tmp_path):
     broken = g.state_dict()
     broken['convs.0.conv.weight'] = broken['convs.0.conv.weight'] * float('nan')
     save_torch(tmp_path / 'nan.pt', {'g_ema': broken})
-    for name, words in (('evil.pt', 'objects other'), ('other.pt', 'no "g_ema"'),
-                        ('nan.pt', 'not finite'), ('none.pt', 'not found')):
+    for name, words in (
+        ('evil.pt', 'objects other'),
+        ('other.pt', 'no "g_ema"'),
+        ('nan.pt', 'not finite'),
+        ('none.pt', 'not found'),
+    ):
         with pytest.raises(UserError, match=words):
             script.main(['--source', str(tmp_path / name), '--dest', str(tmp_path / 'x.pt')])
     assert not (tmp_path / 'marker').exists() and not (tmp_path / 'x.pt').exists()
@@ -420,18 +494,45 @@ def test_script_refuses_bad_files(tmp_path):
 
 def test_script_runs_from_any_folder(pickle_path, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / 'scripts' / 'convert_stylegan2_ada.py'), '--source',
-         str(pickle_path), '--dest', 'g.pt', '--device', 'cpu'],
-        cwd=tmp_path, capture_output=True, text=True)
+        [
+            sys.executable,
+            str(ROOT / 'scripts' / 'convert_stylegan2_ada.py'),
+            '--source',
+            str(pickle_path),
+            '--dest',
+            'g.pt',
+            '--device',
+            'cpu',
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     done = subprocess.run(
-        [sys.executable, str(ROOT / 'scripts' / 'convert_stylegan2_ada.py'), '--source',
-         str(pickle_path), '--dest', 'g.pt'], cwd=tmp_path, capture_output=True, text=True)
+        [
+            sys.executable,
+            str(ROOT / 'scripts' / 'convert_stylegan2_ada.py'),
+            '--source',
+            str(pickle_path),
+            '--dest',
+            'g.pt',
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stderr.startswith('error: --dest g.pt already exists')
 
 
-@pytest.mark.parametrize('content, message', [
-    (b'', 'empty or cut short'), (b'Pfile\n.', 'data outside itself'), (b'\x89PNG\r\n', 'refused')])
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (b'', 'empty or cut short'),
+        (b'Pfile\n.', 'data outside itself'),
+        (b'\x89PNG\r\n', 'refused'),
+    ],
+)
 def test_other_files_are_refused_in_a_sentence(content, message, tmp_path):
     (tmp_path / 'net.pkl').write_bytes(content)
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,5 @@
 """Losses: golden content loss, the literal form of local style alignment, file layouts, errors."""
+
 import warnings
 
 import lpips
@@ -25,9 +26,11 @@ def moco_file(tmp_path_factory):
     state = fill_state_dict(state, equalized=False)
     body = {k: v for k, v in state.items() if not k.startswith('fc.')}
     named = {f'module.encoder_q.{k}': v for k, v in body.items()}
-    named |= {'module.encoder_q.fc.0.weight': torch.zeros(2, 2),
-              'module.encoder_k.conv1.weight': torch.zeros(64, 3, 7, 7),
-              'module.queue': torch.zeros(4, 4)}
+    named |= {
+        'module.encoder_q.fc.0.weight': torch.zeros(2, 2),
+        'module.encoder_k.conv1.weight': torch.zeros(64, 3, 7, 7),
+        'module.queue': torch.zeros(4, 4),
+    }
     path = tmp_path_factory.mktemp('moco') / 'moco.pth.tar'
     torch.save({'epoch': 800, 'arch': 'resnet50', 'state_dict': named, 'optimizer': {}}, path)
     return path
@@ -41,8 +44,9 @@ def test_content_loss_golden(moco_file, golden):
         targets = net.features(fill_image('psp/source', (5, 3, 256, 256)))
         loss = content_loss(net.features(y), targets.mean(0, keepdim=True)).sum()
         # The reference rounds 1 - cosine to whole units of 2^-24.
-        assert abs(loss.item() - data['loss'].item()) < 1e-4 * data['loss'].item() + 2 ** -24
+        assert abs(loss.item() - data['loss'].item()) < 1e-4 * data['loss'].item() + 2**-24
         return torch.autograd.grad(loss, y)[0]
+
     net = load_content_network(moco_file)
     # In float32 rounding decides which side of zero some rectified units are on, and each of them
     # moves the gradient: by per cents, otherwise on every processor.
@@ -53,8 +57,10 @@ def test_content_loss_golden(moco_file, golden):
 
 def test_content_encoder_file_round_trip(tmp_path):
     net = build_resnet('resnet18', small_stem=True)
-    torch.save(content_checkpoint(net.half(), arch='resnet18', input_size=32, small_stem=True),
-               tmp_path / 'content.pt')
+    torch.save(
+        content_checkpoint(net.half(), arch='resnet18', input_size=32, small_stem=True),
+        tmp_path / 'content.pt',
+    )
     loaded = load_content_network(tmp_path / 'content.pt')
     features = loaded.features(torch.rand(2, 3, 64, 64))
     assert features.shape == (2, 512) and features.dtype == torch.float32
@@ -79,8 +85,10 @@ def test_missing_files_say_where_to_get_them(tmp_path):
 
 def test_vgg_uses_the_second_convolution_after_its_relu(tmp_path):
     vgg = torchvision.models.vgg19(weights=None)
-    torch.save({k: v for k, v in vgg.state_dict().items() if k.startswith('features.')},
-               tmp_path / 'vgg.pth')
+    torch.save(
+        {k: v for k, v in vgg.state_dict().items() if k.startswith('features.')},
+        tmp_path / 'vgg.pth',
+    )
     x = torch.rand(1, 3, 16, 16)
     want = vgg.features[:4](x)
     assert torch.allclose(load_style_network(tmp_path / 'vgg.pth').features(x), want, atol=1e-5)
@@ -100,32 +108,34 @@ def test_filter_bank_answers_edges_and_ignores_flat_colour():
 
 def literal_local_style(y, sources, n_crop):
     """The published double loop, written plainly."""
+
     def grams(features):
         side = features.shape[-1] // n_crop
         found = []
         for row in range(n_crop):
             for col in range(n_crop):
-                patch = features[:, row * side:(row + 1) * side, col * side:(col + 1) * side]
+                patch = features[:, row * side : (row + 1) * side, col * side : (col + 1) * side]
                 flat = patch.reshape(len(patch), -1)
                 found.append(flat @ flat.T)
         return found
+
     mine, total = grams(y), 0
     for source in sources:
         for gram in grams(source):
             cosines = [torch.cosine_similarity(g.flatten(), gram.flatten(), dim=0) for g in mine]
             q = max(range(len(mine)), key=lambda i: float(cosines[i]))
-            total = total + (mine[q] - gram).square().sum() / n_crop ** 2 / len(sources)
+            total = total + (mine[q] - gram).square().sum() / n_crop**2 / len(sources)
     return total
 
 
 def test_local_style_equals_the_literal_loops():
     torch.manual_seed(0)
-    y = torch.rand(2, 5, 17, 17, requires_grad=True)    # 17 = 4 * 4 + 1: a row is dropped
+    y = torch.rand(2, 5, 17, 17, requires_grad=True)  # 17 = 4 * 4 + 1: a row is dropped
     sources = [torch.rand(3, 5, 17, 17), torch.rand(2, 5, 17, 17)]
     members = torch.zeros(2, 3, 16, 5, 5)
     weights = torch.zeros(2, 3)
     for i, s in enumerate(sources):
-        members[i, :len(s)], weights[i, :len(s)] = patch_grams(s, 4), 1 / len(s)
+        members[i, : len(s)], weights[i, : len(s)] = patch_grams(s, 4), 1 / len(s)
     got = local_style_loss(patch_grams(y, 4), members, weights)
     want = torch.stack([literal_local_style(y[i], sources[i], 4) for i in range(2)])
     assert torch.allclose(got, want, rtol=1e-5)
@@ -143,7 +153,7 @@ def test_lpips_equals_the_library(tmp_path):
     alex = torchvision.models.alexnet(weights=None)
     torch.save(alex.state_dict(), tmp_path / 'alexnet.pth')
     with warnings.catch_warnings():
-        warnings.simplefilter('error')    # a user is told nothing he cannot act on
+        warnings.simplefilter('error')  # a user is told nothing he cannot act on
         ours = LPIPSLoss(tmp_path / 'alexnet.pth')
     library = lpips.LPIPS(net='alex', pnet_rand=True, verbose=False)
     for name, value in library.net.named_parameters():

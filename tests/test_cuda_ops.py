@@ -1,4 +1,5 @@
 """The fused CUDA ops: they compile without a GPU, and on one they equal the PyTorch path."""
+
 import ctypes
 import itertools
 import re
@@ -49,10 +50,13 @@ def test_missing_compiler_names_the_remedy(monkeypatch, tmp_path):
         build.find_nvcc()
 
 
-@pytest.mark.parametrize('version,remedy', [
-    ('12.8', 'install the CUDA toolkit 12.8'), ('13.0', 'pip install "cuda-toolkit')])
-def test_the_remedy_fits_the_cuda_version(monkeypatch: pytest.MonkeyPatch, version: str,
-                                          remedy: str) -> None:
+@pytest.mark.parametrize(
+    'version,remedy',
+    [('12.8', 'install the CUDA toolkit 12.8'), ('13.0', 'pip install "cuda-toolkit')],
+)
+def test_the_remedy_fits_the_cuda_version(
+    monkeypatch: pytest.MonkeyPatch, version: str, remedy: str
+) -> None:
     monkeypatch.setattr(torch.version, 'cuda', version)
     assert build.toolkit_hint().startswith(remedy)
 
@@ -60,6 +64,7 @@ def test_the_remedy_fits_the_cuda_version(monkeypatch: pytest.MonkeyPatch, versi
 def without_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail() -> Path:
         raise RuntimeError('Could not determine home directory.')
+
     monkeypatch.setattr(build.Path, 'home', fail)
 
 
@@ -75,8 +80,9 @@ def without_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('spoil', [without_home, without_room, without_source])
-def test_first_use_falls_back_whatever_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                                  caplog: pytest.LogCaptureFixture, spoil) -> None:
+def test_first_use_falls_back_whatever_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil
+) -> None:
     for variable in ('KSALSA_CACHE', 'XDG_CACHE_HOME'):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (9, 0))
@@ -89,22 +95,24 @@ def test_first_use_falls_back_whatever_is_missing(monkeypatch: pytest.MonkeyPatc
         build.load_kernels(0)
 
 
-def test_the_cache_follows_its_variable_without_a_home(monkeypatch: pytest.MonkeyPatch,
-                                                       tmp_path: Path) -> None:
+def test_the_cache_follows_its_variable_without_a_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     without_home(monkeypatch, tmp_path)
     monkeypatch.delenv('KSALSA_CACHE', raising=False)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     assert tmp_path in build.cache_dir('sm_90').parents
 
 
-NVCC = '''#!/bin/sh
+NVCC = """#!/bin/sh
 while [ "$1" != -o ]; do shift; done
 sleep 0.5; echo built > "$2"
-'''
+"""
 
 
-def test_processes_of_one_number_build_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-                                             ) -> None:
+def test_processes_of_one_number_build_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Two machines with a common cache may have the same process numbers."""
     compiler = tmp_path / 'nvcc'
     compiler.write_text(NVCC)
@@ -129,10 +137,11 @@ def test_declared_functions_match_the_source():
     class Fake:
         ksalsa_upfirdn2d = type('F', (), {})()
         ksalsa_activate = type('F', (), {})()
+
     fake = build.declare(Fake())
     source = build.SOURCE.read_text()
     for name in ('ksalsa_upfirdn2d', 'ksalsa_activate'):
-        signature = source[source.index(f'int {name}('):].split(')')[0]
+        signature = source[source.index(f'int {name}(') :].split(')')[0]
         assert len(getattr(fake, name).argtypes) == signature.count(',') + 1
     assert fake.ksalsa_activate.argtypes[4] is ctypes.c_int64
 
@@ -145,12 +154,36 @@ def test_kernels_stay_in_registers_and_store_wide(tmp_path, architecture):
         nvcc = build.find_nvcc()
     except build.BuildError as error:
         pytest.skip(str(error))
-    done = subprocess.run([nvcc, '-O3', '-std=c++17', f'-arch={architecture}', '-Xptxas', '-v',
-                           '-keep', '-keep-dir', tmp_path, '-shared', '-Xcompiler', '-fPIC',
-                           '-cudart', 'none', build.SOURCE, '-o', tmp_path / 'kernels.so'],
-                          capture_output=True, text=True, check=True)
-    found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill "
-                       r'stores.*?Used (\d+) registers', done.stderr, re.S)
+    done = subprocess.run(
+        [
+            nvcc,
+            '-O3',
+            '-std=c++17',
+            f'-arch={architecture}',
+            '-Xptxas',
+            '-v',
+            '-keep',
+            '-keep-dir',
+            tmp_path,
+            '-shared',
+            '-Xcompiler',
+            '-fPIC',
+            '-cudart',
+            'none',
+            build.SOURCE,
+            '-o',
+            tmp_path / 'kernels.so',
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.findall(
+        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill "
+        r'stores.*?Used (\d+) registers',
+        done.stderr,
+        re.S,
+    )
     half = [f for f in found if 'filter_small' in f[0] and '6__halfLi4' in f[0]]
     assert len(half) == 3 and len(found) >= 36
     assert all(stack == spilled == '0' for _, stack, spilled, _ in found)
@@ -161,10 +194,22 @@ def test_kernels_stay_in_registers_and_store_wide(tmp_path, architecture):
         assert re.search(r'st\.global\.wb\.v2\.[bu]32', body) and 'st.global.u16' not in body
 
 
-CASES = list(itertools.product(
-    [(1, 1, (0, 0)), (1, 1, (2, 1)), (2, 1, (2, 1)), (2, 1, (-1, 2)), (1, 2, (1, 1)),
-     (1, 2, (2, 2, 0, 1)), (3, 2, (2, 1)), (2, 2, (1, 2))],
-    [(2, 8, 37, 23), (1, 3, 16, 16), (3, 1, 9, 70)], [False, True]))
+CASES = list(
+    itertools.product(
+        [
+            (1, 1, (0, 0)),
+            (1, 1, (2, 1)),
+            (2, 1, (2, 1)),
+            (2, 1, (-1, 2)),
+            (1, 2, (1, 1)),
+            (1, 2, (2, 2, 0, 1)),
+            (3, 2, (2, 1)),
+            (2, 2, (1, 2)),
+        ],
+        [(2, 8, 37, 23), (1, 3, 16, 16), (3, 1, 9, 70)],
+        [False, True],
+    )
+)
 
 
 @pytest.mark.gpu
@@ -182,8 +227,8 @@ def test_upfirdn2d_pair(factors, shape, last, dtype):
             inp = x.clone(memory_format=torch.preserve_format).requires_grad_()
             y = upfirdn2d(inp, kernel, up=up, down=down, pad=pad, impl=impl)
             weight = torch.linspace(-1, 1, y.numel(), device='cuda', dtype=dtype).view(y.shape)
-            grad, = torch.autograd.grad((y * weight * y).sum(), inp, create_graph=True)
-            second, = torch.autograd.grad(grad.square().sum(), inp)
+            (grad,) = torch.autograd.grad((y * weight * y).sum(), inp, create_graph=True)
+            (second,) = torch.autograd.grad(grad.square().sum(), inp)
             results[impl] = y, grad, second
         for got, want in zip(results['cuda'], results['ref']):
             assert got.dtype == dtype and got.shape == want.shape
@@ -202,8 +247,13 @@ def test_fused_leaky_relu_pair(shape, last, dtype):
     torch.manual_seed(0)
     # A bias of quarters and values in the middle between them: nothing comes near zero or the
     # clamp, where rounding alone decides on the derivative.
-    x = torch.randint(-9, 9, shape).add(0.5).div(4).to('cuda', dtype).contiguous(
-        memory_format=layout)
+    x = (
+        torch.randint(-9, 9, shape)
+        .add(0.5)
+        .div(4)
+        .to('cuda', dtype)
+        .contiguous(memory_format=layout)
+    )
     bias = torch.randint(-2, 3, shape[1:2]).div(4).to('cuda', dtype)
     for use_bias, clamp in ((True, None), (False, 0.7), (True, 0.7)):
         results = {}
@@ -213,7 +263,7 @@ def test_fused_leaky_relu_pair(shape, last, dtype):
             y = fused_leaky_relu(inp, b if use_bias else None, clamp=clamp, impl=impl)
             wanted = [inp, b] if use_bias else [inp]
             grads = torch.autograd.grad((y * y).sum(), wanted, create_graph=True)
-            second, = torch.autograd.grad(grads[0].square().sum(), inp)
+            (second,) = torch.autograd.grad(grads[0].square().sum(), inp)
             results[impl] = y, *grads, second
         for got, want in zip(results['cuda'], results['ref']):
             scale = want.abs().max().clamp(min=1)
@@ -228,10 +278,13 @@ def test_cuda_ops_pass_gradcheck():
 
     def act(x, bias):
         return fused_leaky_relu(x, bias, impl='cuda')
+
     assert torch.autograd.gradcheck(act, (x, bias))
     assert torch.autograd.gradgradcheck(act, (x, bias))
     for up, down in ((1, 1), (2, 1), (1, 2)):
+
         def fir(x, up=up, down=down):
             return upfirdn2d(x, kernel, up=up, down=down, pad=(2, 1), impl='cuda')
+
         assert torch.autograd.gradcheck(fir, x)
         assert torch.autograd.gradgradcheck(fir, x)

@@ -1,4 +1,5 @@
 """Photographs -> training archive: sources, transforms, the report, and the script."""
+
 import json
 import shutil
 import zipfile
@@ -46,7 +47,7 @@ def test_fundus_mode(photos, tmp_path, capsys):
     assert '3 images written' in capsys.readouterr().out
     data = ImageArchive(dest)
     assert len(data) == 3 and data.resolution == 64
-    for i in range(3):    # every disc now fills the square and leaves the corners dark
+    for i in range(3):  # every disc now fills the square and leaves the corners dark
         img = data[i][0].amax(0)
         assert img[32, 2:-2].min() > 10 and img[2:-2, 32].float().mean() > 30
         assert max(img[y, x] for y in (0, -1) for x in (0, -1)) < 10
@@ -64,8 +65,19 @@ def test_fundus_mode(photos, tmp_path, capsys):
 
 def test_identical_pictures_are_told(photos, tmp_path, capsys):
     shutil.copy(photos / 'a.png', photos / 'sub' / 'again.png')
-    assert run('--source', photos, '--dest', tmp_path / 'out.zip', '--transform', 'fundus',
-               '--width', 32) == 0
+    assert (
+        run(
+            '--source',
+            photos,
+            '--dest',
+            tmp_path / 'out.zip',
+            '--transform',
+            'fundus',
+            '--width',
+            32,
+        )
+        == 0
+    )
     table = pd.read_csv(tmp_path / 'out.zip.report.csv', keep_default_na=False)
     assert dict(zip(table.name, table.same_as))['sub/again.png'] == 'a.png'
     assert (table.same_as != '').sum() == 1 and table.kept.sum() == 4
@@ -74,8 +86,19 @@ def test_identical_pictures_are_told(photos, tmp_path, capsys):
 
 def test_workers_do_not_change_the_result(photos, tmp_path):
     for workers in (1, 3):
-        run('--source', photos, '--dest', tmp_path / f'{workers}.zip', '--transform', 'fundus',
-            '--width', 32, '--mask', '--workers', workers)
+        run(
+            '--source',
+            photos,
+            '--dest',
+            tmp_path / f'{workers}.zip',
+            '--transform',
+            'fundus',
+            '--width',
+            32,
+            '--mask',
+            '--workers',
+            workers,
+        )
     assert (tmp_path / '1.zip').read_bytes() == (tmp_path / '3.zip').read_bytes()
 
 
@@ -86,8 +109,20 @@ def test_pooled_sources_keep_labels_and_order(tmp_path):
         photograph().save(first / name)
     (first / 'dataset.json').write_text(json.dumps({'labels': [['y.png', 1], ['x.png', 0]]}))
     run('--source', first, '--dest', tmp_path / 'second.zip', '--width', 32, '--height', 32)
-    run('--source', first, '--source', tmp_path / 'second.zip', '--dest', tmp_path / 'both',
-        '--transform', 'center-crop', '--width', 16, '--height', 16)
+    run(
+        '--source',
+        first,
+        '--source',
+        tmp_path / 'second.zip',
+        '--dest',
+        tmp_path / 'both',
+        '--transform',
+        'center-crop',
+        '--width',
+        16,
+        '--height',
+        16,
+    )
     data = ImageArchive(tmp_path / 'both', labels=True)
     assert data.resolution == 16 and [int(data[i][1].argmax()) for i in range(4)] == [0, 1, 0, 1]
 
@@ -102,12 +137,28 @@ def test_csv_source(photos, tmp_path):
     report = pd.read_csv(tmp_path / 'out.zip.report.csv')
     assert list(report.name) == ['c.png', 'a.png']
     with pytest.raises(UserError, match='no row .* it has train, val'):
-        run('--source', table, '--image_dir', photos, '--dest', tmp_path / 'x.zip',
-            '--split', 'test')
+        run(
+            '--source',
+            table,
+            '--image_dir',
+            photos,
+            '--dest',
+            tmp_path / 'x.zip',
+            '--split',
+            'test',
+        )
     table.write_text('id_code,diagnosis\na,0\n')
     with pytest.raises(UserError, match='no split column'):
-        run('--source', table, '--image_dir', photos, '--dest', tmp_path / 'x.zip',
-            '--split', 'test')
+        run(
+            '--source',
+            table,
+            '--image_dir',
+            photos,
+            '--dest',
+            tmp_path / 'x.zip',
+            '--split',
+            'test',
+        )
 
 
 def test_csv_finds_the_images_beside_it(photos, tmp_path):
@@ -120,8 +171,15 @@ def test_csv_finds_the_images_beside_it(photos, tmp_path):
 def test_kept_names_replace_the_photographs(photos, tmp_path):
     (photos / 'labels.csv').write_text('id_code,diagnosis,patient_id\nc,2,p1\ndark,1,p2\na,0,p3\n')
     dest = tmp_path / 'cropped'
-    run('--source', photos / 'labels.csv', '--dest', dest, '--transform=fundus', '--width=32',
-        '--keep_names')
+    run(
+        '--source',
+        photos / 'labels.csv',
+        '--dest',
+        dest,
+        '--transform=fundus',
+        '--width=32',
+        '--keep_names',
+    )
     table = read_table(dest / 'labels.csv', require_label=True)
     assert table.ids == ['c', 'a'] and table.patients == ['p1', 'p3']
     assert [p.name for p in table.paths] == ['c.png', 'a.png']
@@ -133,8 +191,10 @@ def test_kept_names_replace_the_photographs(photos, tmp_path):
         run('--source', photos, '--dest', tmp_path / 'x', '--width=32', '--keep_names')
 
 
-@pytest.mark.parametrize('ids', [['b.jpg', 'c.png', '1.2.840.0.jpg', '1.2.840.1.jpg'],
-                                 ['b', 'c', '1.2.840.0', '1.2.840.1']])
+@pytest.mark.parametrize(
+    'ids',
+    [['b.jpg', 'c.png', '1.2.840.0.jpg', '1.2.840.1.jpg'], ['b', 'c', '1.2.840.0', '1.2.840.1']],
+)
 def test_the_table_of_kept_names_finds_its_pictures(tmp_path: Path, ids: list[str]) -> None:
     """Photographs of any suffix become .png; the ids of their table are copied as they are."""
     (tmp_path / 'photos').mkdir()
@@ -143,8 +203,15 @@ def test_the_table_of_kept_names_finds_its_pictures(tmp_path: Path, ids: list[st
     table = tmp_path / 'labels.csv'
     pd.DataFrame({'image': ids, 'patient': list('pqrs')}).to_csv(table, index=False)
     flags = ['--width=32', '--keep_names', '--transform=fundus']
-    run('--source', table, '--image_dir', tmp_path / 'photos', '--dest', tmp_path / 'cropped',
-        *flags)
+    run(
+        '--source',
+        table,
+        '--image_dir',
+        tmp_path / 'photos',
+        '--dest',
+        tmp_path / 'cropped',
+        *flags,
+    )
     cropped = read_table(tmp_path / 'cropped/labels.csv')
     assert cropped.ids == ids and cropped.patients == list('pqrs')
     assert [p.name for p in cropped.paths] == ['b.png', 'c.png', '1.2.840.0.png', '1.2.840.1.png']
@@ -159,13 +226,26 @@ def test_partial_labels_become_null(photos, tmp_path):
     (photos / 'dataset.json').write_text(json.dumps({'labels': [['a.png', 1]]}))
     run('--source', photos, '--dest', tmp_path / 'out.zip', '--width', 32)
     assert json.loads(zipfile.ZipFile(tmp_path / 'out.zip').read('dataset.json')) == {
-        'labels': None}
+        'labels': None
+    }
 
 
 @pytest.mark.parametrize('flag', ['--max-images', '--max_images'])
 def test_max_images_counts_what_is_kept(photos, tmp_path, flag):
-    run('--source', photos, '--dest', tmp_path / 'o.zip', '--transform', 'fundus', '--width', 32,
-        flag, 2, '--resize-filter', 'box')
+    run(
+        '--source',
+        photos,
+        '--dest',
+        tmp_path / 'o.zip',
+        '--transform',
+        'fundus',
+        '--width',
+        32,
+        flag,
+        2,
+        '--resize-filter',
+        'box',
+    )
     assert len(ImageArchive(tmp_path / 'o.zip')) == 2
     report = pd.read_csv(tmp_path / 'o.zip.report.csv')
     assert list(report.name) == ['a.png', 'broken.png', 'c.png']
@@ -189,8 +269,9 @@ def test_resizing_is_antialiased():
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
     for name in ('lanczos', 'box', 'bilinear', 'bicubic', 'hamming'):
-        small = np.asarray(transform_image(Image.fromarray(stripes), width=32, height=32,
-                                           resample=name))
+        small = np.asarray(
+            transform_image(Image.fromarray(stripes), width=32, height=32, resample=name)
+        )
         assert np.abs(small[2:-2, 2:-2].astype(int) - 127).max() <= 3, name
 
 
@@ -204,15 +285,18 @@ def test_no_transform_keeps_pixels(tmp_path):
     assert torch.equal(img, torch.from_numpy(pixels).permute(2, 0, 1))
 
 
-@pytest.mark.parametrize('options,words', [
-    (['--width', '48'], 'powers of two'),
-    (['--width', '64', '--height', '32'], 'equal sizes'),
-    (['--transform', 'center-crop-wide', '--width', '64'], '--height'),
-    (['--mask'], '--transform fundus'),
-    (['--split', 'train'], 'no CSV table'),
-    (['--image_dir', '.'], 'CSV table'),
-    ([], 'not squares of one power of two'),
-])
+@pytest.mark.parametrize(
+    'options,words',
+    [
+        (['--width', '48'], 'powers of two'),
+        (['--width', '64', '--height', '32'], 'equal sizes'),
+        (['--transform', 'center-crop-wide', '--width', '64'], '--height'),
+        (['--mask'], '--transform fundus'),
+        (['--split', 'train'], 'no CSV table'),
+        (['--image_dir', '.'], 'CSV table'),
+        ([], 'not squares of one power of two'),
+    ],
+)
 def test_bad_options_leave_nothing_behind(photos, tmp_path, options, words):
     with pytest.raises(UserError, match=words):
         run('--source', photos, '--dest', tmp_path / 'out.zip', *options)

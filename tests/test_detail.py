@@ -1,4 +1,5 @@
 """Vessel amount, power at high frequencies, and intervals over people."""
+
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
@@ -12,10 +13,13 @@ from evaluation.vessel_amount import vessel_amount, vessel_ratios
 @pytest.fixture(scope='module')
 def phantoms():
     """(pictures [12, 3, 96, 96], their drawn vessels [12, 96, 96])."""
-    drawn = [render_phantom(seed=5, patient=p, eye='left', visit=0, grade=0, size=96)
-             for p in range(12)]
-    return (np.stack([np.asarray(d.image).transpose(2, 0, 1) for d in drawn]),
-            np.stack([d.vessel_mask for d in drawn]))
+    drawn = [
+        render_phantom(seed=5, patient=p, eye='left', visit=0, grade=0, size=96) for p in range(12)
+    ]
+    return (
+        np.stack([np.asarray(d.image).transpose(2, 0, 1) for d in drawn]),
+        np.stack([d.vessel_mask for d in drawn]),
+    )
 
 
 def blurred(pictures, sigma):
@@ -37,7 +41,7 @@ def test_a_line_has_its_length_and_area():
     picture[:, :, 63:65, 20:108] = 150
     found = vessel_amount(picture)
     assert found.length[0] == pytest.approx(88 / 128, rel=0.08)
-    assert found.area[0] == pytest.approx(2 * 88 / 128 ** 2, rel=1)
+    assert found.area[0] == pytest.approx(2 * 88 / 128**2, rel=1)
 
 
 def test_blur_takes_vessels_and_high_frequencies_away(phantoms):
@@ -69,7 +73,8 @@ def test_people_are_the_unit_of_the_interval():
     def width(people):
         found = ratio_of_means(release, photographs, people=people)
         return found['high'] - found['low']
-    assert width(people) > 1.8 * width(None)    # six like photographs are one observation
+
+    assert width(people) > 1.8 * width(None)  # six like photographs are one observation
     draws = next(draw_weights(people, 240, 20, rng)).reshape(20, 40, 6)
     assert np.all(draws == draws[..., :1])
     assert np.isnan(ratio_of_means(release, np.zeros(3))['value'])

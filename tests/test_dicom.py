@@ -1,4 +1,5 @@
 """DICOM files in: pixels of every kind, the table from tags, and what is refused."""
+
 import io
 from pathlib import Path
 
@@ -19,11 +20,22 @@ OP8, OP16 = '1.2.840.10008.5.1.4.1.1.77.1.5.1', '1.2.840.10008.5.1.4.1.1.77.1.5.
 OCT, CAPTURE = '1.2.840.10008.5.1.4.1.1.77.1.5.4', '1.2.840.10008.5.1.4.1.1.7'
 
 
-def write(path, pixels, *, kind=OP8, patient='P1', side='L', date='20240102',
-          photometric='RGB', bits=8, **more):
+def write(
+    path,
+    pixels,
+    *,
+    kind=OP8,
+    patient='P1',
+    side='L',
+    date='20240102',
+    photometric='RGB',
+    bits=8,
+    **more,
+):
     """One uncompressed file; pixels uint8 or uint16 [H, W(, 3)]."""
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = kind, generate_uid()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -81,10 +93,12 @@ def write_compressed(path: Path, eye: np.ndarray, codec: str) -> None:
     """One file of encapsulated 'JPEG' or 'JPEG2000', pixels uint8 [H, W, 3]."""
     from pydicom.encaps import encapsulate
     from pydicom.uid import JPEG2000, JPEGBaseline8Bit
+
     buffer = io.BytesIO()
     quality = {'quality': 95} if codec == 'JPEG' else {'irreversible': True}
-    Image.fromarray(eye).save(buffer, format=codec, **(
-        quality if codec == 'JPEG' else {**quality, 'no_jp2': True}))
+    Image.fromarray(eye).save(
+        buffer, format=codec, **(quality if codec == 'JPEG' else {**quality, 'no_jp2': True})
+    )
     ds = write(path, eye)
     ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit if codec == 'JPEG' else JPEG2000
     ds.PhotometricInterpretation = 'YBR_FULL_422' if codec == 'JPEG' else 'YBR_ICT'
@@ -101,8 +115,14 @@ def test_compressed_pixels(tmp_path, eye, codec):
 
 
 def test_table_from_tags(tmp_path, eye):
-    for i, (patient, side, date) in enumerate([('P1', 'L', '20240301'), ('P1', 'R', '20240301'),
-                                               ('P1', 'L', '20230101'), ('P2', 'R', '20200101')]):
+    for i, (patient, side, date) in enumerate(
+        [
+            ('P1', 'L', '20240301'),
+            ('P1', 'R', '20240301'),
+            ('P1', 'L', '20230101'),
+            ('P2', 'R', '20200101'),
+        ]
+    ):
         write(tmp_path / f'{i}.dcm', eye, patient=patient, side=side, date=date)
     found, refused = list_photographs(find_dicom(tmp_path))
     table = photograph_table(found, list('abcd'))
@@ -129,14 +149,15 @@ def test_what_is_no_fundus_photograph_is_listed_with_the_reason(tmp_path, eye):
     assert 'Tomography' in reasons['oct.dcm'] and '3 frames' in reasons['film.dcm']
     assert '--mask' in reasons['text.dcm'] and 'PatientID' in reasons['nobody.dcm']
     assert 'not a readable DICOM' in reasons['letter.dcm']
-    assert [p.path.name for p in list_photographs(find_dicom(tmp_path), burned_in=True)[0]] \
-        == ['text.dcm']
+    assert [p.path.name for p in list_photographs(find_dicom(tmp_path), burned_in=True)[0]] == [
+        'text.dcm'
+    ]
 
 
 def test_damaged_pixels_are_one_error(tmp_path, eye):
     write(tmp_path / 'a.dcm', eye)
     data = (tmp_path / 'a.dcm').read_bytes()
-    (tmp_path / 'a.dcm').write_bytes(data[:len(data) // 2])
+    (tmp_path / 'a.dcm').write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r'a\.dcm cannot be decoded'):
         load_dicom(tmp_path / 'a.dcm')
 
@@ -144,16 +165,17 @@ def test_damaged_pixels_are_one_error(tmp_path, eye):
 def harmed(rng: np.random.Generator, data: bytes) -> bytes:
     """Cut short, or with one bit turned, anywhere behind the preamble."""
     if rng.random() < 0.25:
-        return data[:rng.integers(len(data))]
+        return data[: rng.integers(len(data))]
     content = bytearray(data)
     content[rng.integers(128, len(data))] ^= 1 << rng.integers(8)
     return bytes(content)
 
 
-@pytest.mark.filterwarnings('ignore::UserWarning')    # pydicom tells what it tolerates
+@pytest.mark.filterwarnings('ignore::UserWarning')  # pydicom tells what it tolerates
 @pytest.mark.parametrize('codec', ['none', 'JPEG', 'JPEG2000'])
-def test_flips_and_cuts_are_a_picture_or_one_error(tmp_path: Path, codec: str,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flips_and_cuts_are_a_picture_or_one_error(
+    tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     eye = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     if codec == 'none':
         write(tmp_path / 'a.dcm', eye)
@@ -176,11 +198,12 @@ def test_flips_and_cuts_are_a_picture_or_one_error(tmp_path: Path, codec: str,
     assert ends == {'RGB', 'error'}
 
 
-@pytest.mark.parametrize('at', [None, 2, 20])    # markers, without which gdcm aborts
-def test_a_decoder_that_dies_is_one_error(tmp_path: Path, at: int | None,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize('at', [None, 2, 20])  # markers, without which gdcm aborts
+def test_a_decoder_that_dies_is_one_error(
+    tmp_path: Path, at: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip('gdcm')
-    monkeypatch.setattr(dicom_decode, '_SURVIVE', ())    # as for lossless JPEG
+    monkeypatch.setattr(dicom_decode, '_SURVIVE', ())  # as for lossless JPEG
     eye = np.full((24, 24, 3), (200, 90, 40), np.uint8)
     path = tmp_path / 'a.dcm'
     write_compressed(path, eye, 'JPEG')
@@ -188,17 +211,23 @@ def test_a_decoder_that_dies_is_one_error(tmp_path: Path, at: int | None,
         assert np.abs(np.array(load_dicom(path)).astype(int) - eye).max() <= 4
         return
     data = bytearray(path.read_bytes())
-    data[data.index(b'\xff\xd8') + at] ^= 0xff
+    data[data.index(b'\xff\xd8') + at] ^= 0xFF
     path.write_bytes(data)
     with pytest.raises(UserError, match=r'a\.dcm cannot be decoded \(RuntimeError: gdcm failed'):
         load_dicom(path)
 
 
-@pytest.mark.parametrize(('claim', 'message'), [
-    ({'NumberOfFrames': 100_000}, '100000 frames'), ({'BitsAllocated': 64}, '64 bits per sample'),
-    ({'Rows': 65535, 'Columns': 65535}, '65535 x 65535 pixels are too many')])
-def test_headers_that_claim_too_much_take_no_memory(tmp_path: Path, eye: np.ndarray, claim: dict,
-                                                    message: str) -> None:
+@pytest.mark.parametrize(
+    ('claim', 'message'),
+    [
+        ({'NumberOfFrames': 100_000}, '100000 frames'),
+        ({'BitsAllocated': 64}, '64 bits per sample'),
+        ({'Rows': 65535, 'Columns': 65535}, '65535 x 65535 pixels are too many'),
+    ],
+)
+def test_headers_that_claim_too_much_take_no_memory(
+    tmp_path: Path, eye: np.ndarray, claim: dict, message: str
+) -> None:
     write(tmp_path / 'a.dcm', eye, **claim)
     with pytest.raises(UserError, match=f'a.dcm: {message}'):
         load_dicom(tmp_path / 'a.dcm')
@@ -206,6 +235,7 @@ def test_headers_that_claim_too_much_take_no_memory(tmp_path: Path, eye: np.ndar
 
 def test_deflated_files_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
     from pydicom.uid import DeflatedExplicitVRLittleEndian
+
     ds = write(tmp_path / 'a.dcm', np.zeros((1000, 1000, 3), np.uint8))
     ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     ds.save_as(tmp_path / 'a.dcm')
@@ -218,12 +248,26 @@ def test_deflated_files_are_refused_before_they_are_unpacked(tmp_path: Path) -> 
 def test_dataset_tool_reads_a_folder_of_dicom_files(tmp_path, eye, capsys):
     folder = tmp_path / 'dicom'
     folder.mkdir()
-    write(folder / '1.2.840.10', eye, side='L')     # named by its UID, without a suffix
+    write(folder / '1.2.840.10', eye, side='L')  # named by its UID, without a suffix
     write(folder / '1.2.840.11', eye, side='R')
     write(folder / 'c.dcm', eye, kind=OCT)
     dest = tmp_path / 'cropped'
-    assert dataset_tool.main(['--source', str(folder), '--dest', str(dest), '--transform',
-                              'fundus', '--width', '64', '--keep_names']) == 0
+    assert (
+        dataset_tool.main(
+            [
+                '--source',
+                str(folder),
+                '--dest',
+                str(dest),
+                '--transform',
+                'fundus',
+                '--width',
+                '64',
+                '--keep_names',
+            ]
+        )
+        == 0
+    )
     assert '2 images written' in capsys.readouterr().out
     table = read_table(dest / 'labels.csv', dest)
     assert table.ids == ['1.2.840.10', '1.2.840.11'] and table.eyes == ['left', 'right']
@@ -238,5 +282,6 @@ def test_mixed_folders_are_refused(tmp_path, eye):
     write(tmp_path / 'a.dcm', eye)
     Image.fromarray(eye).save(tmp_path / 'b.png')
     with pytest.raises(UserError, match='two folders'):
-        dataset_tool.main(['--source', str(tmp_path), '--dest', str(tmp_path.parent / 'x.zip'),
-                           '--width', '64'])
+        dataset_tool.main(
+            ['--source', str(tmp_path), '--dest', str(tmp_path.parent / 'x.zip'), '--width', '64']
+        )

@@ -1,12 +1,16 @@
 """Commands in the documentation: every script exists and knows the flags it is shown with."""
+
 import re
 import shlex
 
 import pytest
 from conftest import ROOT, load_script
 
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')),
-         *sorted((ROOT / 'pretrained_models').rglob('*.md'))]
+PAGES = [
+    ROOT / 'README.md',
+    *sorted((ROOT / 'docs').glob('*.md')),
+    *sorted((ROOT / 'pretrained_models').rglob('*.md')),
+]
 COMMAND = re.compile(r'python ((?:scripts|benchmarks|MIA|classification)/[\w-]+\.py)(.*)')
 
 
@@ -22,8 +26,7 @@ def test_documented_command(script, rest):
     folder, name = script.removesuffix('.py').split('/')
     parser = load_script(name, folder).build_parser()
     known = {flag for action in parser._actions for flag in action.option_strings}
-    used = {word.split('=')[0] for word in shlex.split(rest, comments=True)
-            if word.startswith('-')}
+    used = {word.split('=')[0] for word in shlex.split(rest, comments=True) if word.startswith('-')}
     assert used <= known, f'{script} does not know {sorted(used - known)}'
 
 

@@ -1,4 +1,5 @@
 """e4e and known latents: encoders, one step by hand, exact resume, processes, command."""
+
 import os
 import subprocess
 import sys
@@ -26,35 +27,64 @@ from utils.logs import read_jsonl
 from utils.seeds import torch_generator
 
 STEPS = (0, 1, 1, 2, 2, 2, 3, 3)
-E4E = E4EConfig(w_discriminator_lambda=0.1, w_discriminator_lr=1e-3, d_reg_every=2,
-                use_w_pool=True, w_pool_size=5, delta_norm_lambda=0.01, progressive_steps=STEPS)
+E4E = E4EConfig(
+    w_discriminator_lambda=0.1,
+    w_discriminator_lr=1e-3,
+    d_reg_every=2,
+    use_w_pool=True,
+    w_pool_size=5,
+    delta_norm_lambda=0.01,
+    progressive_steps=STEPS,
+)
 
 
 def make_e4e_psp() -> PSP:
     torch.manual_seed(0)
     psp = make_psp()
     for layer in psp.decoder.style[1:]:
-        torch.nn.init.normal_(layer.weight, std=100)    # latents of unit size, as trained ones
-    encoder = build_encoder('LightProgressiveEncoder', n_styles=8, input_size=32, style_dim=16,
-                            width=8)
+        torch.nn.init.normal_(layer.weight, std=100)  # latents of unit size, as trained ones
+    encoder = build_encoder(
+        'LightProgressiveEncoder', n_styles=8, input_size=32, style_dim=16, width=8
+    )
     return PSP(encoder, psp.decoder, psp.latent_avg, 32)
 
 
-def make_coach(run_dir: Path, psp: PSP | None = None, e4e: E4EConfig | None = E4E,
-               **settings) -> Coach:
-    settings = {'batch_size': 4, 'test_batch_size': 3, 'max_steps': 4, 'val_interval': 2,
-                'board_interval': 1, 'image_interval': 2, 'n_iters': 2, 'optim_name': 'adam',
-                **settings}
+def make_coach(
+    run_dir: Path, psp: PSP | None = None, e4e: E4EConfig | None = E4E, **settings
+) -> Coach:
+    settings = {
+        'batch_size': 4,
+        'test_batch_size': 3,
+        'max_steps': 4,
+        'val_interval': 2,
+        'board_interval': 1,
+        'image_interval': 2,
+        'n_iters': 2,
+        'optim_name': 'adam',
+        **settings,
+    }
     make, more = (Coach, {}) if e4e is None else (E4ECoach, {'e4e': e4e})
-    return make(psp or make_e4e_psp(), Pictures(photographs()), Pictures(photographs(3)),
-                CoachConfig(**settings), run_dir=run_dir, losses={'l2': (L2Term(), 1.0)},
-                device='cpu', **more)
+    return make(
+        psp or make_e4e_psp(),
+        Pictures(photographs()),
+        Pictures(photographs(3)),
+        CoachConfig(**settings),
+        run_dir=run_dir,
+        losses={'l2': (L2Term(), 1.0)},
+        device='cpu',
+        **more,
+    )
 
 
-@pytest.mark.parametrize('name, twin', [
-    ('ProgressiveBackboneEncoder', 'BackboneEncoder'),
-    ('ResNetProgressiveBackboneEncoder', 'ResNetBackboneEncoder'),
-    ('LightProgressiveEncoder', 'LightEncoder'), ('LiteProgressiveEncoder', 'LiteEncoder')])
+@pytest.mark.parametrize(
+    'name, twin',
+    [
+        ('ProgressiveBackboneEncoder', 'BackboneEncoder'),
+        ('ResNetProgressiveBackboneEncoder', 'ResNetBackboneEncoder'),
+        ('LightProgressiveEncoder', 'LightEncoder'),
+        ('LiteProgressiveEncoder', 'LiteEncoder'),
+    ],
+)
 def test_styles_are_the_first_plus_deltas_up_to_the_stage(name: str, twin: str) -> None:
     side = 64 if 'Lite' in name else 32
     size = {'n_styles': 8, 'input_size': side, 'style_dim': 512 if 'Backbone' in name else 16}
@@ -62,9 +92,9 @@ def test_styles_are_the_first_plus_deltas_up_to_the_stage(name: str, twin: str) 
     x = torch.rand(1, 6, side, side, generator=torch_generator(0))
     with torch.no_grad():
         first = encoder(x)
-        assert torch.equal(first, first[:, :1].expand_as(first))    # deltas start at 0
+        assert torch.equal(first, first[:, :1].expand_as(first))  # deltas start at 0
         assert first.abs().sum() > 0
-        encoder.load_state_dict(plain.state_dict())                 # the same names and shapes
+        encoder.load_state_dict(plain.state_dict())  # the same names and shapes
         styles = plain(x)
         encoder.stage = 2
         got = encoder(x)
@@ -112,10 +142,14 @@ def test_stage_follows_the_steps(tmp_path: Path) -> None:
 def test_one_step_by_hand(tmp_path: Path) -> None:
     x = fill_image('psp/source', (4, 3, 32, 32))
     coach = make_coach(tmp_path, learning_rate=0.01)
-    coach.step_count = 2    # deltas of the styles 1 to 5 are in use, and the penalty is due
+    coach.step_count = 2  # deltas of the styles 1 to 5 are in use, and the penalty is due
     values, _ = coach.step(x)
-    psp, game = make_e4e_psp(), LatentGame(16, lr=1e-3, r1=10, reg_every=2, pool_size=5, seed=0,
-                                           device=torch.device('cpu'))
+    psp, game = (
+        make_e4e_psp(),
+        LatentGame(
+            16, lr=1e-3, r1=10, reg_every=2, pool_size=5, seed=0, device=torch.device('cpu')
+        ),
+    )
     net, generator = psp.encoder.train(), psp.decoder.requires_grad_(False)
     net.stage = 5
     before = game.net.state_dict()
@@ -151,7 +185,7 @@ def test_one_step_by_hand(tmp_path: Path) -> None:
     adam.step()
     adam.zero_grad()
     real.requires_grad_(True)
-    slope, = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
+    (slope,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
     (slope.square().sum(1).mean() * 10 / 2 * 2).backward()
     adam.step()
     assert float(values['w_discriminator']) == pytest.approx(float(loss.detach()), rel=1e-4)
@@ -161,12 +195,12 @@ def test_one_step_by_hand(tmp_path: Path) -> None:
 
 def test_pool_gives_new_latents_or_swaps_them_for_older_ones() -> None:
     pool, draw = LatentCodesPool(3), torch_generator(0)
-    first = torch.arange(3.)[:, None]
+    first = torch.arange(3.0)[:, None]
     assert torch.equal(pool.query(first, draw), first)
-    known = {0., 1., 2.}
+    known = {0.0, 1.0, 2.0}
     swapped = 0
     for i in range(3, 43):
-        got, = pool.query(torch.tensor([[float(i)]]), draw).flatten().tolist()
+        (got,) = pool.query(torch.tensor([[float(i)]]), draw).flatten().tolist()
         assert got == i or got in known
         swapped += got != i
         known = set(pool.kept.flatten().tolist())
@@ -184,9 +218,13 @@ def test_resume_is_exact(tmp_path: Path, settings: dict) -> None:
     second = make_coach(tmp_path / 'parts', **settings)
     assert second.resume()
     second.train()
-    one, two = ({**c.psp.encoder.state_dict(), **(c.game.state()['discriminator_state_dict']
-                                                  if isinstance(c, E4ECoach) else {})}
-                for c in (straight, second))
+    one, two = (
+        {
+            **c.psp.encoder.state_dict(),
+            **(c.game.state()['discriminator_state_dict'] if isinstance(c, E4ECoach) else {}),
+        }
+        for c in (straight, second)
+    )
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
@@ -229,8 +267,9 @@ def test_samples_with_known_latents_by_hand(tmp_path: Path) -> None:
 
 def test_samples_do_not_depend_on_passes(tmp_path: Path) -> None:
     # Three of four pictures are samples, so a pass of two holds both kinds.
-    whole, parts = (make_coach(tmp_path / str(n), e4e=None, synthetic=0.75, accumulate=n)
-                    for n in (1, 2))
+    whole, parts = (
+        make_coach(tmp_path / str(n), e4e=None, synthetic=0.75, accumulate=n) for n in (1, 2)
+    )
     x = fill_image('psp/source', (4, 3, 32, 32))
     one, two = whole.step(x)[0], parts.step(x)[0]
     for name in ('l2', 'latent', 'loss'):
@@ -240,7 +279,7 @@ def test_samples_do_not_depend_on_passes(tmp_path: Path) -> None:
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     """Same global batch, with latent discriminator and samples, under torchrun with gloo."""
     script = tmp_path / 'run.py'
-    script.write_text(f'''
+    script.write_text(f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 from pathlib import Path
@@ -249,12 +288,25 @@ from utils import distributed
 distributed.init('cpu')
 make_coach(Path(sys.argv[1]), synthetic=0.5, learning_rate=1e-3, optim_name='ranger').train()
 distributed.shutdown()
-''')
+""")
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
-    jobs = [subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                              f'--nproc_per_node={n}', str(script), str(tmp_path / str(n))],
-                             env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            for n in (1, 2)]
+    jobs = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                '-m',
+                'torch.distributed.run',
+                '--standalone',
+                f'--nproc_per_node={n}',
+                str(script),
+                str(tmp_path / str(n)),
+            ],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for n in (1, 2)
+    ]
     for job in jobs:
         output = job.communicate(timeout=900)[0]
         assert job.returncode == 0, output.decode()
@@ -277,18 +329,39 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decoder.load_state_dict(fill_state_dict(decoder.state_dict(), equalized=True))
     for layer in decoder.style[1:]:
         torch.nn.init.normal_(layer.weight, std=100)
-    save_torch(root / 'generator.pt', {'g_ema': decoder.state_dict(),
-                                       'latent_avg': fill_tensor('latent_avg', (16,), 0.1)})
+    save_torch(
+        root / 'generator.pt',
+        {'g_ema': decoder.state_dict(), 'latent_avg': fill_tensor('latent_avg', (16,), 0.1)},
+    )
     return root
 
 
 def test_published_flags_train_and_the_checkpoint_loads(project: Path) -> None:
-    flags = ['--train_path', str(project / 'train'), '--test_path', str(project / 'test'),
-             '--stylegan_weights', str(project / 'generator.pt'), '--encoder_size=32',
-             '--light_width=8', '--batch_size=4', '--test_batch_size=4', '--n_iters_per_batch=2',
-             '--l2_lambda=1', '--input_nc=6', '--start_from_latent_avg', '--device=cpu']
-    e4e = ['--encoder_type=LightProgressiveEncoder', '--use_w_pool', '--w_discriminator_lambda=.1',
-           '--progressive_start=1', '--progressive_step_every=1', '--delta_norm_lambda=0.0002']
+    flags = [
+        '--train_path',
+        str(project / 'train'),
+        '--test_path',
+        str(project / 'test'),
+        '--stylegan_weights',
+        str(project / 'generator.pt'),
+        '--encoder_size=32',
+        '--light_width=8',
+        '--batch_size=4',
+        '--test_batch_size=4',
+        '--n_iters_per_batch=2',
+        '--l2_lambda=1',
+        '--input_nc=6',
+        '--start_from_latent_avg',
+        '--device=cpu',
+    ]
+    e4e = [
+        '--encoder_type=LightProgressiveEncoder',
+        '--use_w_pool',
+        '--w_discriminator_lambda=.1',
+        '--progressive_start=1',
+        '--progressive_step_every=1',
+        '--delta_norm_lambda=0.0002',
+    ]
     run = project / 'run'
     train_restyle_e4e.main([*flags, *e4e, '--exp_dir', str(run), '--max_steps=3'])
     checkpoint = load_weights(run / 'checkpoints' / 'best_model.pt')
@@ -298,16 +371,33 @@ def test_published_flags_train_and_the_checkpoint_loads(project: Path) -> None:
     assert type(psp.encoder).__name__ == 'LightProgressiveEncoder'
     rows = read_jsonl(run / 'stats.jsonl')
     assert {'train/w_discriminator', 'train/delta', 'test/l2_2'} <= {k for r in rows for k in r}
-    train_restyle_e4e.main([*flags, *e4e, '--exp_dir', str(run), '--max_steps=4',
-                            '--resume_training_from_ckpt',
-                            str(run / 'checkpoints' / 'state_3.pt')])
+    train_restyle_e4e.main(
+        [
+            *flags,
+            *e4e,
+            '--exp_dir',
+            str(run),
+            '--max_steps=4',
+            '--resume_training_from_ckpt',
+            str(run / 'checkpoints' / 'state_3.pt'),
+        ]
+    )
     assert load_weights(run / 'checkpoints' / 'state_4.pt')['step'] == 4
     with pytest.raises(UserError, match='8 rising steps'):
-        train_restyle_e4e.main([*flags, *e4e[:-3], '--exp_dir', str(project / 'x'),
-                                '--progressive_steps', '0', '5'])
+        train_restyle_e4e.main(
+            [*flags, *e4e[:-3], '--exp_dir', str(project / 'x'), '--progressive_steps', '0', '5']
+        )
     assert not (project / 'x').exists()
     # Pretraining on samples alone, from the pSp script.
-    train_restyle_psp.main([*flags, '--encoder_type=LightEncoder', '--synthetic=1',
-                            '--max_steps=2', '--exp_dir', str(project / 'samples')])
+    train_restyle_psp.main(
+        [
+            *flags,
+            '--encoder_type=LightEncoder',
+            '--synthetic=1',
+            '--max_steps=2',
+            '--exp_dir',
+            str(project / 'samples'),
+        ]
+    )
     rows = read_jsonl(project / 'samples' / 'stats.jsonl')
     assert any('train/latent' in r for r in rows)

@@ -1,4 +1,5 @@
 """The CUDA kernels, emulated, do what their definitions say: no GPU needed, only g++."""
+
 import ctypes
 import itertools
 import shutil
@@ -39,16 +40,18 @@ def test_emulated_half_precision_is_that_of_pytorch(library):
         every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16)
         values = every[torch.isfinite(every)][::7].float()
         for value in (values * 1.0007).tolist():
-            want = torch.tensor(value).half().view(torch.int16).item() & 0xffff
-            assert found.emulated_to_half(value) & 0xffff == want
-        codes = (every[::11].view(torch.int16).int() & 0xffff).tolist()
+            want = torch.tensor(value).half().view(torch.int16).item() & 0xFFFF
+            assert found.emulated_to_half(value) & 0xFFFF == want
+        codes = (every[::11].view(torch.int16).int() & 0xFFFF).tolist()
         got = torch.tensor([found.emulated_from_half(c) for c in codes])
         assert torch.allclose(got, every[::11].float(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize('dtype', list(TOLERANCE))
-@pytest.mark.parametrize(('factors', 'shape', 'last'), list(itertools.product(
-    FACTORS, [(2, 8, 37, 23), (3, 1, 9, 70), (2, 4, 4, 4)], [False, True])))
+@pytest.mark.parametrize(
+    ('factors', 'shape', 'last'),
+    list(itertools.product(FACTORS, [(2, 8, 37, 23), (3, 1, 9, 70), (2, 4, 4, 4)], [False, True])),
+)
 def test_resampling_equals_the_pytorch_path(kernels, factors, shape, last, dtype):
     up, down, pad = factors
     layout = torch.channels_last if last else torch.contiguous_format
@@ -64,8 +67,8 @@ def test_resampling_equals_the_pytorch_path(kernels, factors, shape, last, dtype
             y = upfirdn2d(leaf, kernel, up=up, down=down, pad=pad, impl=impl)
             assert (counter(kernels, 'emulated_launches').value > before) == (impl == 'cuda')
             weight = torch.linspace(-1, 1, y.numel()).to(dtype).view(y.shape)
-            grad, = torch.autograd.grad((y * weight * y).sum(), leaf, create_graph=True)
-            second, = torch.autograd.grad(grad.square().sum(), leaf)
+            (grad,) = torch.autograd.grad((y * weight * y).sum(), leaf, create_graph=True)
+            (second,) = torch.autograd.grad(grad.square().sum(), leaf)
             results.append((y, grad, second))
         for want, got in zip(*results):
             assert got.dtype == dtype and got.shape == want.shape
@@ -91,13 +94,13 @@ def test_activation_equals_the_pytorch_path(kernels, clamp, dtype):
         # No value near a kink, where rounding alone decides on the derivative.
         size = torch.rand(shape) * 0.8 + 0.1 + torch.randint(0, 2, shape) * 1.0
         sign = torch.randint(0, 2, shape).mul(2).sub(1)
-        x = (size * (clamp or 1) * sign / 2 ** 0.5).to(dtype)
+        x = (size * (clamp or 1) * sign / 2**0.5).to(dtype)
         results = []
         for impl in ('ref', 'cuda'):
             leaf = x.clone().requires_grad_()
             y = fused_leaky_relu(leaf, clamp=clamp, slope=1.0 if clamp else 0.2, impl=impl)
-            grad, = torch.autograd.grad((y * y).sum(), leaf, create_graph=True)
-            second, = torch.autograd.grad(grad.square().sum(), leaf)
+            (grad,) = torch.autograd.grad((y * y).sum(), leaf, create_graph=True)
+            (second,) = torch.autograd.grad(grad.square().sum(), leaf)
             results.append((y, grad, second))
         for want, got in zip(*results):
             scale = want.abs().max().clamp(min=1)
@@ -110,17 +113,29 @@ def test_random_cases_agree_with_the_definitions(kernels):
 
 def test_no_access_outside_of_memory(tmp_path):
     """Random cases under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    runtimes = [subprocess.run(['g++', f'-print-file-name={name}'], capture_output=True,
-                               text=True).stdout.strip() for name in ('libasan.so', 'libubsan.so')]
+    runtimes = [
+        subprocess.run(
+            ['g++', f'-print-file-name={name}'], capture_output=True, text=True
+        ).stdout.strip()
+        for name in ('libasan.so', 'libubsan.so')
+    ]
     if not all('/' in path for path in runtimes):
         pytest.skip('g++ has no sanitizers')
     library = compile_emulation(tmp_path, sanitize='address,undefined')
     done = subprocess.run(
-        [sys.executable, 'tests/cuda_emulation.py', str(library), '40', '2'], cwd=ROOT,
-        env={'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin', 'LD_PRELOAD': ' '.join(runtimes),
-             'ASAN_OPTIONS': 'detect_leaks=0', 'OMP_NUM_THREADS': '1',
-             'UBSAN_OPTIONS': 'halt_on_error=1'},
-        capture_output=True, text=True)
+        [sys.executable, 'tests/cuda_emulation.py', str(library), '40', '2'],
+        cwd=ROOT,
+        env={
+            'PYTHONPATH': str(ROOT),
+            'PATH': '/usr/bin:/bin',
+            'LD_PRELOAD': ' '.join(runtimes),
+            'ASAN_OPTIONS': 'detect_leaks=0',
+            'OMP_NUM_THREADS': '1',
+            'UBSAN_OPTIONS': 'halt_on_error=1',
+        },
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'runtime error' not in done.stderr, done.stderr[-3000:]
 
@@ -136,6 +151,7 @@ def test_kernels_prove_themselves_and_wrong_ones_do_not(library):
 
         def steeper(*arguments):
             return found.ksalsa_activate(*arguments[:7], arguments[7] + 0.1, *arguments[8:])
+
         wrong = types.SimpleNamespace(ksalsa_upfirdn2d=moved, ksalsa_activate=steeper)
         with mock.patch.object(build, 'library', lambda index: wrong):
             assert 'blur' in proof.difference('upfirdn2d', cpu)

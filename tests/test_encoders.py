@@ -1,4 +1,5 @@
 """Encoders and pSp: published key names, golden numbers, checkpoints, ImageNet start."""
+
 import json
 
 import pytest
@@ -69,15 +70,19 @@ def test_inversion_golden(golden_psp, golden):
 def test_irse50_keys():
     with torch.device('meta'):
         keys = dict(build_encoder('GradualStyleEncoder', n_styles=18).named_parameters())
-    want = {'input_layer.0.weight': (64, 6, 3, 3), 'input_layer.2.weight': (64,),
-            'body.3.shortcut_layer.0.weight': (128, 64, 1, 1),
-            'body.20.res_layer.3.weight': (256, 256, 3, 3),
-            'body.23.res_layer.5.fc1.weight': (32, 512, 1, 1),
-            'body.23.res_layer.5.fc2.weight': (512, 32, 1, 1),
-            'styles.2.convs.6.weight': (512, 512, 3, 3),
-            'styles.6.convs.8.weight': (512, 512, 3, 3),
-            'styles.17.convs.10.weight': (512, 512, 3, 3),
-            'latlayer1.weight': (512, 256, 1, 1), 'latlayer2.weight': (512, 128, 1, 1)}
+    want = {
+        'input_layer.0.weight': (64, 6, 3, 3),
+        'input_layer.2.weight': (64,),
+        'body.3.shortcut_layer.0.weight': (128, 64, 1, 1),
+        'body.20.res_layer.3.weight': (256, 256, 3, 3),
+        'body.23.res_layer.5.fc1.weight': (32, 512, 1, 1),
+        'body.23.res_layer.5.fc2.weight': (512, 32, 1, 1),
+        'styles.2.convs.6.weight': (512, 512, 3, 3),
+        'styles.6.convs.8.weight': (512, 512, 3, 3),
+        'styles.17.convs.10.weight': (512, 512, 3, 3),
+        'latlayer1.weight': (512, 256, 1, 1),
+        'latlayer2.weight': (512, 128, 1, 1),
+    }
     assert {k: tuple(keys[k].shape) for k in want} == want
     assert 'body.0.shortcut_layer.0.weight' not in keys and 'body.24.res_layer.0.weight' not in keys
     assert 'styles.2.convs.8.weight' not in keys and 'styles.17.convs.12.weight' not in keys
@@ -88,8 +93,8 @@ def test_any_encoder_survives_its_checkpoint(name, tmp_path):
     psp = small_psp(name).eval()
     checkpoint = psp_checkpoint(psp, {'batch_size': 8})
     assert checkpoint['opts']['encoder_type'] == name
-    checkpoint['state_dict']['D.convs.0.0.weight'] = torch.zeros(1)    # dead part of old files
-    del checkpoint['opts']['encoder_size']                             # nor do they have this
+    checkpoint['state_dict']['D.convs.0.0.weight'] = torch.zeros(1)  # dead part of old files
+    del checkpoint['opts']['encoder_size']  # nor do they have this
     save_torch(tmp_path / 'psp.pt', checkpoint)
     loaded = load_psp(tmp_path / 'psp.pt')
     x = fill_image('small', (2, 3, 32, 32))
@@ -98,9 +103,16 @@ def test_any_encoder_survives_its_checkpoint(name, tmp_path):
     assert not any(p.requires_grad for p in loaded.parameters()) and got.iterations is None
 
 
-@pytest.mark.parametrize('name,size', [('ResNetBackboneEncoder', 72), ('GradualStyleEncoder', 50),
-                                       ('ResNetGradualStyleEncoder', 130), ('BackboneEncoder', 16),
-                                       ('LightEncoder', 96)])
+@pytest.mark.parametrize(
+    'name,size',
+    [
+        ('ResNetBackboneEncoder', 72),
+        ('GradualStyleEncoder', 50),
+        ('ResNetGradualStyleEncoder', 130),
+        ('BackboneEncoder', 16),
+        ('LightEncoder', 96),
+    ],
+)
 def test_input_size_is_free(name, size):
     encoder = build_encoder(name, n_styles=8, input_size=size, style_dim=16).eval()
     with torch.no_grad():
@@ -122,8 +134,11 @@ def test_imagenet_start_reaches_the_body(tmp_path):
     net = resnet34(weights=None)
     save_torch(tmp_path / 'resnet34.pth', net.state_dict())
     encoder = build_encoder('ResNetBackboneEncoder', n_styles=8, input_size=32)
-    init_from_resnet34(encoder, load_resnet34(tmp_path / 'resnet34.pth'),
-                       generator=torch.Generator().manual_seed(0))
+    init_from_resnet34(
+        encoder,
+        load_resnet34(tmp_path / 'resnet34.pth'),
+        generator=torch.Generator().manual_seed(0),
+    )
     assert torch.equal(encoder.conv1.weight[:, :3], net.conv1.weight)
     ratio = encoder.conv1.weight[:, 3:].std() / net.conv1.weight.std()
     assert 0.9 < ratio < 1.1
@@ -142,9 +157,10 @@ def test_mismatched_checkpoints_are_user_errors(tmp_path):
     checkpoint = psp_checkpoint(small_psp('ResNetBackboneEncoder'), {})
     del checkpoint['state_dict']['encoder.styles.7.linear.weight']
     for name, content, message in (
-            ('no_state', {'g_ema': {}}, 'no "state_dict"'),
-            ('no_decoder', {'state_dict': {'encoder.x': torch.zeros(1)}}, 'no "decoder."'),
-            ('cut', checkpoint, 'does not fit a generator with 8 styles')):
+        ('no_state', {'g_ema': {}}, 'no "state_dict"'),
+        ('no_decoder', {'state_dict': {'encoder.x': torch.zeros(1)}}, 'no "decoder."'),
+        ('cut', checkpoint, 'does not fit a generator with 8 styles'),
+    ):
         save_torch(tmp_path / f'{name}.pt', content)
         with pytest.raises(UserError, match=message):
             load_psp(tmp_path / f'{name}.pt')
@@ -171,7 +187,7 @@ def test_lite_encoder_starts_from_imagenet_and_keeps_its_statistics() -> None:
     for got, maps in zip(encoder.body(blank), want.values(), strict=True):
         assert torch.allclose(got, maps, atol=1e-4 * float(maps.abs().max()))
     other = encoder.body(torch.cat([x, x], 1))[0]
-    assert not torch.allclose(other, want[8], atol=0.1)    # the reconstruction is seen too
+    assert not torch.allclose(other, want[8], atol=0.1)  # the reconstruction is seen too
     trained = encoder(blank)
     assert torch.equal(encoder.eval()(blank), trained) and trained.shape == (2, 8, 16)
     again, size = encoder_from_state(encoder.state_dict(), n_styles=8, style_dim=16)

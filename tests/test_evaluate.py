@@ -1,4 +1,5 @@
 """The whole comparison on a few tiny phantoms: rows, caching, own attacks, and its complaints."""
+
 import importlib.util
 import json
 import re
@@ -40,11 +41,19 @@ def config(tmp_path_factory):
     grader = yaml.safe_load((ROOT / 'classification/configs/small.yaml').read_text())
     grader |= {'image_size': 64, 'small_stem': True, 'epochs': 1, 'batch_size': 8}
     (folder / 'grader.yaml').write_text(yaml.safe_dump(grader))
-    entries = {'name': 'test', 'phantoms': {'n_patients': 40, 'size': 64, 'visits': 2, 'seed': 1},
-               'members': 0.35, 'judges': ['lite0'],
-               'checkpoint': str(folder / 'psp.pt'), 'content_weights': str(folder / 'content.pt'),
-               'num_steps': 1, 'k': [2, 3], 'methods': list(METHODS),
-               'grader': str(folder / 'grader.yaml'), 'seeds': [0]}
+    entries = {
+        'name': 'test',
+        'phantoms': {'n_patients': 40, 'size': 64, 'visits': 2, 'seed': 1},
+        'members': 0.35,
+        'judges': ['lite0'],
+        'checkpoint': str(folder / 'psp.pt'),
+        'content_weights': str(folder / 'content.pt'),
+        'num_steps': 1,
+        'k': [2, 3],
+        'methods': list(METHODS),
+        'grader': str(folder / 'grader.yaml'),
+        'seeds': [0],
+    }
     (folder / 'config.yaml').write_text(yaml.safe_dump(entries))
     return folder / 'config.yaml'
 
@@ -70,8 +79,10 @@ def rows_of(out):
 
 def test_the_comparison(finished):
     rows = rows_of(finished)
-    assert sorted(rows) == sorted(['real', 'real_same_n', 'inverted', 'unconditional'] + [
-        f'{m}_k{k}' for m in GROUPED for k in (2, 3)])
+    assert sorted(rows) == sorted(
+        ['real', 'real_same_n', 'inverted', 'unconditional']
+        + [f'{m}_k{k}' for m in GROUPED for k in (2, 3)]
+    )
     assert rows['k_salsa_k2']['n'] > rows['k_salsa_k3']['n']
     assert rows['real_same_n']['n'] == rows['k_salsa_k2']['n']
     for row in rows.values():
@@ -90,8 +101,10 @@ def test_the_page_shows_what_the_table_says(finished):
     lines = (finished / 'results.md').read_text().splitlines()
     heads = lines[0].strip('| ').split(' | ')
     assert heads[:3] == ['method', 'k', 'n'] and heads[-2:] == [
-        'TPR at 1 % FPR', 're-identified, rank 1 (lite0)']
-    assert re.findall('<th>(.*?)</th>', page)[:len(heads)] == heads
+        'TPR at 1 % FPR',
+        're-identified, rank 1 (lite0)',
+    ]
+    assert re.findall('<th>(.*?)</th>', page)[: len(heads)] == heads
     assert len(lines) == 2 + len(rows_of(finished))
     for line in lines[2:]:
         for cell in line.strip('| ').split(' | '):
@@ -104,12 +117,13 @@ def test_the_page_shows_what_the_table_says(finished):
     assert 'http' not in page.replace('http-equiv', '')
 
 
-def test_nothing_is_computed_twice_and_nothing_stale_is_shown(config, finished, tmp_path,
-                                                              monkeypatch):
+def test_nothing_is_computed_twice_and_nothing_stale_is_shown(
+    config, finished, tmp_path, monkeypatch
+):
     """Content of the grader's file counts, not its name; a new measure leaves the others alone."""
     table = (finished / 'results.md').read_bytes()
     few = change(config, tmp_path, methods=['real', 'k_salsa'])
-    monkeypatch.setattr('classification.experiment.train_grader', None)    # must not be needed
+    monkeypatch.setattr('classification.experiment.train_grader', None)  # must not be needed
     for measure in MEASURES.values():
         monkeypatch.setattr(f'{measure.prepare.__module__}.attack_metrics', None, raising=False)
     flags = [f'--out_dir={finished}', '--device=cpu']
@@ -174,12 +188,17 @@ def test_members_outside_a_release_are_on_neither_side(config, finished, tmp_pat
     study = open_study(read_settings(config), finished, device='cpu', seed=0)
     half = len(study.members) // 2
     group_of = np.where(np.arange(len(study.members)) < half, np.arange(len(study.members)), -1)
-    candidate = Candidate(study.members[:half], study.population.members.labels[:half],
-                          np.eye(5)[study.population.members.labels[:half]], group_of)
+    candidate = Candidate(
+        study.members[:half],
+        study.population.members.labels[:half],
+        np.eye(5)[study.population.members.labels[:half]],
+        group_of,
+    )
     found = pixel.prepare(study)(candidate, tmp_path)
     assert found['n_members'] == half and found['auc']['value'] == 1
-    nobody = Candidate(candidate.pictures, candidate.labels, candidate.shares,
-                       np.full(len(study.members), -1))
+    nobody = Candidate(
+        candidate.pictures, candidate.labels, candidate.shares, np.full(len(study.members), -1)
+    )
     assert pixel.prepare(study)(nobody, tmp_path)['n_members'] == len(study.members)
 
 
@@ -196,27 +215,42 @@ def test_pictures_of_photographs_know_their_people(config, finished):
     assert METHODS['k_salsa'].make(study, release).people is None
 
 
-@pytest.mark.parametrize('entries, message', [
-    ({'methods': ['k_salsa', 'magic']}, 'unknown methods magic'),
-    ({'measures': ['pixel', 'palm']}, 'unknown measures palm'),
-    ({'colour': 1}, 'unknown: colour'),
-    ({'table': 'x.csv'}, 'either phantoms or table'),
-    ({'k': None}, 'k: want'), ({'k': [0]}, 'k: want'), ({'k': ['a']}, 'k: want'),
-    ({'k': [2, 2]}, 'k: want a list of different'), ({'seeds': [True]}, 'seeds: want'),
-    ({'grader': [1]}, 'grader: want text'), ({'members': 1.5}, 'members: want'),
-    ({'phantoms': {'n_patients': 40}}, 'phantoms: want'),
-    ({'phantoms': {'n_patients': '40', 'size': 32, 'visits': 1, 'seed': 1}}, 'phantoms: want'),
-    ({'split_column': 'train'}, 'split_column: want'), ({'lr': 'fast'}, 'lr: want a number'),
-    ({'checkpoint': 1}, 'checkpoint: want text'),
-    ({'judges': [{'weights': 'x'}]}, 'judges: want'), ({'judges': ['vgg']}, 'vgg is none of'),
-    ({'content_weights': 'lite0'}, 'made with lite0, which may not judge it alone'),
-    ({'checkpoint': 'nowhere.pt'}, 'nowhere.pt'), ({'grader': 'nothing.yaml'}, 'no such file'),
-])
+@pytest.mark.parametrize(
+    'entries, message',
+    [
+        ({'methods': ['k_salsa', 'magic']}, 'unknown methods magic'),
+        ({'measures': ['pixel', 'palm']}, 'unknown measures palm'),
+        ({'colour': 1}, 'unknown: colour'),
+        ({'table': 'x.csv'}, 'either phantoms or table'),
+        ({'k': None}, 'k: want'),
+        ({'k': [0]}, 'k: want'),
+        ({'k': ['a']}, 'k: want'),
+        ({'k': [2, 2]}, 'k: want a list of different'),
+        ({'seeds': [True]}, 'seeds: want'),
+        ({'grader': [1]}, 'grader: want text'),
+        ({'members': 1.5}, 'members: want'),
+        ({'phantoms': {'n_patients': 40}}, 'phantoms: want'),
+        ({'phantoms': {'n_patients': '40', 'size': 32, 'visits': 1, 'seed': 1}}, 'phantoms: want'),
+        ({'split_column': 'train'}, 'split_column: want'),
+        ({'lr': 'fast'}, 'lr: want a number'),
+        ({'checkpoint': 1}, 'checkpoint: want text'),
+        ({'judges': [{'weights': 'x'}]}, 'judges: want'),
+        ({'judges': ['vgg']}, 'vgg is none of'),
+        ({'content_weights': 'lite0'}, 'made with lite0, which may not judge it alone'),
+        ({'checkpoint': 'nowhere.pt'}, 'nowhere.pt'),
+        ({'grader': 'nothing.yaml'}, 'no such file'),
+    ],
+)
 def test_bad_configuration(config, tmp_path, entries, message):
     """Nothing is drawn before the configuration is known to be good."""
     with pytest.raises(UserError, match=message):
-        evaluate.main([f'--config={change(config, tmp_path, **entries)}',
-                       f'--out_dir={tmp_path / "out"}', '--device=cpu'])
+        evaluate.main(
+            [
+                f'--config={change(config, tmp_path, **entries)}',
+                f'--out_dir={tmp_path / "out"}',
+                '--device=cpu',
+            ]
+        )
     assert not (tmp_path / 'out').exists()
 
 
@@ -240,7 +274,11 @@ def test_too_few_reference_people(config, tmp_path, monkeypatch):
 
 
 def test_too_few_people(config, tmp_path):
-    few = change(config, tmp_path, members=0.5,
-                 phantoms={'n_patients': 8, 'size': 32, 'visits': 1, 'seed': 1})
+    few = change(
+        config,
+        tmp_path,
+        members=0.5,
+        phantoms={'n_patients': 8, 'size': 32, 'visits': 1, 'seed': 1},
+    )
     with pytest.raises(UserError, match='4 people are too few others.*at least 8'):
         evaluate.main([f'--config={few}', f'--out_dir={tmp_path / "out"}', '--device=cpu'])

@@ -1,4 +1,5 @@
 """Losses of the encoder training on pretrained networks, chosen by name."""
+
 import pytest
 import torch
 
@@ -16,5 +17,5 @@ def test_distances_on_lite0(term):
     distance = made.distance(near, targets)
     far = made.distance(x.flip(0), targets)
     assert distance.shape == (2,) and (distance > 0).all() and (distance < far).all()
-    grad, = torch.autograd.grad(distance.sum(), near)
+    (grad,) = torch.autograd.grad(distance.sum(), near)
     assert torch.isfinite(grad).all() and grad.abs().amax((1, 2, 3)).min() > 0

@@ -1,4 +1,5 @@
 """Feature networks: the same numbers as the networks the weights belong to, and clear errors."""
+
 import pytest
 import timm
 import torch
@@ -41,8 +42,11 @@ def test_pictures_below_128_px_are_enlarged(lite0):
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     large = torch.nn.functional.interpolate(x, size=128, mode='bilinear')
     maps = lite0.maps(x)
-    assert {s: m.shape for s, m in maps.items()} == {2: (2, 16, 64, 64), 4: (2, 24, 32, 32),
-                                                     8: (2, 40, 16, 16)}
+    assert {s: m.shape for s, m in maps.items()} == {
+        2: (2, 16, 64, 64),
+        4: (2, 24, 32, 32),
+        8: (2, 40, 16, 16),
+    }
     assert torch.equal(maps[4], lite0.maps(large)[4])
     assert lite0.maps(torch.zeros(1, 3, 200, 160), (8,))[8].shape == (1, 40, 25, 20)
 
@@ -52,10 +56,10 @@ def test_pooled_features_are_unit_vectors_and_have_gradients(lite0):
     vectors = lite0.pooled(x)
     assert vectors.shape == (3, lite0.n_features) and lite0.n_features == 992
     assert torch.allclose(vectors.norm(dim=1), torch.ones(3), atol=1e-5)
-    grad, = torch.autograd.grad(vectors[:, 0].sum(), x)
+    (grad,) = torch.autograd.grad(vectors[:, 0].sum(), x)
     assert torch.isfinite(grad).all() and grad.abs().max() > 0
     flat = torch.zeros(1, 3, 64, 64, requires_grad=True)
-    grad, = torch.autograd.grad(lite0.pooled(flat)[:, 0].sum(), flat)
+    (grad,) = torch.autograd.grad(lite0.pooled(flat)[:, 0].sum(), flat)
     assert torch.isfinite(grad).all()
 
 
@@ -81,14 +85,21 @@ def test_small_pictures_are_refused(lite0):
         lite0.pooled(torch.zeros(1, 3, 48, 48))
 
 
-@pytest.mark.parametrize('arch, strides', [('vit_tiny_patch16_224', (16,)),
-                                           ('convnext_atto', (4, 8, 16, 32)),
-                                           ('resnet18', (2, 4, 8, 16, 32))])
+@pytest.mark.parametrize(
+    'arch, strides',
+    [
+        ('vit_tiny_patch16_224', (16,)),
+        ('convnext_atto', (4, 8, 16, 32)),
+        ('resnet18', (2, 4, 8, 16, 32)),
+    ],
+)
 def test_files_of_users(tmp_path, arch, strides):
     torch.manual_seed(0)
     net = timm.create_model(arch, num_classes=5)
-    torch.save({'model': {f'module.{k}': v for k, v in net.state_dict().items()}, 'epoch': 3},
-               tmp_path / 'own.pth')
+    torch.save(
+        {'model': {f'module.{k}': v for k, v in net.state_dict().items()}, 'epoch': 3},
+        tmp_path / 'own.pth',
+    )
     loaded = load_feature_network(tmp_path / 'own.pth', arch=arch)
     assert loaded.name == arch and len(loaded.digest) == 64 and loaded.strides == strides
     first = next(iter(net.state_dict()))

@@ -1,4 +1,5 @@
 """Fidelity statistics against torch-fidelity's own functions, and the promises around them."""
+
 import json
 import logging
 import shutil
@@ -38,9 +39,11 @@ from utils.logs import read_jsonl
 
 def samples(n_real, n_fake, dim, shift=0.3):
     rng = np.random.default_rng(0)
-    mix = rng.normal(size=(dim, dim)) / dim ** 0.5
-    return (rng.normal(size=(n_real, dim)) @ mix,
-            rng.normal(size=(n_fake, dim)) @ mix * 1.2 + shift)
+    mix = rng.normal(size=(dim, dim)) / dim**0.5
+    return (
+        rng.normal(size=(n_real, dim)) @ mix,
+        rng.normal(size=(n_fake, dim)) @ mix * 1.2 + shift,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -71,8 +74,9 @@ def folders(tmp_path_factory):
 def test_frechet_distance_agrees_with_the_library(n_real, n_fake):
     real, fake = samples(n_real, n_fake, 24)
     a, b = feature_statistics(real), feature_statistics(fake)
-    want = fid_statistics_to_metric({'mu': a[0], 'sigma': a[1]}, {'mu': b[0], 'sigma': b[1]},
-                                    False)['frechet_inception_distance']
+    want = fid_statistics_to_metric(
+        {'mu': a[0], 'sigma': a[1]}, {'mu': b[0], 'sigma': b[1]}, False
+    )['frechet_inception_distance']
     assert frechet_distance(*a, *b) == pytest.approx(want, rel=1e-6)
     assert fidelity(real, fake, n_bootstrap=2)['fd']['value'] == pytest.approx(want, rel=1e-6)
 
@@ -84,16 +88,23 @@ def test_frechet_distance_of_equal_statistics_is_zero():
 
 def test_kernel_distance_agrees_with_the_library():
     real, fake = samples(60, 60, 12)
-    want = kid_features_to_metric(torch.from_numpy(real), torch.from_numpy(fake), kid_subsets=1,
-                                  kid_subset_size=60, verbose=False)
-    assert kernel_distance(real, fake) == pytest.approx(want['kernel_inception_distance_mean'],
-                                                        rel=1e-9)
+    want = kid_features_to_metric(
+        torch.from_numpy(real),
+        torch.from_numpy(fake),
+        kid_subsets=1,
+        kid_subset_size=60,
+        verbose=False,
+    )
+    assert kernel_distance(real, fake) == pytest.approx(
+        want['kernel_inception_distance_mean'], rel=1e-9
+    )
 
 
 def test_precision_and_recall_agree_with_the_library():
     real, fake = samples(80, 50, 6, shift=0.8)
-    precision, recall = calculate_precision_recall_full(torch.from_numpy(fake),
-                                                        torch.from_numpy(real))
+    precision, recall = calculate_precision_recall_full(
+        torch.from_numpy(fake), torch.from_numpy(real)
+    )
     terms = neighbourhood_scores(real, fake)
     assert terms['precision'].mean() == pytest.approx(precision)
     assert terms['recall'].mean() == pytest.approx(recall)
@@ -186,15 +197,25 @@ def test_spectrum_peaks_at_the_frequency_of_a_wave():
 def test_calc_metrics_command(content_file, folders, tmp_path, capsys):
     script = load_script('calc_metrics')
     out = tmp_path / 'metrics.jsonl'
-    arguments = [*map(str, folders), '--content_weights', str(content_file), '--device', 'cpu',
-                 '--n_bootstrap', '3', '--out', str(out)]
+    arguments = [
+        *map(str, folders),
+        '--content_weights',
+        str(content_file),
+        '--device',
+        'cpu',
+        '--n_bootstrap',
+        '3',
+        '--out',
+        str(out),
+    ]
     assert script.main(arguments) == 0
     assert script.main([*arguments, '--batch_size', '5']) == 0
     printed = capsys.readouterr().out
     assert 'FD-fundus' in printed and 'n = 14 real, 14 synthetic' in printed
     first, second = (json.loads(line) for line in out.read_text().splitlines())
-    assert first['fundus']['fd']['value'] == pytest.approx(second['fundus']['fd']['value'],
-                                                           rel=1e-3)
+    assert first['fundus']['fd']['value'] == pytest.approx(
+        second['fundus']['fd']['value'], rel=1e-3
+    )
     assert first['spectrum']['high_frequency_ratio'] < 0.1
 
 
@@ -205,16 +226,22 @@ def test_distances_without_further_files(tmp_path, capsys):
             eye = render_phantom(seed=seed, patient=p, eye='left', visit=0, grade=0, size=64)
             Image.fromarray(eye.image).save(tmp_path / name / f'{p}.png')
     script = load_script('calc_metrics')
-    flags = [str(tmp_path / 'real'), str(tmp_path / 'release/images'), '--device=cpu',
-             '--n_bootstrap=3', f'--out={tmp_path / "out.jsonl"}']
+    flags = [
+        str(tmp_path / 'real'),
+        str(tmp_path / 'release/images'),
+        '--device=cpu',
+        '--n_bootstrap=3',
+        f'--out={tmp_path / "out.jsonl"}',
+    ]
     assert script.main(flags) == 0
     printed = capsys.readouterr().out
     for word in ('FD-lite1', 'KID-lite1', 'coverage (lite1)', 'vessel length', 'fine texture'):
         assert word in printed
-    found, = read_jsonl(tmp_path / 'out.jsonl')
+    (found,) = read_jsonl(tmp_path / 'out.jsonl')
     assert 0.5 < found['detail']['area']['value'] < 2 and found['lite1']['fd']['value'] > 0
-    (tmp_path / 'release' / 'manifest.json').write_text(json.dumps(
-        {'networks': {'style': f'lite1 {load_feature_network("lite1").digest}'}}))
+    (tmp_path / 'release' / 'manifest.json').write_text(
+        json.dumps({'networks': {'style': f'lite1 {load_feature_network("lite1").digest}'}})
+    )
     with pytest.raises(UserError, match='made with lite1, which may not judge it alone'):
         script.main(flags)
     assert script.main([*flags, '--metrics=features', '--features', 'lite1', 'lite0']) == 0
@@ -242,8 +269,12 @@ def test_training_metric(content_file, folders, tmp_path, monkeypatch):
             writer.add(Image.fromarray(picture.transpose(1, 2, 0)))
     torch.manual_seed(0)
     generator = Generator(32, channels={4: 8, 8: 8, 16: 8, 32: 8}, n_mlp=2, style_dim=16).eval()
-    metric = training_metric(['fd_fundus', 'kid_fundus'], ImageArchive(tmp_path / 'data.zip'),
-                             n_images=10, content_weights=content_file)
+    metric = training_metric(
+        ['fd_fundus', 'kid_fundus'],
+        ImageArchive(tmp_path / 'data.zip'),
+        n_images=10,
+        content_weights=content_file,
+    )
     values = metric(generator, torch.device('cpu'))
     assert values == metric(generator, torch.device('cpu'))
     assert set(values) == {'fd_fundus', 'kid_fundus'} and values['fd_fundus'] > 0
@@ -251,10 +282,12 @@ def test_training_metric(content_file, folders, tmp_path, monkeypatch):
     # With a folder, another process reads no picture again; mirror images never count.
     def build() -> Callable:
         mirrored = ImageArchive(tmp_path / 'data.zip', mirror=True)
-        return training_metric(['fd_fundus', 'kid_fundus'], mirrored, n_images=10,
-                               content_weights=content_file)
+        return training_metric(
+            ['fd_fundus', 'kid_fundus'], mirrored, n_images=10, content_weights=content_file
+        )
+
     assert build()(generator, torch.device('cpu'), tmp_path / 'run') == values
-    kept, = (tmp_path / 'run').iterdir()
+    (kept,) = (tmp_path / 'run').iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(ImageArchive, 'images', None)
         assert build()(generator, torch.device('cpu'), tmp_path / 'run') == values

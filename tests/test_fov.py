@@ -1,4 +1,5 @@
 """Finding the field of view in drawn fundus photographs whose disc is known."""
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -8,14 +9,25 @@ from datasets.fov import UnusableFrame, crop_fov, find_fov, fov_mask
 SIZE = 400
 
 
-def photograph(cx=200, cy=200, rx=180, ry=None, *, width=SIZE, height=SIZE, level=150, margin=4,
-               seed=0, shade=None):
+def photograph(
+    cx=200,
+    cy=200,
+    rx=180,
+    ry=None,
+    *,
+    width=SIZE,
+    height=SIZE,
+    level=150,
+    margin=4,
+    seed=0,
+    shade=None,
+):
     """A disc of uneven retina colour with an optic disc, on a noisy dark margin."""
     ry = ry or rx
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] + 0.5
     rho = np.hypot((x - cx) / rx, (y - cy) / ry)
-    light = level * (1 - 0.45 * rho ** 2) * (1 + 0.1 * np.sin(x / 40) * np.cos(y / 30))
+    light = level * (1 - 0.45 * rho**2) * (1 + 0.1 * np.sin(x / 40) * np.cos(y / 30))
     light += level * 0.6 * np.exp(-((x - cx - 0.5 * rx) ** 2 + (y - cy) ** 2) / (0.12 * rx) ** 2)
     if shade is not None:
         light = light * shade(x, y)
@@ -50,8 +62,11 @@ def test_half_of_the_retina_in_the_dark():
 
 
 def test_dark_hole_and_overexposed_crescent():
-    picture = photograph(shade=lambda x, y: np.where(
-        np.hypot(x - 190, y - 210) < 70, 0.02, np.where(y > 330, 2.5, 1)))
+    picture = photograph(
+        shade=lambda x, y: np.where(
+            np.hypot(x - 190, y - 210) < 70, 0.02, np.where(y > 330, 2.5, 1)
+        )
+    )
     assert_disc(find_fov(picture), 200, 200, 180)
 
 
@@ -102,7 +117,7 @@ def test_notch_and_text_do_not_move_the_rim():
     fov = find_fov(picture)
     assert_disc(fov, 200, 200, 180)
     masked = np.asarray(crop_fov(picture, fov, mask=True)).max(2)
-    y, x = np.ogrid[:len(masked), :len(masked)]
+    y, x = np.ogrid[: len(masked), : len(masked)]
     outside = np.hypot(y - len(masked) / 2, x - len(masked) / 2) > 184
     assert masked[outside].max() == 0
 
@@ -157,12 +172,15 @@ def test_margin_that_is_no_disc():
     assert mask[:330].min() == 1 and mask[350:].max() == 0
 
 
-@pytest.mark.parametrize('picture,reason', [
-    (Image.new('RGB', (200, 150)), 'near-black'),
-    (photograph(level=8), 'near-black'),
-    (Image.new('RGB', (200, 200), (180, 180, 180)), 'blank'),
-    (Image.new('RGB', (3, 3)), 'near-black'),
-])
+@pytest.mark.parametrize(
+    'picture,reason',
+    [
+        (Image.new('RGB', (200, 150)), 'near-black'),
+        (photograph(level=8), 'near-black'),
+        (Image.new('RGB', (200, 200), (180, 180, 180)), 'blank'),
+        (Image.new('RGB', (3, 3)), 'near-black'),
+    ],
+)
 def test_frames_without_a_retina(picture, reason):
     with pytest.raises(UnusableFrame, match=reason):
         find_fov(picture)

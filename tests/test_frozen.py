@@ -1,4 +1,5 @@
 """The fast synthesis of a frozen generator: pictures and gradients are the generator's."""
+
 import pytest
 import torch
 from conftest import relative_error
@@ -23,12 +24,13 @@ def small_generator(size=64, seed=0):
 def picture_and_gradient(synthesis, ws, weighting):
     ws = ws.clone().requires_grad_(True)
     image = synthesis(ws)
-    grad, = torch.autograd.grad((image * weighting).sum(), ws)
+    (grad,) = torch.autograd.grad((image * weighting).sum(), ws)
     return image.detach(), grad
 
 
-@pytest.mark.parametrize(('dtype', 'tolerance'), [
-    (torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.08)])
+@pytest.mark.parametrize(
+    ('dtype', 'tolerance'), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.08)]
+)
 def test_equals_the_generator(dtype, tolerance):
     net = small_generator()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -56,7 +58,7 @@ def test_images_do_not_depend_on_their_batch():
     weighting = torch.ones(1, 3, 64, 64)
     together = picture_and_gradient(frozen, ws, weighting)
     for i in range(3):
-        alone = picture_and_gradient(frozen, ws[i:i + 1], weighting)
+        alone = picture_and_gradient(frozen, ws[i : i + 1], weighting)
         for a, b in zip(together, alone):
             assert relative_error(a[i], b[0]) < 1e-5
 

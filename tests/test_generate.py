@@ -1,4 +1,5 @@
 """Pictures from a generator: seeds, truncation, mixing, interpolation, files and refusals."""
+
 import argparse
 
 import numpy as np
@@ -34,9 +35,14 @@ def network(tmp_path_factory):
 def run(network, tmp_path):
     def call(*options):
         out = tmp_path / 'out'
-        assert generate.main(['--network', str(network), '--outdir', str(out), '--device', 'cpu',
-                              *options]) == 0
+        assert (
+            generate.main(
+                ['--network', str(network), '--outdir', str(out), '--device', 'cpu', *options]
+            )
+            == 0
+        )
         return out
+
     return call
 
 
@@ -48,7 +54,7 @@ def shown(sheet, row, column):
     """The [32, 32, 3] cell of a contact sheet with 2 pixels between pictures."""
     array = np.asarray(Image.open(sheet)).astype(int)
     y, x = 2 + 34 * row, 2 + 34 * column
-    return torch.from_numpy(array[y:y + 32, x:x + 32]).permute(2, 0, 1)
+    return torch.from_numpy(array[y : y + 32, x : x + 32]).permute(2, 0, 1)
 
 
 def test_seed_latents_are_the_original_ones():
@@ -60,7 +66,12 @@ def test_seed_latents_are_the_original_ones():
 def test_samples(run, network):
     out = run('--seeds', '0-2,9')
     assert sorted(p.name for p in out.iterdir()) == [
-        'grid.png', 'seed0000.png', 'seed0001.png', 'seed0002.png', 'seed0009.png']
+        'grid.png',
+        'seed0000.png',
+        'seed0001.png',
+        'seed0002.png',
+        'seed0009.png',
+    ]
     net, _ = load_generator(network)
     want = to_uint8(net(seed_latents([9], 16)))[0].int()
     assert (pixels(out / 'seed0009.png') - want).abs().max() <= 1
@@ -73,7 +84,7 @@ def test_truncation_sweep(run, network):
     names = {p.name for p in out.glob('seed*')}
     assert names == {f'seed000{s}-trunc{t}.png' for s in (3, 4) for t in ('0.00', '0.50', '1.00')}
     first, second = (pixels(out / f'seed000{s}-trunc0.00.png') for s in (3, 4))
-    assert (first - second).abs().max() <= 1    # psi 0: everybody is the mean
+    assert (first - second).abs().max() <= 1  # psi 0: everybody is the mean
     assert (pixels(out / 'seed0003-trunc1.00.png') - first).abs().max() > 10
     assert torch.equal(shown(out / 'grid.png', 1, 1), pixels(out / 'seed0004-trunc0.50.png'))
     net, mean = load_generator(network)
@@ -106,8 +117,17 @@ def test_interpolation_files(run):
     run('--seeds', '1,2', '--interpolate', 'frames', '--frames', '3', '--noise_mode', 'random')
     assert len(list(out.glob('frame*.png'))) == 6
     run('--seeds', '1,2', '--noise_mode', 'none')
-    run('--seeds', '1,2', '--interpolate', 'frames', '--frames', '3', '--noise_mode', 'none',
-        '--overwrite')
+    run(
+        '--seeds',
+        '1,2',
+        '--interpolate',
+        'frames',
+        '--frames',
+        '3',
+        '--noise_mode',
+        'none',
+        '--overwrite',
+    )
     assert (pixels(out / 'frame00003.png') - pixels(out / 'seed0002.png')).abs().max() <= 1
 
 
@@ -117,7 +137,7 @@ def test_loop_is_closed_and_smooth():
     assert torch.allclose(path[::20], ws, atol=1e-6)
     steps = (torch.roll(path, -1, 0) - path).flatten(1).norm(dim=1)
     turns = (torch.roll(steps, -1) - steps).abs()
-    assert turns.max() < 0.2 * steps.max()    # no jerk anywhere, the seam included
+    assert turns.max() < 0.2 * steps.max()  # no jerk anywhere, the seam included
 
 
 def test_random_noise_belongs_to_the_seed_not_the_batch(network):
@@ -152,18 +172,21 @@ def test_existing_pictures_are_kept(run):
     assert (out / 'seed0001.png').read_bytes() != before
 
 
-@pytest.mark.parametrize('options,words', [
-    ([], 'exactly one'),
-    (['--seeds', '1', '--rows', '1', '--cols', '2'], 'exactly one'),
-    (['--rows', '1'], 'both'),
-    (['--seeds', '1,1'], 'a value twice'),
-    (['--seeds', '1', '--trunc', '0.5,0.504'], 'a value twice'),
-    (['--seeds', '1', '--interpolate', 'gif'], 'two seeds'),
-    (['--seeds', '1,2', '--interpolate', 'gif', '--trunc', '0.5,1'], 'sweep'),
-    (['--rows', '1', '--cols', '2', '--styles', '0-8'], 'layers 0-7'),
-    (['--projected_w', 'none.npz'], 'no such file'),
-    (['--projected_w', 'none.npz', '--trunc', '0.5'], 'as they are'),
-])
+@pytest.mark.parametrize(
+    'options,words',
+    [
+        ([], 'exactly one'),
+        (['--seeds', '1', '--rows', '1', '--cols', '2'], 'exactly one'),
+        (['--rows', '1'], 'both'),
+        (['--seeds', '1,1'], 'a value twice'),
+        (['--seeds', '1', '--trunc', '0.5,0.504'], 'a value twice'),
+        (['--seeds', '1', '--interpolate', 'gif'], 'two seeds'),
+        (['--seeds', '1,2', '--interpolate', 'gif', '--trunc', '0.5,1'], 'sweep'),
+        (['--rows', '1', '--cols', '2', '--styles', '0-8'], 'layers 0-7'),
+        (['--projected_w', 'none.npz'], 'no such file'),
+        (['--projected_w', 'none.npz', '--trunc', '0.5'], 'as they are'),
+    ],
+)
 def test_bad_options(run, options, words):
     with pytest.raises(UserError, match=words):
         run(*options)

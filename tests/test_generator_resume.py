@@ -1,4 +1,5 @@
 """Going on with a generator training: what comes from the snapshot, and what survives NaN."""
+
 import json
 import shutil
 from collections.abc import Callable
@@ -35,15 +36,26 @@ def command(archive: Path) -> Command:
 
     def call(*flags: str) -> int:
         return script.main(['--data', str(archive), '--device=cpu', *flags])
+
     return call
 
 
 @pytest.fixture(scope='module')
 def original(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp('runs')
-    command('--outdir', str(runs), '--cfg=small', '--mirror=1', '--aug=fixed', '--p=0.3',
-            '--seed=4', '--kimg=0.016', '--cbase=256', '--cmax=8')
-    run_dir, = runs.iterdir()
+    command(
+        '--outdir',
+        str(runs),
+        '--cfg=small',
+        '--mirror=1',
+        '--aug=fixed',
+        '--p=0.3',
+        '--seed=4',
+        '--kimg=0.016',
+        '--cbase=256',
+        '--cmax=8',
+    )
+    (run_dir,) = runs.iterdir()
     return run_dir
 
 
@@ -54,7 +66,8 @@ def begun(original: Path, tmp_path: Path) -> Path:
 
 
 def test_the_number_of_processes_changes_nothing_that_is_learnt(
-        begun: Path, command: Command, capsys: pytest.CaptureFixture) -> None:
+    begun: Path, command: Command, capsys: pytest.CaptureFixture
+) -> None:
     saved = load_weights(begun / 'network-snapshot-00000.016.pt')['config']
     capsys.readouterr()
     command('--resume', str(begun), '--gpus=2', '--kimg=1', '--dry-run')
@@ -72,7 +85,7 @@ def test_the_number_of_processes_changes_nothing_that_is_learnt(
 def test_a_snapshot_brings_its_settings(begun: Path, command: Command, tmp_path: Path) -> None:
     snapshot = begun / 'network-snapshot-00000.016.pt'
     command('--outdir', str(tmp_path / 'more'), '--resume', str(snapshot), '--kimg=0.032')
-    run_dir, = (tmp_path / 'more').iterdir()
+    (run_dir,) = (tmp_path / 'more').iterdir()
     record = json.loads((run_dir / 'options.json').read_text())
     assert record['seed'] == 4
     for name, value in (('aug', 'fixed'), ('p', 0.3), ('mirror', True), ('cfg', 'small')):
@@ -83,11 +96,25 @@ def test_a_snapshot_brings_its_settings(begun: Path, command: Command, tmp_path:
     assert all(torch.equal(a['g'][k], b['g'][k]) for k in a['g'])
 
 
-@pytest.mark.parametrize('flag', [
-    '--batch=8', '--gamma=50', '--mirror=0', '--aug=noaug', '--seed=9', '--p=0.1',
-    '--cmax=4', '--map-depth=3', '--cfg=auto', '--use_noise=1', '--subset=3'])
-def test_contradicting_flags_are_refused_by_name(begun: Path, command: Command, tmp_path: Path,
-                                                 flag: str) -> None:
+@pytest.mark.parametrize(
+    'flag',
+    [
+        '--batch=8',
+        '--gamma=50',
+        '--mirror=0',
+        '--aug=noaug',
+        '--seed=9',
+        '--p=0.1',
+        '--cmax=4',
+        '--map-depth=3',
+        '--cfg=auto',
+        '--use_noise=1',
+        '--subset=3',
+    ],
+)
+def test_contradicting_flags_are_refused_by_name(
+    begun: Path, command: Command, tmp_path: Path, flag: str
+) -> None:
     snapshot = begun / 'network-snapshot-00000.016.pt'
     flags = [flag, '--aug=fixed'] if flag.startswith('--p=') else [flag]
     name = flag.split('=')[0]
@@ -97,14 +124,17 @@ def test_contradicting_flags_are_refused_by_name(begun: Path, command: Command, 
         command('--resume', str(begun), '--kimg=1', *flags)
 
 
-def test_other_pictures_are_refused(begun: Path, command: Command, archive: Path, tmp_path: Path,
-                                    request: pytest.FixtureRequest) -> None:
+def test_other_pictures_are_refused(
+    begun: Path, command: Command, archive: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     snapshot = begun / 'network-snapshot-00000.016.pt'
     changed = archive / 'img00000003.png'
     request.addfinalizer(partial(changed.write_bytes, changed.read_bytes()))
     Image.new('RGB', (32, 32), (9, 200, 7)).save(changed)
-    for flags in (['--outdir', str(tmp_path / 'more'), '--resume', str(snapshot)],
-                  ['--resume', str(begun)]):
+    for flags in (
+        ['--outdir', str(tmp_path / 'more'), '--resume', str(snapshot)],
+        ['--resume', str(begun)],
+    ):
         with pytest.raises(UserError, match='other pictures than'):
             command('--kimg=1', *flags)
 
@@ -112,8 +142,14 @@ def test_other_pictures_are_refused(begun: Path, command: Command, archive: Path
 def test_a_file_without_a_generator_is_refused(command: Command, tmp_path: Path) -> None:
     save_torch(tmp_path / 'empty.pt', {'g_ema': None})
     with pytest.raises(UserError, match='empty.pt.* holds no generator'):
-        command('--outdir', str(tmp_path / 'runs'), '--cfg=small', '--batch=4', '--resume',
-                str(tmp_path / 'empty.pt'))
+        command(
+            '--outdir',
+            str(tmp_path / 'runs'),
+            '--cfg=small',
+            '--batch=4',
+            '--resume',
+            str(tmp_path / 'empty.pt'),
+        )
 
 
 def test_a_damaged_record_is_told(begun: Path, command: Command) -> None:
@@ -123,8 +159,9 @@ def test_a_damaged_record_is_told(begun: Path, command: Command) -> None:
             command('--resume', str(begun))
 
 
-def test_target_of_zero_is_kept(command: Command, tmp_path: Path,
-                                capsys: pytest.CaptureFixture) -> None:
+def test_target_of_zero_is_kept(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     command('--outdir', str(tmp_path), '--cfg=small', '--batch=4', '--target=0', '--dry-run')
     assert json.loads(capsys.readouterr().out)['target'] == 0
 
@@ -148,8 +185,9 @@ class Spoilt(Trainer):
 
 def spoilt(bad: range, precision: str | None) -> Spoilt:
     config = tiny_config(batch=2, channels=dict.fromkeys((4, 8, 16, 32), 4))
-    trainer = Spoilt(Discs(12), config, device='cpu', augment='ada', precision=precision,
-                     augment_names=())
+    trainer = Spoilt(
+        Discs(12), config, device='cpu', augment='ada', precision=precision, augment_names=()
+    )
     trainer.bad = bad
     return trainer
 
@@ -165,7 +203,7 @@ def test_one_step_that_is_not_finite_is_survived(tmp_path: Path) -> None:
     assert trainer.pl_mean.isfinite()
 
 
-@pytest.mark.parametrize('stop', [0.004, 0.01])    # within a tick, and on the edge of one
+@pytest.mark.parametrize('stop', [0.004, 0.01])  # within a tick, and on the edge of one
 def test_ticks_do_not_move_when_a_run_is_gone_on_with(tmp_path: Path, stop: float) -> None:
     def begun() -> Trainer:
         config = tiny_config(batch=2, channels=dict.fromkeys((4, 8, 16, 32), 4))
@@ -177,25 +215,40 @@ def test_ticks_do_not_move_when_a_run_is_gone_on_with(tmp_path: Path, stop: floa
     resumed = begun()
     resumed.load_state(load_weights(last))
     train(resumed, tmp_path / 'parts', kimg=0.02, **lengths)
-    whole, parts = ([row['step'] for row in read_jsonl(tmp_path / name / 'stats.jsonl')]
-                    for name in ('whole', 'parts'))
+    whole, parts = (
+        [row['step'] for row in read_jsonl(tmp_path / name / 'stats.jsonl')]
+        for name in ('whole', 'parts')
+    )
     assert whole == [6, 10, 16, 20]
     assert parts == sorted({*whole, int(stop * 1000)})
 
 
 def test_messages_name_the_file(begun: Path, command: Command, tmp_path: Path) -> None:
     snapshot = begun / 'network-snapshot-00000.016.pt'
-    flags = ['--outdir', str(tmp_path / 'more'), '--resume', str(snapshot), '--transfer=1',
-             '--kimg=0.016', '--batch=4', '--cfg=small']
+    flags = [
+        '--outdir',
+        str(tmp_path / 'more'),
+        '--resume',
+        str(snapshot),
+        '--transfer=1',
+        '--kimg=0.016',
+        '--batch=4',
+        '--cfg=small',
+    ]
     with pytest.raises(UserError, match=f'{snapshot} holds networks for 32 px'):
         command(*flags, '--cbase=512', '--cmax=16')
 
 
-@pytest.mark.parametrize('precision,bad', [
-    (None, range(1, 2)),        # without cleaned gradients, the weights are lost
-    ('fp16', range(1, 99))])    # the weights stay, but nothing is learnt
-def test_what_stays_not_finite_ends_the_training(tmp_path: Path, precision: str | None,
-                                                 bad: range) -> None:
+@pytest.mark.parametrize(
+    'precision,bad',
+    [
+        (None, range(1, 2)),  # without cleaned gradients, the weights are lost
+        ('fp16', range(1, 99)),
+    ],
+)  # the weights stay, but nothing is learnt
+def test_what_stays_not_finite_ends_the_training(
+    tmp_path: Path, precision: str | None, bad: range
+) -> None:
     trainer = spoilt(bad, precision)
     with pytest.raises(UserError, match='training diverged'):
         train(trainer, tmp_path, kimg=0.4, snapshot_kimg=0.02, tick_kimg=0.002, n_grid=1)
@@ -208,7 +261,7 @@ def test_what_stays_not_finite_ends_the_training(tmp_path: Path, precision: str 
 
 def test_scores_of_both_passes_count_for_the_strength() -> None:
     trainer = tiny_trainer()
-    trainer.step()    # with the penalty on the discriminator, every second time
+    trainer.step()  # with the penalty on the discriminator, every second time
     assert float(trainer._signs[1]) == 2 * trainer.config.batch
     trainer.step()
     assert float(trainer._signs[1]) == 3 * trainer.config.batch
@@ -224,7 +277,7 @@ def test_the_path_length_target_moves_first() -> None:
 
     noise = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) / 32
     image = trainer.g.synthesis(ws, noise='none')
-    grad, = torch.autograd.grad((image * noise).sum(), ws, create_graph=True)
+    (grad,) = torch.autograd.grad((image * noise).sum(), ws, create_graph=True)
     lengths = grad.square().sum(2).mean(1).sqrt()
     target = 0.75 * 0.5 + 0.25 * lengths.mean()
     want = 2.0 * (lengths - target).square().mean()

@@ -1,4 +1,5 @@
 """The checks for a machine with a GPU, as far as they can be checked without one."""
+
 import os
 import subprocess
 import sys
@@ -9,14 +10,22 @@ from conftest import ROOT
 
 def check(out: Path, python: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ['bash', 'benchmarks/gpu_check.sh', str(out)], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, 'PYTHON': python, 'TOY': '1'}, check=False)
+        ['bash', 'benchmarks/gpu_check.sh', str(out)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, 'PYTHON': python, 'TOY': '1'},
+        check=False,
+    )
 
 
 def test_failures_are_counted_and_what_passed_is_not_run_again(tmp_path: Path) -> None:
     program = tmp_path / 'program'
-    program.write_text('#!/bin/sh\necho "$@" >> "$0.log"\necho "1.0 s/kimg"\n'
-                       'case "$*" in *ops.py*) [ -e "$0.fixed" ];; esac\n', encoding='utf-8')
+    program.write_text(
+        '#!/bin/sh\necho "$@" >> "$0.log"\necho "1.0 s/kimg"\n'
+        'case "$*" in *ops.py*) [ -e "$0.fixed" ];; esac\n',
+        encoding='utf-8',
+    )
     program.chmod(0o755)
     first = check(tmp_path / 'out', str(program))
     assert first.returncode == 1 and 'failed: ops' in first.stdout, first.stderr
@@ -27,17 +36,31 @@ def test_failures_are_counted_and_what_passed_is_not_run_again(tmp_path: Path) -
     (tmp_path / 'program.fixed').touch()
     again = check(tmp_path / 'out', str(program))
     assert again.returncode == 0 and 'all passed' in again.stdout, again.stderr
-    more = (tmp_path / 'program.log').read_text(encoding='utf-8').splitlines()[len(calls):]
+    more = (tmp_path / 'program.log').read_text(encoding='utf-8').splitlines()[len(calls) :]
     assert len(more) == 1 and 'ops.py' in more[0]
     assert (tmp_path / 'out' / 'table.md').read_text(encoding='utf-8').count('| 0 exit, ') == len(
-        calls)
+        calls
+    )
 
 
 def test_the_bandwidth_benchmark_runs_on_a_pretended_gpu() -> None:
     done = subprocess.run(
-        [sys.executable, 'tests/pretended_device.py', 'benchmarks/ops.py', '--shapes=1x4x8x8',
-         '--repeats=1', '--no_compile', '--dtypes=fp16', '--device=cuda', '--markdown'],
-        cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, text=True, capture_output=True)
+        [
+            sys.executable,
+            'tests/pretended_device.py',
+            'benchmarks/ops.py',
+            '--shapes=1x4x8x8',
+            '--repeats=1',
+            '--no_compile',
+            '--dtypes=fp16',
+            '--device=cuda',
+            '--markdown',
+        ],
+        cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     assert 'pretended GPU' in done.stdout and done.stdout.count('| blur |') == 4
     assert 'cuda ms' in done.stdout

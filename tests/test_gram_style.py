@@ -1,4 +1,5 @@
 """Style by group means: its formula, what it depends on, its unit, and its place in the engine."""
+
 import pytest
 import torch
 from test_optimize import small_engine
@@ -55,8 +56,10 @@ def test_means_hide_the_members():
     losses = {}
     for mode in ('same_place', 'best_match'):
         term = StyleTerm(FilterBank(), mode=mode, n_crop=2, relative=True)
-        losses[mode] = [term.loss(y, term.targets([[g]], [torch.tensor([0.5, 0.5])])).item()
-                        for g in (grams, apart)]
+        losses[mode] = [
+            term.loss(y, term.targets([[g]], [torch.tensor([0.5, 0.5])])).item()
+            for g in (grams, apart)
+        ]
     assert losses['same_place'][0] == pytest.approx(losses['same_place'][1], rel=1e-5)
     assert losses['best_match'][0] != pytest.approx(losses['best_match'][1], rel=1e-2)
 
@@ -66,8 +69,9 @@ def test_published_rule_with_published_units_is_unchanged():
     y, members = pictures(1, 32, seed=1), pictures(3, 32)
     term = StyleTerm(net, mode='best_match', n_crop=4, relative=False)
     weights = torch.full((1, 3), 1 / 3)
-    want = local_style_loss(patch_grams(net.features(y), 4),
-                            patch_grams(net.features(members), 4)[None], weights)
+    want = local_style_loss(
+        patch_grams(net.features(y), 4), patch_grams(net.features(members), 4)[None], weights
+    )
     assert torch.equal(term.loss(term.maps(y), targets_of(term, members)), want)
 
 
@@ -79,8 +83,9 @@ def test_a_relative_loss_has_no_unit(mode):
     weights = [torch.full((3,), 1 / 3)]
     losses = {}
     for name, t in (('relative', term), ('raw', raw)):
-        losses[name] = [t.loss({1: f * y[1]}, t.targets([t.grams({1: f * members})], weights))
-                        for f in (1, 10)]
+        losses[name] = [
+            t.loss({1: f * y[1]}, t.targets([t.grams({1: f * members})], weights)) for f in (1, 10)
+        ]
     assert torch.allclose(*losses['relative'], rtol=1e-4)
     assert losses['raw'][1] > 1000 * losses['raw'][0]
 
@@ -101,8 +106,9 @@ def engine(content_net, style_net, side=64, **options):
     torch.manual_seed(0)
     channels = {s: 8 for s in (4, 8, 16, 32, 64, 128) if s <= side}
     decoder = Generator(side, style_dim=16, n_mlp=2, channels=channels)
-    encoder = build_encoder('LightEncoder', n_styles=decoder.n_latent, input_size=side,
-                            style_dim=16, width=8)
+    encoder = build_encoder(
+        'LightEncoder', n_styles=decoder.n_latent, input_size=side, style_dim=16, width=8
+    )
     psp = PSP(encoder, decoder, 0.1 * torch.randn(16), side)
     config = OptimizeConfig(**{'style_weight': 'auto', 'lr': 'auto', 'n_steps': 4, **options})
     return GroupOptimizer(psp, content_net, style_net, config=config, device='cpu')
@@ -114,8 +120,9 @@ def group_for(made, k=3, seed=1):
     photos = pictures(k, side, seed)
     draw = torch.Generator().manual_seed(seed)
     ws = torch.randn(k, made.synthesis.n_latent, 16, generator=draw)
-    return Group(ws, ((photos + 1) * 127.5).round().to(torch.uint8),
-                 made.content_net.features(photos))
+    return Group(
+        ws, ((photos + 1) * 127.5).round().to(torch.uint8), made.content_net.features(photos)
+    )
 
 
 def test_one_network_for_both_losses_gives_the_same_numbers(lite0):
@@ -123,8 +130,9 @@ def test_one_network_for_both_losses_gives_the_same_numbers(lite0):
     apart = engine(lite0, load_feature_network('lite0'))
     group = group_for(shared)
     ws = group.ws.mean(0, keepdim=True)
-    for a, b in zip(shared.losses(ws, shared.targets([group])),
-                    apart.losses(ws, apart.targets([group]))):
+    for a, b in zip(
+        shared.losses(ws, shared.targets([group])), apart.losses(ws, apart.targets([group]))
+    ):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 

@@ -1,4 +1,5 @@
 """The groups' promises, the published assignment, and the size of the error."""
+
 import itertools
 from collections import Counter
 
@@ -14,7 +15,7 @@ from anonymization.promises import check_groups
 from utils.errors import PrivacyError, UserError
 
 METHODS = ('default', 'published', 'mdav')
-QUICK = dict(rounds=15, restarts=1)    # the promises hold at any effort
+QUICK = dict(rounds=15, restarts=1)  # the promises hold at any effort
 
 
 def normal(n, d=6, seed=0):
@@ -50,6 +51,7 @@ def groups_by_content(x, people, labels):
 
 # -- published greedy -------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize('k', [2, 3, 5])
 def test_published_greedy_equals_the_golden_assignment(golden, k):
     data = golden('greedy_clusters')
@@ -65,7 +67,7 @@ def test_published_greedy_equals_the_plain_rule(seed):
 
 
 def test_published_greedy_breaks_ties_towards_the_lowest_row():
-    line = np.arange(12.)[:, None]
+    line = np.arange(12.0)[:, None]
     found = assign_groups(line, 3, method='published')
     assert found.labels.tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
 
@@ -82,11 +84,12 @@ def test_published_greedy_lets_leftovers_join(n):
 
 # -- promises ---------------------------------------------------------------------------------
 
+
 @st.composite
 def tables(draw):
     n = draw(st.integers(1, 30))
-    rng = np.random.default_rng(draw(st.integers(0, 2 ** 32)))
-    x = (rng.integers(0, 3, (n, 2)) if draw(st.booleans()) else rng.standard_normal((n, 3)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    x = rng.integers(0, 3, (n, 2)) if draw(st.booleans()) else rng.standard_normal((n, 3))
     per_patient = draw(st.sampled_from([None, 1.2, 2, 4, 30]))
     patients = None
     if per_patient:
@@ -96,8 +99,13 @@ def tables(draw):
 
 
 @settings(max_examples=1500, deadline=None, derandomize=True)
-@given(tables(), st.integers(2, 7), st.sampled_from(METHODS),
-       st.sampled_from(['distinct', 'together']), st.sampled_from(['error', 'suppress']))
+@given(
+    tables(),
+    st.integers(2, 7),
+    st.sampled_from(METHODS),
+    st.sampled_from(['distinct', 'together']),
+    st.sampled_from(['error', 'suppress']),
+)
 def test_promises_hold_or_a_clear_error_is_raised(table, k, method, policy, surplus):
     x, patients, strata = table
     options = dict(method=method, policy=policy, surplus=surplus, **QUICK)
@@ -129,8 +137,13 @@ def test_promises_hold_or_a_clear_error_is_raised(table, k, method, policy, surp
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
-@given(tables(), st.integers(2, 5), st.sampled_from(['default', 'mdav']),
-       st.sampled_from(['distinct', 'together']), st.randoms(use_true_random=False))
+@given(
+    tables(),
+    st.integers(2, 5),
+    st.sampled_from(['default', 'mdav']),
+    st.sampled_from(['distinct', 'together']),
+    st.randoms(use_true_random=False),
+)
 def test_groups_do_not_depend_on_the_order_of_the_rows(table, k, method, policy, random):
     x, patients, strata = table
     order = list(range(len(x)))
@@ -141,16 +154,22 @@ def test_groups_do_not_depend_on_the_order_of_the_rows(table, k, method, policy,
     except UserError:
         return
     moved_patients = None if patients is None else [patients[i] for i in order]
-    moved = assign_groups(x[order], k, patients=moved_patients,
-                          strata=None if strata is None else strata[order], **options)
-    assert (groups_by_content(x, patients, found.labels)
-            == groups_by_content(x[order], moved_patients, moved.labels))
+    moved = assign_groups(
+        x[order],
+        k,
+        patients=moved_patients,
+        strata=None if strata is None else strata[order],
+        **options,
+    )
+    assert groups_by_content(x, patients, found.labels) == groups_by_content(
+        x[order], moved_patients, moved.labels
+    )
 
 
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('policy', ['distinct', 'together'])
 def test_both_eyes_of_a_patient(method, policy):
-    x = np.repeat(normal(100, 8), 2, axis=0) + 0.01 * normal(200, 8, 1)    # eyes look alike
+    x = np.repeat(normal(100, 8), 2, axis=0) + 0.01 * normal(200, 8, 1)  # eyes look alike
     patients = np.repeat(np.arange(100), 2)
     found = assign_groups(x, 5, patients=patients, method=method, policy=policy)
     check_groups(found.labels, 5, patients=patients, policy=policy)
@@ -172,8 +191,12 @@ def test_small_strata_are_suppressed_and_listed():
     assert found.labels.tolist()[12:] == [0, 0, 0] and set(found.labels[:12]) == {1, 2}
     assert [row for row, _ in found.suppressed] == [12, 13, 14]
     assert all("'right'" in reason for _, reason in found.suppressed)
-    assert found.info['strata'][1] == {'stratum': 'right', 'images': 3, 'suppressed': 3,
-                                       'groups': 0}
+    assert found.info['strata'][1] == {
+        'stratum': 'right',
+        'images': 3,
+        'suppressed': 3,
+        'groups': 0,
+    }
 
 
 def test_surplus_images_are_an_error_or_suppressed():
@@ -186,45 +209,54 @@ def test_surplus_images_are_an_error_or_suppressed():
     assert len(set(assign_groups(x, 2, patients=patients, policy='together').labels)) == 2
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    (dict(k=1), 'at least 2'),
-    (dict(k=11), '10 distinct patients'),
-    (dict(patients=['a', 'b'] * 5), '2 distinct patients'),
-    (dict(patients=['a'] * 9), '9 patient values for 10 images'),
-    (dict(patients=['a'] * 9 + [None]), r'patient missing in 1 rows.*\[9\]'),
-    (dict(strata=[*range(9), float('nan')]), 'stratum missing'),
-    (dict(strata=list(range(10))), 'no stratum'),
-    (dict(patients=list(range(5)) * 2, strata=[0] * 5 + [1] * 5, policy='together'),
-     '5 patients lie in several strata'),
-    (dict(method='nearest'), 'nearest'),
-    (dict(policy='apart'), 'apart'),
-    (dict(surplus='keep'), 'keep'),
-    (dict(reduce=0), 'reduce'),
-    (dict(block=1), 'block'),
-    (dict(features=np.zeros(10)), 'shape'),
-    (dict(features=np.full((10, 2), np.nan)), 'not finite'),
-    (dict(features=np.full((10, 2), 1j)), 'real'),
-])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(k=1), 'at least 2'),
+        (dict(k=11), '10 distinct patients'),
+        (dict(patients=['a', 'b'] * 5), '2 distinct patients'),
+        (dict(patients=['a'] * 9), '9 patient values for 10 images'),
+        (dict(patients=['a'] * 9 + [None]), r'patient missing in 1 rows.*\[9\]'),
+        (dict(strata=[*range(9), float('nan')]), 'stratum missing'),
+        (dict(strata=list(range(10))), 'no stratum'),
+        (
+            dict(patients=list(range(5)) * 2, strata=[0] * 5 + [1] * 5, policy='together'),
+            '5 patients lie in several strata',
+        ),
+        (dict(method='nearest'), 'nearest'),
+        (dict(policy='apart'), 'apart'),
+        (dict(surplus='keep'), 'keep'),
+        (dict(reduce=0), 'reduce'),
+        (dict(block=1), 'block'),
+        (dict(features=np.zeros(10)), 'shape'),
+        (dict(features=np.full((10, 2), np.nan)), 'not finite'),
+        (dict(features=np.full((10, 2), 1j)), 'real'),
+    ],
+)
 def test_bad_input(change, message):
     with pytest.raises(UserError, match=message):
         assign_groups(**{'features': normal(10), 'k': 5, **change})
 
 
-@pytest.mark.parametrize(('labels', 'options', 'message'), [
-    ([1, 1, 1, 2, 2], {}, 'group 2 holds 2 distinct'),
-    ([1, 1, 1, 1, 0], dict(patients=list('aabcd')), 'more than once'),
-    ([1, 1, 1, 2, 2, 2], dict(patients=list('abcadf'), policy='together'), '1 patients'),
-    ([1, 1, 1], dict(strata=list('lrl')), 'crosses'),
-    ([1, 1, 1, 3, 3, 3], {}, '1..C'),
-    ([0, 0], {}, 'no group'),
-    ([1, 1, 1], dict(patients=['a']), '1 patients'),
-])
+@pytest.mark.parametrize(
+    ('labels', 'options', 'message'),
+    [
+        ([1, 1, 1, 2, 2], {}, 'group 2 holds 2 distinct'),
+        ([1, 1, 1, 1, 0], dict(patients=list('aabcd')), 'more than once'),
+        ([1, 1, 1, 2, 2, 2], dict(patients=list('abcadf'), policy='together'), '1 patients'),
+        ([1, 1, 1], dict(strata=list('lrl')), 'crosses'),
+        ([1, 1, 1, 3, 3, 3], {}, '1..C'),
+        ([0, 0], {}, 'no group'),
+        ([1, 1, 1], dict(patients=['a']), '1 patients'),
+    ],
+)
 def test_check_groups_finds_broken_promises(labels, options, message):
     with pytest.raises(PrivacyError, match=message):
         check_groups(labels, 3, **options)
 
 
 # -- error ------------------------------------------------------------------------------------
+
 
 def test_error_at_the_scale_of_the_paper():
     x = np.random.default_rng(0).standard_normal((3000, 512))
@@ -250,8 +282,11 @@ def best_partition(x, k):
         if not free:
             return 0.0
         first, rest = free[0], free[1:]
-        return min(cost[np.ix_(group, group)].sum() + best(tuple(i for i in rest if i not in group))
-                   for group in ((first, *c) for c in itertools.combinations(rest, k - 1)))
+        return min(
+            cost[np.ix_(group, group)].sum() + best(tuple(i for i in rest if i not in group))
+            for group in ((first, *c) for c in itertools.combinations(rest, k - 1))
+        )
+
     return best(tuple(range(len(x))))
 
 
@@ -320,6 +355,7 @@ def test_squared_errors_far_from_the_origin():
 
 # -- input ------------------------------------------------------------------------------------
 
+
 def test_the_seed_decides():
     x = normal(300, 12)
     first, again, other = (assign_groups(x, 5, seed=s, **QUICK).labels for s in (0, 0, 1))
@@ -330,21 +366,24 @@ def test_kinds_of_features(tmp_path):
     x = normal(100, 12)
     np.save(tmp_path / 'x.npy', x)
     want = assign_groups(x, 5, **QUICK).labels
-    for same in (np.load(tmp_path / 'x.npy', mmap_mode='r'), torch.from_numpy(x),
-                 x.reshape(100, 3, 4)):
+    for same in (
+        np.load(tmp_path / 'x.npy', mmap_mode='r'),
+        torch.from_numpy(x),
+        x.reshape(100, 3, 4),
+    ):
         assert np.array_equal(assign_groups(same, 5, **QUICK).labels, want)
 
 
 def test_reduction_of_a_file_on_disk(tmp_path):
     rng = np.random.default_rng(0)
     scores = rng.standard_normal((400, 6)) * np.arange(6, 0, -1)
-    x = (scores @ rng.standard_normal((6, 300)) + 0.05 * rng.standard_normal((400, 300)) + 50)
+    x = scores @ rng.standard_normal((6, 300)) + 0.05 * rng.standard_normal((400, 300)) + 50
     np.save(tmp_path / 'x.npy', x.astype(np.float32))
     stored = np.load(tmp_path / 'x.npy', mmap_mode='r')
     exact = assign_groups(stored, 5, reduce=None, restarts=1)
     found = assign_groups(stored, 5, reduce=6, restarts=1)
     centred = x - x.mean(0)
-    best = (np.linalg.svd(centred, compute_uv=False)[:6] ** 2).sum() / (centred ** 2).sum()
+    best = (np.linalg.svd(centred, compute_uv=False)[:6] ** 2).sum() / (centred**2).sum()
     assert found.info['reduction']['kept_variance'] == pytest.approx(best, abs=1e-3)
     assert found.sse < 1.02 * exact.sse
     assert exact.info['reduction'] is None

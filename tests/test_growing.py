@@ -1,4 +1,5 @@
 """Growing: a larger generator and discriminator that start from those of half the size."""
+
 import copy
 from pathlib import Path
 
@@ -88,17 +89,25 @@ def archive(folder: Path, size: int) -> Path:
 def test_command_grows_and_resumes_exactly(tmp_path: Path) -> None:
     main = load_script('train_stylegan2_ada').main
     flags = ['--cfg=small', '--batch=4', '--device=cpu', '--aug=noaug', '--cbase=256', '--cmax=8']
-    main([*flags, '--data', str(archive(tmp_path / 'a32', 32)), '--outdir', str(tmp_path / 'r32'),
-          '--kimg=0.004'])
-    first, = (tmp_path / 'r32').iterdir()
+    main(
+        [
+            *flags,
+            '--data',
+            str(archive(tmp_path / 'a32', 32)),
+            '--outdir',
+            str(tmp_path / 'r32'),
+            '--kimg=0.004',
+        ]
+    )
+    (first,) = (tmp_path / 'r32').iterdir()
     snapshot = first / 'network-snapshot-00000.004.pt'
     grown = [*flags, '--data', str(archive(tmp_path / 'a64', 64)), '--grow', str(snapshot)]
     main([*grown, '--outdir', str(tmp_path / 'straight'), '--kimg=0.016'])
     main([*grown, '--outdir', str(tmp_path / 'parts'), '--kimg=0.008'])
-    run_dir, = (tmp_path / 'parts').iterdir()
+    (run_dir,) = (tmp_path / 'parts').iterdir()
     assert '-grow' in run_dir.name
     main(['--resume', str(run_dir), '--kimg=0.016'])
-    straight, = (tmp_path / 'straight').iterdir()
+    (straight,) = (tmp_path / 'straight').iterdir()
     name = 'network-snapshot-00000.016.pt'
     one, two = load_weights(straight / name), load_weights(run_dir / name)
     for part in ('g', 'g_ema', 'd'):

@@ -1,4 +1,5 @@
 """Damaged and hostile files through what loads them: a clear error or the right result."""
+
 import contextlib
 import io
 import os
@@ -29,8 +30,12 @@ def torch_zip(pickled, *, compressed=False, **members):
     buffer = io.BytesIO()
     kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
     with zipfile.ZipFile(buffer, 'w', kind) as archive:
-        for name, data in {'data.pkl': pickled, 'version': b'3\n', 'byteorder': b'little',
-                           **{f'data/{k}': v for k, v in members.items()}}.items():
+        for name, data in {
+            'data.pkl': pickled,
+            'version': b'3\n',
+            'byteorder': b'little',
+            **{f'data/{k}': v for k, v in members.items()},
+        }.items():
             archive.writestr(f'archive/{name}', data)
     return buffer.getvalue()
 
@@ -50,7 +55,7 @@ def test_a_flipped_bit_is_found_or_harmless(tmp_path):
         except UserError as error:
             assert str(path) in str(error)
             refused += 1
-    assert refused > len(data) // 5    # the rest hits padding, dates and unused fields
+    assert refused > len(data) // 5  # the rest hits padding, dates and unused fields
 
 
 def test_every_flip_in_the_numbers_is_found(tmp_path):
@@ -59,7 +64,7 @@ def test_every_flip_in_the_numbers_is_found(tmp_path):
     data = path.read_bytes()
     start = data.index(CONTENT['weights']['a.weight'].numpy().tobytes())
     for i in range(start, start + 1200, 7):
-        path.write_bytes(data[:i] + bytes([data[i] ^ 4]) + data[i + 1:])
+        path.write_bytes(data[:i] + bytes([data[i] ^ 4]) + data[i + 1 :])
         with pytest.raises(UserError, match='checksum'):
             load_weights(path)
 
@@ -100,14 +105,14 @@ def test_trainings_fall_back_to_the_earlier_file(place, tmp_path, caplog):
     newest = save_checkpoint(tmp_path, 2, CONTENT)
     save_torch(tmp_path / f'{SNAPSHOT_PREFIX}00001.000.pt', CONTENT)
     data = newest.read_bytes()
-    if place == 'directory':    # an unknown compression
+    if place == 'directory':  # an unknown compression
         i = data.rindex(b'PK\x01\x02') + 11
-    elif place == 'header':     # the name of a member as no UTF-8
+    elif place == 'header':  # the name of a member as no UTF-8
         i = data.rindex(b'PK\x01\x02') + 46
-        data = data[:i - 37] + b'\x08' + data[i - 36:]
+        data = data[: i - 37] + b'\x08' + data[i - 36 :]
     else:
         i = data.index(CONTENT['weights']['a.weight'].numpy().tobytes()) + 100
-    changed = b'' if place == 'empty' else data[:i] + bytes([data[i] ^ 0x88]) + data[i + 1:]
+    changed = b'' if place == 'empty' else data[:i] + bytes([data[i] ^ 0x88]) + data[i + 1 :]
     newest.write_bytes(changed)
     (tmp_path / f'{SNAPSHOT_PREFIX}00002.000.pt').write_bytes(changed)
     payload, path = latest_checkpoint(tmp_path)
@@ -151,11 +156,20 @@ sys.exit(codes.pop() if len(codes) == 1 else str(codes))
 
 @pytest.mark.parametrize('kind,code', [('full', 1), ('stopped', 143)])
 def test_interrupted_writing_is_one_line_and_leaves_nothing(kind, code, tmp_path):
-    done = subprocess.run([sys.executable, '-c', _SAVING, kind], cwd=tmp_path, text=True,
-                          capture_output=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, '-c', _SAVING, kind],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )
     assert done.returncode == code, done.stderr
-    want = 'error: the disk is full while writing state.pt; free some space and run the same ' \
-           'command again\n' if kind == 'full' else ''
+    want = (
+        'error: the disk is full while writing state.pt; free some space and run the same '
+        'command again\n'
+        if kind == 'full'
+        else ''
+    )
     assert done.stderr == want
     assert not [f for f in os.listdir(tmp_path) if f != 'state.pt']
 
@@ -163,12 +177,16 @@ def test_interrupted_writing_is_one_line_and_leaves_nothing(kind, code, tmp_path
 # --- files that would eat time or memory -------------------------------------------------------
 
 
-@pytest.mark.parametrize('make', [
-    lambda: torch_zip(key_of_tuples()),
-    lambda: torch_zip(b'\x80\x02' + b'\x8a\x01\x05' + b'r\xff\xff\xff\x1f.'),
-    lambda: torch_zip(pickle.dumps({}, protocol=2), compressed=True, **{'0': bytes(2 ** 20)}),
-    lambda: key_of_tuples(),
-    lambda: b'\x80\x02Nr\xff\xff\xff\x1f0N.'])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: torch_zip(key_of_tuples()),
+        lambda: torch_zip(b'\x80\x02' + b'\x8a\x01\x05' + b'r\xff\xff\xff\x1f.'),
+        lambda: torch_zip(pickle.dumps({}, protocol=2), compressed=True, **{'0': bytes(2**20)}),
+        lambda: key_of_tuples(),
+        lambda: b'\x80\x02Nr\xff\xff\xff\x1f0N.',
+    ],
+)
 def test_bombs_in_torch_files_are_refused_at_once(make, tmp_path):
     path = tmp_path / 'bomb.pt'
     path.write_bytes(make())
@@ -178,21 +196,26 @@ def test_bombs_in_torch_files_are_refused_at_once(make, tmp_path):
 
 def test_the_scan_follows_memo_and_marks():
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        check_pickle(io.BytesIO(pickle.dumps([CONTENT['names'], (1, (2, 3)), {'a': {4, 5}}, b'x'],
-                                             protocol=protocol)))
+        check_pickle(
+            io.BytesIO(
+                pickle.dumps(
+                    [CONTENT['names'], (1, (2, 3)), {'a': {4, 5}}, b'x'], protocol=protocol
+                )
+            )
+        )
         for wrap in (lambda t: t, lambda t: [t], lambda t: {'a': (1, t)}):
             with pytest.raises(pickle.UnpicklingError, match='tuples'):
                 check_pickle(io.BytesIO(pickle.dumps(wrap(tuple_bomb()), protocol=protocol)))
-    check_pickle(io.BytesIO(pickle.dumps(list_bomb())))    # refused where it would be printed
+    check_pickle(io.BytesIO(pickle.dumps(list_bomb())))  # refused where it would be printed
 
 
 def test_tensors_may_not_claim_what_the_file_lacks(tmp_path):
     path = tmp_path / 'wide.pt'
-    save_torch(path, {'w': torch.ones(1).expand(10 ** 5, 10 ** 5)})
+    save_torch(path, {'w': torch.ones(1).expand(10**5, 10**5)})
     with pytest.raises(UserError, match='wide.pt'):
         load_weights(path)
     save_torch(path, {'w': torch.ones(1).expand(100, 100)})
-    assert load_weights(path)['w'].sum() == 10 ** 4
+    assert load_weights(path)['w'].sum() == 10**4
     for odd in (torch.eye(3).to_sparse(), torch.ones(3, device='meta')):
         torch.save({'w': odd}, path)
         with pytest.raises(UserError, match='wide.pt'):
@@ -228,8 +251,12 @@ def read_archive(path):
 @pytest.mark.parametrize('kind', ['stored', 'deflated', 'lzma', 'bzip2'])
 def test_damaged_archives_name_themselves(kind, tmp_path):
     path = tmp_path / 'photographs.zip'
-    compression = {'stored': zipfile.ZIP_STORED, 'deflated': zipfile.ZIP_DEFLATED,
-                   'lzma': zipfile.ZIP_LZMA, 'bzip2': zipfile.ZIP_BZIP2}[kind]
+    compression = {
+        'stored': zipfile.ZIP_STORED,
+        'deflated': zipfile.ZIP_DEFLATED,
+        'lzma': zipfile.ZIP_LZMA,
+        'bzip2': zipfile.ZIP_BZIP2,
+    }[kind]
     data = png_zip(path, compress_type=compression)
     assert read_archive(path) == [0]
     for changed in [*flips(data), *(data[:n] for n in range(0, len(data), 40))]:
@@ -243,34 +270,54 @@ def test_damaged_archives_name_themselves(kind, tmp_path):
 def test_encrypted_and_unknown_members(tmp_path):
     path = tmp_path / 'photographs.zip'
     data = png_zip(path)
-    for where, value in ((8, 1), (10, 99)):    # flags and method, in the central directory
+    for where, value in ((8, 1), (10, 99)):  # flags and method, in the central directory
         for name in (b'a.png', b'dataset.json'):
             i = data.rindex(name) - 46 + where
-            path.write_bytes(data[:i] + bytes([value]) + data[i + 1:])
+            path.write_bytes(data[:i] + bytes([value]) + data[i + 1 :])
             with pytest.raises(UserError, match='photographs.zip'):
                 read_archive(path)
 
 
 def test_what_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr(archive_module, '_MAX_FILE', 2 ** 20)
+    monkeypatch.setattr(archive_module, '_MAX_FILE', 2**20)
     path = tmp_path / 'photographs.zip'
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr('a.png', bytes(2 ** 21))
-        archive.writestr('dataset.json', b'{"labels": null}' + b' ' * 2 ** 21)
+        archive.writestr('a.png', bytes(2**21))
+        archive.writestr('dataset.json', b'{"labels": null}' + b' ' * 2**21)
     assert path.stat().st_size < 20_000
     store = FileStore(path)
-    for read in (lambda: store.image('a.png'), lambda: store.size('a.png'), store.labels,
-                 lambda: ImageArchive(path)):
+    for read in (
+        lambda: store.image('a.png'),
+        lambda: store.size('a.png'),
+        store.labels,
+        lambda: ImageArchive(path),
+    ):
         with pytest.raises(UserError, match='2 MiB, more than the 1 MiB'):
             read()
 
 
-@pytest.mark.parametrize('data', [
-    b'', b'\x00\x01\x02' * 50, b'\xff\xfe\x00', b'id_code,centers', b'id_code,centers\n',
-    b'id_code,centers\n"a,1\n', b'id_code,centers\na,inf\n', b'id_code,centers\na,nan\n',
-    b'id_code,centers\na,1.5\n', b'id_code,centers\na,-1\n', b'id_code,centers\na,1e300\n',
-    b'id_code,centers\na,0\n', b'id_code,centers\na,1,2\nb,1\n', b'id_code\na\n',
-    b'\xe9d_code,centers\n', b'id_code,centers\na,' + b'9' * 400 + b'\n', b'PK\x03\x04'])
+@pytest.mark.parametrize(
+    'data',
+    [
+        b'',
+        b'\x00\x01\x02' * 50,
+        b'\xff\xfe\x00',
+        b'id_code,centers',
+        b'id_code,centers\n',
+        b'id_code,centers\n"a,1\n',
+        b'id_code,centers\na,inf\n',
+        b'id_code,centers\na,nan\n',
+        b'id_code,centers\na,1.5\n',
+        b'id_code,centers\na,-1\n',
+        b'id_code,centers\na,1e300\n',
+        b'id_code,centers\na,0\n',
+        b'id_code,centers\na,1,2\nb,1\n',
+        b'id_code\na\n',
+        b'\xe9d_code,centers\n',
+        b'id_code,centers\na,' + b'9' * 400 + b'\n',
+        b'PK\x03\x04',
+    ],
+)
 def test_damaged_group_tables(data, tmp_path):
     path = tmp_path / 'groups.csv'
     path.write_bytes(data)

@@ -1,4 +1,5 @@
 """Opening pictures: known formats only, nothing runs, and damage is one line."""
+
 import contextlib
 import io
 import zipfile
@@ -42,16 +43,19 @@ def test_a_program_named_as_a_picture_does_not_run(program, tmp_path):
     path, ran = program
     with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as archive:
         archive.write(path, 'x.png')
-    for read in (load_rgb, lambda p: FileStore(p.parent).image('x.png'),
-                 lambda p: FileStore(tmp_path / 'x.zip').image('x.png'),
-                 lambda p: FileStore(p.parent).size('x.png'),
-                 lambda p: ImagesDataset(p.parent, 8)):
+    for read in (
+        load_rgb,
+        lambda p: FileStore(p.parent).image('x.png'),
+        lambda p: FileStore(tmp_path / 'x.zip').image('x.png'),
+        lambda p: FileStore(p.parent).size('x.png'),
+        lambda p: ImagesDataset(p.parent, 8),
+    ):
         with pytest.raises(UserError, match='of no known image format'):
             read(path)
     with pytest.raises(Fault, match='is not a PNG'):
         decode(path.read_bytes(), None)
     assert check_image_files([path])[0][0] == path
-    with Image.open(path) as image, contextlib.suppress(OSError):    # what the list keeps out
+    with Image.open(path) as image, contextlib.suppress(OSError):  # what the list keeps out
         assert not ran.exists()
         image.load()
     assert ran.exists()
@@ -69,8 +73,7 @@ def encoded(form):
     return out.getvalue()
 
 
-SAMPLES = {form: encoded(form) for form in ('PNG', 'JPEG', 'MPO', 'BMP', 'TIFF', 'PPM',
-                                            'WEBP')}
+SAMPLES = {form: encoded(form) for form in ('PNG', 'JPEG', 'MPO', 'BMP', 'TIFF', 'PPM', 'WEBP')}
 
 
 @pytest.mark.parametrize('form', SAMPLES)
@@ -81,16 +84,17 @@ def test_usual_formats_are_read(form, tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(form=st.sampled_from(sorted(SAMPLES)),
-       cut=st.floats(0, 1),
-       changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)),
-                        max_size=8))
+@given(
+    form=st.sampled_from(sorted(SAMPLES)),
+    cut=st.floats(0, 1),
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
+)
 def test_damaged_pictures_are_read_or_refused_in_one_line(tmp_path_factory, form, cut, changes):
     data = bytearray(SAMPLES[form])
     for place, value in changes:
-        data[int(place * min(len(data), 256))] = value    # headers are where decoders stumble
+        data[int(place * min(len(data), 256))] = value  # headers are where decoders stumble
     path = tmp_path_factory.getbasetemp() / 'damaged.jpg'
-    path.write_bytes(data[:max(1, int(cut * len(data)))])
+    path.write_bytes(data[: max(1, int(cut * len(data)))])
     try:
         assert load_rgb(path).mode == 'RGB'
     except UserError as error:
@@ -102,11 +106,15 @@ def saved(tmp_path, image, **options):
     return np.asarray(load_rgb(tmp_path / 'a.png'))
 
 
-@pytest.mark.parametrize('values,want', [
-    ([0, 257, 128, 65535], [0, 1, 0, 255]),            # 16 bits: divided by 257 and rounded
-    ([129, 385, 386, 32896], [1, 1, 2, 128]),
-    ([0, 1, 200, 255], [0, 1, 200, 255]),              # 8 bits in a 16-bit file: as they are
-    ([0, 0, 0, 256], [0, 0, 0, 1])])
+@pytest.mark.parametrize(
+    'values,want',
+    [
+        ([0, 257, 128, 65535], [0, 1, 0, 255]),  # 16 bits: divided by 257 and rounded
+        ([129, 385, 386, 32896], [1, 1, 2, 128]),
+        ([0, 1, 200, 255], [0, 1, 200, 255]),  # 8 bits in a 16-bit file: as they are
+        ([0, 0, 0, 256], [0, 0, 0, 1]),
+    ],
+)
 def test_16_bits_become_8(values, want, tmp_path):
     grey = Image.fromarray(np.array(values, np.uint16).reshape(2, 2))
     assert grey.mode == 'I;16'
@@ -116,13 +124,20 @@ def test_16_bits_become_8(values, want, tmp_path):
         assert pixels[..., channel].ravel().tolist() == want
 
 
-@pytest.mark.parametrize('mode,colour,want', [
-    ('RGBA', (200, 100, 50, 255), (200, 100, 50)), ('RGBA', (200, 100, 50, 0), (0, 0, 0)),
-    ('RGBA', (200, 100, 50, 51), (40, 20, 10)), ('LA', (200, 102), (80, 80, 80))])
+@pytest.mark.parametrize(
+    'mode,colour,want',
+    [
+        ('RGBA', (200, 100, 50, 255), (200, 100, 50)),
+        ('RGBA', (200, 100, 50, 0), (0, 0, 0)),
+        ('RGBA', (200, 100, 50, 51), (40, 20, 10)),
+        ('LA', (200, 102), (80, 80, 80)),
+    ],
+)
 def test_what_is_transparent_lies_over_black(mode, colour, want, tmp_path):
     pixels = saved(tmp_path, Image.new(mode, (3, 2), colour))
     assert pixels.shape == (2, 3, 3) and np.unique(pixels.reshape(-1, 3), axis=0).tolist() == [
-        list(want)]
+        list(want)
+    ]
 
 
 def test_a_transparent_palette_colour_is_black(tmp_path):
@@ -133,10 +148,19 @@ def test_a_transparent_palette_colour_is_black(tmp_path):
     assert saved(tmp_path, image, transparency=1).tolist() == [[[10, 20, 30], [0, 0, 0]]]
 
 
-@pytest.mark.parametrize('orientation,turn', [
-    (1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud),
-    (5, lambda a: a.transpose(1, 0, 2)), (6, lambda a: np.rot90(a, -1)),
-    (7, lambda a: np.rot90(a, 2).transpose(1, 0, 2)), (8, np.rot90)])
+@pytest.mark.parametrize(
+    'orientation,turn',
+    [
+        (1, lambda a: a),
+        (2, np.fliplr),
+        (3, lambda a: np.rot90(a, 2)),
+        (4, np.flipud),
+        (5, lambda a: a.transpose(1, 0, 2)),
+        (6, lambda a: np.rot90(a, -1)),
+        (7, lambda a: np.rot90(a, 2).transpose(1, 0, 2)),
+        (8, np.rot90),
+    ],
+)
 def test_pictures_stand_upright(orientation, turn, tmp_path):
     """The tag says how the camera was held; the pixels are turned, not the tag kept."""
     pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)

@@ -1,4 +1,5 @@
 """Intermediate files of the main job: damaged ones are computed anew or refused, never used."""
+
 import hashlib
 import json
 import shutil
@@ -80,8 +81,9 @@ def swap(path):
 
 
 @pytest.mark.parametrize('harm', [flip_byte, cut, empty, swap, lambda p: p.unlink()])
-@pytest.mark.parametrize(('state', 'name'), [('inverting', 'inversion_000001.pt'),
-                                             ('optimised', 'groups_000001.pt')])
+@pytest.mark.parametrize(
+    ('state', 'name'), [('inverting', 'inversion_000001.pt'), ('optimised', 'groups_000001.pt')]
+)
 def test_damaged_pieces_are_computed_anew(stopped, tmp_path, state, name, harm):
     shutil.copytree(stopped / state, tmp_path / 'run')
     harm(tmp_path / 'run/private/work' / name)
@@ -89,10 +91,19 @@ def test_damaged_pieces_are_computed_anew(stopped, tmp_path, state, name, harm):
     assert tree_bytes(tmp_path / 'run/release') == tree_bytes(stopped / 'whole/release')
 
 
-@pytest.mark.parametrize(('name', 'harm'), [
-    ('latents.npy', flip_byte), ('latents.npy', reverse_rows), ('latents.npy', empty),
-    ('latents.npy', lambda p: p.unlink()), ('content.npy', flip_byte), ('content.npy', cut),
-    ('groups.csv', flip_byte), ('groups.csv', lambda p: p.unlink())])
+@pytest.mark.parametrize(
+    ('name', 'harm'),
+    [
+        ('latents.npy', flip_byte),
+        ('latents.npy', reverse_rows),
+        ('latents.npy', empty),
+        ('latents.npy', lambda p: p.unlink()),
+        ('content.npy', flip_byte),
+        ('content.npy', cut),
+        ('groups.csv', flip_byte),
+        ('groups.csv', lambda p: p.unlink()),
+    ],
+)
 @pytest.mark.parametrize('state', ['grouped', 'optimised'])
 def test_damaged_results_are_refused_with_a_remedy(stopped, tmp_path, state, name, harm):
     shutil.copytree(stopped / state, tmp_path / 'run')

@@ -1,4 +1,5 @@
 """Inverting a folder: files, quality table, refinement that never makes a picture worse."""
+
 import shutil
 from pathlib import Path
 
@@ -24,8 +25,14 @@ def data(tmp_path_factory):
 
 
 def command(data, out, **options):
-    flags = {'checkpoint_path': data / 'psp.pt', 'data_path': data / 'data/images',
-             'out_dir': out, 'test_batch_size': 2, 'device': 'cpu', **options}
+    flags = {
+        'checkpoint_path': data / 'psp.pt',
+        'data_path': data / 'data/images',
+        'out_dir': out,
+        'test_batch_size': 2,
+        'device': 'cpu',
+        **options,
+    }
     return [f'--{k}={v}' for k, v in flags.items()]
 
 
@@ -37,6 +44,7 @@ def test_folder_is_inverted_and_refined(data, tmp_path):
     assert (table.mse_refined <= table.mse_5).all() and (table.gain > 0).any()
     psp = load_psp(data / 'psp.pt')
     from utils.images import load_tensor
+
     x = torch.stack([load_tensor(data / 'data/images' / n, 32) for n in table.image])
     with torch.no_grad():
         error = (psp.pool(psp.decode(torch.from_numpy(latents))) - x).square().mean((1, 2, 3))
@@ -52,14 +60,15 @@ class Stop(Exception):
     """Stands for a kill."""
 
 
-def test_damaged_pieces_are_computed_anew(data: Path, tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_pieces_are_computed_anew(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*args: object) -> None:
         raise Stop
 
     flags = {'n_iters_per_batch': 2, 'refine': 2, 'refine_above': 0}
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(script, 'draw', stop)    # when all pieces are there
+        patch.setattr(script, 'draw', stop)  # when all pieces are there
         script.main(command(data, tmp_path / 'stopped', **flags))
     assert script.main(command(data, tmp_path / 'whole', **flags)) == 0
     want = {k: v for k, v in tree_bytes(tmp_path / 'whole').items() if 'options' not in str(k)}
@@ -69,7 +78,7 @@ def test_damaged_pieces_are_computed_anew(data: Path, tmp_path: Path,
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
 
-    def replace(path: Path) -> None:    # by another, sound piece and its seal
+    def replace(path: Path) -> None:  # by another, sound piece and its seal
         for suffix in ('', '.sha256'):
             shutil.copy(f'{path}{suffix}'.replace('0000002', '0000000'), f'{path}{suffix}')
 
@@ -82,9 +91,9 @@ def test_damaged_pieces_are_computed_anew(data: Path, tmp_path: Path,
         assert {k: got[k] for k in want} == want, harm
 
 
-def test_other_photographs_under_the_same_names_are_refused(data: Path, tmp_path: Path,
-                                                            monkeypatch: pytest.MonkeyPatch
-                                                            ) -> None:
+def test_other_photographs_under_the_same_names_are_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*args: object) -> None:
         raise Stop
 
@@ -92,7 +101,7 @@ def test_other_photographs_under_the_same_names_are_refused(data: Path, tmp_path
     with pytest.raises(Stop):
         script.main(command(data, tmp_path / 'out'))
     photos = Path(shutil.copytree(data / 'data/images', tmp_path / 'photos'))
-    with pytest.raises(Stop):    # moved, but the same
+    with pytest.raises(Stop):  # moved, but the same
         script.main(command(data, tmp_path / 'out', data_path=photos))
     first, second, *_ = sorted(photos.iterdir())
     shutil.copy(first, second)

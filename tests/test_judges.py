@@ -1,4 +1,5 @@
 """Attacks on frozen features with their controls, and who may judge a release."""
+
 import json
 import logging
 
@@ -15,7 +16,7 @@ from evaluation.probe import pooled_features
 from models.features.pretrained import load_feature_network
 from utils.errors import UserError
 
-N = 40    # members, others, reference people and independent people
+N = 40  # members, others, reference people and independent people
 
 
 @pytest.fixture(scope='module')
@@ -24,9 +25,14 @@ def features():
 
     copies: the members once more, blurred a little, as an inversion would (k = 1).
     """
-    u8 = np.stack([np.asarray(render_phantom(seed=4, patient=p, eye='left', visit=0, grade=p % 4,
-                                             size=64).image).transpose(2, 0, 1)
-                   for p in range(4 * N)])
+    u8 = np.stack(
+        [
+            np.asarray(
+                render_phantom(seed=4, patient=p, eye='left', visit=0, grade=p % 4, size=64).image
+            ).transpose(2, 0, 1)
+            for p in range(4 * N)
+        ]
+    )
     u8 = np.concatenate([u8, gaussian_filter(u8[:N], (0, 0, 0.5, 0.5))])
     found = pooled_features(load_feature_network('lite1'), u8).reshape(5, N, -1)
     return dict(zip(('members', 'others', 'reference', 'strangers', 'copies'), found))
@@ -34,16 +40,23 @@ def features():
 
 def of_pairs(features, pictures, group_of):
     people = [f'm{i}' for i in range(N)], [f'o{i}' for i in range(N)]
-    scores = pair_membership(features['members'], features['others'], pictures, group_of,
-                             features['reference'], member_people=people[0],
-                             other_people=people[1])
+    scores = pair_membership(
+        features['members'],
+        features['others'],
+        pictures,
+        group_of,
+        features['reference'],
+        member_people=people[0],
+        other_people=people[1],
+    )
     assert not any(np.isnan(s).any() for s in scores)
     return attack_metrics(*scores)['auc']
 
 
 def of_content(features, pictures):
-    attack = nearest_attack(features['members'], features['others'], features['reference'],
-                            lambda f: f)
+    attack = nearest_attack(
+        features['members'], features['others'], features['reference'], lambda f: f
+    )
     return attack_metrics(*attack(pictures))['auc']
 
 
@@ -53,9 +66,11 @@ def test_members_of_k_1_are_found(features):
 
 
 def test_nobody_is_found_behind_independent_pictures(features):
-    found = [of_content(features, features['strangers']),
-             of_pairs(features, features['strangers'], np.full(N, -1)),
-             of_pairs(features, features['strangers'], np.arange(N))]    # a false lead
+    found = [
+        of_content(features, features['strangers']),
+        of_pairs(features, features['strangers'], np.full(N, -1)),
+        of_pairs(features, features['strangers'], np.arange(N)),
+    ]  # a false lead
     for auc in found:
         assert auc['low'] < 0.5 < auc['high']
 
@@ -68,15 +83,17 @@ def test_the_pair_attack_finds_averages_that_the_nearest_picture_hides(features)
 
 def test_scores_say_which_picture(features):
     attack = FeaturePairs(features['reference']).fit(
-        features['members'][:20], features['copies'], np.arange(20))
+        features['members'][:20], features['copies'], np.arange(20)
+    )
     scores = attack.scores(features['members'][20:], features['copies'][20:])
     assert (scores.argmax(1) == np.arange(20)).mean() > 0.9
 
 
 def test_too_few_for_the_pair_attack(features):
     with pytest.raises(UserError, match='3 groups are too few'):
-        FeaturePairs(features['reference']).fit(features['members'][:3], features['copies'],
-                                                np.arange(3))
+        FeaturePairs(features['reference']).fit(
+            features['members'][:3], features['copies'], np.arange(3)
+        )
     with pytest.raises(UserError, match='7 reference pictures'):
         FeaturePairs(features['reference'][:7])
 

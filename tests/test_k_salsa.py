@@ -1,4 +1,5 @@
 """The main job end to end on tiny networks: promises, resume after a kill, processes, bad input."""
+
 import errno
 import json
 import os
@@ -37,8 +38,12 @@ def thirteen(nets, tmp_path_factory):
     """A finished run with n = 13, k = 5, where the published code breaks its promise."""
     folder = tmp_path_factory.mktemp('thirteen')
     save_photographs(folder / 'data', 13)
-    assert k_salsa.main(arguments(nets, folder / 'data', folder / 'run')
-                        + ['--centroids', '--soft_labels']) == 0
+    assert (
+        k_salsa.main(
+            arguments(nets, folder / 'data', folder / 'run') + ['--centroids', '--soft_labels']
+        )
+        == 0
+    )
     return folder
 
 
@@ -56,6 +61,7 @@ def test_thirteen_images_in_groups_of_five(thirteen):
 def test_optimisation_starts_from_exactly_the_groups(thirteen, nets):
     """The picture of the mean of the group's own latents is the group's centroid picture."""
     from models.psp import load_psp
+
     groups = pd.read_csv(thirteen / 'run/private/groups.csv')
     latents = torch.tensor(np.load(thirteen / 'run/private/latents.npy'))
     psp = load_psp(nets / 'psp.pt')
@@ -88,15 +94,17 @@ def test_manifest_and_report(thirteen):
     assert sum(manifest['patients_per_group'].values()) == 2
     assert manifest['networks']['style'] == 'filters'
     page = (release / 'report.html').read_text()
-    assert 'http' not in page.replace('http-equiv', '')    # opens without a network
+    assert 'http' not in page.replace('http-equiv', '')  # opens without a network
     assert 'Differential privacy is not claimed' in page
     assert 'no patient column' in (release / 'DATASHEET.md').read_text()
 
 
 def test_second_start_changes_nothing(thirteen, nets, caplog):
     before = tree_bytes(thirteen / 'run')
-    command = arguments(nets, thirteen / 'data', thirteen / 'run') + ['--centroids',
-                                                                      '--soft_labels']
+    command = arguments(nets, thirteen / 'data', thirteen / 'run') + [
+        '--centroids',
+        '--soft_labels',
+    ]
     assert k_salsa.main(command) == 0
     assert tree_bytes(thirteen / 'run') == before
     with pytest.raises(UserError, match='num_steps: was 4, now 7'):
@@ -114,9 +122,14 @@ def test_patients_are_counted(nets, tmp_path):
 
 def run_process(command, **options):
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen([sys.executable, str(ROOT / 'scripts/k-SALSA.py'), *command], env=env,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            **options)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / 'scripts/k-SALSA.py'), *command],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def test_killed_run_ends_with_the_same_bytes(nets, tmp_path):
@@ -170,8 +183,9 @@ def test_together_weighs_people(nets, tmp_path):
     """A patient with many photographs counts as much in the average as one with a single one."""
     patients = ['many'] * 9 + [f'person{i}' for i in range(6)]
     save_photographs(tmp_path / 'data', 15, patients=patients)
-    k_salsa.main(arguments(nets, tmp_path / 'data', tmp_path / 'run', policy='together',
-                           num_steps=0))
+    k_salsa.main(
+        arguments(nets, tmp_path / 'data', tmp_path / 'run', policy='together', num_steps=0)
+    )
     groups = pd.read_csv(tmp_path / 'run/private/groups.csv')
     latents = np.load(tmp_path / 'run/private/latents.npy')
     centre = np.load(tmp_path / 'run/private/group_latents.npy')[0]
@@ -211,7 +225,7 @@ def spoil(case, nets, data):
         pd.concat([table, table.iloc[:1]]).to_csv(csv, index=False)
     if case == 'broken images':
         whole = (images / 'eye001x.png').read_bytes()
-        (images / 'eye001x.png').write_bytes(whole[:len(whole) // 2])
+        (images / 'eye001x.png').write_bytes(whole[: len(whole) // 2])
         (images / 'eye002x.png').write_text('hello')
     if case == 'not a checkpoint':
         (data / 'x.pt').write_bytes(b'no weights')
@@ -222,10 +236,13 @@ def spoil(case, nets, data):
     if case == 'wrong generator':
         state = torch.load(nets / 'psp.pt', weights_only=True)
         from models.stylegan2 import Generator
-        large = Generator(64, style_dim=16, n_mlp=2,
-                          channels={4: 8, 8: 8, 16: 8, 32: 8, 64: 8}).state_dict()
-        state['state_dict'] = {k: v for k, v in state['state_dict'].items()
-                               if k.startswith('encoder.')}
+
+        large = Generator(
+            64, style_dim=16, n_mlp=2, channels={4: 8, 8: 8, 16: 8, 32: 8, 64: 8}
+        ).state_dict()
+        state['state_dict'] = {
+            k: v for k, v in state['state_dict'].items() if k.startswith('encoder.')
+        }
         state['state_dict'] |= {f'decoder.{k}': v for k, v in large.items()}
         torch.save(state, data / 'x.pt')
         return {'checkpoint_path': data / 'x.pt'}
@@ -242,22 +259,25 @@ def spoil(case, nets, data):
     return {}
 
 
-@pytest.mark.parametrize(('case', 'message'), [
-    ('no folder', 'image folder not found(.|\n)*nowhere'),
-    ('no table', 'table not found(.|\n)*nowhere.csv'),
-    ('no id column', 'has no id column'),
-    ('ids without files', '2 of 11 ids(.|\n)*eye003x(.|\n)*eye004x'),
-    ('duplicate ids', 'duplicate ids(.|\n)*eye000x'),
-    ('broken images', '2 of 11 images(.|\n)*eye001x(.|\n)*eye002x'),
-    ('not a checkpoint', 'x.pt is not a ReStyle-pSp checkpoint'),
-    ('pickle', 'x.pt is not a ReStyle-pSp checkpoint this tool will load'),
-    ('wrong generator', 'does not fit a generator with 10 styles'),
-    ('k above n', '--same_k 12: the table has only 11 images'),
-    ('k of one', '--same_k 1'),
-    ('no content network', 'none.pt(.|\n)*--content_weights'),
-    ('no style network', 'none.pth(.|\n)*--style_weights'),
-    ('too many patches', '--num_crop 99'),
-])
+@pytest.mark.parametrize(
+    ('case', 'message'),
+    [
+        ('no folder', 'image folder not found(.|\n)*nowhere'),
+        ('no table', 'table not found(.|\n)*nowhere.csv'),
+        ('no id column', 'has no id column'),
+        ('ids without files', '2 of 11 ids(.|\n)*eye003x(.|\n)*eye004x'),
+        ('duplicate ids', 'duplicate ids(.|\n)*eye000x'),
+        ('broken images', '2 of 11 images(.|\n)*eye001x(.|\n)*eye002x'),
+        ('not a checkpoint', 'x.pt is not a ReStyle-pSp checkpoint'),
+        ('pickle', 'x.pt is not a ReStyle-pSp checkpoint this tool will load'),
+        ('wrong generator', 'does not fit a generator with 10 styles'),
+        ('k above n', '--same_k 12: the table has only 11 images'),
+        ('k of one', '--same_k 1'),
+        ('no content network', 'none.pt(.|\n)*--content_weights'),
+        ('no style network', 'none.pth(.|\n)*--style_weights'),
+        ('too many patches', '--num_crop 99'),
+    ],
+)
 def test_bad_input(nets, tmp_path, case, message):
     data = tmp_path / 'data'
     save_photographs(data, 11)
@@ -285,8 +305,10 @@ def test_full_disk_leaves_nothing_half_written(nets, tmp_path, monkeypatch, thir
         real(path, obj)
 
     monkeypatch.setattr(pipeline, 'save_torch', full)
-    command = arguments(nets, tmp_path / 'data', tmp_path / 'run') + ['--centroids',
-                                                                      '--soft_labels']
+    command = arguments(nets, tmp_path / 'data', tmp_path / 'run') + [
+        '--centroids',
+        '--soft_labels',
+    ]
     with pytest.raises(OSError, match='No space left'):
         k_salsa.main(command)
     assert not (tmp_path / 'run/release').exists()
@@ -329,9 +351,11 @@ def test_a_release_that_fails_verification_is_not_published(nets, tmp_path, monk
 def test_published_flags(nets, tmp_path):
     """The README command of the published code, with paths changed."""
     save_photographs(tmp_path / 'data', 11)
-    command = (f'--checkpoint_path={nets}/psp.pt --exp_dir={tmp_path}/run --same_k=5 '
-               f'--data_path={tmp_path}/data/images --df={tmp_path}/data/labels.csv --data=aptos '
-               '--test_batch_size=5 --test_workers=1 --n_iters_per_batch=5 --num_steps=2 '
-               '--num_crop=4 --content_weight=1e2 --style_weight=1e-6 --layer_idx=3').split()
+    command = (
+        f'--checkpoint_path={nets}/psp.pt --exp_dir={tmp_path}/run --same_k=5 '
+        f'--data_path={tmp_path}/data/images --df={tmp_path}/data/labels.csv --data=aptos '
+        '--test_batch_size=5 --test_workers=1 --n_iters_per_batch=5 --num_steps=2 '
+        '--num_crop=4 --content_weight=1e2 --style_weight=1e-6 --layer_idx=3'
+    ).split()
     local = [f'--content_weights={nets}/content.pt', '--style_weights=filters']
     assert k_salsa.main([*command, *local]) == 0

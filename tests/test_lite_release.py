@@ -1,4 +1,5 @@
 """The main job on pretrained networks: what stands in the manifest, and early errors."""
+
 import json
 
 import numpy as np
@@ -23,22 +24,31 @@ def setting(tmp_path_factory):
     """Untrained networks of 64 px, and ten photographs."""
     folder = tmp_path_factory.mktemp('lite')
     torch.manual_seed(0)
-    decoder = Generator(64, style_dim=16, n_mlp=2,
-                        channels=dict.fromkeys((4, 8, 16, 32, 64), 8))
+    decoder = Generator(64, style_dim=16, n_mlp=2, channels=dict.fromkeys((4, 8, 16, 32, 64), 8))
     encoder = build_encoder('LightEncoder', n_styles=10, input_size=64, style_dim=16, width=8)
     save_torch(folder / 'psp.pt', psp_checkpoint(PSP(encoder, decoder, torch.zeros(16), 64), {}))
     save_photographs(folder / 'data', 10)
     return folder
 
 
-@pytest.mark.parametrize('options, style', [
-    ({'style_weights': 'lite0', 'style_weight': 'auto'}, LITE0),
-    ({'style_weights': 'filters', 'style_weight': 'auto', 'style_mode': 'same_place'}, 'filters'),
-    ({'style_weights': None, 'style_weight': 0}, 'none')])
+@pytest.mark.parametrize(
+    'options, style',
+    [
+        ({'style_weights': 'lite0', 'style_weight': 'auto'}, LITE0),
+        (
+            {'style_weights': 'filters', 'style_weight': 'auto', 'style_mode': 'same_place'},
+            'filters',
+        ),
+        ({'style_weights': None, 'style_weight': 0}, 'none'),
+    ],
+)
 def test_networks_stand_in_the_manifest(setting, tmp_path, options, style):
     options = {'content_weights': 'lite0', 'lr': 'auto', 'num_steps': 2, **options}
-    command = [a for a in arguments(setting, setting / 'data', tmp_path / 'run', **options)
-               if not a.endswith('=None')]
+    command = [
+        a
+        for a in arguments(setting, setting / 'data', tmp_path / 'run', **options)
+        if not a.endswith('=None')
+    ]
     assert k_salsa.main(command) == 0
     manifest = json.loads((tmp_path / 'run/release/manifest.json').read_text())
     assert manifest['networks']['content'] == LITE0

@@ -1,4 +1,5 @@
 """Membership attacks: metrics against scikit-learn, controls, the published commands."""
+
 import json
 import os
 import shutil
@@ -33,9 +34,16 @@ from utils.errors import UserError
 
 
 def phantoms(patients, size, visit=0):
-    return np.stack([np.asarray(render_phantom(seed=3, patient=p, eye='left', visit=visit,
-                                               grade=p % 3, size=size).image).transpose(2, 0, 1)
-                     for p in patients])
+    return np.stack(
+        [
+            np.asarray(
+                render_phantom(
+                    seed=3, patient=p, eye='left', visit=visit, grade=p % 3, size=size
+                ).image
+            ).transpose(2, 0, 1)
+            for p in patients
+        ]
+    )
 
 
 @pytest.fixture(scope='module')
@@ -69,9 +77,13 @@ def test_metrics_equal_independent_implementations():
 
 def test_the_interval_covers_chance():
     rng = np.random.default_rng(1)
-    inside = [v['auc']['low'] <= 0.5 <= v['auc']['high'] for v in (
-        attack_metrics(rng.normal(size=60), rng.normal(size=60), n_bootstrap=200)
-        for _ in range(40))]
+    inside = [
+        v['auc']['low'] <= 0.5 <= v['auc']['high']
+        for v in (
+            attack_metrics(rng.normal(size=60), rng.normal(size=60), n_bootstrap=200)
+            for _ in range(40)
+        )
+    ]
     assert sum(inside) >= 34
 
 
@@ -81,8 +93,9 @@ def test_intervals_are_of_people_not_photographs():
     member, other = rng.normal(0.5, 1, 60), rng.normal(0, 1, 60)
     people = np.repeat(np.arange(60), 2)
     single = attack_metrics(member, other)
-    double = attack_metrics(member.repeat(2), other.repeat(2), member_people=people,
-                            other_people=100 + people)
+    double = attack_metrics(
+        member.repeat(2), other.repeat(2), member_people=people, other_people=100 + people
+    )
     blind = attack_metrics(member.repeat(2), other.repeat(2))
     assert double['n_members'] == 120 and double['n_member_people'] == 60
     for name in ('auc', 'balanced_accuracy', 'tpr_at_1pct_fpr'):
@@ -97,13 +110,18 @@ def test_intervals_are_of_people_not_photographs():
 def test_coverage_with_two_photographs_per_person():
     rng, inside = np.random.default_rng(3), []
     for _ in range(60):
-        eyes = rng.normal(size=(120, 1)) * 0.95 ** 0.5 + rng.normal(size=(120, 2)) * 0.05 ** 0.5
+        eyes = rng.normal(size=(120, 1)) * 0.95**0.5 + rng.normal(size=(120, 2)) * 0.05**0.5
         member, other = np.split(eyes, 2)
         people = np.repeat(np.arange(60), 2)
-        found = attack_metrics(member.ravel(), other.ravel(), member_people=people,
-                               other_people=60 + people, n_bootstrap=200)['auc']
+        found = attack_metrics(
+            member.ravel(),
+            other.ravel(),
+            member_people=people,
+            other_people=60 + people,
+            n_bootstrap=200,
+        )['auc']
         inside.append(found['low'] <= 0.5 <= found['high'])
-    assert sum(inside) >= 52    # 95 % of 60 are 57; photographs as the unit reach 48
+    assert sum(inside) >= 52  # 95 % of 60 are 57; photographs as the unit reach 48
 
 
 def test_rates_of_people():
@@ -111,15 +129,17 @@ def test_rates_of_people():
     exact = binomtest(3, 20).proportion_ci(method='exact')
     assert rate_interval(hits) == pytest.approx(tuple(exact), abs=1e-12)
     assert rate_interval(hits.repeat(2), np.repeat(np.arange(20), 2)) == pytest.approx(
-        tuple(exact), abs=1e-12)
+        tuple(exact), abs=1e-12
+    )
     assert rate_interval(np.zeros(40, bool), np.repeat(np.arange(20), 2)) == pytest.approx(
-        tuple(binomtest(0, 20).proportion_ci(method='exact')), abs=1e-12)
+        tuple(binomtest(0, 20).proportion_ci(method='exact')), abs=1e-12
+    )
 
 
 def test_precision_and_ranks():
     scores = np.array([[0.9, 0.8, 0.1, 0.2], [0.5, 0.5, 0.5, 0.5]])
     same = np.array([[True, False, True, False], [False, False, True, True]])
-    assert precision_at_k(scores, same, 2) == 0.25    # ties of the second go against the attacker
+    assert precision_at_k(scores, same, 2) == 0.25  # ties of the second go against the attacker
     rates = reidentification_rates([1, 1, 4, 9], 20)
     assert rates['rank_1'] == 0.5 and rates['rank_5'] == 0.75 and rates['chance_rank_5'] == 0.25
 
@@ -136,8 +156,14 @@ def test_too_few_people():
 def test_controls(people, attack):
     """A release of reconstructions is caught; one of other people gives nothing away."""
     members, others, reference, strangers = np.split(people, [25, 50, 70])
-    blurred = np.stack([np.asarray(Image.fromarray(p.transpose(1, 2, 0)).resize((40, 40)).resize(
-        (64, 64))).transpose(2, 0, 1) for p in members])
+    blurred = np.stack(
+        [
+            np.asarray(
+                Image.fromarray(p.transpose(1, 2, 0)).resize((40, 40)).resize((64, 64))
+            ).transpose(2, 0, 1)
+            for p in members
+        ]
+    )
 
     def run(release):
         if attack == 'vessel':
@@ -145,6 +171,7 @@ def test_controls(people, attack):
         else:
             scores = nearest_attack(members, others, reference, pixels)(release)
         return attack_metrics(*scores, level=0.99)['auc']
+
     leaking, clean = run(blurred), run(strangers)
     assert leaking['value'] > 0.95 and leaking['low'] > 0.8
     assert clean['low'] <= 0.5 <= clean['high']
@@ -154,9 +181,9 @@ def test_controls(people, attack):
 def test_later_photographs_lead_to_the_release_of_one_person():
     first, later = phantoms(range(16), 96), phantoms(range(16), 96, visit=1)
     ranks = reidentification_ranks(later, np.arange(16), first, vessel_features)
-    assert np.median(ranks) <= 8    # a plain distance of unregistered maps is a weak attack
+    assert np.median(ranks) <= 8  # a plain distance of unregistered maps is a weak attack
     similarity = best_correlations(vessel_maps(later), vessel_maps(first))
-    assert (similarity.argmax(1) == np.arange(16)).mean() >= 0.8    # registration finds them
+    assert (similarity.argmax(1) == np.arange(16)).mean() >= 0.8  # registration finds them
 
 
 def vessel_features(u8):
@@ -199,7 +226,7 @@ def test_standardisation_is_exact_in_little_memory() -> None:
     x = photos.astype(np.float64) / 127.5 - 1
     assert np.allclose(mean.flatten(), x.mean((0, 2, 3)), rtol=1e-6)
     assert np.allclose(std.flatten(), x.std((0, 2, 3)), rtol=1e-6)
-    assert mean.shape == (1, 3, 1, 1) and peak < photos.nbytes    # float64 copies take 8 times it
+    assert mean.shape == (1, 3, 1, 1) and peak < photos.nbytes  # float64 copies take 8 times it
 
 
 def test_pairs_of_a_step():
@@ -224,11 +251,13 @@ def test_an_epoch_is_a_permutation(monkeypatch):
     def record(group_of, drawn, pairs, rng):
         seen.append(drawn)
         return step_pairs(group_of, drawn, pairs, rng)
+
     monkeypatch.setattr('evaluation.attacks.pairs.step_pairs', record)
     photos = np.zeros((12, 3, 16, 16), np.uint8)
     config = PairConfig(k=2, mult_batch=2, epochs=1, image_size=16)
-    attack = PairAttack(config, mean=torch.zeros(1, 3, 1, 1), std=torch.ones(1, 3, 1, 1),
-                        device='cpu')
+    attack = PairAttack(
+        config, mean=torch.zeros(1, 3, 1, 1), std=torch.ones(1, 3, 1, 1), device='cpu'
+    )
     attack.train_epoch(photos, photos[:4], np.arange(12) % 4)
     assert len(seen) == 3 and sorted(np.concatenate(seen)) == list(range(12))
 
@@ -242,11 +271,14 @@ def make_study(folder, *, published=False, n_groups=8, k=2, start=0):
         colours = rng.uniform(40, 230, (1, 3)) + rng.normal(0, 4, (k, 3))
         ids = [f'{start}_{c}_{j}' for j in range(k)]
         for i, colour in zip(ids, colours):
-            Image.fromarray(np.broadcast_to(colour, (32, 32, 3)).clip(0, 255).astype(np.uint8)
-                            ).save(folder / f'photos/{i}.png')
+            Image.fromarray(
+                np.broadcast_to(colour, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+            ).save(folder / f'photos/{i}.png')
         mean = Image.fromarray(np.broadcast_to(colours.mean(0), (32, 32, 3)).astype(np.uint8))
-        names = {'ours': ids[0] if published else f'ksalsa_{c:03d}',
-                 'centroids': f'{ids[0]}_centroids' if published else f'ksalsa_{c:03d}'}
+        names = {
+            'ours': ids[0] if published else f'ksalsa_{c:03d}',
+            'centroids': f'{ids[0]}_centroids' if published else f'ksalsa_{c:03d}',
+        }
         for kind, name in names.items():
             (folder / kind).mkdir(exist_ok=True)
             mean.save(folder / kind / f'{name}.png')
@@ -258,10 +290,17 @@ def make_study(folder, *, published=False, n_groups=8, k=2, start=0):
 
 
 def train_flags(study, kind, out, *extra):
-    return [f'--train_df_path={study}', f'--train_image_path={study / "photos"}',
-            f'--centroid_image_path={study / ("ours" if kind == "centroid_ours" else "centroids")}',
-            f'--centroid_type={kind}', '--samek=2', f'--out_dir={out}', '--image_size=32',
-            '--device=cpu', *extra]
+    return [
+        f'--train_df_path={study}',
+        f'--train_image_path={study / "photos"}',
+        f'--centroid_image_path={study / ("ours" if kind == "centroid_ours" else "centroids")}',
+        f'--centroid_type={kind}',
+        '--samek=2',
+        f'--out_dir={out}',
+        '--image_size=32',
+        '--device=cpu',
+        *extra,
+    ]
 
 
 @pytest.mark.parametrize('published', [True, False])
@@ -271,10 +310,17 @@ def test_published_commands(tmp_path, kind, published, capsys):
     test = make_study(tmp_path / 'test', published=published, n_groups=6, start=100)
     assert MIA_train.main(train_flags(train, kind, tmp_path / 'ck', '--epochs=2')) == 0
     checkpoint = tmp_path / 'ck' / f'{kind}_aptos_k2_1.pth'
-    flags = [f'--test_df_path={test}', f'--test_image_path={test / "photos"}', '--samek=2',
-             f'--centroid_image_path={test / ("ours" if kind == "centroid_ours" else "centroids")}',
-             f'--centroid_type={kind}', f'--ckpt_path={checkpoint}', '--topk=2',
-             f'--out_dir={tmp_path / "out"}', '--device=cpu']
+    flags = [
+        f'--test_df_path={test}',
+        f'--test_image_path={test / "photos"}',
+        '--samek=2',
+        f'--centroid_image_path={test / ("ours" if kind == "centroid_ours" else "centroids")}',
+        f'--centroid_type={kind}',
+        f'--ckpt_path={checkpoint}',
+        '--topk=2',
+        f'--out_dir={tmp_path / "out"}',
+        '--device=cpu',
+    ]
     assert MIA_test.main(flags) == 0
     assert 'precision at 2' in capsys.readouterr().out
     name = f'{kind}k2_aptos_val_score_matrices49'
@@ -295,12 +341,14 @@ def test_the_pair_attack_learns_and_resumes_exactly(tmp_path):
     def draw(n):
         u8 = np.repeat(colours, n, 0) + rng.normal(0, 3, (n * 6, 3))
         return np.broadcast_to(u8[..., None, None], (*u8.shape, 32, 32)).astype(np.uint8)
+
     photos, pictures, group_of = draw(3), draw(1), np.repeat(np.arange(6), 3)
     config = PairConfig(k=3, mult_batch=4, lr=1e-3, epochs=20, image_size=32, precision='bf16')
 
     def new():
         mean, std = standardisation(photos)
         return PairAttack(config, mean=mean, std=std, device='cpu')
+
     attack = new()
     for _ in range(config.epochs):
         attack.train_epoch(photos, pictures, group_of)
@@ -337,7 +385,7 @@ def test_people_come_from_the_group_table_and_the_files(tmp_path):
     table = pd.read_csv(study / 'groups.csv')
     table['patient_id'] = ['a', 'b', 'c', 'd', 'a', 'f', 'g', 'h']
     table.to_csv(study / 'groups.csv', index=False)
-    shutil.copy(study / 'photos/0_1_1.png', study / 'photos/0_3_1.png')    # d and h
+    shutil.copy(study / 'photos/0_1_1.png', study / 'photos/0_3_1.png')  # d and h
     files = ReleaseFiles(study, study / 'photos', study / 'ours')
     found = read_known_release(files, ['groups.csv'], 'centroid_ours', 32, ['--a', '--b', '--c'])
     assert found.people == ['a', 'b', 'c', 'd', 'a', 'f', 'g', 'd']
@@ -352,8 +400,9 @@ def run_folder(tmp_path):
     shutil.move(study / 'groups.csv', private / 'groups.csv')
     shutil.move(study / 'centroids', private / 'centroids')
     shutil.move(study / 'ours', tmp_path / 'run/release/images')
-    (private / 'options.json').write_text(json.dumps(
-        {'options': {'data_path': str(study / 'photos')}}))
+    (private / 'options.json').write_text(
+        json.dumps({'options': {'data_path': str(study / 'photos')}})
+    )
     return tmp_path / 'run'
 
 
@@ -361,11 +410,14 @@ def test_a_run_folder_in_place_of_three_flags(run_folder, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     common = [f'--run={run_folder}', '--samek=2', '--device=cpu']
     for kind in ('centroid_ours', 'centroid'):
-        assert MIA_train.main([*common, '--epochs=1', '--image_size=32',
-                               f'--centroid_type={kind}']) == 0
+        assert (
+            MIA_train.main([*common, '--epochs=1', '--image_size=32', f'--centroid_type={kind}'])
+            == 0
+        )
         # The checkpoint is found under its published name.
-        assert MIA_test.main([*common, '--topk=2', '--ckpt_epochs=0',
-                              f'--centroid_type={kind}']) == 0
+        assert (
+            MIA_test.main([*common, '--topk=2', '--ckpt_epochs=0', f'--centroid_type={kind}']) == 0
+        )
     with pytest.raises(UserError, match='not the folder of a finished run'):
         MIA_train.main(['--run=study', '--samek=2'])
 
@@ -374,25 +426,37 @@ def test_a_run_folder_in_place_of_three_flags(run_folder, tmp_path, monkeypatch)
 def test_published_lines_get_one_hint(module, part, tmp_path, monkeypatch):
     """The published defaults are its authors' paths; what is needed is said at once."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(MIA_test, 'load_pair_attack', lambda *_: PairAttack(
-        PairConfig(image_size=32), mean=torch.zeros(1, 3, 1, 1), std=torch.ones(1, 3, 1, 1),
-        device='cpu'))
-    with pytest.raises(UserError, match=f'--{part}_df_path, --{part}_image_path, '
-                                        '--centroid_image_path needed.*--run'):
+    monkeypatch.setattr(
+        MIA_test,
+        'load_pair_attack',
+        lambda *_: PairAttack(
+            PairConfig(image_size=32),
+            mean=torch.zeros(1, 3, 1, 1),
+            std=torch.ones(1, 3, 1, 1),
+            device='cpu',
+        ),
+    )
+    with pytest.raises(
+        UserError,
+        match=f'--{part}_df_path, --{part}_image_path, --centroid_image_path needed.*--run',
+    ):
         module.main(['--samek=5', '--data=aptos', '--device=cpu'])
     assert not list(tmp_path.iterdir())
 
 
 def states_after(monkeypatch, flags, *, kill_after=None):
     """Trains, ended by an exception after that many epochs where asked; the final weights."""
+
     class Killed(BaseException):
         pass
+
     epoch = PairAttack.train_epoch
 
     def train_epoch(self, *arguments):
         if self.epoch == kill_after:
             raise Killed
         return epoch(self, *arguments)
+
     monkeypatch.setattr(PairAttack, 'train_epoch', train_epoch)
     try:
         MIA_train.main(flags)
@@ -406,8 +470,10 @@ def states_after(monkeypatch, flags, *, kill_after=None):
 def test_an_ended_training_goes_on_exactly(tmp_path, monkeypatch, damage):
     """Also from the state before, when the newest one is damaged."""
     study = make_study(tmp_path / 'train', n_groups=4)
-    whole, ended = (train_flags(study, 'centroid_ours', tmp_path / out, '--epochs=4')
-                    for out in ('whole', 'ended'))
+    whole, ended = (
+        train_flags(study, 'centroid_ours', tmp_path / out, '--epochs=4')
+        for out in ('whole', 'ended')
+    )
     MIA_train.main(whole)
     states_after(monkeypatch, ended, kill_after=3)
     state = tmp_path / 'ended/centroid_ours_aptos_k2/state_3.pt'
@@ -418,16 +484,20 @@ def test_an_ended_training_goes_on_exactly(tmp_path, monkeypatch, damage):
     elif damage is not None:
         state.write_bytes(damage)
     MIA_train.main(ended)
-    weights = [torch.load(tmp_path / out / 'centroid_ours_aptos_k2_3.pth', weights_only=True)['net']
-               for out in ('whole', 'ended')]
+    weights = [
+        torch.load(tmp_path / out / 'centroid_ours_aptos_k2_3.pth', weights_only=True)['net']
+        for out in ('whole', 'ended')
+    ]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_training_stops_in_good_order(tmp_path, monkeypatch, number):
     study = make_study(tmp_path / 'train', n_groups=4)
-    whole, stopped = (train_flags(study, 'centroid_ours', tmp_path / out, '--epochs=3')
-                      for out in ('whole', 'stopped'))
+    whole, stopped = (
+        train_flags(study, 'centroid_ours', tmp_path / out, '--epochs=3')
+        for out in ('whole', 'stopped')
+    )
     MIA_train.main(whole)
     epoch = PairAttack.train_epoch
 
@@ -435,14 +505,17 @@ def test_a_training_stops_in_good_order(tmp_path, monkeypatch, number):
         if self.epoch == 1:
             os.kill(os.getpid(), number)
         return epoch(self, *arguments)
+
     with monkeypatch.context() as patch:
         patch.setattr(PairAttack, 'train_epoch', interrupted)
         assert MIA_train.main(stopped) == 128 + number
     states = sorted(p.name for p in (tmp_path / 'stopped/centroid_ours_aptos_k2').glob('state*'))
     assert states == ['state_1.pt', 'state_2.pt']
     assert MIA_train.main(stopped) == 0
-    weights = [torch.load(tmp_path / out / 'centroid_ours_aptos_k2_2.pth', weights_only=True)['net']
-               for out in ('whole', 'stopped')]
+    weights = [
+        torch.load(tmp_path / out / 'centroid_ours_aptos_k2_2.pth', weights_only=True)['net']
+        for out in ('whole', 'stopped')
+    ]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
@@ -459,13 +532,18 @@ def test_resuming_compares_contents_not_paths(tmp_path, monkeypatch):
         MIA_train.main(moved)
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda s: (s / 'photos/0_0_1.png').unlink(), 'have no image'),
-    (lambda s: (s / 'ours/ksalsa_001.png').unlink(), 'have no picture'),
-    (lambda s: (s / 'groups.csv').unlink(), 'no group table'),
-    (lambda s: pd.read_csv(s / 'groups.csv').iloc[:2].to_csv(s / 'groups.csv', index=False),
-     'at least 2'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda s: (s / 'photos/0_0_1.png').unlink(), 'have no image'),
+        (lambda s: (s / 'ours/ksalsa_001.png').unlink(), 'have no picture'),
+        (lambda s: (s / 'groups.csv').unlink(), 'no group table'),
+        (
+            lambda s: pd.read_csv(s / 'groups.csv').iloc[:2].to_csv(s / 'groups.csv', index=False),
+            'at least 2',
+        ),
+    ],
+)
 def test_bad_input(tmp_path, change, message):
     study = make_study(tmp_path / 'train', n_groups=3)
     change(study)
@@ -476,8 +554,9 @@ def test_bad_input(tmp_path, change, message):
 
 def test_split_command(tmp_path):
     (tmp_path / 'images').mkdir()
-    frame = pd.DataFrame({'id_code': [f'a{i}' for i in range(12)],
-                          'patient_id': [f'p{i // 2}' for i in range(12)]})
+    frame = pd.DataFrame(
+        {'id_code': [f'a{i}' for i in range(12)], 'patient_id': [f'p{i // 2}' for i in range(12)]}
+    )
     for shade, i in enumerate(frame.id_code):
         Image.new('RGB', (8, 8), (shade, 0, 0)).save(tmp_path / f'images/{i}.png')
     frame.to_csv(tmp_path / 'labels.csv', index=False)

@@ -1,4 +1,5 @@
 """The group optimisation: golden numbers, independence of the batch, schedule, ragged groups."""
+
 import pytest
 import torch
 import torchvision
@@ -31,8 +32,11 @@ def golden_content():
 
 def golden_style():
     net = VGGStyle()
-    names = {f'features.{i}.{p}': getattr(net, f'features_{i}').get_parameter(p)
-             for i in (0, 2) for p in ('weight', 'bias')}
+    names = {
+        f'features.{i}.{p}': getattr(net, f'features_{i}').get_parameter(p)
+        for i in (0, 2)
+        for p in ('weight', 'bias')
+    }
     full = fill_state_dict(names, equalized=False)
     net.load_state_dict({k.replace('.', '_', 1): v for k, v in full.items()})
     return net
@@ -43,8 +47,13 @@ def golden_engine():
     decoder = filled(Generator(64, n_mlp=2), True)
     encoder = filled(build_encoder('ResNetBackboneEncoder', n_styles=10), False)
     psp = PSP(encoder, decoder, fill_tensor('latent_avg', (10, 512), 0.1)).eval()
-    return GroupOptimizer(psp, golden_content(), golden_style(), device='cpu',
-                          config=OptimizeConfig(n_steps=12, content_weight=1e4, style_weight=1e-5))
+    return GroupOptimizer(
+        psp,
+        golden_content(),
+        golden_style(),
+        device='cpu',
+        config=OptimizeConfig(n_steps=12, content_weight=1e4, style_weight=1e-5),
+    )
 
 
 @pytest.fixture(scope='module')
@@ -63,16 +72,16 @@ def test_golden_optimisation(golden_engine, golden_groups, golden):
     targets = golden_engine.targets(groups)
     ws = torch.stack([g.ws.mean(0) for g in groups]).requires_grad_(True)
     _, style, _ = golden_engine.losses(ws, targets)
-    grad, = torch.autograd.grad(style.sum(), ws)
+    (grad,) = torch.autograd.grad(style.sum(), ws)
     result = golden_engine.run(groups)
     for i, k in enumerate((5, 3)):
         assert relative_error(grad[i], data[f'k{k}_style_grad0'][0]) < 1e-3
         want = data[f'k{k}_losses']
         # The reference rounds 1 - cosine to whole units of 2^-24.
-        torch.testing.assert_close(result.losses[:3, i, 0].double(), want[:3, 0], rtol=1e-3,
-                                   atol=2 ** -23)
-        torch.testing.assert_close(result.losses[:3, i, 1].double(), want[:3, 1], rtol=1e-3,
-                                   atol=0)
+        torch.testing.assert_close(
+            result.losses[:3, i, 0].double(), want[:3, 0], rtol=1e-3, atol=2**-23
+        )
+        torch.testing.assert_close(result.losses[:3, i, 1].double(), want[:3, 1], rtol=1e-3, atol=0)
         # Rounding grows from step to step; the trend must agree.
         error = (result.losses[:, i].double() - want[:, :2]).abs() / want[:, :2]
         assert error.max() < 0.1
@@ -83,7 +92,7 @@ def test_golden_optimisation(golden_engine, golden_groups, golden):
 
 def test_published_schedule():
     got = [learning_rate(s, 100) for s in (0, 1, 4, 5, 75, 80, 90, 95, 99)]
-    assert got == pytest.approx([0, .02, .08, .1, .1, .0905, .0345, .0096, .0004], abs=6e-5)
+    assert got == pytest.approx([0, 0.02, 0.08, 0.1, 0.1, 0.0905, 0.0345, 0.0096, 0.0004], abs=6e-5)
 
 
 def small_engine(**options):
@@ -95,8 +104,9 @@ def small_engine(**options):
     content = content_network_from_state(net.state_dict(), source='random')
     content.input_size = 32
     config = OptimizeConfig(n_steps=6, n_crop=2, style_weight=1e-2)
-    return GroupOptimizer(psp, content, load_style_network(FILTERS), config=config, device='cpu',
-                          **options)
+    return GroupOptimizer(
+        psp, content, load_style_network(FILTERS), config=config, device='cpu', **options
+    )
 
 
 def small_groups(engine, sizes):
@@ -136,7 +146,7 @@ def test_optimisation_lowers_the_loss_and_bf16_agrees():
 def test_shares_of_people():
     """Two copies of a member at half its share change nothing."""
     engine = small_engine()
-    group, = small_groups(engine, (3,))
+    (group,) = small_groups(engine, (3,))
     twice = Group(*(torch.cat([t, t[:1]]) for t in group[:3]), equal_shares(['a', 'b', 'c', 'a']))
     want, got = engine.run([group]), engine.run([twice])
     assert equal_shares(['a', 'b']) is None
@@ -147,7 +157,7 @@ def test_shares_of_people():
 def test_zero_steps_give_the_centroid():
     engine = small_engine()
     engine.config = OptimizeConfig(n_steps=0)
-    group, = small_groups(engine, (3,))
+    (group,) = small_groups(engine, (3,))
     result = engine.run([group])
     assert torch.equal(result.ws[0], group.ws.mean(0))
     assert torch.equal(result.image, result.centroid)

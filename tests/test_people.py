@@ -1,4 +1,5 @@
 """Who is one person: patients, and photographs with the same bytes."""
+
 import argparse
 import shutil
 
@@ -41,17 +42,19 @@ def test_identical_photographs_get_one_patient(tmp_path, patients):
     assert merge_identical(table) is table
     shutil.copy(table.paths[0], table.paths[2])
     merged = merge_identical(table)
-    assert merged.patients == (['eye000x', 'eye001x', 'eye000x', 'eye003x'] if patients is None
-                               else ['b', 'c', 'b', 'a'])
+    assert merged.patients == (
+        ['eye000x', 'eye001x', 'eye000x', 'eye003x'] if patients is None else ['b', 'c', 'b', 'a']
+    )
 
 
 def test_people_of_other_tables_are_found(tmp_path):
     first = table_of(tmp_path / 'a', 4, patient_id=['p0', 'p1', 'p2', 'p3'])
-    second = table_of(tmp_path / 'b', 3, patient_id=['q0', 'p1', 'q2'],
-                      id_code=['new0', 'new1', 'new2'])
+    second = table_of(
+        tmp_path / 'b', 3, patient_id=['q0', 'p1', 'q2'], id_code=['new0', 'new1', 'new2']
+    )
     for i in range(3):
         source = second / f'images/eye{i:03d}x.png'
-        source.write_bytes(source.read_bytes() + b' ' * (i + 1))    # other bytes, readable still
+        source.write_bytes(source.read_bytes() + b' ' * (i + 1))  # other bytes, readable still
         source.rename(second / f'images/new{i}.png')
     shutil.copy(first / 'images/eye003x.png', second / 'images/new2.png')
     tables = [read_table(f / 'labels.csv', f / 'images') for f in (second, first)]
@@ -67,7 +70,12 @@ def test_people_of_other_tables_are_found(tmp_path):
 def test_probes_of_features_keep_identical_photographs_together(tmp_path):
     folder = table_of(tmp_path, 4)
     shutil.copy(folder / 'images/eye001x.png', folder / 'images/eye002x.png')
-    options = argparse.Namespace(labels=folder / 'labels.csv', labels_image_dir=folder / 'images',
-                                 quality_split=None, quality_images=10, seed=0)
+    options = argparse.Namespace(
+        labels=folder / 'labels.csv',
+        labels_image_dir=folder / 'images',
+        quality_split=None,
+        quality_images=10,
+        seed=0,
+    )
     table = load_script('train_content_encoder').quality_table(options)
     assert table.patients == ['eye000x', 'eye001x', 'eye001x', 'eye003x']

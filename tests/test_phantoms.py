@@ -1,4 +1,5 @@
 """Fundus phantoms: what is shared, what differs, and the data set that is written."""
+
 import itertools
 
 import numpy as np
@@ -29,7 +30,7 @@ def aligned(mask, marks, target, *, mirror=False):
     if mirror:
         mask, marks = mask[:, ::-1], [mask.shape[1] - p.real + 1j * p.imag for p in marks]
     disc, fovea = (complex(*p) for p in target)
-    turn = (marks[0] - marks[1]) / (disc - fovea)    # from target to source coordinates
+    turn = (marks[0] - marks[1]) / (disc - fovea)  # from target to source coordinates
     shift = marks[1] - turn * fovea
     c, s = turn.real, turn.imag
     # affine_transform counts (row, column) from pixel centres, the marks from the corner.
@@ -41,13 +42,16 @@ def aligned(mask, marks, target, *, mirror=False):
 def overlap(a, b):
     """Share of each mask within a pixel of the other, averaged."""
     grow = np.ones((3, 3), bool)
-    return ((a & binary_dilation(b, grow)).sum() / a.sum()
-            + (b & binary_dilation(a, grow)).sum() / b.sum()) / 2
+    return (
+        (a & binary_dilation(b, grow)).sum() / a.sum()
+        + (b & binary_dilation(a, grow)).sum() / b.sum()
+    ) / 2
 
 
 def same_tree(a, b, **options):
-    return overlap(a.vessel_mask, aligned(b.vessel_mask, (b.disc, b.fovea), (a.disc, a.fovea),
-                                          **options))
+    return overlap(
+        a.vessel_mask, aligned(b.vessel_mask, (b.disc, b.fovea), (a.disc, a.fovea), **options)
+    )
 
 
 # --- one phantom ------------------------------------------------------------------------------
@@ -59,8 +63,13 @@ def test_a_phantom_is_a_function_of_its_names():
     assert one.vessel_mask.dtype == bool and one.vessel_mask.shape == (SIZE, SIZE)
     assert np.array_equal(one.image, two.image)
     assert np.array_equal(one.vessel_mask, two.vessel_mask) and one.lesions == two.lesions
-    others = [phantom(1, grade=3), phantom(eye='left', grade=3), phantom(visit=1, grade=3),
-              phantom(grade=2), phantom(grade=3, seed=1)]
+    others = [
+        phantom(1, grade=3),
+        phantom(eye='left', grade=3),
+        phantom(visit=1, grade=3),
+        phantom(grade=2),
+        phantom(grade=3, seed=1),
+    ]
     for a, b in itertools.combinations([one, *others], 2):
         assert not np.array_equal(a.image, b.image)
 
@@ -105,8 +114,14 @@ def test_visits_share_lesions():
     degree = [abs(complex(*p.disc) - complex(*p.fovea)) for p in (first, again)]
 
     def places(p, scale):
-        return [(round(abs(complex(m.x, m.y) - complex(*p.fovea)) / scale, 3),
-                 round(abs(complex(m.x, m.y) - complex(*p.disc)) / scale, 3)) for m in p.lesions]
+        return [
+            (
+                round(abs(complex(m.x, m.y) - complex(*p.fovea)) / scale, 3),
+                round(abs(complex(m.x, m.y) - complex(*p.disc)) / scale, 3),
+            )
+            for m in p.lesions
+        ]
+
     common = set(places(first, degree[0])) & set(places(again, degree[1]))
     assert len(common) > 0.6 * min(len(first.lesions), len(again.lesions))
 
@@ -158,8 +173,10 @@ def test_grades_add_lesions_only():
 
 
 def test_grades_follow_the_clinical_scale():
-    found = {grade: [phantom(patient, grade=grade, size=64).lesions for patient in range(8)]
-             for grade in GRADES}
+    found = {
+        grade: [phantom(patient, grade=grade, size=64).lesions for patient in range(8)]
+        for grade in GRADES
+    }
     kinds = {g: {m.kind for lesions in found[g] for m in lesions} for g in GRADES}
     counts = {g: np.mean([len(lesions) for lesions in found[g]]) for g in GRADES}
     assert kinds[0] == set() and kinds[1] == {'microaneurysm'}
@@ -193,8 +210,11 @@ def test_grade_shares():
 
 
 def files(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes()
-            for p in sorted(folder.rglob('*')) if p.is_file() and p.name != 'options.json'}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob('*'))
+        if p.is_file() and p.name != 'options.json'
+    }
 
 
 def command(out_dir, *more):
@@ -212,16 +232,17 @@ def test_script_writes_a_data_set(tmp_path):
     table = read_table(out / 'labels.csv', require_label=True)
     assert table.patients[0] == 'p00000' and len(set(table.patients)) == 4
     for row, path in zip(frame.itertuples(), table.paths):
-        want = phantom(int(row.patient_id[1:]), row.eye, row.visit, row.diagnosis, seed=3,
-                       size=48)
+        want = phantom(int(row.patient_id[1:]), row.eye, row.visit, row.diagnosis, seed=3, size=48)
         assert np.array_equal(np.asarray(Image.open(path)), want.image)
         mask = np.asarray(Image.open(out / 'masks' / path.name))
         assert np.array_equal(mask, want.vessel_mask * np.uint8(255))
     assert (out / 'contact_sheet.png').is_file()
 
     again = tmp_path / 'two'
-    assert script.main(command(again, '--visits', '2', '--masks', '--seed', '3',
-                               '--workers', '2')) == 0
+    assert (
+        script.main(command(again, '--visits', '2', '--masks', '--seed', '3', '--workers', '2'))
+        == 0
+    )
     assert files(out) == files(again)
     with pytest.raises(UserError, match='already holds a run'):
         script.main(command(out))
@@ -241,10 +262,20 @@ def test_a_data_set_is_not_overwritten(tmp_path):
         make_dataset(tmp_path, n_patients=1, size=32)
 
 
-@pytest.mark.parametrize('more', [['--grades', '1,2'], ['--grades', '0,0,0,0,0'],
-                                  ['--grades', 'a,b,c,d,e'], ['--grades', '1,1,1,1,-1'],
-                                  ['--eyes', 'third'], ['--visits', '0'], ['--n_patients', '0'],
-                                  ['--workers', '0'], ['--seed', '-1']])
+@pytest.mark.parametrize(
+    'more',
+    [
+        ['--grades', '1,2'],
+        ['--grades', '0,0,0,0,0'],
+        ['--grades', 'a,b,c,d,e'],
+        ['--grades', '1,1,1,1,-1'],
+        ['--eyes', 'third'],
+        ['--visits', '0'],
+        ['--n_patients', '0'],
+        ['--workers', '0'],
+        ['--seed', '-1'],
+    ],
+)
 def test_script_refuses_flags(more, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.main(command(tmp_path / 'x', *more))

@@ -1,4 +1,5 @@
 """Who stands where in an evaluation: people on one side, eyes, visits, identical photographs."""
+
 import shutil
 
 import numpy as np
@@ -15,8 +16,13 @@ from utils.errors import UserError
 
 def table_of(patients, **columns):
     n = len(patients)
-    return Table(ids=[f'i{i}' for i in range(n)], paths=[f'i{i}.png' for i in range(n)],
-                 labels=np.zeros(n, int), patients=list(patients), **columns)
+    return Table(
+        ids=[f'i{i}' for i in range(n)],
+        paths=[f'i{i}.png' for i in range(n)],
+        labels=np.zeros(n, int),
+        patients=list(patients),
+        **columns,
+    )
 
 
 def test_reference_and_nonmembers_are_other_people():
@@ -24,17 +30,21 @@ def test_reference_and_nonmembers_are_other_people():
     patients = [f'p{i % 30}' for i in range(60)]
     roles = ['member' if int(p[1:]) < 10 else 'other' for p in patients]
     data = populate(table_of(patients), roles, seed=0)
-    sides = [{p for p, on in zip(people_of(data.others), data.nonmember) if on == side}
-             for side in (True, False)]
+    sides = [
+        {p for p, on in zip(people_of(data.others), data.nonmember) if on == side}
+        for side in (True, False)
+    ]
     assert len(sides[0]) == len(sides[1]) == 10 and not sides[0] & sides[1]
 
 
-@pytest.mark.parametrize('visits', [['0', '1'], ['1', '2'], ['2019-03-01', '2020-11-30'],
-                                    ['9', '10'], ['', '1']])
+@pytest.mark.parametrize(
+    'visits', [['0', '1'], ['1', '2'], ['2019-03-01', '2020-11-30'], ['9', '10'], ['', '1']]
+)
 @pytest.mark.parametrize('eyes', [None, 'left'])
 def test_visits_of_any_name(visits, eyes):
-    table = table_of(['a', 'b', 'c', 'd'] * 2, visits=[visits[0]] * 4 + [visits[1]] * 4,
-                     eyes=eyes and [eyes] * 8)
+    table = table_of(
+        ['a', 'b', 'c', 'd'] * 2, visits=[visits[0]] * 4 + [visits[1]] * 4, eyes=eyes and [eyes] * 8
+    )
     data = populate(table, ['member', 'member', 'other', 'other'] * 2, seed=0)
     assert data.members.ids == ['i0', 'i1'] and data.others.ids == ['i2', 'i3']
     assert data.again.ids == ['i4', 'i5'] and data.again_of.tolist() == [0, 1]

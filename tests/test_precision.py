@@ -1,4 +1,5 @@
 """Float32 is float32, unless a flag asks for less."""
+
 import torch
 
 from utils.cli import resolve_device

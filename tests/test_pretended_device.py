@@ -3,6 +3,7 @@
 BUDGETS are host waits and operations at toy size. A number that is exceeded names the lines in
 the failure; who has a reason to raise it does so here.
 """
+
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,18 +42,32 @@ from training.reconstruction import L2Term
 from training.stylegan2_config import make_config
 from training.stylegan2_loop import Trainer, sample_grid
 
-BUDGETS = {    # (host waits, operations)
-    'generator': (0, 1360), 'generator, all penalties': (0, 3220),
-    'generator bf16': (0, 1560), 'generator bf16, all penalties': (0, 3540),
-    'generator fp16': (0, 1850), 'generator fp16, all penalties': (0, 4360),
+BUDGETS = {  # (host waits, operations)
+    'generator': (0, 1360),
+    'generator, all penalties': (0, 3220),
+    'generator bf16': (0, 1560),
+    'generator bf16, all penalties': (0, 3540),
+    'generator fp16': (0, 1850),
+    'generator fp16, all penalties': (0, 4360),
     'projected': (0, 2530),
-    'encoder': (0, 1550), 'encoder bf16': (0, 1930), 'encoder fp16': (1, 2370), 'e4e': (0, 1500),
-    'content': (0, 495), 'content bf16': (0, 570),
-    'grader': (0, 243), 'grader bf16': (0, 291), 'grader fp16': (1, 303),
+    'encoder': (0, 1550),
+    'encoder bf16': (0, 1930),
+    'encoder fp16': (1, 2370),
+    'e4e': (0, 1500),
+    'content': (0, 495),
+    'content bf16': (0, 570),
+    'grader': (0, 243),
+    'grader bf16': (0, 291),
+    'grader fp16': (1, 303),
     # One wait at the end of the epoch of three steps.
-    'pairs': (1 / 3, 241), 'pairs bf16': (1 / 3, 290),
-    'groups': (0, 560), 'groups bf16': (0, 630), 'groups by group means': (0, 950),
-    'inversion': (0, 415), 'inversion bf16': (0, 485), 'refinement': (0, 845),
+    'pairs': (1 / 3, 241),
+    'pairs bf16': (1 / 3, 290),
+    'groups': (0, 560),
+    'groups bf16': (0, 630),
+    'groups by group means': (0, 950),
+    'inversion': (0, 415),
+    'inversion bf16': (0, 485),
+    'refinement': (0, 845),
 }
 
 
@@ -66,8 +81,9 @@ def within_budget(gpu: PretendedGPU, name: str, steps: int = 1) -> None:
     gpu.clear()
 
 
-def more_within_budget(gpu: PretendedGPU, found: list[tuple[int, int]], name: str,
-                       steps: int = 1) -> None:
+def more_within_budget(
+    gpu: PretendedGPU, found: list[tuple[int, int]], name: str, steps: int = 1
+) -> None:
     """The same for what `steps` more steps cost, without what is done once: [(waits, operations)]
     of the smaller and the larger run."""
     waits, operations = (more - less for less, more in zip(*found))
@@ -100,11 +116,15 @@ def test_what_a_gpu_refuses_is_noticed(gpu: PretendedGPU) -> None:
     assert x.is_cuda and (x * 2).device.type == 'cuda' and not cpu.is_cuda
     (x * 2).sum().backward()
     assert x.grad.is_cuda and not gpu.faults and not gpu.n_waits
-    x.detach() + torch.tensor(2.0)    # a number of the CPU
+    x.detach() + torch.tensor(2.0)  # a number of the CPU
     assert not gpu.faults
-    for mix in (lambda: x + cpu, lambda: torch.stack([x, cpu]), lambda: x.detach().numpy(),
-                lambda: torch.randn(3, device='cuda', generator=torch.Generator()),
-                lambda: torch.randn(3, generator=torch.Generator(device='cuda'))):
+    for mix in (
+        lambda: x + cpu,
+        lambda: torch.stack([x, cpu]),
+        lambda: x.detach().numpy(),
+        lambda: torch.randn(3, device='cuda', generator=torch.Generator()),
+        lambda: torch.randn(3, generator=torch.Generator(device='cuda')),
+    ):
         mix()
         assert len(gpu.faults) == 1, gpu.report()
         gpu.clear()
@@ -112,10 +132,19 @@ def test_what_a_gpu_refuses_is_noticed(gpu: PretendedGPU) -> None:
 
 def test_waits_are_noticed(gpu: PretendedGPU) -> None:
     x, cpu = torch.ones(3, device='cuda'), torch.ones(3)
-    for wait in (lambda: float(x.sum()), x.tolist, x.cpu, lambda: x[x > 0], lambda: x.nonzero(),
-                 lambda: cpu.to('cuda'), lambda: cpu.to('cuda', non_blocking=True),
-                 lambda: torch.tensor([1.0], device='cuda'), lambda: x.copy_(cpu),
-                 lambda: x.new_tensor([2.0]), lambda: x[np.array([0, 1])]):
+    for wait in (
+        lambda: float(x.sum()),
+        x.tolist,
+        x.cpu,
+        lambda: x[x > 0],
+        lambda: x.nonzero(),
+        lambda: cpu.to('cuda'),
+        lambda: cpu.to('cuda', non_blocking=True),
+        lambda: torch.tensor([1.0], device='cuda'),
+        lambda: x.copy_(cpu),
+        lambda: x.new_tensor([2.0]),
+        lambda: x[np.array([0, 1])],
+    ):
         gpu.clear()
         wait()
         assert gpu.n_waits == 1 and not gpu.faults, gpu.report()
@@ -129,8 +158,10 @@ def test_a_wrong_kernel_is_left_out(gpu: PretendedGPU, caplog: pytest.LogCapture
     module = importlib.import_module('models.stylegan2.op.upfirdn2d')
     right, x = module._launch, torch.ones(1, 4, 8, 8, device='cuda')
     trusted.cache_clear()
-    with mock.patch.object(build, 'trusted', trusted), \
-            mock.patch.object(module, '_launch', lambda *arguments: right(*arguments) * 1.01):
+    with (
+        mock.patch.object(build, 'trusted', trusted),
+        mock.patch.object(module, '_launch', lambda *arguments: right(*arguments) * 1.01),
+    ):
         for _ in range(2):
             gpu.clear()
             module.upfirdn2d(x, torch.ones(4, 4, device='cuda'))
@@ -143,10 +174,25 @@ def test_a_wrong_kernel_is_left_out(gpu: PretendedGPU, caplog: pytest.LogCapture
 
 @pytest.mark.parametrize('precision, pipe', [(None, 'bgcfnc'), ('bf16', 'bgc'), ('fp16', 'bgc')])
 def test_generator_training(gpu: PretendedGPU, precision: str | None, pipe: str) -> None:
-    config = make_config('auto', 32, 1, batch=2, batch_gpu=2, style_dim=16, n_mlp=2,
-                         channels={4: 8, 8: 8, 16: 8, 32: 8})
-    trainer = Trainer(Labelled(32), config, device='cuda', augment='fixed', augment_p=0.6,
-                      augment_names=PIPES[pipe], precision=precision)
+    config = make_config(
+        'auto',
+        32,
+        1,
+        batch=2,
+        batch_gpu=2,
+        style_dim=16,
+        n_mlp=2,
+        channels={4: 8, 8: 8, 16: 8, 32: 8},
+    )
+    trainer = Trainer(
+        Labelled(32),
+        config,
+        device='cuda',
+        augment='fixed',
+        augment_p=0.6,
+        augment_names=PIPES[pipe],
+        precision=precision,
+    )
     for net in (trainer.g, trainer.d, trainer.g_ema):
         assert all(gpu.tag(t) == 'cuda' for t in net.state_dict().values())
     name = f'generator {precision}' if precision else 'generator'
@@ -156,17 +202,31 @@ def test_generator_training(gpu: PretendedGPU, precision: str | None, pipe: str)
     trainer.step()
     within_budget(gpu, name)
     trainer.step()
-    trainer.step()    # adjusts the strength of the augmentation
+    trainer.step()  # adjusts the strength of the augmentation
     assert gpu.n_waits <= 1 and not gpu.faults, gpu.report()
     trainer.load_state(trainer.state())
     assert not gpu.faults, gpu.report()
 
 
 def test_projected_generator_training(gpu: PretendedGPU) -> None:
-    config = make_config('small', 64, 1, batch=2, batch_gpu=2, style_dim=16,
-                         channels={4: 8, 8: 8, 16: 8, 32: 8, 64: 4}, discriminator='projected')
-    trainer = Trainer(Labelled(64), config, device='cuda', augment='fixed', augment_p=0.6,
-                      augment_names=PIPES['diff'])
+    config = make_config(
+        'small',
+        64,
+        1,
+        batch=2,
+        batch_gpu=2,
+        style_dim=16,
+        channels={4: 8, 8: 8, 16: 8, 32: 8, 64: 4},
+        discriminator='projected',
+    )
+    trainer = Trainer(
+        Labelled(64),
+        config,
+        device='cuda',
+        augment='fixed',
+        augment_p=0.6,
+        augment_names=PIPES['diff'],
+    )
     trainer.step()
     gpu.clear()
     trainer.step()
@@ -175,10 +235,15 @@ def test_projected_generator_training(gpu: PretendedGPU) -> None:
 
 @pytest.mark.parametrize('amp', ['no', 'bf16', 'fp16'])
 def test_encoder_training(gpu: PretendedGPU, amp: str, tmp_path: Path) -> None:
-    coach = Coach(make_psp(), Pictures(photographs(4)), Pictures(photographs(3)),
-                  CoachConfig(batch_size=2, test_batch_size=2, n_iters=3, amp=amp,
-                              optim_name='adam'), run_dir=tmp_path, device='cuda',
-                  losses={'l2': (L2Term(), 1.0)})
+    coach = Coach(
+        make_psp(),
+        Pictures(photographs(4)),
+        Pictures(photographs(3)),
+        CoachConfig(batch_size=2, test_batch_size=2, n_iters=3, amp=amp, optim_name='adam'),
+        run_dir=tmp_path,
+        device='cuda',
+        losses={'l2': (L2Term(), 1.0)},
+    )
     x = torch.rand(2, 3, 32, 32, device='cuda')
     coach.step(x)
     gpu.clear()
@@ -191,9 +256,16 @@ def test_encoder_training(gpu: PretendedGPU, amp: str, tmp_path: Path) -> None:
 
 
 def test_e4e_training(gpu: PretendedGPU, tmp_path: Path) -> None:
-    coach = E4ECoach(make_e4e_psp(), Pictures(photographs(4)), Pictures(photographs(3)),
-                     CoachConfig(batch_size=2, n_iters=2, optim_name='adam', synthetic=0.5),
-                     run_dir=tmp_path, device='cuda', losses={'l2': (L2Term(), 1.0)}, e4e=E4E)
+    coach = E4ECoach(
+        make_e4e_psp(),
+        Pictures(photographs(4)),
+        Pictures(photographs(3)),
+        CoachConfig(batch_size=2, n_iters=2, optim_name='adam', synthetic=0.5),
+        run_dir=tmp_path,
+        device='cuda',
+        losses={'l2': (L2Term(), 1.0)},
+        e4e=E4E,
+    )
     x = torch.rand(2, 3, 32, 32, device='cuda')
     coach.step(x)
     gpu.clear()
@@ -203,8 +275,9 @@ def test_e4e_training(gpu: PretendedGPU, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('amp', ['no', 'bf16'])
 def test_content_training(gpu: PretendedGPU, amp: str, tmp_path: Path) -> None:
-    config = MocoConfig(arch='resnet18', small_stem=True, input_size=32, batch_size=2,
-                        queue_size=4, amp=amp)
+    config = MocoConfig(
+        arch='resnet18', small_stem=True, input_size=32, batch_size=2, queue_size=4, amp=amp
+    )
     trainer = MocoTrainer(Views(4), config, run_dir=tmp_path, device='cuda')
     x = torch.rand(2, 3, 32, 32, device='cuda')
     trainer.step(x)
@@ -221,9 +294,16 @@ def test_grader_training(gpu: PretendedGPU, precision: str) -> None:
     images, grades = photographs(6).numpy(), np.array([0, 1, 2, 3, 4, 0])
     found = []
     for steps in (3, 6):
-        settings = Settings(target='5-class', arch='resnet18', small_stem=True, image_size=32,
-                            epochs=1, batch_size=2, precision=precision,
-                            min_steps_per_epoch=steps)
+        settings = Settings(
+            target='5-class',
+            arch='resnet18',
+            small_stem=True,
+            image_size=32,
+            epochs=1,
+            batch_size=2,
+            precision=precision,
+            min_steps_per_epoch=steps,
+        )
         gpu.clear()
         result = train_grader(images, grades, settings=settings, device='cuda')
         found.append((gpu.n_waits, gpu.n_operations))
@@ -237,8 +317,12 @@ def test_grader_training(gpu: PretendedGPU, precision: str) -> None:
 def test_pair_attack(gpu: PretendedGPU, precision: str) -> None:
     photos, groups = photographs(12).numpy(), np.repeat(np.arange(4), 3)
     mean, std = standardisation(photos)
-    attack = PairAttack(PairConfig(k=2, mult_batch=2, epochs=2, image_size=32,
-                                   precision=precision), mean=mean, std=std, device='cuda')
+    attack = PairAttack(
+        PairConfig(k=2, mult_batch=2, epochs=2, image_size=32, precision=precision),
+        mean=mean,
+        std=std,
+        device='cuda',
+    )
     gpu.clear()
     attack.train_epoch(photos, photos[:4], groups)
     within_budget(gpu, 'pairs' if precision == 'fp32' else f'pairs {precision}', steps=3)
@@ -249,9 +333,15 @@ def test_pair_attack(gpu: PretendedGPU, precision: str) -> None:
 
 def content_network() -> ContentNetwork:
     return content_network_from_state(
-        {'format': 'k-salsa-content-encoder', 'arch': 'resnet18', 'small_stem': True,
-         'input_size': 32, 'state_dict': build_resnet('resnet18', small_stem=True).state_dict()},
-        source='test')
+        {
+            'format': 'k-salsa-content-encoder',
+            'arch': 'resnet18',
+            'small_stem': True,
+            'input_size': 32,
+            'state_dict': build_resnet('resnet18', small_stem=True).state_dict(),
+        },
+        source='test',
+    )
 
 
 def larger_psp() -> PSP:
@@ -261,21 +351,34 @@ def larger_psp() -> PSP:
     return PSP(encoder, decoder, torch.zeros(10, 16), 64)
 
 
-@pytest.mark.parametrize('name, precision', [
-    ('groups', 'fp32'), ('groups bf16', 'bf16'), ('groups by group means', 'fp32')])
+@pytest.mark.parametrize(
+    'name, precision',
+    [('groups', 'fp32'), ('groups bf16', 'bf16'), ('groups by group means', 'fp32')],
+)
 def test_group_optimisation(gpu: PretendedGPU, name: str, precision: str) -> None:
     features = load_feature_network('lite0') if 'means' in name else None
     side, psp = (64, larger_psp()) if features else (32, make_psp())
-    config = OptimizeConfig(n_steps=2, n_crop=2, **(
-        {'style_weight': 'auto', 'lr': 'auto'} if features else {}))
-    engine = GroupOptimizer(psp, features or content_network(), features or FilterBank(),
-                            config=config, device='cuda', precision=precision)
+    config = OptimizeConfig(
+        n_steps=2, n_crop=2, **({'style_weight': 'auto', 'lr': 'auto'} if features else {})
+    )
+    engine = GroupOptimizer(
+        psp,
+        features or content_network(),
+        features or FilterBank(),
+        config=config,
+        device='cuda',
+        precision=precision,
+    )
     width = features.n_features if features else 512
     draw = torch.Generator().manual_seed(0)
-    groups = [Group(torch.randn(k, psp.decoder.n_latent, 16, generator=draw),
-                    photographs(k, side),
-                    torch.nn.functional.normalize(torch.randn(k, width, generator=draw), dim=1))
-              for k in (3, 2)]
+    groups = [
+        Group(
+            torch.randn(k, psp.decoder.n_latent, 16, generator=draw),
+            photographs(k, side),
+            torch.nn.functional.normalize(torch.randn(k, width, generator=draw), dim=1),
+        )
+        for k in (3, 2)
+    ]
     found = []
     for n_steps in (2, 3):
         engine.config = OptimizeConfig(**{**vars(config), 'n_steps': n_steps})
@@ -287,8 +390,9 @@ def test_group_optimisation(gpu: PretendedGPU, name: str, precision: str) -> Non
     more_within_budget(gpu, found, name)
 
 
-@pytest.mark.parametrize('name, dtype', [('inversion', torch.float32),
-                                         ('inversion bf16', torch.bfloat16)])
+@pytest.mark.parametrize(
+    'name, dtype', [('inversion', torch.float32), ('inversion bf16', torch.bfloat16)]
+)
 def test_inversion(gpu: PretendedGPU, name: str, dtype: torch.dtype) -> None:
     frozen = FrozenPSP(make_psp().to('cuda').eval().requires_grad_(False), dtype)
     x = torch.rand(2, 3, 32, 32, device='cuda')
@@ -307,8 +411,9 @@ def test_features_grouping_and_pictures(gpu: PretendedGPU) -> None:
     points = np.random.default_rng(0).standard_normal((24, 6))
     for method in ('default', 'published', 'mdav'):
         assign_groups(points, 4, method=method, device='cuda')
-    assign_groups(points, 4, patients=[str(i // 2) for i in range(24)], policy='together',
-                  device='cuda')
+    assign_groups(
+        points, 4, patients=[str(i // 2) for i in range(24)], policy='together', device='cuda'
+    )
     psp = make_psp().to('cuda').eval()
     ws = seed_styles(psp.decoder, [1, 2], psi=0.7, latent_avg=psp.latent_avg[0])
     for noise in ('const', 'random', 'none'):
@@ -316,5 +421,3 @@ def test_features_grouping_and_pictures(gpu: PretendedGPU) -> None:
     loop_styles(ws, 4)
     sample_grid(psp.decoder, n=2, seed=0, device='cuda')
     assert not gpu.faults, gpu.report()
-
-

@@ -1,4 +1,5 @@
 """Probes on frozen features, and how a grader of photographs reads a release."""
+
 import numpy as np
 import pytest
 from scipy.stats import linregress
@@ -16,7 +17,7 @@ def population(n, *, seed, noise=1.0, photographs=2):
     severity = np.repeat(rng.gamma(1.0, 1.0, n), photographs)
     x = rng.normal(size=(len(severity), 40)) * noise
     x[:, 3] += 3 * severity
-    own = np.repeat(rng.normal(size=(n, 40)), photographs, axis=0)    # what a person looks like
+    own = np.repeat(rng.normal(size=(n, 40)), photographs, axis=0)  # what a person looks like
     people = [f'p{i}' for i in range(n) for _ in range(photographs)]
     return x + own, np.minimum(severity, 4).astype(int), people
 
@@ -25,7 +26,7 @@ def population(n, *, seed, noise=1.0, photographs=2):
 def test_probes_learn_hard_and_soft_labels(kind):
     x, grades, people = population(150, seed=0)
     test_x, test_grades, _ = population(300, seed=1, photographs=1)
-    assert 0.05 < (grades >= 2).mean() < 0.25    # out of balance, as screening is
+    assert 0.05 < (grades >= 2).mean() < 0.25  # out of balance, as screening is
     probe = fit_probe(x, np.eye(5)[grades], people=people, kind=kind)
     score, found = probe.score(test_x), probe.grades(test_x)
     assert roc_auc_score(test_grades >= 2, score) > 0.9
@@ -46,7 +47,7 @@ def test_cross_validation_keeps_people_together():
     shares = np.eye(5)[np.repeat(rng.integers(0, 5, 40), 4)]
     people = np.repeat(np.arange(40), 4)
     held, loose = (fit_probe(x, shares, people=who, kind='ridge') for who in (people, None))
-    assert held.strength >= 10 * loose.strength    # by photograph it looks learnable
+    assert held.strength >= 10 * loose.strength  # by photograph it looks learnable
 
 
 def test_the_same_probe_again():
@@ -55,15 +56,19 @@ def test_the_same_probe_again():
     assert np.array_equal(one.score(x), two.score(x))
 
 
-@pytest.mark.parametrize('grades, people, message', [
-    ([0, 0, 1, 1], 'abcd', 'nothing to learn'),
-    ([4, 4, 2, 3], 'abcd', 'nothing to learn'),
-    ([0, 4, 0, 4], 'aaaa', 'one person'),
-])
+@pytest.mark.parametrize(
+    'grades, people, message',
+    [
+        ([0, 0, 1, 1], 'abcd', 'nothing to learn'),
+        ([4, 4, 2, 3], 'abcd', 'nothing to learn'),
+        ([0, 4, 0, 4], 'aaaa', 'one person'),
+    ],
+)
 def test_nothing_to_learn(grades, people, message):
     with pytest.raises(UserError, match=message):
-        fit_probe(np.random.default_rng(0).normal(size=(4, 3)), np.eye(5)[grades],
-                  people=list(people))
+        fit_probe(
+            np.random.default_rng(0).normal(size=(4, 3)), np.eye(5)[grades], people=list(people)
+        )
 
 
 def test_reading_a_release():
@@ -85,9 +90,17 @@ def test_reading_a_release():
 
 def test_a_probe_on_lite_features_grades_phantoms():
     def phantoms(people):
-        return np.stack([np.asarray(render_phantom(seed=9, patient=p, eye='left', visit=0,
-                                                   grade=p % 5, size=64).image).transpose(2, 0, 1)
-                         for p in people])
+        return np.stack(
+            [
+                np.asarray(
+                    render_phantom(
+                        seed=9, patient=p, eye='left', visit=0, grade=p % 5, size=64
+                    ).image
+                ).transpose(2, 0, 1)
+                for p in people
+            ]
+        )
+
     network = load_feature_network('lite1')
     train, test = (pooled_features(network, phantoms(p)) for p in (range(40), range(40, 60)))
     assert np.linalg.norm(train, axis=1) == pytest.approx(1)

@@ -1,4 +1,5 @@
 """Rules of the house: who imports whom, what every script offers, what the files may say."""
+
 import ast
 import re
 import subprocess
@@ -8,13 +9,26 @@ import pytest
 from conftest import ROOT
 
 ALLOWED = {
-    'configs': set(), 'utils': set(),
-    'models': {'utils'}, 'datasets': {'utils'}, 'criteria': {'models', 'utils'},
+    'configs': set(),
+    'utils': set(),
+    'models': {'utils'},
+    'datasets': {'utils'},
+    'criteria': {'models', 'utils'},
     'training': {'models', 'criteria', 'datasets', 'utils'},
     'anonymization': {'models', 'criteria', 'datasets', 'utils'},
     'evaluation': {'models', 'criteria', 'datasets', 'classification', 'utils'},
-    'scripts': {'configs', 'models', 'criteria', 'datasets', 'training', 'anonymization',
-                'evaluation', 'classification', 'MIA', 'utils'},
+    'scripts': {
+        'configs',
+        'models',
+        'criteria',
+        'datasets',
+        'training',
+        'anonymization',
+        'evaluation',
+        'classification',
+        'MIA',
+        'utils',
+    },
     'classification': {'configs', 'models', 'datasets', 'evaluation', 'utils'},
     'MIA': {'configs', 'models', 'datasets', 'training', 'evaluation', 'utils'},
 }
@@ -31,10 +45,18 @@ def test_import_rules():
     for f in sources(*ALLOWED):
         top = f.relative_to(ROOT).parts[0]
         for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
-            names = ([a.name for a in node.names] if isinstance(node, ast.Import) else
-                     [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else [])
-            bad += [f'{f}:{node.lineno} -> {n}' for n in names
-                    if n.split('.')[0] in ALLOWED.keys() - {top} - ALLOWED[top]]
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom) and node.level == 0
+                else []
+            )
+            bad += [
+                f'{f}:{node.lineno} -> {n}'
+                for n in names
+                if n.split('.')[0] in ALLOWED.keys() - {top} - ALLOWED[top]
+            ]
     assert not bad, '\n'.join(bad)
 
 
@@ -54,8 +76,10 @@ def test_torch_files_are_only_loaded_as_plain_data():
     for f in sources(*ALLOWED):
         for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == 'torch.load':
-                safe = any(k.arg == 'weights_only' and ast.unparse(k.value) == 'True'
-                           for k in node.keywords)
+                safe = any(
+                    k.arg == 'weights_only' and ast.unparse(k.value) == 'True'
+                    for k in node.keywords
+                )
                 if not safe:
                     bad.append(f'{f}:{node.lineno}')
     assert not bad, '\n'.join(bad)
@@ -63,11 +87,16 @@ def test_torch_files_are_only_loaded_as_plain_data():
 
 def test_pictures_are_only_opened_in_one_place():
     """utils.images.open_image knows which formats are safe."""
-    bad = [f'{f}:{node.lineno}' for f in sources(*ALLOWED, 'benchmarks')
-           for node in ast.walk(ast.parse(f.read_text(encoding='utf-8')))
-           if isinstance(node, ast.Call) and f.name != 'images.py'
-           and re.fullmatch(r'(PIL\.)?Image\.open|imread|.*\.imread|read_image',
-                            ast.unparse(node.func))]
+    bad = [
+        f'{f}:{node.lineno}'
+        for f in sources(*ALLOWED, 'benchmarks')
+        for node in ast.walk(ast.parse(f.read_text(encoding='utf-8')))
+        if isinstance(node, ast.Call)
+        and f.name != 'images.py'
+        and re.fullmatch(
+            r'(PIL\.)?Image\.open|imread|.*\.imread|read_image', ast.unparse(node.func)
+        )
+    ]
     assert not bad, '\n'.join(bad)
 
 
@@ -84,8 +113,9 @@ def test_scripts_explain_themselves():
 def test_dependencies_agree():
     def names(text):
         return re.findall(r'^\s*"?([A-Za-z][\w.-]*)>=', text, re.M)
+
     project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
-    listed = project[project.index('dependencies = ['):project.index('[tool.ruff]')]
+    listed = project[project.index('dependencies = [') : project.index('[tool.ruff]')]
     requirements = (ROOT / 'environment' / 'requirements.txt').read_text(encoding='utf-8')
     assert set(names(listed)) == set(names(requirements))
     assert len(names(requirements)) == len(set(names(requirements)))
@@ -100,8 +130,21 @@ def test_nothing_is_installed_over_other_packages(tmp_path):
     theirs.write_text('a = 1\n')
     for how in ([], ['--editable']):
         done = subprocess.run(
-            [sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-index', '--target',
-             str(tmp_path / 'site'), *how, str(ROOT)], capture_output=True, text=True)
+            [
+                sys.executable,
+                '-m',
+                'pip',
+                'install',
+                '--no-deps',
+                '--no-index',
+                '--target',
+                str(tmp_path / 'site'),
+                *how,
+                str(ROOT),
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode and 'runs from its checkout' in done.stdout + done.stderr
     assert [p for p in (tmp_path / 'site').rglob('*') if p.is_file()] == [theirs]
     assert theirs.read_text() == 'a = 1\n'
@@ -111,7 +154,11 @@ def test_nothing_is_installed_over_other_packages(tmp_path):
 def test_no_machine_paths(pattern):
     tracked = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True)
     files = tracked.stdout.split() if tracked.returncode == 0 else []
-    found = [f for f in files if f.endswith(('.py', '.md', '.yaml', '.toml', '.txt', '.json'))
-             and f != 'tests/test_project.py'
-             and re.search(pattern, (ROOT / f).read_text(encoding='utf-8'))]
+    found = [
+        f
+        for f in files
+        if f.endswith(('.py', '.md', '.yaml', '.toml', '.txt', '.json'))
+        and f != 'tests/test_project.py'
+        and re.search(pattern, (ROOT / f).read_text(encoding='utf-8'))
+    ]
     assert not found

@@ -1,4 +1,5 @@
 """The projected discriminator: what is frozen, one step by hand, exact resume, two processes."""
+
 import os
 import subprocess
 import sys
@@ -47,10 +48,20 @@ def net() -> ProjectedDiscriminator:
 
 
 def make_trainer(archive: Path, **options) -> Trainer:
-    config = make_config('small', 64, 1, batch=4, batch_gpu=2, channels=CHANNELS, style_dim=16,
-                         discriminator='projected', d_lr=1e-3)
-    return Trainer(ImageArchive(archive), config, device='cpu', augment_names=PIPES['diff'],
-                   **options)
+    config = make_config(
+        'small',
+        64,
+        1,
+        batch=4,
+        batch_gpu=2,
+        channels=CHANNELS,
+        style_dim=16,
+        discriminator='projected',
+        d_lr=1e-3,
+    )
+    return Trainer(
+        ImageArchive(archive), config, device='cpu', augment_names=PIPES['diff'], **options
+    )
 
 
 def test_only_the_heads_are_learnt_and_kept(net: ProjectedDiscriminator) -> None:
@@ -58,7 +69,8 @@ def test_only_the_heads_are_learnt_and_kept(net: ProjectedDiscriminator) -> None
     learnt = {id(p) for p in net.learnt()}
     assert learnt == {id(p) for p in net.parameters() if p.requires_grad}
     assert {name.split('.')[0] for name, p in net.named_parameters() if id(p) in learnt} == {
-        'heads'}
+        'heads'
+    }
     assert not any(p.requires_grad for p in net._features[0].parameters())
 
 
@@ -67,14 +79,15 @@ def test_mixing_is_that_of_the_paper_by_hand(net: ProjectedDiscriminator) -> Non
     maps = load_feature_network('lite0').maps(x, STRIDES)
     above = torch.zeros(2, 8, 2, 2)
     for stride in (32, 16, 8, 4):
-        y = torch.einsum('oi,nihw->nohw', net.across_channels[str(stride)].weight[:, :, 0, 0],
-                         maps[stride])
+        y = torch.einsum(
+            'oi,nihw->nohw', net.across_channels[str(stride)].weight[:, :, 0, 0], maps[stride]
+        )
         side = y.shape[-1]
         y = y + F.interpolate(above, size=(side, side), mode='bilinear', align_corners=False)
         above = F.conv2d(y, net.across_scales[str(stride)].weight, padding=1)
         assert torch.allclose(net.mixed(x)[stride], above, atol=1e-4)
         assert above.shape == (2, 8, 128 // stride, 128 // stride)
-        assert 0.3 < float(above.std()) < 3    # no scale drowns another
+        assert 0.3 < float(above.std()) < 3  # no scale drowns another
     assert net(x).shape == (2, 4 * 16)
 
 
@@ -108,8 +121,9 @@ def test_one_step_by_hand(archive: Path) -> None:
     reals = iter(t._next_reals, None)
     for draw in t._passes('d_main'):
         fake = t.g.synthesis(t._latents(draw, 2), noise='none').detach()
-        loss_d.append((1 + t.d(fake)).clamp(min=0).mean()
-                      + (1 - t.d(next(reals))).clamp(min=0).mean())
+        loss_d.append(
+            (1 + t.d(fake)).clamp(min=0).mean() + (1 - t.d(next(reals))).clamp(min=0).mean()
+        )
     sum(loss_d).div(2).backward()
     t.d_optim.step()
     assert float(stats['loss_g']) == pytest.approx(float(sum(loss_g).detach()) / 2, rel=1e-5)
@@ -124,8 +138,9 @@ def test_one_step_by_hand(archive: Path) -> None:
 
 
 def test_resumed_training_equals_uninterrupted(archive: Path, tmp_path: Path) -> None:
-    straight, first, second = (make_trainer(archive, augment='fixed', augment_p=0.8)
-                               for _ in range(3))
+    straight, first, second = (
+        make_trainer(archive, augment='fixed', augment_p=0.8) for _ in range(3)
+    )
     for _ in range(4):
         straight.step()
     for _ in range(2):
@@ -150,17 +165,36 @@ def test_discriminator_of_the_other_kind_is_left_out_of_a_transfer(archive: Path
 
 
 def test_command_one_and_two_processes_agree(archive: Path, tmp_path: Path) -> None:
-    flags = ['--data', str(archive), '--cfg=small', '--discriminator=projected', '--batch=4',
-             '--batch-gpu=2', '--kimg=0.012', '--cbase=256', '--cmax=8', '--device=cpu']
+    flags = [
+        '--data',
+        str(archive),
+        '--cfg=small',
+        '--discriminator=projected',
+        '--batch=4',
+        '--batch-gpu=2',
+        '--kimg=0.012',
+        '--cbase=256',
+        '--cmax=8',
+        '--device=cpu',
+    ]
     rows, runs = {}, {}
     for gpus in (1, 2):
         out = tmp_path / f'gpus{gpus}'
         done = subprocess.run(
-            [sys.executable, str(ROOT / 'scripts' / 'train_stylegan2_ada.py'), '--outdir',
-             str(out), *flags, f'--gpus={gpus}'], capture_output=True, text=True,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+            [
+                sys.executable,
+                str(ROOT / 'scripts' / 'train_stylegan2_ada.py'),
+                '--outdir',
+                str(out),
+                *flags,
+                f'--gpus={gpus}',
+            ],
+            capture_output=True,
+            text=True,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        )
         assert done.returncode == 0, done.stderr
-        runs[gpus], = out.iterdir()
+        (runs[gpus],) = out.iterdir()
         rows[gpus] = read_jsonl(runs[gpus] / 'stats.jsonl')
     assert 'projected-fixed-diff' in runs[1].name
     assert len(rows[1]) == len(rows[2]) == 3
@@ -169,13 +203,32 @@ def test_command_one_and_two_processes_agree(archive: Path, tmp_path: Path) -> N
             assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-4), name
     main = load_script('train_stylegan2_ada').main
     with pytest.raises(UserError, match='always frozen'):
-        main(['--outdir', str(tmp_path), *flags, '--freezed=2', '--resume',
-              str(next(runs[1].glob('network*.pt'))), '--transfer=1'])
+        main(
+            [
+                '--outdir',
+                str(tmp_path),
+                *flags,
+                '--freezed=2',
+                '--resume',
+                str(next(runs[1].glob('network*.pt'))),
+                '--transfer=1',
+            ]
+        )
     # Growing keeps the heads, which see features of the same strides at any size.
     big = make_archive(tmp_path / 'big', n=4, size=128)
     snapshot = next(runs[1].glob('network*.pt'))
-    main(['--outdir', str(tmp_path / 'grown'), *flags, '--data', str(big), '--grow',
-          str(snapshot), '--kimg=0.004'])
+    main(
+        [
+            '--outdir',
+            str(tmp_path / 'grown'),
+            *flags,
+            '--data',
+            str(big),
+            '--grow',
+            str(snapshot),
+            '--kimg=0.004',
+        ]
+    )
     grown = load_weights(next((tmp_path / 'grown').glob('*/network*.pt')))
     old = load_weights(snapshot)
     assert torch.equal(grown['d']['across_scales.4.weight'], old['d']['across_scales.4.weight'])

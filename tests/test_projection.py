@@ -1,4 +1,5 @@
 """The projection attack: it finds members of averages, and nobody where there is nobody."""
+
 import numpy as np
 import pytest
 import torch
@@ -14,20 +15,26 @@ REFERENCE, OTHERS = 120, 80
 def people(rng, n):
     """Features of n people: strong directions that all share, and weak ones of their own."""
     shared = rng.standard_normal((n, 5)) @ (10 * np.eye(5, 200) + 1)
-    return {'grams': shared + rng.standard_normal((n, 200)),
-            'pooled': rng.standard_normal((n, 40))}
+    return {'grams': shared + rng.standard_normal((n, 200)), 'pooled': rng.standard_normal((n, 40))}
 
 
 def averages(features, group_of):
-    return {name: np.stack([values[group_of == g].mean(0) for g in range(group_of.max() + 1)])
-            for name, values in features.items()}
+    return {
+        name: np.stack([values[group_of == g].mean(0) for g in range(group_of.max() + 1)])
+        for name, values in features.items()
+    }
 
 
 def attack(release, members, group_of, rng):
     return projection_attack(
-        members, people(rng, OTHERS), release, people(rng, REFERENCE),
-        member_people=[f'm{i}' for i in range(N)], other_people=[f'o{i}' for i in range(OTHERS)],
-        group_of=group_of)
+        members,
+        people(rng, OTHERS),
+        release,
+        people(rng, REFERENCE),
+        member_people=[f'm{i}' for i in range(N)],
+        other_people=[f'o{i}' for i in range(OTHERS)],
+        group_of=group_of,
+    )
 
 
 @pytest.fixture
@@ -69,8 +76,15 @@ def test_too_few_reference_people(drawn):
     rng, members, group_of = drawn
     few = people(rng, 30)
     with pytest.raises(UserError, match='30 reference pictures are too few'):
-        projection_attack(members, few, members, few, member_people=range(N),
-                          other_people=range(30), group_of=np.arange(N))
+        projection_attack(
+            members,
+            few,
+            members,
+            few,
+            member_people=range(N),
+            other_people=range(30),
+            group_of=np.arange(N),
+        )
 
 
 def test_features_of_pictures_recognise_them():
@@ -85,6 +99,13 @@ def test_features_of_pictures_recognise_them():
     assert features['pooled'].shape == (80, net.n_features)
     assert features['grams'].shape == (80, 21 * (16 * 17 + 24 * 25 + 40 * 41) // 2)
     parts = [{k: v[a:b] for k, v in features.items()} for a, b in ((0, 12), (12, 24), (24, 80))]
-    found = projection_attack(parts[0], parts[1], ours, parts[2], member_people=range(12),
-                              other_people=range(12), group_of=np.arange(12))
+    found = projection_attack(
+        parts[0],
+        parts[1],
+        ours,
+        parts[2],
+        member_people=range(12),
+        other_people=range(12),
+        group_of=np.arange(12),
+    )
     assert found.auc > 0.95 and found.ranks['rank_1'] == 1

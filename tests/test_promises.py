@@ -1,5 +1,6 @@
 """Whatever the table says: no group below k people, no photograph twice, no patient where he must
 not be. People are counted here by themselves, from patients and files."""
+
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,8 +28,9 @@ def people_of(patients, digests):
 def tables(draw):
     """(patients or None, eyes, digests): few people, spelt differently, photographs copied."""
     n = draw(st.integers(4, 30))
-    names = st.sampled_from(['P1', 'p1', 'P2', 'p3', 'ä', 'Ä', '7', '07', 'x y'] + [
-        f'q{i}' for i in range(30)])
+    names = st.sampled_from(
+        ['P1', 'p1', 'P2', 'p3', 'ä', 'Ä', '7', '07', 'x y'] + [f'q{i}' for i in range(30)]
+    )
     patients = draw(st.none() | st.lists(names, min_size=n, max_size=n))
     eyes = draw(st.lists(st.sampled_from(['left', 'right']), min_size=n, max_size=n))
     digests = [draw(st.sampled_from([i, i, i, max(0, i - 1), 0])) for i in range(n)]
@@ -36,22 +38,35 @@ def tables(draw):
 
 
 @settings(max_examples=80, deadline=None)
-@given(table=tables(), k=st.integers(2, 5), policy=st.sampled_from(['distinct', 'together']),
-       surplus=st.sampled_from(['error', 'suppress']), strata=st.sampled_from([(), ('eyes',)]),
-       method=st.sampled_from(['default', 'published', 'mdav']))
+@given(
+    table=tables(),
+    k=st.integers(2, 5),
+    policy=st.sampled_from(['distinct', 'together']),
+    surplus=st.sampled_from(['error', 'suppress']),
+    strata=st.sampled_from([(), ('eyes',)]),
+    method=st.sampled_from(['default', 'published', 'mdav']),
+)
 def test_no_group_below_k_people(tmp_path_factory, table, k, policy, surplus, strata, method):
     patients, eyes, digests = table
     csv = Path(tmp_path_factory.getbasetemp() / 'table.csv')
-    rows = [f'id{i},{eyes[i]}' + (f',{patients[i]}' if patients else '')
-            for i in range(len(eyes))]
-    csv.write_text('\n'.join(['id_code,eye' + (',patient_id' if patients else ''), *rows]),
-                   encoding='utf-8')
-    latents = np.array([np.random.default_rng(int(d)).standard_normal(6) for d in digests],
-                       np.float32)
+    rows = [f'id{i},{eyes[i]}' + (f',{patients[i]}' if patients else '') for i in range(len(eyes))]
+    csv.write_text(
+        '\n'.join(['id_code,eye' + (',patient_id' if patients else ''), *rows]), encoding='utf-8'
+    )
+    latents = np.array(
+        [np.random.default_rng(int(d)).standard_normal(6) for d in digests], np.float32
+    )
     pipeline = Pipeline(
-        tmp_path_factory.getbasetemp(), read_table(csv, ids_only=True), digests,
-        psp=SimpleNamespace(input_size=8), content_net=None, style_net=None, device='cpu', facts={},
-        settings=Settings(k=k, policy=policy, surplus=surplus, strata=strata, clustering=method))
+        tmp_path_factory.getbasetemp(),
+        read_table(csv, ids_only=True),
+        digests,
+        psp=SimpleNamespace(input_size=8),
+        content_net=None,
+        style_net=None,
+        device='cpu',
+        facts={},
+        settings=Settings(k=k, policy=policy, surplus=surplus, strata=strata, clustering=method),
+    )
     try:
         labels = pipeline._assign(latents)
     except UserError:

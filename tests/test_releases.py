@@ -1,4 +1,5 @@
 """The k-SALSA runs of an evaluation: made once, and again when they are not those wanted."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,6 +26,7 @@ def calls(tmp_path, monkeypatch):
             (tmp_path / run / part).mkdir(parents=True, exist_ok=True)
         members.to_csv(tmp_path / run / 'private/groups.csv', index=False)
         (tmp_path / run / 'release/manifest.json').touch()
+
     monkeypatch.setattr(releases, 'call', call)
     return done
 
@@ -32,14 +34,20 @@ def calls(tmp_path, monkeypatch):
 def test_a_release_is_made_once(tmp_path, calls):
     save_networks(tmp_path)
     save_photographs(tmp_path / 'data', 6)
-    members = read_table(tmp_path / 'data/labels.csv', tmp_path / 'data/images',
-                         require_label=True)
+    members = read_table(tmp_path / 'data/labels.csv', tmp_path / 'data/images', require_label=True)
 
     def make(**entries):
-        settings = Settings(checkpoint=str(tmp_path / 'psp.pt'),
-                            content_weights=str(tmp_path / 'content.pt'), k=[2],
-                            methods=['k_salsa'], grader='small.yaml', seeds=[0], **entries)
+        settings = Settings(
+            checkpoint=str(tmp_path / 'psp.pt'),
+            content_weights=str(tmp_path / 'content.pt'),
+            k=[2],
+            methods=['k_salsa'],
+            grader='small.yaml',
+            seeds=[0],
+            **entries,
+        )
         return make_release(settings, members, 2, tmp_path / 'out', device='cpu', seed=0)
+
     found = make()
     # Pictures are in the order of their names, which the groups' numbers do not tell.
     assert found.names == ['picture6', 'picture7', 'picture8']

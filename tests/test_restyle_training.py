@@ -1,4 +1,5 @@
 """Encoder training: one step by hand, Ranger by hand, resume, processes, files, bad input."""
+
 import json
 import logging
 import math
@@ -49,11 +50,25 @@ def photographs(n=12, size=32):
 
 
 def make_coach(run_dir, psp=None, *, losses=None, train=None, test=None, **settings):
-    settings = {'batch_size': 4, 'test_batch_size': 3, 'max_steps': 4, 'val_interval': 2,
-                'board_interval': 1, 'image_interval': 2, 'n_iters': 3, **settings}
-    return Coach(psp or make_psp(), Pictures(photographs() if train is None else train),
-                 Pictures(photographs(5) if test is None else test), CoachConfig(**settings),
-                 run_dir=run_dir, losses=losses or {'l2': (L2Term(), 1.0)}, device='cpu')
+    settings = {
+        'batch_size': 4,
+        'test_batch_size': 3,
+        'max_steps': 4,
+        'val_interval': 2,
+        'board_interval': 1,
+        'image_interval': 2,
+        'n_iters': 3,
+        **settings,
+    }
+    return Coach(
+        psp or make_psp(),
+        Pictures(photographs() if train is None else train),
+        Pictures(photographs(5) if test is None else test),
+        CoachConfig(**settings),
+        run_dir=run_dir,
+        losses=losses or {'l2': (L2Term(), 1.0)},
+        device='cpu',
+    )
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -85,8 +100,14 @@ def test_one_step_by_hand(tmp_path, name):
     x = fill_image('psp/source', (4, 3, 32, 32)).double()
     penalty = latent_norm(fill_tensor('latent_avg', (8, 16), 0.1))
     term = CountingTerm()
-    coach = make_coach(tmp_path, make_psp(name).double(), losses={'l2': (term, 0.7)}, n_iters=5,
-                       learning_rate=0.01, seed=3)
+    coach = make_coach(
+        tmp_path,
+        make_psp(name).double(),
+        losses={'l2': (term, 0.7)},
+        n_iters=5,
+        learning_rate=0.01,
+        seed=3,
+    )
     coach.latent_penalty = penalty, 0.05
     values, pictures = coach.step(x)
     assert term.calls == 1
@@ -102,8 +123,9 @@ def test_one_step_by_hand(tmp_path, name):
     y = generator.synthesis(psp.latent_avg[None]).repeat(4, 1, 1, 1)
     for t in range(5):
         draw = torch_generator(3, 'noise', 0, t)
-        noise = [torch.randn(4, 1, side, side, generator=draw)
-                 for side in (4, 8, 8, 16, 16, 32, 32)]
+        noise = [
+            torch.randn(4, 1, side, side, generator=draw) for side in (4, 8, 8, 16, 16, 32, 32)
+        ]
         w = net(torch.cat([x, y], 1)) + w
         y = generator.synthesis(w, noise=noise)
         l2 = torch.nn.functional.mse_loss(y, x)
@@ -118,7 +140,7 @@ def test_one_step_by_hand(tmp_path, name):
     for k, g in total.items():
         if g.ndim > 1:
             g = g - g.mean(tuple(range(1, g.ndim)), keepdim=True)
-        want = parameters[k].detach() - 0.01 * g    # first step: momentum / its bias correction
+        want = parameters[k].detach() - 0.01 * g  # first step: momentum / its bias correction
         assert (got[k].detach() - want).abs().max() < 1e-6 * (0.01 * g).abs().max() + 1e-15, k
 
 
@@ -141,13 +163,20 @@ def test_ranger_by_hand():
                 g = g - g.mean((1, 2, 3), keepdim=True)
             m, v = 0.95 * m + 0.05 * g, 0.999 * v + 0.001 * g * g
             longest = 2 / 0.001 - 1
-            length = longest - 2 * t * 0.999 ** t / (1 - 0.999 ** t)
+            length = longest - 2 * t * 0.999**t / (1 - 0.999**t)
             if length > 5:
-                r = math.sqrt((1 - 0.999 ** t) * (length - 4) / (longest - 4) * (length - 2)
-                              / length * longest / (longest - 2))
-                p = p - 1e-2 * r / (1 - 0.95 ** t) * m / (v.sqrt() + 1e-5)
+                r = math.sqrt(
+                    (1 - 0.999**t)
+                    * (length - 4)
+                    / (longest - 4)
+                    * (length - 2)
+                    / length
+                    * longest
+                    / (longest - 2)
+                )
+                p = p - 1e-2 * r / (1 - 0.95**t) * m / (v.sqrt() + 1e-5)
             else:
-                p = p - 1e-2 / (1 - 0.95 ** t) * m
+                p = p - 1e-2 / (1 - 0.95**t) * m
             if t % 6 == 0:
                 p = slow = slow + 0.5 * (p - slow)
         assert torch.allclose(parameters[k].detach().double(), p, rtol=1e-4, atol=1e-6)
@@ -181,8 +210,18 @@ def test_training_learns_and_refinement_helps(tmp_path):
     with torch.no_grad():
         ws = psp.latent_avg + 0.5 * torch.randn(24, 1, 16, generator=torch.manual_seed(1))
         u8 = psp.decode(ws).mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
-    coach = make_coach(tmp_path, psp, train=u8, test=u8[:8], max_steps=120, val_interval=120,
-                       learning_rate=2e-3, optim_name='adam', amp='bf16', batch_size=8)
+    coach = make_coach(
+        tmp_path,
+        psp,
+        train=u8,
+        test=u8[:8],
+        max_steps=120,
+        val_interval=120,
+        learning_rate=2e-3,
+        optim_name='adam',
+        amp='bf16',
+        batch_size=8,
+    )
     assert coach.train()
     records = {r['step']: r for r in read_jsonl(tmp_path / 'stats.jsonl') if 'test/l2_3' in r}
     assert records[120]['test/l2_3'] < 0.5 * records[0]['test/l2_3']
@@ -190,9 +229,14 @@ def test_training_learns_and_refinement_helps(tmp_path):
     best = load_psp(tmp_path / 'checkpoints' / 'best_model.pt')
     error = (invert(best, from_uint8(u8[:8]), n_iters=3).recon - from_uint8(u8[:8])).square()
     assert float(error.mean()) == pytest.approx(records[120]['test/l2_3'], rel=1e-3)
-    for name in ('curves.png', 'avg_image.png', 'logs/images/test/000120.png',
-                 'logs/images/train/000120.png', 'checkpoints/iteration_120.pt',
-                 'checkpoints/state_120.pt'):
+    for name in (
+        'curves.png',
+        'avg_image.png',
+        'logs/images/test/000120.png',
+        'logs/images/train/000120.png',
+        'checkpoints/iteration_120.pt',
+        'checkpoints/state_120.pt',
+    ):
         assert (tmp_path / name).stat().st_size > 0
     sheet = Image.open(tmp_path / 'logs/images/test/000120.png')
     assert sheet.size == (4 * 34 + 2, 8 * 34 + 2)
@@ -249,13 +293,15 @@ def test_validation_does_not_depend_on_the_batch(tmp_path):
     results = [make_coach(tmp_path, test_batch_size=b).validate()[0] for b in (1, 2, 5)]
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=1e-5)
-    assert len(results[0]) == 2 * 4    # l2 and loss, refinements 0 to 3
+    assert len(results[0]) == 2 * 4  # l2 and loss, refinements 0 to 3
 
 
 def test_sampler_is_a_function_of_the_step():
     def draw(start, stop, part=(0, 4)):
-        return list(StepSampler(10, batch_size=4, seed=1, start=start, stop=stop, part=part,
-                                mirror=True))
+        return list(
+            StepSampler(10, batch_size=4, seed=1, start=start, stop=stop, part=part, mirror=True)
+        )
+
     whole = draw(0, 9)
     assert whole[3:] == draw(3, 9)
     halves = draw(0, 9, (0, 2)), draw(0, 9, (2, 4))
@@ -267,7 +313,7 @@ def test_sampler_is_a_function_of_the_step():
 def test_two_processes_agree_with_one(tmp_path):
     """Same global batch, batch normalisation included, under torchrun with gloo."""
     script = tmp_path / 'run.py'
-    script.write_text(f'''
+    script.write_text(f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 import torch
@@ -279,30 +325,43 @@ coach = make_coach(Path(sys.argv[1]), make_psp('ResNetBackboneEncoder'), max_ste
                    learning_rate=1e-3)
 coach.train()
 distributed.shutdown()
-''')
+""")
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
-    jobs = [subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                              f'--nproc_per_node={n}', str(script), str(tmp_path / str(n))],
-                             env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            for n in (1, 2)]
+    jobs = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                '-m',
+                'torch.distributed.run',
+                '--standalone',
+                f'--nproc_per_node={n}',
+                str(script),
+                str(tmp_path / str(n)),
+            ],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for n in (1, 2)
+    ]
     for job in jobs:
         output = job.communicate(timeout=900)[0]
         assert job.returncode == 0, output.decode()
     one, two = (torch.load(tmp_path / n / 'checkpoints' / 'state_3.pt') for n in '12')
     start = make_psp('ResNetBackboneEncoder').encoder.state_dict()
     moved = sum(float((one['weights'][k] - v).float().square().sum()) for k, v in start.items())
-    apart = sum(float((one['weights'][k] - v).float().square().sum())
-                for k, v in two['weights'].items())
+    apart = sum(
+        float((one['weights'][k] - v).float().square().sum()) for k, v in two['weights'].items()
+    )
     assert apart < 1e-4 * moved
-    a, b = ([r for r in read_jsonl(tmp_path / n / 'stats.jsonl') if 'test/l2_3' in r]
-            for n in '12')
+    a, b = ([r for r in read_jsonl(tmp_path / n / 'stats.jsonl') if 'test/l2_3' in r] for n in '12')
     assert a[0] == pytest.approx(b[0], rel=1e-6)
 
 
 def test_an_overflow_in_one_process_is_skipped_by_all(tmp_path: Path) -> None:
     """Loss scaling as float16 on GPUs uses it; only the first process overflows, in one step."""
     script = tmp_path / 'run.py'
-    script.write_text(f'''
+    script.write_text(f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 import torch
@@ -331,11 +390,21 @@ for _ in range(2):
                        float(v.double().sum()) for v in weights.values())}})
 torch.save(found, Path(sys.argv[1]) / f'{{rank}}.pt')
 distributed.shutdown()
-''')
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                           '--nproc_per_node=2', str(script), str(tmp_path)], text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'},
-                          capture_output=True)
+""")
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node=2',
+            str(script),
+            str(tmp_path),
+        ],
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'},
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
     assert first == second
@@ -349,8 +418,9 @@ def project(tmp_path_factory):
     """A generator file and folders of pictures, as a user would have them."""
     root = tmp_path_factory.mktemp('project')
     psp = make_psp()
-    save_torch(root / 'generator.pt', {'g_ema': psp.decoder.state_dict(),
-                                       'latent_avg': psp.latent_avg[0]})
+    save_torch(
+        root / 'generator.pt', {'g_ema': psp.decoder.state_dict(), 'latent_avg': psp.latent_avg[0]}
+    )
     for part, n in (('train', 8), ('test', 1)):
         (root / part / 'sub').mkdir(parents=True)
         for i, img in enumerate(photographs(n, 40)):
@@ -359,12 +429,33 @@ def project(tmp_path_factory):
 
 
 def command(project, exp_dir, *more):
-    return ['--exp_dir', str(exp_dir), '--train_path', str(project / 'train'), '--test_path',
-            str(project / 'test'), '--stylegan_weights', str(project / 'generator.pt'),
-            '--encoder_type', 'LightEncoder', '--light_width', '8', '--encoder_size', '32',
-            '--l2_lambda', '1',
-            '--batch_size', '4', '--max_steps', '2', '--n_iters_per_batch', '2', '--device',
-            'cpu', *more]
+    return [
+        '--exp_dir',
+        str(exp_dir),
+        '--train_path',
+        str(project / 'train'),
+        '--test_path',
+        str(project / 'test'),
+        '--stylegan_weights',
+        str(project / 'generator.pt'),
+        '--encoder_type',
+        'LightEncoder',
+        '--light_width',
+        '8',
+        '--encoder_size',
+        '32',
+        '--l2_lambda',
+        '1',
+        '--batch_size',
+        '4',
+        '--max_steps',
+        '2',
+        '--n_iters_per_batch',
+        '2',
+        '--device',
+        'cpu',
+        *more,
+    ]
 
 
 def test_command_line(project, tmp_path):
@@ -379,35 +470,52 @@ def test_command_line(project, tmp_path):
     with pytest.raises(UserError, match='already holds a run'):
         train_restyle_psp.main(command(project, tmp_path / 'run'))
     with pytest.raises(UserError, match='other settings.*l2_lambda'):
-        train_restyle_psp.main(command(project, tmp_path / 'run', '--resume', '--val_interval',
-                                       '1', '--l2_lambda', '2'))
-    longer = command(project, tmp_path / 'run', '--resume', '--val_interval', '1',
-                     '--max_steps', '3')
+        train_restyle_psp.main(
+            command(
+                project, tmp_path / 'run', '--resume', '--val_interval', '1', '--l2_lambda', '2'
+            )
+        )
+    longer = command(
+        project, tmp_path / 'run', '--resume', '--val_interval', '1', '--max_steps', '3'
+    )
     assert train_restyle_psp.main(longer) == 0
     assert (tmp_path / 'run' / 'checkpoints' / 'iteration_3.pt').exists()
     warm = [a for a in command(project, tmp_path / 'warm') if 'generator.pt' not in a]
     warm.remove('--stylegan_weights')
-    assert train_restyle_psp.main([*warm, '--max_steps', '1', '--checkpoint_path',
-                                   str(tmp_path / 'run/checkpoints/iteration_3.pt')]) == 0
+    assert (
+        train_restyle_psp.main(
+            [
+                *warm,
+                '--max_steps',
+                '1',
+                '--checkpoint_path',
+                str(tmp_path / 'run/checkpoints/iteration_3.pt'),
+            ]
+        )
+        == 0
+    )
 
 
-@pytest.mark.parametrize('more,message', [
-    (['--id_lambda', '1', '--moco_lambda', '1'], 'exclude each other'),
-    (['--id_lambda', '1'], 'identity loss compares faces'),
-    (['--l2_lambda', '0'], 'no reconstruction loss'),
-    (['--input_nc', '3'], '6 channels'),
-    (['--output_size', '64'], '--output_size 64: the generator in .* makes 32 px'),
-    (['--batch_size', '9'], '8 training images are fewer than one batch of 9'),
-    (['--batch_size', '3', '--accumulate', '2'], 'cannot be divided'),
-    (['--amp', 'fp16'], 'needs a GPU'),
-    (['--encoder_size', '40'], '--encoder_size: LightEncoder takes'),
-    (['--train_path', 'no/such/folder'], 'no/such/folder'),
-    (['--stylegan_weights', 'absent.pt'], 'absent.pt'),
-    (['--checkpoint_path', 'absent.pt'], 'absent.pt'),
-    (['--moco_lambda', '1', '--content_weights', 'absent.pth'], 'absent.pth'),
-    (['--lpips_lambda', '1', '--lpips_weights', 'absent.pth'], 'absent.pth'),
-    (['--resnet34_weights', 'absent.pth'], 'absent.pth'),
-])
+@pytest.mark.parametrize(
+    'more,message',
+    [
+        (['--id_lambda', '1', '--moco_lambda', '1'], 'exclude each other'),
+        (['--id_lambda', '1'], 'identity loss compares faces'),
+        (['--l2_lambda', '0'], 'no reconstruction loss'),
+        (['--input_nc', '3'], '6 channels'),
+        (['--output_size', '64'], '--output_size 64: the generator in .* makes 32 px'),
+        (['--batch_size', '9'], '8 training images are fewer than one batch of 9'),
+        (['--batch_size', '3', '--accumulate', '2'], 'cannot be divided'),
+        (['--amp', 'fp16'], 'needs a GPU'),
+        (['--encoder_size', '40'], '--encoder_size: LightEncoder takes'),
+        (['--train_path', 'no/such/folder'], 'no/such/folder'),
+        (['--stylegan_weights', 'absent.pt'], 'absent.pt'),
+        (['--checkpoint_path', 'absent.pt'], 'absent.pt'),
+        (['--moco_lambda', '1', '--content_weights', 'absent.pth'], 'absent.pth'),
+        (['--lpips_lambda', '1', '--lpips_weights', 'absent.pth'], 'absent.pth'),
+        (['--resnet34_weights', 'absent.pth'], 'absent.pth'),
+    ],
+)
 def test_bad_flags_leave_nothing_behind(project, tmp_path, more, message):
     with pytest.raises(UserError, match=message):
         train_restyle_psp.main(command(project, tmp_path / 'run', *more))
@@ -415,19 +523,30 @@ def test_bad_flags_leave_nothing_behind(project, tmp_path, more, message):
 
 
 def test_unset_data_paths_say_what_to_do(project, tmp_path):
-    flags = ['--exp_dir', str(tmp_path / 'run'), '--l2_lambda', '1', '--stylegan_weights',
-             str(project / 'generator.pt'), '--dataset_type', 'eyepacs_encode']
+    flags = [
+        '--exp_dir',
+        str(tmp_path / 'run'),
+        '--l2_lambda',
+        '1',
+        '--stylegan_weights',
+        str(project / 'generator.pt'),
+        '--dataset_type',
+        'eyepacs_encode',
+    ]
     with pytest.raises(UserError, match='--train_path.*eyepacs_encode.*paths_config'):
         train_restyle_psp.main(flags)
 
 
 def test_paths_follow_the_environment():
-    code = ('from configs.data_configs import DATASETS\n'
-            'from configs.paths_config import model_paths\n'
-            'print(DATASETS["aptos_encode"]["train_source_root"], model_paths["moco"])')
+    code = (
+        'from configs.data_configs import DATASETS\n'
+        'from configs.paths_config import model_paths\n'
+        'print(DATASETS["aptos_encode"]["train_source_root"], model_paths["moco"])'
+    )
     env = {**os.environ, 'KSALSA_APTOS_TRAIN': '/data/aptos', 'KSALSA_MOCO': '/w/moco.pt'}
-    output = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, text=True,
-                            capture_output=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, env=env, text=True, capture_output=True, check=True
+    ).stdout
     assert output.split() == ['/data/aptos', '/w/moco.pt']
 
 

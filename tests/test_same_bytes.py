@@ -1,4 +1,5 @@
 """The release does not depend on how much is computed at a time, or by how many processes."""
+
 import os
 import subprocess
 import sys
@@ -26,13 +27,22 @@ def one(tmp_path_factory):
 
 
 def command(folder, exp_dir, **options):
-    return arguments(folder, folder / 'data', exp_dir,
-                     **{'same_k': 2, 'num_steps': 8, 'style_weight': 1e-4, **options})
+    return arguments(
+        folder,
+        folder / 'data',
+        exp_dir,
+        **{'same_k': 2, 'num_steps': 8, 'style_weight': 1e-4, **options},
+    )
 
 
-@pytest.mark.parametrize(('threads', 'options'), [
-    (1, {'group_batch': 8}), (2, {'group_batch': 2, 'test_batch_size': 17}),
-    (3, {'group_batch': 4, 'test_batch_size': 3})])
+@pytest.mark.parametrize(
+    ('threads', 'options'),
+    [
+        (1, {'group_batch': 8}),
+        (2, {'group_batch': 2, 'test_batch_size': 17}),
+        (3, {'group_batch': 4, 'test_batch_size': 3}),
+    ],
+)
 def test_groups_and_threads(one, tmp_path, threads, options):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -55,9 +65,19 @@ def test_free_memory(one, tmp_path, monkeypatch):
 @pytest.mark.parametrize('n', [2, 3])
 def test_processes(one, tmp_path, n):
     done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
-         str(ROOT / 'scripts/k-SALSA.py'), *command(one, tmp_path / 'run', group_batch=4)],
-        env={**os.environ, 'OMP_NUM_THREADS': str(n - 1)}, capture_output=True, text=True)
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            f'--nproc_per_node={n}',
+            str(ROOT / 'scripts/k-SALSA.py'),
+            *command(one, tmp_path / 'run', group_batch=4),
+        ],
+        env={**os.environ, 'OMP_NUM_THREADS': str(n - 1)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert tree_bytes(tmp_path / 'run/release') == tree_bytes(one / 'run/release')
 

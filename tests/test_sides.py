@@ -1,4 +1,5 @@
 """The side of the optic disc: found on phantoms, mirrored on request, told in the report."""
+
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,21 @@ from datasets.sides import disc_to_the_right, find_disc
 @pytest.fixture(scope='module')
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
     folder = tmp_path_factory.mktemp('sides') / 'phantoms'
-    table = make_dataset(folder, n_patients=12, size=96, seed=5, visits=1, masks=False,
-                         eyes=('left', 'right'), grade_shares=(1, 1, 1, 1, 1), workers=1)
+    table = make_dataset(
+        folder,
+        n_patients=12,
+        size=96,
+        seed=5,
+        visits=1,
+        masks=False,
+        eyes=('left', 'right'),
+        grade_shares=(1, 1, 1, 1, 1),
+        workers=1,
+    )
     return folder, table
 
 
-def test_discs_of_phantoms_lie_on_the_side_of_the_eye(
-        phantoms: tuple[Path, pd.DataFrame]) -> None:
+def test_discs_of_phantoms_lie_on_the_side_of_the_eye(phantoms: tuple[Path, pd.DataFrame]) -> None:
     folder, table = phantoms
     for name, eye in zip(table.id_code, table.eye):
         image = Image.open(folder / 'images' / f'{name}.png')
@@ -41,9 +50,18 @@ def test_blank_pictures_get_an_answer() -> None:
 
 def test_command_mirrors_and_reports(phantoms: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
     folder, table = phantoms
-    load_script('dataset_tool').main([
-        '--source', str(folder / 'labels.csv'), '--dest', str(tmp_path / 'one'), '--one_side',
-        '--keep_names', '--width=64', '--workers=1'])
+    load_script('dataset_tool').main(
+        [
+            '--source',
+            str(folder / 'labels.csv'),
+            '--dest',
+            str(tmp_path / 'one'),
+            '--one_side',
+            '--keep_names',
+            '--width=64',
+            '--workers=1',
+        ]
+    )
     report = pd.read_csv(tmp_path / 'one.report.csv')
     assert report.mirrored.tolist() == (table.eye == 'left').tolist()
     for file in (tmp_path / 'one').rglob('*.png'):

@@ -1,4 +1,5 @@
 """Signals reach the processes of a launcher, and command lines end in good order."""
+
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from conftest import ROOT
 
 from utils.signals import run_launcher
 
-WORKER = '''
+WORKER = """
 import pathlib, signal, sys, time
 def stop(number, frame):
     pathlib.Path(sys.argv[1], 'stopped').write_text(str(number))
@@ -20,9 +21,10 @@ signal.signal(signal.SIGINT, stop)
 signal.signal(signal.SIGTERM, stop)
 pathlib.Path(sys.argv[1], 'ready').touch()
 time.sleep(60)
-'''
-LAUNCHER = ('import subprocess, sys\n'
-            'sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)')
+"""
+LAUNCHER = (
+    'import subprocess, sys\nsys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)'
+)
 
 
 def wait_for(path, seconds=30):
@@ -39,10 +41,12 @@ def test_launcher_passes_signals_to_what_it_started(tmp_path, number):
     def send():
         wait_for(tmp_path / 'ready')
         os.kill(os.getpid(), number)
+
     threading.Thread(target=send, daemon=True).start()
     before = signal.getsignal(number)
-    code = run_launcher([sys.executable, '-c', LAUNCHER, str(tmp_path / 'worker.py'),
-                         str(tmp_path)])
+    code = run_launcher(
+        [sys.executable, '-c', LAUNCHER, str(tmp_path / 'worker.py'), str(tmp_path)]
+    )
     assert code == 128 + number and signal.getsignal(number) is before
     assert (tmp_path / 'stopped').read_text() == str(int(number))
 
@@ -51,25 +55,34 @@ def test_launcher_returns_the_exit_code():
     assert run_launcher([sys.executable, '-c', 'raise SystemExit(3)']) == 3
 
 
-@pytest.mark.parametrize('body,code,said', [
-    ("open(sys.argv[1] + '/file', 'w').close(); open(sys.argv[1] + '/file/x', 'w')", 2,
-     'file/x: Not a directory; choose another path'),
-    ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)", 143, ''),
-])
+@pytest.mark.parametrize(
+    'body,code,said',
+    [
+        (
+            "open(sys.argv[1] + '/file', 'w').close(); open(sys.argv[1] + '/file/x', 'w')",
+            2,
+            'file/x: Not a directory; choose another path',
+        ),
+        ('os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)', 143, ''),
+    ],
+)
 def test_scripts_clean_up_and_say_why(tmp_path, body, code, said):
-    program = (f'import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n'
-               'from utils import cli, io\n'
-               'def main():\n'
-               '    with io.atomic_path(sys.argv[1] + "/whole"):\n'
-               f'        {body}\n'
-               'cli.run(main)\n')
-    done = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True,
-                          text=True)
+    program = (
+        f'import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n'
+        'from utils import cli, io\n'
+        'def main():\n'
+        '    with io.atomic_path(sys.argv[1] + "/whole"):\n'
+        f'        {body}\n'
+        'cli.run(main)\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True
+    )
     assert done.returncode == code and said in done.stderr and 'Traceback' not in done.stderr
     assert not list(tmp_path.glob('.whole*')) and not (tmp_path / 'whole').exists()
 
 
-LOADING = f'''
+LOADING = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
@@ -82,12 +95,17 @@ with stop_on_signal() as stopped:
         if i == 5:
             os.killpg(0, getattr(signal, sys.argv[1]))
     assert stopped() and i == 99
-'''
+"""
 
 
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
 def test_loading_processes_outlive_a_signal_to_the_group(name: str) -> None:
     """What a terminal's Ctrl-C, `timeout` and schedulers send reaches them too."""
-    done = subprocess.run([sys.executable, '-c', LOADING, name], start_new_session=True,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, '-c', LOADING, name],
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr

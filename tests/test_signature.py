@@ -1,4 +1,5 @@
 """Detached signatures of releases: made, checked, and refused where they do not fit."""
+
 import shutil
 import subprocess
 
@@ -20,9 +21,12 @@ NAMES = ['bcdfghjk', 'mnpqrstv']
 @pytest.fixture
 def release(tmp_path):
     """A small release that any recipient's check accepts."""
-    write_release(tmp_path / 'release', [GroupFacts(n, 5, 5, (3, 2, 0, 0, 0)) for n in NAMES],
-                  lambda name: Image.new('RGB', (8, 8), name[0] == 'b' and 'red' or 'blue'),
-                  facts=release_facts())
+    write_release(
+        tmp_path / 'release',
+        [GroupFacts(n, 5, 5, (3, 2, 0, 0, 0)) for n in NAMES],
+        lambda name: Image.new('RGB', (8, 8), name[0] == 'b' and 'red' or 'blue'),
+        facts=release_facts(),
+    )
     return tmp_path / 'release'
 
 
@@ -53,9 +57,23 @@ def test_openssl_agrees(release, tmp_path):
         pytest.skip('no openssl on this machine')
     public = make_key(tmp_path / 'a.pem')
     path = sign(release, tmp_path / 'a.pem')
-    done = subprocess.run(['openssl', 'pkeyutl', '-verify', '-pubin', '-inkey', public, '-rawin',
-                           '-in', release / 'manifest.json', '-sigfile', path],
-                          capture_output=True, check=False)
+    done = subprocess.run(
+        [
+            'openssl',
+            'pkeyutl',
+            '-verify',
+            '-pubin',
+            '-inkey',
+            public,
+            '-rawin',
+            '-in',
+            release / 'manifest.json',
+            '-sigfile',
+            path,
+        ],
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -68,7 +86,7 @@ def test_signature_that_does_not_fit(release, tmp_path, case, capsys):
     elif case == 'other key':
         public = make_key(tmp_path / 'b.pem')
     elif case in ('cut', 'empty'):
-        path.write_bytes(path.read_bytes()[:63 if case == 'cut' else 0])
+        path.write_bytes(path.read_bytes()[: 63 if case == 'cut' else 0])
     else:
         path.unlink()
         if case == 'folder':
@@ -94,14 +112,19 @@ def test_keys_are_not_overwritten(tmp_path):
 
 def test_files_that_are_no_key(release, tmp_path):
     def pem(key, encryption):
-        return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-                                 encryption)
+        return key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
+        )
 
     plain = serialization.NoEncryption()
-    files = {'text': b'hello', 'empty': b'',
-             'curve': pem(ec.generate_private_key(ec.SECP256R1()), plain),
-             'locked': pem(ed25519.Ed25519PrivateKey.generate(),
-                           serialization.BestAvailableEncryption(b'x'))}
+    files = {
+        'text': b'hello',
+        'empty': b'',
+        'curve': pem(ec.generate_private_key(ec.SECP256R1()), plain),
+        'locked': pem(
+            ed25519.Ed25519PrivateKey.generate(), serialization.BestAvailableEncryption(b'x')
+        ),
+    }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=name):
@@ -112,8 +135,9 @@ def test_files_that_are_no_key(release, tmp_path):
         sign(release, tmp_path / 'nowhere')
 
 
-@pytest.mark.parametrize('flags', [[], ['RELEASE'], ['--key', 'k.pem'],
-                                   ['RELEASE', '--make_key', 'k.pem']])
+@pytest.mark.parametrize(
+    'flags', [[], ['RELEASE'], ['--key', 'k.pem'], ['RELEASE', '--make_key', 'k.pem']]
+)
 def test_wrong_flags(release, flags):
     with pytest.raises(UserError, match='--make_key'):
         sign_release.main([str(release) if f == 'RELEASE' else f for f in flags])

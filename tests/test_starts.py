@@ -1,4 +1,5 @@
 """Starting, stopping and going on: folders that are not what they should be, and Ctrl-C."""
+
 import os
 import signal
 import stat
@@ -43,9 +44,14 @@ def test_killed_in_the_first_second(inputs):
     assert not list(private.rglob('.*.tmp'))
 
 
-@pytest.mark.parametrize(('text', 'message'), [
-    ('{"options": ', 'options.json is not a readable run record'),
-    ('[]', 'options.json is not the record of a run'), (None, 'put its options.json back')])
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('{"options": ', 'options.json is not a readable run record'),
+        ('[]', 'options.json is not the record of a run'),
+        (None, 'put its options.json back'),
+    ],
+)
 def test_damaged_record(inputs, no_work, text, message):
     private = inputs / 'run/private'
     private.mkdir(parents=True)
@@ -94,8 +100,16 @@ def test_nothing_is_written_into_a_release(inputs, no_work, tmp_path):
     with pytest.raises(UserError, match='--exp_dir .*/images/x lies in the release'):
         k_salsa.main(command(inputs, exp_dir=release / 'images/x'))
     with pytest.raises(UserError, match='--dest .* lies in the release'):
-        dataset_tool.main(['--source', str(inputs / 'data/images'), '--dest',
-                           str(release / 'a.zip'), '--width', '64'])
+        dataset_tool.main(
+            [
+                '--source',
+                str(inputs / 'data/images'),
+                '--dest',
+                str(release / 'a.zip'),
+                '--width',
+                '64',
+            ]
+        )
     with pytest.raises(UserError, match='--out .* lies in the release'):
         verify_release.main([str(release), '--out', str(release / 'verdict.json')])
     assert [p.name for p in release.iterdir()] == ['manifest.json']
@@ -113,15 +127,19 @@ def test_nobody_else_reads_private_files(inputs):
         assert k_salsa.main([*command(inputs), '--centroids', '--save_reconstructions']) == 0
     finally:
         os.umask(before)
-    modes = {p: stat.S_IMODE(p.stat().st_mode) for p in (inputs / 'run/private').rglob('*')
-             if p.name != '.lock'}
+    modes = {
+        p: stat.S_IMODE(p.stat().st_mode)
+        for p in (inputs / 'run/private').rglob('*')
+        if p.name != '.lock'
+    }
     assert any(p.parent.name == 'reconstructions' for p in modes)
     assert [p for p, mode in modes.items() if mode & 0o077] == []
     assert all(p.stat().st_mode & 0o044 for p in (inputs / 'run/release').rglob('*'))
 
 
-@pytest.mark.parametrize('flag', ['--lr=1e39', '--style_weight=1e39', '--content_weight=-1',
-                                  '--lr=nan'])
+@pytest.mark.parametrize(
+    'flag', ['--lr=1e39', '--style_weight=1e39', '--content_weight=-1', '--lr=nan']
+)
 def test_numbers_that_float32_cannot_hold(inputs, no_work, capsys, flag):
     with pytest.raises(SystemExit):
         k_salsa.main([*command(inputs), flag])
@@ -131,10 +149,17 @@ def test_numbers_that_float32_cannot_hold(inputs, no_work, capsys, flag):
 def test_ctrl_c_is_one_line(inputs):
     """In a terminal it reaches the loading processes and threads too."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / 'scripts/k-SALSA.py'),
-         *command(inputs, num_steps=4000, test_workers=1, group_batch=4)],
-        env={**os.environ, 'OMP_NUM_THREADS': '2'}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, start_new_session=True)
+        [
+            sys.executable,
+            str(ROOT / 'scripts/k-SALSA.py'),
+            *command(inputs, num_steps=4000, test_workers=1, group_batch=4),
+        ],
+        env={**os.environ, 'OMP_NUM_THREADS': '2'},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     while not (inputs / 'run/private/groups.csv.sha256').exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)

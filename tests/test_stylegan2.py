@@ -1,4 +1,5 @@
 """Generator, discriminator and their ops against the reference implementation's numbers."""
+
 import json
 
 import numpy as np
@@ -53,42 +54,52 @@ def test_upfirdn2d_agrees_with_scipy(up, down):
     # scipy pads so that every output of the full convolution exists.
     image = torch.from_numpy(x)[None, None, None, :]
     pad = (3, 3 - (up - 1), 0, 0)
-    got = upfirdn2d(image, torch.from_numpy(taps)[None], up=up, down=down,
-                    pad=(pad[0], pad[1], 0, -(up - 1)))[0, 0, 0]
+    got = upfirdn2d(
+        image, torch.from_numpy(taps)[None], up=up, down=down, pad=(pad[0], pad[1], 0, -(up - 1))
+    )[0, 0, 0]
     assert torch.allclose(got, torch.from_numpy(want), atol=1e-12)
 
 
-@pytest.mark.parametrize('up,down,pad', [(1, 1, (0, 0)), (2, 1, (2, 1)), (1, 2, (1, 1)),
-                                         (2, 1, (-1, 2)), (1, 1, (2, 1, -1, 3))])
+@pytest.mark.parametrize(
+    'up,down,pad',
+    [(1, 1, (0, 0)), (2, 1, (2, 1)), (1, 2, (1, 1)), (2, 1, (-1, 2)), (1, 1, (2, 1, -1, 3))],
+)
 def test_upfirdn2d_derivatives(up, down, pad):
     x = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
     kernel = torch.randn(3, 4, dtype=torch.float64)
 
     def run(x):
         return upfirdn2d(x, kernel, up=up, down=down, pad=pad)
+
     assert torch.autograd.gradcheck(run, x)
     assert torch.autograd.gradgradcheck(run, x)
 
 
-@pytest.mark.parametrize('up,down,pad', [(1, 1, (2, 1)), (2, 1, (2, 1)), (1, 2, (1, 1)),
-                                         (2, 1, (-1, 2)), (3, 2, (2, 3))])
+@pytest.mark.parametrize(
+    'up,down,pad', [(1, 1, (2, 1)), (2, 1, (2, 1)), (1, 2, (1, 1)), (2, 1, (-1, 2)), (3, 2, (2, 3))]
+)
 @pytest.mark.parametrize('last', [False, True])
 def test_upfirdn2d_in_half_precision(up, down, pad, last):
     x = torch.randn(2, 8, 9, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
     if last:
         x = x.to(memory_format=torch.channels_last)
-    kernel = torch.tensor([[1., 3, 2, 1], [2, 1, 4, 3], [1, 1, 2, 5]]) / 8
+    kernel = torch.tensor([[1.0, 3, 2, 1], [2, 1, 4, 3], [1, 1, 2, 5]]) / 8
     results = []
     for image in (x, x.double()):
         image = image.detach().requires_grad_()
-        y = upfirdn2d(image, kernel.to(torch.float64 if image.dtype == torch.float64 else
-                                       torch.float32), up=up, down=down, pad=pad)
+        y = upfirdn2d(
+            image,
+            kernel.to(torch.float64 if image.dtype == torch.float64 else torch.float32),
+            up=up,
+            down=down,
+            pad=pad,
+        )
         assert y.dtype == image.dtype
         y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype))
         results.append((y.double(), image.grad.double()))
     for half, full in zip(*results):
         assert half.shape == full.shape
-        assert (half - full).abs().max() < 2e-2 * full.abs().max()    # bfloat16 has 8 bits
+        assert (half - full).abs().max() < 2e-2 * full.abs().max()  # bfloat16 has 8 bits
 
 
 def test_upfirdn2d_rejects_bad_arguments():
@@ -108,7 +119,7 @@ def test_fused_leaky_relu():
     bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
     y = fused_leaky_relu(x, bias, clamp=0.5)
     shifted = x + bias[:, None, None]
-    want = (torch.where(shifted > 0, shifted, 0.2 * shifted) * 2 ** 0.5).clamp(-0.5, 0.5)
+    want = (torch.where(shifted > 0, shifted, 0.2 * shifted) * 2**0.5).clamp(-0.5, 0.5)
     assert torch.allclose(y, want)
     assert torch.autograd.gradcheck(lambda a, b: fused_leaky_relu(a, b), (x, bias))
     with pytest.raises(ValueError, match='does not fit'):
@@ -169,8 +180,10 @@ def test_discriminator_takes_any_batch():
 def test_architecture_is_read_from_the_weights(tmp_path):
     g = Generator(32, style_dim=24, n_mlp=3, channels=SMALL)
     d = Discriminator(32, channels=SMALL)
-    save_torch(tmp_path / 'g.pt', {'g_ema': g.state_dict(), 'd': d.state_dict(),
-                                   'latent_avg': torch.zeros(24)})
+    save_torch(
+        tmp_path / 'g.pt',
+        {'g_ema': g.state_dict(), 'd': d.state_dict(), 'latent_avg': torch.zeros(24)},
+    )
     loaded, latent_avg = load_generator(tmp_path / 'g.pt')
     assert (loaded.size, loaded.style_dim, loaded.n_mlp) == (32, 24, 3)
     assert loaded.channels == SMALL and latent_avg.shape == (24,)
@@ -183,8 +196,11 @@ def test_architecture_is_read_from_the_weights(tmp_path):
 def test_bad_weight_files_are_user_errors(tmp_path):
     (tmp_path / 'text.pt').write_text('not a checkpoint')
     save_torch(tmp_path / 'other.pt', {'weights': torch.zeros(3)})
-    for name, message in (('text.pt', 'not a generator file'), ('other.pt', '"g_ema"'),
-                          ('absent.pt', 'not found')):
+    for name, message in (
+        ('text.pt', 'not a generator file'),
+        ('other.pt', '"g_ema"'),
+        ('absent.pt', 'not found'),
+    ):
         with pytest.raises(UserError, match=message):
             load_generator(tmp_path / name)
     with pytest.raises(UserError, match='no StyleGAN2 generator'):
@@ -223,8 +239,10 @@ def test_noise_modes():
     ws = g.broadcast(w)
     with torch.no_grad():
         assert torch.equal(g.synthesis(ws), g.synthesis(ws))
-        draws = [g.synthesis(ws, noise='random', generator=torch.Generator().manual_seed(s))
-                 for s in (1, 1, 2)]
+        draws = [
+            g.synthesis(ws, noise='random', generator=torch.Generator().manual_seed(s))
+            for s in (1, 1, 2)
+        ]
         assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
         assert not torch.equal(g.synthesis(ws, noise='none'), g.synthesis(ws))
 
@@ -234,11 +252,11 @@ def test_modulated_convolution_keeps_the_range_of_float16(upsample: bool) -> Non
     """Weights with a common part, and inputs at the clamp: the largest sums there can be."""
     conv = ModulatedConv2d(512, 16, 3, 8, upsample=upsample)
     torch.nn.init.ones_(conv.weight)
-    torch.nn.init.zeros_(conv.modulation.weight)    # all styles are 1
+    torch.nn.init.zeros_(conv.modulation.weight)  # all styles are 1
     x = torch.full((2, 512, 6, 6), FP16_CLAMP, dtype=torch.float16, requires_grad=True)
     y = conv(x, torch.zeros(2, 8), bias=torch.zeros(16, dtype=torch.float16))
     # In the middle, all 4608 products count: 256 * sqrt(4608).
-    assert y[0, 0, 3, 3].item() == pytest.approx(FP16_CLAMP * 4608 ** 0.5, rel=0.01)
+    assert y[0, 0, 3, 3].item() == pytest.approx(FP16_CLAMP * 4608**0.5, rel=0.01)
     y.float().clamp(-FP16_CLAMP, FP16_CLAMP).square().mean().backward()
     assert y.isfinite().all()
     assert all(v.grad.isfinite().all() for v in (x, *conv.parameters()))

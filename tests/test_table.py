@@ -1,4 +1,5 @@
 """The table of photographs: columns of the common sets, and one clear error for bad rows."""
+
 import pytest
 from PIL import Image
 
@@ -64,25 +65,29 @@ def test_ids_with_suffixes_find_files_of_another(tmp_path):
 
 
 def test_split_and_subset(tmp_path):
-    csv = make(tmp_path, 'id_code,patient_id,eye,split\na,p,OS,train\nb,q,OD,val\n',
-               ['a.png', 'b.png'])
+    csv = make(
+        tmp_path, 'id_code,patient_id,eye,split\na,p,OS,train\nb,q,OD,val\n', ['a.png', 'b.png']
+    )
     table = read_table(csv, split='val')
     assert table.ids == ['b'] and table.eyes == ['right'] and table.paths[0].name == 'b.png'
     with pytest.raises(UserError, match='it has train, val'):
         read_table(csv, split='test')
 
 
-@pytest.mark.parametrize(('text', 'message'), [
-    ('name_of_file,diagnosis\na,1\n', 'no id column'),
-    ('id_code\na\nmissing1\nmissing2\n', r'2 of 3 ids(.|\n)*missing1\n(.|\n)*missing2'),
-    ('id_code\na\na\n', 'duplicate ids(.|\n)*rows 2 and 3'),
-    ('id_code\na\n""\n', 'empty ids'),
-    ('id_code,diagnosis\na,5\n', 'grades from 0 to 4'),
-    ('id_code,diagnosis\na,\n', 'grades from 0 to 4'),
-    ('id_code,patient_id\na,\n', 'patient_id is empty'),
-    ('id_code\ntwo\n', 'more than one image'),
-    ('id_code\n', 'no rows'),
-])
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('name_of_file,diagnosis\na,1\n', 'no id column'),
+        ('id_code\na\nmissing1\nmissing2\n', r'2 of 3 ids(.|\n)*missing1\n(.|\n)*missing2'),
+        ('id_code\na\na\n', 'duplicate ids(.|\n)*rows 2 and 3'),
+        ('id_code\na\n""\n', 'empty ids'),
+        ('id_code,diagnosis\na,5\n', 'grades from 0 to 4'),
+        ('id_code,diagnosis\na,\n', 'grades from 0 to 4'),
+        ('id_code,patient_id\na,\n', 'patient_id is empty'),
+        ('id_code\ntwo\n', 'more than one image'),
+        ('id_code\n', 'no rows'),
+    ],
+)
 def test_bad_tables(tmp_path, text, message):
     csv = make(tmp_path, text, ['a.png', 'two.png', 'two.jpg'])
     with pytest.raises(UserError, match=message):
@@ -101,15 +106,26 @@ def test_damaged_images_are_listed_together(tmp_path):
     csv = make(tmp_path, 'id_code\na\nb\nc\n', ['a.png', 'b.png', 'c.png'])
     (tmp_path / 'images' / 'b.png').write_text('not a picture')
     whole = (tmp_path / 'images' / 'c.png').read_bytes()
-    (tmp_path / 'images' / 'c.png').write_bytes(whole[:len(whole) // 2])
+    (tmp_path / 'images' / 'c.png').write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r'2 of 3 images(.|\n)*b\.png(.|\n)*c\.png'):
         read_digests(read_table(csv).paths)
 
 
-@pytest.mark.parametrize('name', ['labels.csv', 'labels.csv.gz', 'labels.csv.zip', 'labels.csv.xz',
-                                  'labels.csv.bz2', 'labels.csv.zst'])
-@pytest.mark.parametrize('data', [b'', b'\x1f\x8b\x08\x00cut', b'PK\x03\x04', b'\x00' * 40,
-                                  b'\xff\xfe\x00', b'"id_code\n'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'labels.csv',
+        'labels.csv.gz',
+        'labels.csv.zip',
+        'labels.csv.xz',
+        'labels.csv.bz2',
+        'labels.csv.zst',
+    ],
+)
+@pytest.mark.parametrize(
+    'data',
+    [b'', b'\x1f\x8b\x08\x00cut', b'PK\x03\x04', b'\x00' * 40, b'\xff\xfe\x00', b'"id_code\n'],
+)
 def test_damaged_tables_of_any_packing_are_named(name, data, tmp_path):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match='labels.csv'):

@@ -1,4 +1,5 @@
 """The generator's training loop: exact resume, equal processes, adaptive strength, commands."""
+
 import json
 import os
 import signal
@@ -15,13 +16,7 @@ from datasets.archive import ImageArchive
 from training.adversarial import freeze_discriminator
 from training.augment import MAX_STRENGTH, PIPES, AdaptiveStrength, AugmentPipe
 from training.stylegan2_config import make_config
-from training.stylegan2_loop import (
-    Draws,
-    EndlessSampler,
-    Trainer,
-    latest_snapshot,
-    save_snapshot,
-)
+from training.stylegan2_loop import Draws, EndlessSampler, Trainer, latest_snapshot, save_snapshot
 from utils.errors import UserError
 from utils.io import load_weights
 from utils.logs import read_jsonl
@@ -31,8 +26,15 @@ CHANNELS = {4: 8, 8: 8, 16: 8, 32: 8}
 
 
 def tiny_config(**overrides):
-    values = dict(batch=4, channels=CHANNELS, style_dim=16, g_reg_interval=2, d_reg_interval=2,
-                  pl_weight=2.0, use_noise=True)
+    values = dict(
+        batch=4,
+        channels=CHANNELS,
+        style_dim=16,
+        g_reg_interval=2,
+        d_reg_interval=2,
+        pl_weight=2.0,
+        use_noise=True,
+    )
     return make_config('small', 32, 1, **{**values, **overrides})
 
 
@@ -58,8 +60,13 @@ class Discs(torch.utils.data.Dataset):
 
 def tiny_trainer(**options):
     config = options.pop('config', None) or tiny_config()
-    return Trainer(options.pop('dataset', Discs(12)), config, device='cpu',
-                   augment_names=PIPES['bgc'], **options)
+    return Trainer(
+        options.pop('dataset', Discs(12)),
+        config,
+        device='cpu',
+        augment_names=PIPES['bgc'],
+        **options,
+    )
 
 
 @pytest.fixture
@@ -101,17 +108,24 @@ class FixedLatents(Trainer):
         return [Draws(number, number) for number in range(self.rounds)]
 
     def _latents(self, draw, n):
-        bank = torch.randn(self.config.batch, self.config.style_dim,
-                           generator=torch_generator(self.n_steps))
-        return self.g.broadcast(self.g.mapping(bank[draw.images * n:(draw.images + 1) * n]))
+        bank = torch.randn(
+            self.config.batch, self.config.style_dim, generator=torch_generator(self.n_steps)
+        )
+        return self.g.broadcast(self.g.mapping(bank[draw.images * n : (draw.images + 1) * n]))
 
 
 def test_gradients_accumulate_over_passes():
     # Four images in one pass or in two passes of two. Minibatch statistics see the pass, and
     # augmentations are drawn per pass, so both are off.
-    whole, parts = (FixedLatents(Discs(12), tiny_config(mbstd_group=1, batch_gpu=n, pl_weight=0,
-                                                        use_noise=False),
-                                 device='cpu', augment='noaug') for n in (4, 2))
+    whole, parts = (
+        FixedLatents(
+            Discs(12),
+            tiny_config(mbstd_group=1, batch_gpu=n, pl_weight=0, use_noise=False),
+            device='cpu',
+            augment='noaug',
+        )
+        for n in (4, 2)
+    )
     assert (whole.rounds, parts.rounds) == (1, 2)
     for _ in range(3):
         one, two = whole.step(), parts.step()
@@ -124,24 +138,46 @@ def test_sampler_visits_every_image_once_per_epoch_and_resumes():
     def draw(start, n):
         it = iter(EndlessSampler(10, batch=4, batch_gpu=2, seed=3, start=start))
         return [next(it) for _ in range(n)]
+
     first = draw(0, 40)
     for epoch in range(4):
-        assert sorted(first[epoch * 10:(epoch + 1) * 10]) == list(range(10))
+        assert sorted(first[epoch * 10 : (epoch + 1) * 10]) == list(range(10))
     assert draw(8, 12) == first[8:20]
 
 
 def test_two_processes_give_the_losses_of_one(archive, tmp_path):
-    flags = ['--data', str(archive), '--cfg=small', '--batch=4', '--batch-gpu=2', '--kimg=0.016',
-             '--aug=fixed', '--p=0.3', '--pl_weight=2', '--device=cpu', '--workers=0']
+    flags = [
+        '--data',
+        str(archive),
+        '--cfg=small',
+        '--batch=4',
+        '--batch-gpu=2',
+        '--kimg=0.016',
+        '--aug=fixed',
+        '--p=0.3',
+        '--pl_weight=2',
+        '--device=cpu',
+        '--workers=0',
+    ]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     rows = {}
     for gpus in (1, 2):
         out = tmp_path / f'gpus{gpus}'
         done = subprocess.run(
-            [sys.executable, str(ROOT / 'scripts' / 'train_stylegan2_ada.py'), '--outdir',
-             str(out), *flags, f'--gpus={gpus}'], env=env, capture_output=True, text=True)
+            [
+                sys.executable,
+                str(ROOT / 'scripts' / 'train_stylegan2_ada.py'),
+                '--outdir',
+                str(out),
+                *flags,
+                f'--gpus={gpus}',
+            ],
+            env=env,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
-        run_dir, = out.iterdir()
+        (run_dir,) = out.iterdir()
         rows[gpus] = read_jsonl(run_dir / 'stats.jsonl')
         assert (run_dir / 'generator.pt').is_file() and (run_dir / 'curves.png').is_file()
     assert len(rows[1]) == len(rows[2]) > 1
@@ -153,8 +189,12 @@ def test_two_processes_give_the_losses_of_one(archive, tmp_path):
 
 def test_adaptive_strength_rises_when_the_discriminator_overfits():
     # 20 images: the discriminator soon tells every real one.
-    trainer = tiny_trainer(dataset=Discs(20), augment='ada', ada_kimg=0.5,
-                           config=tiny_config(batch=8, gamma=0.0, pl_weight=0.0))
+    trainer = tiny_trainer(
+        dataset=Discs(20),
+        augment='ada',
+        ada_kimg=0.5,
+        config=tiny_config(batch=8, gamma=0.0, pl_weight=0.0),
+    )
     strengths, overfitting = [], []
     for _ in range(60):
         trainer.step()
@@ -182,11 +222,11 @@ def test_training_without_noise_adds_none_even_to_a_transferred_network():
 
 def test_strength_heuristic():
     ada = AdaptiveStrength(target=0.6, adjust_kimg=500)
-    assert ada.update(0.2, 64) == 0.0                        # floor
+    assert ada.update(0.2, 64) == 0.0  # floor
     assert ada.update(0.9, 64) == pytest.approx(64 / 500_000)
     for _ in range(10_000):
         ada.update(1.0, 64)
-    assert ada.p == MAX_STRENGTH                             # cap
+    assert ada.p == MAX_STRENGTH  # cap
     assert ada.update(0.1, 64) < MAX_STRENGTH
 
 
@@ -199,13 +239,13 @@ def test_augmentations_hit_in_proportion_and_differentiate_twice():
     assert 0.15 < changed.float().mean() < 0.35
     small = torch.rand(1, 3, 8, 8, dtype=torch.float32, requires_grad=True)
     y = pipe(small, 1.0, generator=torch_generator(5))
-    grad, = torch.autograd.grad(y.square().sum(), small, create_graph=True)
-    second, = torch.autograd.grad(grad.square().sum(), small)
+    (grad,) = torch.autograd.grad(y.square().sum(), small, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), small)
     # The pipe is linear in the image up to a shift, so 2nd derivatives are finite differences.
     step = 1e-2 * torch.randn(small.shape, generator=torch_generator(1))
     moved = (small.detach() + step).requires_grad_()
     z = pipe(moved, 1.0, generator=torch_generator(5))
-    grad_moved, = torch.autograd.grad(z.square().sum(), moved)
+    (grad_moved,) = torch.autograd.grad(z.square().sum(), moved)
     change = grad_moved.square().sum() - grad.square().sum()
     expected = (second * step).sum() + (grad_moved - grad).square().sum()
     assert change.item() == pytest.approx(expected.item(), rel=1e-2, abs=1e-2)
@@ -240,10 +280,19 @@ def test_published_presets():
 def test_command_trains_resumes_and_transfers(archive, tmp_path, capsys):
     script = load_script('train_stylegan2_ada')
     out = tmp_path / 'runs'
-    base = ['--outdir', str(out), '--data', str(archive), '--cfg=small', '--batch=4',
-            '--device=cpu', '--aug=noaug', '--workers=0']
+    base = [
+        '--outdir',
+        str(out),
+        '--data',
+        str(archive),
+        '--cfg=small',
+        '--batch=4',
+        '--device=cpu',
+        '--aug=noaug',
+        '--workers=0',
+    ]
     assert script.main([*base, '--kimg=0.008']) == 0
-    run_dir, = out.iterdir()
+    (run_dir,) = out.iterdir()
     record = json.loads((run_dir / 'options.json').read_text())
     assert record['options']['batch'] == 4 and record['seed'] == 0
     # Going on in the same folder to a longer goal equals one straight run.
@@ -264,10 +313,22 @@ def finished_run(archive, tmp_path):
     script = load_script('train_stylegan2_ada')
 
     def command(*flags):
-        return script.main(['--outdir', str(tmp_path / 'runs'), '--data', str(archive),
-                            '--cfg=small', '--batch=4', '--device=cpu', '--aug=noaug', *flags])
+        return script.main(
+            [
+                '--outdir',
+                str(tmp_path / 'runs'),
+                '--data',
+                str(archive),
+                '--cfg=small',
+                '--batch=4',
+                '--device=cpu',
+                '--aug=noaug',
+                *flags,
+            ]
+        )
+
     command('--kimg=0.008')
-    run_dir, = (tmp_path / 'runs').iterdir()
+    (run_dir,) = (tmp_path / 'runs').iterdir()
     return run_dir, command, script.main
 
 
@@ -276,17 +337,19 @@ def test_snapshot_file_goes_on_or_is_transferred(finished_run):
     snapshot = str(run_dir / 'network-snapshot-00000.008.pt')
     runs = run_dir.parent
     for flags, message in (
-            (['--resume', snapshot, '--kimg=0.008'], 'at 0.008 kimg already'),
-            (['--resume', snapshot, '--kimg=0.1', '--freezed=2'], '--transfer=1'),
-            (['--resume', str(run_dir / 'generator.pt'), '--freezed=2'], 'no discriminator'),
-            (['--resume', snapshot, '--transfer=1', '--freezed=99'], '10 layers'),
-            (['--resume', snapshot, '--transfer=1', '--map-depth=3'], '3 mapping layers'),
-            (['--freezed=2'], 'untrained'), (['--transfer=1'], '--resume FILE')):
+        (['--resume', snapshot, '--kimg=0.008'], 'at 0.008 kimg already'),
+        (['--resume', snapshot, '--kimg=0.1', '--freezed=2'], '--transfer=1'),
+        (['--resume', str(run_dir / 'generator.pt'), '--freezed=2'], 'no discriminator'),
+        (['--resume', snapshot, '--transfer=1', '--freezed=99'], '10 layers'),
+        (['--resume', snapshot, '--transfer=1', '--map-depth=3'], '3 mapping layers'),
+        (['--freezed=2'], 'untrained'),
+        (['--transfer=1'], '--resume FILE'),
+    ):
         with pytest.raises(UserError, match=message):
             command(*flags)
     assert list(runs.iterdir()) == [run_dir]
     command('--kimg=0.004', '--resume', snapshot, '--transfer=1', '--freezed=2')
-    new, = set(runs.iterdir()) - {run_dir}
+    (new,) = set(runs.iterdir()) - {run_dir}
     state, old = load_weights(new / 'network-snapshot-00000.004.pt'), load_weights(snapshot)
     assert state['n_img'] == 4 and state['ema_warm']
     frozen, trained = 'convs.1.conv1.0.weight', 'convs.2.conv1.0.weight'
@@ -319,9 +382,22 @@ def test_run_folder_goes_on_only_as_it_began(finished_run, archive, tmp_path):
 
 def test_time_limit_is_told_and_not_inherited(archive, tmp_path, caplog):
     main = load_script('train_stylegan2_ada').main
-    main(['--outdir', str(tmp_path / 'runs'), '--data', str(archive), '--cfg=small', '--batch=4',
-          '--device=cpu', '--aug=noaug', '--kimg=0.008', '--max_minutes', '1e-9'])
-    run_dir, = (tmp_path / 'runs').iterdir()
+    main(
+        [
+            '--outdir',
+            str(tmp_path / 'runs'),
+            '--data',
+            str(archive),
+            '--cfg=small',
+            '--batch=4',
+            '--device=cpu',
+            '--aug=noaug',
+            '--kimg=0.008',
+            '--max_minutes',
+            '1e-9',
+        ]
+    )
+    (run_dir,) = (tmp_path / 'runs').iterdir()
     log = (run_dir / 'log.txt').read_text()
     assert f'stopped at 0 of 0.008 kimg; --resume={run_dir} goes on' in log
     main(['--resume', str(run_dir)])
@@ -331,34 +407,57 @@ def test_time_limit_is_told_and_not_inherited(archive, tmp_path, caplog):
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_in_good_order(archive, tmp_path, monkeypatch, number):
     main = load_script('train_stylegan2_ada').main
-    flags = ['--data', str(archive), '--cfg=small', '--batch=4', '--device=cpu', '--aug=noaug',
-             '--kimg=0.016']
+    flags = [
+        '--data',
+        str(archive),
+        '--cfg=small',
+        '--batch=4',
+        '--device=cpu',
+        '--aug=noaug',
+        '--kimg=0.016',
+    ]
     step, handlers = Trainer.step, [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupted(trainer):
         if trainer.n_img == 4:
             os.kill(os.getpid(), number)
         return step(trainer)
+
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, 'step', interrupted)
         assert main(['--outdir', str(tmp_path / 'stopped'), *flags]) == 128 + number
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    run_dir, = (tmp_path / 'stopped').iterdir()
+    (run_dir,) = (tmp_path / 'stopped').iterdir()
     assert 'stopped at 0.008 of 0.016 kimg' in (run_dir / 'log.txt').read_text()
     assert main(['--resume', str(run_dir)]) == 0
     assert main(['--outdir', str(tmp_path / 'straight'), *flags]) == 0
-    straight, = (tmp_path / 'straight').iterdir()
+    (straight,) = (tmp_path / 'straight').iterdir()
     equal_states(*(load_weights(d / 'network-snapshot-00000.016.pt') for d in (run_dir, straight)))
 
 
 def test_fractions_of_a_tick_between_snapshots(archive, tmp_path):
     load_script('train_stylegan2_ada').main(
-        ['--outdir', str(tmp_path), '--data', str(archive), '--cfg=small', '--batch=4',
-         '--device=cpu', '--aug=fixed', '--p=0', '--kimg=0.024', '--snap=0.002'])
-    run_dir, = tmp_path.glob('0*')
+        [
+            '--outdir',
+            str(tmp_path),
+            '--data',
+            str(archive),
+            '--cfg=small',
+            '--batch=4',
+            '--device=cpu',
+            '--aug=fixed',
+            '--p=0',
+            '--kimg=0.024',
+            '--snap=0.002',
+        ]
+    )
+    (run_dir,) = tmp_path.glob('0*')
     assert run_dir.name == '00000-archive-small-batch4-fixed'
     assert [p.stem[-9:] for p in sorted(run_dir.glob('network*.pt'))] == [
-        '00000.008', '00000.016', '00000.024']
+        '00000.008',
+        '00000.016',
+        '00000.024',
+    ]
     # How sure the discriminator is of real images is told whatever the augmentation.
     assert any(row['overfitting'] for row in read_jsonl(run_dir / 'stats.jsonl'))
 
@@ -366,7 +465,7 @@ def test_fractions_of_a_tick_between_snapshots(archive, tmp_path):
 def test_same_command_writes_the_same_bytes(finished_run):
     run_dir, command, _ = finished_run
     command('--kimg=0.008')
-    again, = set(run_dir.parent.iterdir()) - {run_dir}
+    (again,) = set(run_dir.parent.iterdir()) - {run_dir}
     for name in ('generator.pt', 'network-snapshot-00000.008.pt', 'fakes00000.008.png'):
         assert (run_dir / name).read_bytes() == (again / name).read_bytes(), name
 
@@ -374,16 +473,19 @@ def test_same_command_writes_the_same_bytes(finished_run):
 def test_command_rejects_bad_input(archive, tmp_path):
     script = load_script('train_stylegan2_ada')
     base = ['--outdir', str(tmp_path / 'runs'), '--data', str(archive), '--device=cpu']
-    for flags, message in ((['--cond=1'], 'no class input'), (['--aug=fixed'], 'needs --p'),
-                           (['--batch=64'], 'fewer than one batch'),
-                           (['--subset=99'], 'holds 12 images'),
-                           (['--metrics=bogus', '--batch=4'], "unknown metric 'bogus'"),
-                           (['--metrics=', '--batch=4'], "unknown metric ''"),
-                           (['--metrics=none,fid', '--batch=4'], "unknown metric 'none'"),
-                           (['--batch=2', '--gpus=4', '--dry-run'], 'number of processes'),
-                           (['--fp32=1', '--precision=bf16'], 'contradict'),
-                           (['--aug=noaug', '--augpipe=bg'], '--augpipe goes with'),
-                           (['--resume', str(tmp_path / 'none')], 'no such')):
+    for flags, message in (
+        (['--cond=1'], 'no class input'),
+        (['--aug=fixed'], 'needs --p'),
+        (['--batch=64'], 'fewer than one batch'),
+        (['--subset=99'], 'holds 12 images'),
+        (['--metrics=bogus', '--batch=4'], "unknown metric 'bogus'"),
+        (['--metrics=', '--batch=4'], "unknown metric ''"),
+        (['--metrics=none,fid', '--batch=4'], "unknown metric 'none'"),
+        (['--batch=2', '--gpus=4', '--dry-run'], 'number of processes'),
+        (['--fp32=1', '--precision=bf16'], 'contradict'),
+        (['--aug=noaug', '--augpipe=bg'], '--augpipe goes with'),
+        (['--resume', str(tmp_path / 'none')], 'no such'),
+    ):
         with pytest.raises(UserError, match=message):
             script.main([*base, *flags])
     with pytest.raises(UserError, match='not a run folder'):

@@ -3,6 +3,7 @@
 'stylegan2': StyleGAN2's discriminator, logistic loss (Goodfellow et al. 2014). 'projected': heads
 on frozen EfficientNet-Lite0 features, hinge loss (Sauer et al. 2021).
 """
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,8 +41,9 @@ def build_discriminator(config: TrainConfig, device: torch.device) -> nn.Module:
     UserError when the weights of the feature network are not installed.
     """
     if config.discriminator == 'stylegan2':
-        return Discriminator(config.size, channels=config.channels,
-                             mbstd_group=config.mbstd_group).to(device)
+        return Discriminator(
+            config.size, channels=config.channels, mbstd_group=config.mbstd_group
+        ).to(device)
     return ProjectedDiscriminator(load_feature_network('lite0').to(device)).to(device)
 
 
@@ -72,14 +74,17 @@ def freeze_discriminator(net: nn.Module, n_layers: int) -> list[nn.Parameter]:
     """
     if isinstance(net, ProjectedDiscriminator):
         if n_layers:
-            raise UserError('--freezed goes with the discriminator stylegan2; the features of the '
-                            'projected one are always frozen')
+            raise UserError(
+                '--freezed goes with the discriminator stylegan2; the features of the '
+                'projected one are always frozen'
+            )
         return net.learnt()
     layers = [net.convs[0]]
     for block in list(net.convs)[1:]:
         layers += [block.conv1, block.conv2, block.skip]
     if n_layers > len(layers):
-        raise UserError(f'--freezed {n_layers}: this discriminator has {len(layers)} layers that '
-                        'can be frozen')
+        raise UserError(
+            f'--freezed {n_layers}: this discriminator has {len(layers)} layers that can be frozen'
+        )
     frozen = {id(p) for layer in layers[:n_layers] for p in layer.parameters()}
     return [p for p in net.parameters() if id(p) not in frozen]

@@ -7,6 +7,7 @@ What is decided per image (gates, matrices, filters) is computed on the CPU, fro
 the CPU, and sent to the images' device in one copy: a GPU would need hundreds of small operations
 for it, and the host would have to wait for the sizes that follow from it.
 """
+
 import math
 from collections.abc import Callable
 
@@ -30,20 +31,26 @@ BLIT = ('xflip', 'rotate90', 'xint')
 GEOM = ('scale', 'rotate', 'aniso', 'xfrac')
 COLOR = ('brightness', 'contrast', 'lumaflip', 'hue', 'saturation')
 PIPES = {
-    'blit': BLIT, 'geom': GEOM, 'color': COLOR, 'filter': ('imgfilter',), 'noise': ('noise',),
-    'cutout': ('cutout',), 'bg': BLIT + GEOM, 'bgc': BLIT + GEOM + COLOR,
+    'blit': BLIT,
+    'geom': GEOM,
+    'color': COLOR,
+    'filter': ('imgfilter',),
+    'noise': ('noise',),
+    'cutout': ('cutout',),
+    'bg': BLIT + GEOM,
+    'bgc': BLIT + GEOM + COLOR,
     'bgcf': BLIT + GEOM + COLOR + ('imgfilter',),
     'bgcfn': BLIT + GEOM + COLOR + ('imgfilter', 'noise'),
     'bgcfnc': BLIT + GEOM + COLOR + ('imgfilter', 'noise', 'cutout'),
     # Those of DiffAugment (Zhao et al. 2020), for the projected discriminator.
     'diff': ('xint', 'brightness', 'contrast', 'saturation', 'cutout'),
 }
-MAX_STRENGTH = 0.8    # beyond it the transformations leak into the generator (ADA, section 2.2)
+MAX_STRENGTH = 0.8  # beyond it the transformations leak into the generator (ADA, section 2.2)
 
 _XINT_MAX, _XFRAC_STD, _SCALE_STD, _ANISO_STD = 0.125, 0.125, 0.2, 0.2
 _BRIGHTNESS_STD, _CONTRAST_STD, _SATURATION_STD = 0.2, 0.5, 1.0
 _FILTER_STD, _NOISE_STD, _CUTOUT_SIZE = 1.0, 0.1, 0.5
-_BAND_POWER = (10 / 13, 1 / 13, 1 / 13, 1 / 13)    # expected spectrum of photographs, 1/f
+_BAND_POWER = (10 / 13, 1 / 13, 1 / 13, 1 / 13)  # expected spectrum of photographs, 1/f
 
 
 class RandomDraws:
@@ -53,9 +60,13 @@ class RandomDraws:
     one of the CPU.
     """
 
-    def __init__(self, n: int, device: torch.device | str,
-                 generator: torch.Generator | None = None,
-                 pixel_generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        n: int,
+        device: torch.device | str,
+        generator: torch.Generator | None = None,
+        pixel_generator: torch.Generator | None = None,
+    ) -> None:
         self.n, self.device, self.generator = n, device, generator
         self.pixel_generator = generator if pixel_generator is None else pixel_generator
 
@@ -109,9 +120,15 @@ class AugmentPipe:
         self._device_taps = self._geom_taps.to(device)
         self._bands = torch.tensor(_filter_bank(), dtype=torch.float32)
 
-    def __call__(self, images: Tensor, p: float, *, generator: torch.Generator | None = None,
-                 pixel_generator: torch.Generator | None = None,
-                 draws: RandomDraws | None = None) -> Tensor:
+    def __call__(
+        self,
+        images: Tensor,
+        p: float,
+        *,
+        generator: torch.Generator | None = None,
+        pixel_generator: torch.Generator | None = None,
+        draws: RandomDraws | None = None,
+    ) -> Tensor:
         """images [N, 3, H, W] -> the same shape; p: strength in [0, 1].
 
         generator: of the CPU. pixel_generator: of the images' device, needed for 'noise' there;
@@ -168,8 +185,9 @@ class AugmentPipe:
         if 'xint' in self.names:
             gate, shift = draws.gate(p), (draws.uniform(2) * 2 - 1) * _XINT_MAX
             shift = keep(gate[:, None], shift, 0)
-            inverse = inverse @ _translate(-(shift[:, 0] * width).round(),
-                                           -(shift[:, 1] * height).round())
+            inverse = inverse @ _translate(
+                -(shift[:, 0] * width).round(), -(shift[:, 1] * height).round()
+            )
         if 'scale' in self.names:
             factor = keep(draws.gate(p), torch.exp2(draws.normal() * _SCALE_STD), 1)
             inverse = inverse @ _scale(1 / factor, 1 / factor)
@@ -194,24 +212,30 @@ class AugmentPipe:
         """What _warp needs: positions as [N, 2, 3] maps for F.affine_grid, and margins."""
         reach = self._geom_taps.numel() // 4
         half = torch.tensor([(width - 1) / 2, (height - 1) / 2])
-        corners = torch.tensor([[-1., -1.], [1., -1.], [1., 1.], [-1., 1.]]) * half
-        seen = corners @ inverse[:, :2, :2].mT + inverse[:, None, :2, 2]    # [N, 4, 2]
+        corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]]) * half
+        seen = corners @ inverse[:, :2, :2].mT + inverse[:, None, :2, 2]  # [N, 4, 2]
         # How far the batch looks beyond the picture, and the filter beyond that.
         before = (-seen - half).amax((0, 1)) + 2 * reach
         after = (seen - half).amax((0, 1)) + 2 * reach
         left, top, right, bottom = (
-            int(v) for v in torch.cat([before, after]).clamp(min=0).ceil().tolist())
-        margins = Margins(min(left, width - 1), min(right, width - 1),
-                           min(top, height - 1), min(bottom, height - 1))
+            int(v) for v in torch.cat([before, after]).clamp(min=0).ceil().tolist()
+        )
+        margins = Margins(
+            min(left, width - 1),
+            min(right, width - 1),
+            min(top, height - 1),
+            min(bottom, height - 1),
+        )
         left, right, top, bottom = margins
         inverse = _fixed(_translate, (left - right) / 2, (top - bottom) / 2) @ inverse
         # Pixel centres of the doubled picture lie half a pixel off those of the original.
-        inverse = _fixed(_scale, 2., 2.) @ inverse @ _fixed(_scale, .5, .5)
-        inverse = _fixed(_translate, -.5, -.5) @ inverse @ _fixed(_translate, .5, .5)
+        inverse = _fixed(_scale, 2.0, 2.0) @ inverse @ _fixed(_scale, 0.5, 0.5)
+        inverse = _fixed(_translate, -0.5, -0.5) @ inverse @ _fixed(_translate, 0.5, 0.5)
         seen_h, seen_w = 2 * (height + top + bottom), 2 * (width + left + right)
         out_h, out_w = self._doubled(height), self._doubled(width)
-        theta = (_fixed(_scale, 2 / seen_w, 2 / seen_h) @ inverse
-                 @ _fixed(_scale, out_w / 2, out_h / 2))
+        theta = (
+            _fixed(_scale, 2 / seen_w, 2 / seen_h) @ inverse @ _fixed(_scale, out_w / 2, out_h / 2)
+        )
         return theta[:, :2], margins
 
     def _doubled(self, n: int) -> int:
@@ -221,13 +245,16 @@ class AugmentPipe:
     def _warp(self, images: Tensor, where: Tensor, margins: Margins) -> Tensor:
         """Resamples `images` at the positions `where` of _aim, antialiased at twice the size."""
         n, channels, height, width = images.shape
-        double, halve = ((double_by_filters, halve_by_filters) if images.is_cuda
-                         else (double_by_matrices, halve_by_matrices))
+        double, halve = (
+            (double_by_filters, halve_by_filters)
+            if images.is_cuda
+            else (double_by_matrices, halve_by_matrices)
+        )
         taps = self._device_taps
         images = double(images, taps, margins)
         positions = F.affine_grid(
-            where, [n, channels, self._doubled(height), self._doubled(width)],
-            align_corners=False)
+            where, [n, channels, self._doubled(height), self._doubled(width)], align_corners=False
+        )
         return halve(GridSample.apply(images, positions), taps)
 
     def _color(self, draws: RandomDraws, p: float) -> Tensor | None:
@@ -236,7 +263,7 @@ class AugmentPipe:
             return None
         eye = torch.eye(4)
         matrix = eye.expand(draws.n, 4, 4)
-        luma = torch.tensor([1., 1., 1., 0.]) / math.sqrt(3)
+        luma = torch.tensor([1.0, 1.0, 1.0, 0.0]) / math.sqrt(3)
         along = torch.outer(luma, luma)
 
         def gated(value, neutral):
@@ -249,8 +276,9 @@ class AugmentPipe:
             matrix = moved @ matrix
         if 'contrast' in self.names:
             factor = gated(torch.exp2(draws.normal() * _CONTRAST_STD), 1)
-            diagonal = torch.cat([factor[:, None].expand(-1, 3), torch.ones_like(factor[:, None])],
-                                 1)
+            diagonal = torch.cat(
+                [factor[:, None].expand(-1, 3), torch.ones_like(factor[:, None])], 1
+            )
             matrix = torch.diag_embed(diagonal) @ matrix
         if 'lumaflip' in self.names:
             flip = gated((draws.uniform() * 2).floor(), 0)[:, None, None]
@@ -294,8 +322,10 @@ def _cutout(draws: RandomDraws, p: float, height: int, width: int) -> dict[str, 
     y = (torch.arange(height) + 0.5) / height
     columns = (x - centre[:, :1]).abs() < size / 2
     rows = (y - centre[:, 1:]).abs() < size / 2
-    return {'hidden_columns': columns.float()[:, None, None, :],
-            'hidden_rows': rows.float()[:, None, :, None]}
+    return {
+        'hidden_columns': columns.float()[:, None, None, :],
+        'hidden_rows': rows.float()[:, None, :, None],
+    }
 
 
 def _shift(images: Tensor, inverse: Tensor) -> Tensor:
@@ -304,8 +334,9 @@ def _shift(images: Tensor, inverse: Tensor) -> Tensor:
     most = [int(_XINT_MAX * width + 0.5), int(_XINT_MAX * height + 0.5)]
     padded = F.pad(images, (most[0], most[0], most[1], most[1]), mode='reflect')
     starts = (inverse[:, :2, 2].round().long() + torch.tensor(most)).tolist()
-    return torch.stack([picture[:, y:y + height, x:x + width]
-                        for picture, (x, y) in zip(padded, starts)])
+    return torch.stack(
+        [picture[:, y : y + height, x : x + width] for picture, (x, y) in zip(padded, starts)]
+    )
 
 
 class AdaptiveStrength:
@@ -317,7 +348,7 @@ class AdaptiveStrength:
 
     def __init__(self, *, target=0.6, adjust_kimg=500, p=0.0):
         self.target, self.adjust_kimg, self.p = target, adjust_kimg, p
-        self.overfitting = 0.0    # r_t of the last update
+        self.overfitting = 0.0  # r_t of the last update
 
     def update(self, mean_sign, n_images):
         """One adjustment after `n_images` real images with mean sign `mean_sign`; returns p."""
@@ -329,22 +360,23 @@ class AdaptiveStrength:
 
 
 def _matrices(rows, like):
-    flat = [v if isinstance(v, torch.Tensor) else torch.full_like(like, v)
-            for row in rows for v in row]
+    flat = [
+        v if isinstance(v, torch.Tensor) else torch.full_like(like, v) for row in rows for v in row
+    ]
     return torch.stack(flat, -1).reshape(*like.shape, len(rows), len(rows))
 
 
 def _translate(x, y):
-    return _matrices([[1., 0., x], [0., 1., y], [0., 0., 1.]], x)
+    return _matrices([[1.0, 0.0, x], [0.0, 1.0, y], [0.0, 0.0, 1.0]], x)
 
 
 def _scale(x, y):
-    return _matrices([[x, 0., 0.], [0., y, 0.], [0., 0., 1.]], x)
+    return _matrices([[x, 0.0, 0.0], [0.0, y, 0.0], [0.0, 0.0, 1.0]], x)
 
 
 def _rotate(angle):
     cos, sin = angle.cos(), angle.sin()
-    return _matrices([[cos, -sin, 0.], [sin, cos, 0.], [0., 0., 1.]], angle)
+    return _matrices([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]], angle)
 
 
 def _fixed(make: Callable, x: float, y: float) -> Tensor:
@@ -355,11 +387,10 @@ def _fixed(make: Callable, x: float, y: float) -> Tensor:
 def _rotate_about(axis, angle):
     """Rodrigues' rotation about a unit axis [3] by angles [N], as [N, 4, 4]."""
     x, y, z = axis.tolist()
-    cross = torch.tensor([[0., -z, y], [z, 0., -x], [-y, x, 0.]])
+    cross = torch.tensor([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     turn = torch.eye(4).repeat(angle.shape[0], 1, 1)
-    turn[:, :3, :3] = (cos * torch.eye(3) + sin * cross
-                       + (1 - cos) * torch.outer(axis, axis))
+    turn[:, :3, :3] = cos * torch.eye(3) + sin * cross + (1 - cos) * torch.outer(axis, axis)
     return turn
 
 
@@ -375,5 +406,5 @@ def _filter_bank():
         spread[:, ::2] = bank
         bank = np.stack([np.convolve(row, low2) for row in spread])
         start = (bank.shape[1] - high2.size) // 2
-        bank[i, start:start + high2.size] += high2
+        bank[i, start : start + high2.size] += high2
     return bank

@@ -1,4 +1,5 @@
 """Numbered checkpoints of a run: whole or absent, verified when read, oldest pruned."""
+
 import logging
 import re
 from pathlib import Path
@@ -12,8 +13,11 @@ log = logging.getLogger(__name__)
 def list_checkpoints(directory, prefix='iteration'):
     """The files `<prefix>_<step>.pt` of a folder as [(step, path), ...], oldest first."""
     pattern = re.compile(re.escape(prefix) + r'_(\d+)\.pt')
-    found = [(int(match[1]), path) for path in Path(directory).glob(f'{prefix}_*.pt')
-             if (match := pattern.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in Path(directory).glob(f'{prefix}_*.pt')
+        if (match := pattern.fullmatch(path.name))
+    ]
     return sorted(found)
 
 
@@ -42,6 +46,8 @@ def latest_checkpoint(directory, prefix='iteration'):
         except UserError as error:
             log.warning('%s; falling back to the checkpoint before it', error)
     if found:
-        raise UserError(f'none of the {len(found)} checkpoints in {directory} can be read; '
-                        'start a new run in another folder')
+        raise UserError(
+            f'none of the {len(found)} checkpoints in {directory} can be read; '
+            'start a new run in another folder'
+        )
     return None

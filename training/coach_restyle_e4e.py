@@ -6,6 +6,7 @@ discriminator sees the latents the generator is given, not their offsets from th
 every refinement, and a random style in use of each.
 Shapes: N images, L styles, D style dimension.
 """
+
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +42,9 @@ class E4EConfig:
     progressive_steps: tuple[int, ...] | None = None
 
 
-def progressive_steps(n_styles: int, *, given: Sequence[int] | None, start: int | None,
-                      every: int) -> tuple[int, ...] | None:
+def progressive_steps(
+    n_styles: int, *, given: Sequence[int] | None, start: int | None, every: int
+) -> tuple[int, ...] | None:
     """When each of `n_styles` styles gets its delta: as `given`, or from step `start` on.
 
     None when neither is given. UserError when `given` does not fit.
@@ -52,8 +54,10 @@ def progressive_steps(n_styles: int, *, given: Sequence[int] | None, start: int 
     if given is None:
         return None
     if len(given) != n_styles or given[0] != 0 or sorted(given) != list(given):
-        raise UserError(f'--progressive_steps: want {n_styles} rising steps, one for each style, '
-                        f'the first 0; got {" ".join(map(str, given))}')
+        raise UserError(
+            f'--progressive_steps: want {n_styles} rising steps, one for each style, '
+            f'the first 0; got {" ".join(map(str, given))}'
+        )
     return tuple(given)
 
 
@@ -70,9 +74,14 @@ class E4ECoach(Coach):
         self._latents: list[Tensor] = []
         if e4e.w_discriminator_lambda:
             self.game = LatentGame(
-                self.psp.decoder.style_dim, lr=e4e.w_discriminator_lr, r1=e4e.r1,
-                reg_every=e4e.d_reg_every, pool_size=e4e.w_pool_size if e4e.use_w_pool else 0,
-                seed=self.config.seed, device=self.device)
+                self.psp.decoder.style_dim,
+                lr=e4e.w_discriminator_lr,
+                r1=e4e.r1,
+                reg_every=e4e.d_reg_every,
+                pool_size=e4e.w_pool_size if e4e.use_w_pool else 0,
+                seed=self.config.seed,
+                device=self.device,
+            )
 
     @property
     def stage(self) -> int:
@@ -96,10 +105,11 @@ class E4ECoach(Coach):
         self.psp.encoder.stage = self.stage
         return super().validate()
 
-    def _terms(self, y: Tensor, targets: dict, ws: Tensor, part: slice
-               ) -> tuple[dict[str, Tensor], Tensor]:
+    def _terms(
+        self, y: Tensor, targets: dict, ws: Tensor, part: slice
+    ) -> tuple[dict[str, Tensor], Tensor]:
         values, total = super()._terms(y, targets, ws, part)
-        used = ws[:, :self.psp.encoder.stage + 1].float()
+        used = ws[:, : self.psp.encoder.stage + 1].float()
         if self.e4e.progressive_steps is not None and used.shape[1] > 1:
             norms = torch.linalg.vector_norm(used[:, 1:] - used[:, :1], self.e4e.delta_norm, dim=2)
             values['delta'] = norms.sum(1).mean()
@@ -113,8 +123,10 @@ class E4ECoach(Coach):
     def _train_discriminator(self, number: int) -> dict[str, Tensor]:
         """One step on a random refinement and style of every latent that step `number` found."""
         n_iters, cfg = self.config.n_iters, self.config
-        passes = [torch.stack(self._latents[i:i + n_iters], 1)      # [n, n_iters, stage + 1, D]
-                  for i in range(0, len(self._latents), n_iters)]
+        passes = [
+            torch.stack(self._latents[i : i + n_iters], 1)  # [n, n_iters, stage + 1, D]
+            for i in range(0, len(self._latents), n_iters)
+        ]
         self._latents = []
         ws = distributed.all_gather(torch.cat(passes)).flatten(1, 2)
         draw = torch_generator(cfg.seed, 'latents', number)

@@ -7,6 +7,7 @@ batch, so neither a resume nor the number of processes or passes changes what is
 
 Shapes: N images, L styles, D style dimension, S side the encoder sees, R side of the generator.
 """
+
 import dataclasses
 import logging
 import math
@@ -66,8 +67,8 @@ class CoachConfig:
     mirror: bool = True
     half_export: bool = False
     seed: int = 0
-    synthetic: float = 0.0         # share of every batch that the generator draws
-    latent_lambda: float = 0.1     # weight of the distance from their known latents
+    synthetic: float = 0.0  # share of every batch that the generator draws
+    latent_lambda: float = 0.1  # weight of the distance from their known latents
 
 
 def build_optimizer(name, parameters, lr):
@@ -80,8 +81,18 @@ def build_optimizer(name, parameters, lr):
         return torch.optim.Adam(parameters, lr=lr)
     if name == 'ranger':
         from pytorch_optimizer import Ranger  # slow to import, rarely needed elsewhere
-        return Ranger(parameters, lr=lr, betas=(0.95, 0.999), eps=1e-5, alpha=0.5, k=6,
-                      n_sma_threshold=5, degenerated_to_sgd=True, use_gc=True)
+
+        return Ranger(
+            parameters,
+            lr=lr,
+            betas=(0.95, 0.999),
+            eps=1e-5,
+            alpha=0.5,
+            k=6,
+            n_sma_threshold=5,
+            degenerated_to_sgd=True,
+            use_gc=True,
+        )
     raise ValueError(f'optimizer {name!r}, want adam or ranger')
 
 
@@ -96,8 +107,22 @@ class Coach:
     divided among processes and passes.
     """
 
-    def __init__(self, psp, train_set, test_set, config, *, run_dir, losses, device,
-                 latent_penalty=None, meta=None, workers=0, test_workers=0, keep_states=2):
+    def __init__(
+        self,
+        psp,
+        train_set,
+        test_set,
+        config,
+        *,
+        run_dir,
+        losses,
+        device,
+        latent_penalty=None,
+        meta=None,
+        workers=0,
+        test_workers=0,
+        keep_states=2,
+    ):
         self.config, self.device, self.run_dir = config, torch.device(device), Path(run_dir)
         self.losses, self.latent_penalty = losses, latent_penalty
         self.train_set, self.test_set = train_set, test_set
@@ -125,11 +150,15 @@ class Coach:
     def _check(self):
         cfg, world = self.config, distributed.world_size()
         if len(self.train_set) < cfg.batch_size:
-            raise UserError(f'{len(self.train_set)} training images are fewer than one batch of '
-                            f'{cfg.batch_size}; lower --batch_size or add images')
+            raise UserError(
+                f'{len(self.train_set)} training images are fewer than one batch of '
+                f'{cfg.batch_size}; lower --batch_size or add images'
+            )
         if cfg.batch_size % (world * cfg.accumulate):
-            raise UserError(f'--batch_size {cfg.batch_size} cannot be divided among {world} '
-                            f'process(es) x --accumulate {cfg.accumulate}')
+            raise UserError(
+                f'--batch_size {cfg.batch_size} cannot be divided among {world} '
+                f'process(es) x --accumulate {cfg.accumulate}'
+            )
         if cfg.amp == 'fp16' and self.device.type != 'cuda':
             raise UserError('--amp fp16 needs a GPU; use --amp bf16 on a CPU')
 
@@ -140,8 +169,9 @@ class Coach:
 
         The weights that were cast are kept to the end of the outermost context.
         """
-        return torch.autocast(self.device.type, dtype=self.amp_dtype,
-                              enabled=enabled and self.amp_dtype is not None)
+        return torch.autocast(
+            self.device.type, dtype=self.amp_dtype, enabled=enabled and self.amp_dtype is not None
+        )
 
     def average_image(self):
         """The starting picture [3, S, S]; constant unless the decoder is trained."""
@@ -163,8 +193,9 @@ class Coach:
 
         part: positions of the reconstructions in the batch of all processes.
         """
-        values = {name: term.distance(y, targets[name]).mean()
-                  for name, (term, _) in self.losses.items()}
+        values = {
+            name: term.distance(y, targets[name]).mean() for name, (term, _) in self.losses.items()
+        }
         total = sum(weight * values[name] for name, (_, weight) in self.losses.items())
         if self.latent_penalty is not None:
             penalty, weight = self.latent_penalty
@@ -253,9 +284,12 @@ class Coach:
         psp, cfg = self.psp.eval(), self.config
         rank, world = distributed.rank(), distributed.world_size()
         mine = range(rank, len(self.test_set), world)
-        loader = DataLoader(torch.utils.data.Subset(self.test_set, mine),
-                            batch_size=cfg.test_batch_size, num_workers=self.test_workers,
-                            worker_init_fn=leave_signals_to_parent)
+        loader = DataLoader(
+            torch.utils.data.Subset(self.test_set, mine),
+            batch_size=cfg.test_batch_size,
+            num_workers=self.test_workers,
+            worker_init_fn=leave_signals_to_parent,
+        )
         rows, pictures = [], []
         for u8 in loader:
             x = from_uint8(u8.to(self.device))
@@ -268,15 +302,18 @@ class Coach:
                     ws = psp.step(x, y, ws)
                     y = psp.pool(psp.decode(ws))
                     shown.append(y)
-                kept.append(torch.stack(self._per_image(y, targets, ws), 1))    # [N, losses]
+                kept.append(torch.stack(self._per_image(y, targets, ws), 1))  # [N, losses]
             rows.append(torch.stack(kept, 1).double().cpu())
             if rank == 0 and sum(p.shape[1] for p in pictures) < _SHEET_IMAGES:
                 pictures.append(torch.stack(shown).cpu())
-        table = torch.cat(rows).sum(0) if rows else 0    # [n_iters + 1, losses]
+        table = torch.cat(rows).sum(0) if rows else 0  # [n_iters + 1, losses]
         table = sum(distributed.all_gather_object(table)) / len(self.test_set)
         names = [*self.losses, *(['w_norm'] if self.latent_penalty else []), 'loss']
-        values = {f'{name}_{t}': float(table[t, i])
-                  for i, name in enumerate(names) for t in range(cfg.n_iters + 1)}
+        values = {
+            f'{name}_{t}': float(table[t, i])
+            for i, name in enumerate(names)
+            for t in range(cfg.n_iters + 1)
+        }
         return values, torch.cat(pictures, 1)[:, :_SHEET_IMAGES] if pictures else None
 
     def _per_image(self, y, targets, ws):
@@ -301,22 +338,31 @@ class Coach:
     def state(self):
         """Everything a resumed run needs besides data, options and the frozen generator."""
         trained = self.psp if self.config.train_decoder else self.psp.encoder
-        return {'format': STATE_FORMAT, 'step': self.step_count, 'best': self.best,
-                'weights': trained.state_dict(), 'optimizer': self.optimizer.state_dict(),
-                'scaler': self.scaler.state_dict(), 'seed': self.config.seed}
+        return {
+            'format': STATE_FORMAT,
+            'step': self.step_count,
+            'best': self.best,
+            'weights': trained.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            'seed': self.config.seed,
+        }
 
     def load_state(self, state, *, source='state'):
         """Continues from `state()`; UserError naming `source` when it belongs to another run."""
         if not isinstance(state, dict) or state.get('format') != STATE_FORMAT:
-            raise UserError(f'{source} is not a training state of this tool; to start from the '
-                            'weights of a checkpoint use --checkpoint_path')
+            raise UserError(
+                f'{source} is not a training state of this tool; to start from the '
+                'weights of a checkpoint use --checkpoint_path'
+            )
         trained = self.psp if self.config.train_decoder else self.psp.encoder
         try:
             trained.load_state_dict(state['weights'])
             self.optimizer.load_state_dict(state['optimizer'])
         except (RuntimeError, ValueError) as error:
-            raise UserError(f'{source} does not fit the options of this run: '
-                            f'{str(error).splitlines()[0]}') from error
+            raise UserError(
+                f'{source} does not fit the options of this run: {str(error).splitlines()[0]}'
+            ) from error
         self.scaler.load_state_dict(state['scaler'])
         self.step_count, self.best = state['step'], state['best']
         self._average = None
@@ -335,8 +381,9 @@ class Coach:
 
     # -- the run ----------------------------------------------------------------------------
 
-    def train(self, *, max_minutes: float | None = None,
-              should_stop: Callable[[], bool] | None = None) -> bool:
+    def train(
+        self, *, max_minutes: float | None = None, should_stop: Callable[[], bool] | None = None
+    ) -> bool:
         """Runs to `max_steps`, or stops in good order with a saved state.
 
         It stops after `max_minutes`, or when `should_stop` says so in any process.
@@ -351,12 +398,21 @@ class Coach:
             self._validate_and_record(scalars)
         share = cfg.batch_size // distributed.world_size()
         sampler = StepSampler(
-            len(self.train_set), batch_size=cfg.batch_size, seed=cfg.seed, start=self.step_count,
-            stop=cfg.max_steps, mirror=cfg.mirror,
-            part=(distributed.rank() * share, (distributed.rank() + 1) * share))
-        loader = DataLoader(self.train_set, batch_sampler=sampler, num_workers=self.workers,
-                            pin_memory=self.device.type == 'cuda',
-                            worker_init_fn=leave_signals_to_parent)
+            len(self.train_set),
+            batch_size=cfg.batch_size,
+            seed=cfg.seed,
+            start=self.step_count,
+            stop=cfg.max_steps,
+            mirror=cfg.mirror,
+            part=(distributed.rank() * share, (distributed.rank() + 1) * share),
+        )
+        loader = DataLoader(
+            self.train_set,
+            batch_sampler=sampler,
+            num_workers=self.workers,
+            pin_memory=self.device.type == 'cuda',
+            worker_init_fn=leave_signals_to_parent,
+        )
         asked = Stopping(self.device, requested=should_stop, max_minutes=max_minutes)
         tick, tick_step = time.monotonic(), self.step_count
         for u8 in loader:
@@ -368,10 +424,20 @@ class Coach:
                 numbers = self._reduced(values)
                 rate = (step - tick_step) * cfg.batch_size / (time.monotonic() - tick)
                 if main:
-                    scalars.log(step, {**{f'train/{k}': v for k, v in numbers.items()},
-                                       'images_per_second': rate})
-                    log.info('step %d/%d  %s  %.1f img/s', step, cfg.max_steps,
-                             '  '.join(f'{k} {v:.4f}' for k, v in numbers.items()), rate)
+                    scalars.log(
+                        step,
+                        {
+                            **{f'train/{k}': v for k, v in numbers.items()},
+                            'images_per_second': rate,
+                        },
+                    )
+                    log.info(
+                        'step %d/%d  %s  %.1f img/s',
+                        step,
+                        cfg.max_steps,
+                        '  '.join(f'{k} {v:.4f}' for k, v in numbers.items()),
+                        rate,
+                    )
             if main and step % cfg.image_interval == 0:
                 self._sheet(torch.stack(pictures)[:, :_SHEET_IMAGES], 'train')
             if last or step % cfg.val_interval == 0:
@@ -379,8 +445,13 @@ class Coach:
             if main and (last or (cfg.save_interval and step % cfg.save_interval == 0)):
                 save_checkpoint(self._checkpoints, step, self.export())
             if main and saving:
-                save_checkpoint(self._checkpoints, step, self.state(), prefix=STATE_PREFIX,
-                                keep=self.keep_states)
+                save_checkpoint(
+                    self._checkpoints,
+                    step,
+                    self.state(),
+                    prefix=STATE_PREFIX,
+                    keep=self.keep_states,
+                )
             if step % cfg.board_interval == 0 or saving:
                 tick, tick_step = time.monotonic(), step
             if stopping:
@@ -395,9 +466,11 @@ class Coach:
         numbers = {k: float(distributed.all_reduce_mean(v.clone())) for k, v in values.items()}
         for name, value in numbers.items():
             if not math.isfinite(value):
-                raise UserError(f'training diverged: {name} is {value} at step '
-                                f'{self.step_count}; lower --learning_rate or use --amp no, and '
-                                'resume from the last saved state')
+                raise UserError(
+                    f'training diverged: {name} is {value} at step '
+                    f'{self.step_count}; lower --learning_rate or use --amp no, and '
+                    'resume from the last saved state'
+                )
         return numbers
 
     def _validate_and_record(self, scalars):
@@ -408,10 +481,15 @@ class Coach:
         self._sheet(pictures, 'test')
         plot_curves(self.run_dir)
         score = values[f'loss_{self.config.n_iters}']
-        log.info('validation at step %d: %s', self.step_count, '  '.join(
-            f'{name} ' + '>'.join(f'{values[f"{name}_{t}"]:.4f}'
-                                  for t in range(self.config.n_iters + 1))
-            for name in [*self.losses, 'loss']))
+        log.info(
+            'validation at step %d: %s',
+            self.step_count,
+            '  '.join(
+                f'{name} '
+                + '>'.join(f'{values[f"{name}_{t}"]:.4f}' for t in range(self.config.n_iters + 1))
+                for name in [*self.losses, 'loss']
+            ),
+        )
         if self.step_count and score < self.best:
             self.best = score
             save_torch(self._checkpoints / 'best_model.pt', self.export())

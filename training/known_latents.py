@@ -2,6 +2,7 @@
 
 Shapes: N images, L styles, D style dimension, S side the encoder sees.
 """
+
 import torch
 from torch import Tensor
 
@@ -39,15 +40,17 @@ class KnownLatents:
             draw = torch_generator(self.seed, 'samples', step)
             z = torch.randn(2, self.count, decoder.style_dim, generator=draw)
             cut = torch.randint(1, 2 * decoder.n_latent, (self.count, 1, 1), generator=draw)
-            first, second = (decoder.broadcast(decoder.mapping(
-                send(part, device).to(self.psp.latent_avg.dtype))) for part in z)
+            first, second = (
+                decoder.broadcast(decoder.mapping(send(part, device).to(self.psp.latent_avg.dtype)))
+                for part in z
+            )
             layer = torch.arange(decoder.n_latent, device=device)[None, :, None]
             self._step, self._ws = step, torch.where(layer < send(cut, device), first, second)
         return self._ws
 
     def part(self, step: int, place: slice) -> Tensor:
         """The latents that fall on the positions `place` of the step's batch, [n, L, D]."""
-        return self.latents(step)[place.start:max(place.start, min(place.stop, self.count))]
+        return self.latents(step)[place.start : max(place.start, min(place.stop, self.count))]
 
     @torch.no_grad()
     def replace(self, x: Tensor, step: int, place: slice, noise: list[Tensor]) -> Tensor:
@@ -58,8 +61,8 @@ class KnownLatents:
         ws = self.part(step, place)
         if not len(ws):
             return x
-        images = self.psp.decode(ws, noise=[m[:len(ws)] for m in noise])
-        return torch.cat([self.psp.pool(images).clamp(-1, 1).to(x.dtype), x[len(ws):]])
+        images = self.psp.decode(ws, noise=[m[: len(ws)] for m in noise])
+        return torch.cat([self.psp.pool(images).clamp(-1, 1).to(x.dtype), x[len(ws) :]])
 
     def distance(self, ws: Tensor, step: int, place: slice) -> Tensor:
         """How far latents ws [N, L, D] at the positions `place` are from the known ones, 0-d.
@@ -67,5 +70,5 @@ class KnownLatents:
         Mean square over all N (photographs count as 0), 1 for the average latent.
         """
         known = self.part(step, place)
-        error = (ws[:len(known)] - known).square().mean((1, 2)).sum()
+        error = (ws[: len(known)] - known).square().mean((1, 2)).sum()
         return error / (len(ws) * self.variance)

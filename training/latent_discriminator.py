@@ -3,6 +3,7 @@
 Source: Tov et al. 2021, section 4.1 (latent discriminator, R1, pool of earlier latents).
 Shapes: N latents, D style dimension.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,8 +62,17 @@ class LatentGame:
     equal without averaging gradients.
     """
 
-    def __init__(self, style_dim: int, *, lr: float, r1: float, reg_every: int, pool_size: int,
-                 seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        style_dim: int,
+        *,
+        lr: float,
+        r1: float,
+        reg_every: int,
+        pool_size: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
         self.r1, self.reg_every, self.seed = r1, reg_every, seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -89,7 +99,7 @@ class LatentGame:
         self._descend(loss)
         if self.r1 and number % self.reg_every == 0:
             real = real.requires_grad_(True)
-            grad, = torch.autograd.grad(self.net(real).sum(), real, create_graph=True)
+            (grad,) = torch.autograd.grad(self.net(real).sum(), real, create_graph=True)
             penalty = grad.square().sum(1).mean()
             self._descend(penalty * (self.r1 / 2 * self.reg_every))
         self.net.requires_grad_(False)
@@ -102,9 +112,11 @@ class LatentGame:
 
     def state(self) -> dict:
         """What a resumed run needs, under the published names where there are some."""
-        return {'discriminator_state_dict': self.net.state_dict(),
-                'discriminator_optimizer_state_dict': self.optimizer.state_dict(),
-                'pools': {name: pool.kept for name, pool in self.pools.items()}}
+        return {
+            'discriminator_state_dict': self.net.state_dict(),
+            'discriminator_optimizer_state_dict': self.optimizer.state_dict(),
+            'pools': {name: pool.kept for name, pool in self.pools.items()},
+        }
 
     def load_state(self, state: dict) -> None:
         """Continues from `state()`; RuntimeError or ValueError when it does not fit."""

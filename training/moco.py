@@ -18,6 +18,7 @@ Differences from the original:
 Shapes: N images of one process's share, B of the whole batch, S side, F features, D projection,
 K queue. Random numbers are a function of (seed, step) and belong to the whole batch.
 """
+
 import copy
 import dataclasses
 import logging
@@ -53,12 +54,13 @@ STATE_FORMAT = 1
 STATE_PREFIX = 'state'
 EXPORT_NAME = 'content_encoder.pt'
 PROJECTION_DIM = 128
-MAX_QUEUE = 65536    # published
+MAX_QUEUE = 65536  # published
 _LUMA = (0.299, 0.587, 0.114)
 _SHEET_IMAGES = 12
 
 
 # Views --------------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass(frozen=True)
 class ViewConfig:
@@ -87,6 +89,7 @@ def draw_views(n, config, generator):
     {'grid': sampling positions [n, 2, 3], 'color': matrices [n, 3, 3], 'contrast': factors [n],
     'blur': sigmas [n] as shares of the side}.
     """
+
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, generator=generator)
 
@@ -99,24 +102,31 @@ def draw_views(n, config, generator):
     angle = uniform(-config.rotation, config.rotation) * (math.pi / 180)
     sx, sy = width * flips(config.mirror), height * flips(config.upend)
     c, s = angle.cos(), angle.sin()
-    grids = torch.stack([torch.stack([c * sx, -s * sy, x], 1),
-                         torch.stack([s * sx, c * sy, y], 1)], 1)
-    color = _color_matrices(uniform(1 - config.brightness, 1 + config.brightness),
-                            uniform(1 - config.saturation, 1 + config.saturation),
-                            uniform(-config.hue, config.hue) * (2 * math.pi))
+    grids = torch.stack(
+        [torch.stack([c * sx, -s * sy, x], 1), torch.stack([s * sx, c * sy, y], 1)], 1
+    )
+    color = _color_matrices(
+        uniform(1 - config.brightness, 1 + config.brightness),
+        uniform(1 - config.saturation, 1 + config.saturation),
+        uniform(-config.hue, config.hue) * (2 * math.pi),
+    )
     blur = uniform(0, config.blur) * (torch.rand(n, generator=generator) < 0.5)
-    return {'grid': grids, 'color': color, 'blur': blur,
-            'contrast': uniform(1 - config.contrast, 1 + config.contrast)}
+    return {
+        'grid': grids,
+        'color': color,
+        'blur': blur,
+        'contrast': uniform(1 - config.contrast, 1 + config.contrast),
+    }
 
 
 def _color_matrices(brightness, saturation, hue):
     """[n, 3, 3]: rotation by `hue` about the grey axis, saturation, then brightness."""
     n = len(hue)
     eye, ones = torch.eye(3).expand(n, 3, 3), torch.full((3, 3), 1 / 3)
-    axis = torch.full((3,), 3 ** -0.5)
+    axis = torch.full((3,), 3**-0.5)
     cross = torch.tensor([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
     c, s = hue.cos()[:, None, None], hue.sin()[:, None, None]
-    rotation = c * eye + s * cross + (1 - c) * ones    # Rodrigues
+    rotation = c * eye + s * cross + (1 - c) * ones  # Rodrigues
     grey = torch.tensor(_LUMA).expand(3, 3)
     v = saturation[:, None, None]
     return brightness[:, None, None] * ((v * eye + (1 - v) * grey) @ rotation)
@@ -150,6 +160,7 @@ def _blur_matrices(sigma, size):
 
 # Networks -----------------------------------------------------------------------------------------
 
+
 def info_nce(q, keys, own, temperature):
     """InfoNCE: unit vectors q [N, D] and keys [K, D] -> (losses [N], logits [N, K]).
 
@@ -168,9 +179,14 @@ class _Network(nn.Module):
         width = self.backbone.feature_dim
         # 1x1 convolutions, so that the normalisation is one that processes can share.
         self.head = nn.Sequential(
-            nn.Unflatten(1, (width, 1, 1)), nn.Conv2d(width, width, 1, bias=False),
-            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, dim, 1, bias=False),
-            nn.BatchNorm2d(dim), nn.Flatten())
+            nn.Unflatten(1, (width, 1, 1)),
+            nn.Conv2d(width, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, dim, 1, bias=False),
+            nn.BatchNorm2d(dim),
+            nn.Flatten(),
+        )
         # A learned offset would bring back the common direction that is normalised away.
         self.head[-2].requires_grad_(False)
 
@@ -222,14 +238,17 @@ def export_encoder(moco, *, arch, input_size, small_stem):
 
     The key network is an average over training and smoother than the query's last step.
     """
-    file = content_checkpoint(moco.key.backbone, arch=arch, input_size=input_size,
-                              small_stem=small_stem)
-    file['state_dict'] = {k: (v.half() if v.dim() == 4 else v).contiguous()
-                          for k, v in file['state_dict'].items()}
+    file = content_checkpoint(
+        moco.key.backbone, arch=arch, input_size=input_size, small_stem=small_stem
+    )
+    file['state_dict'] = {
+        k: (v.half() if v.dim() == 4 else v).contiguous() for k, v in file['state_dict'].items()
+    }
     return file
 
 
 # Training -----------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass(frozen=True)
 class MocoConfig:
@@ -291,41 +310,53 @@ class MocoTrainer:
         self.workers, self.keep_states, self.step_count = workers, keep_states, 0
         self.queue_size = config.queue_size or automatic_queue(len(train_set), config.batch_size)
         self._check()
-        with torch.random.fork_rng(devices=[]):    # torch's layers draw from the global stream
+        with torch.random.fork_rng(devices=[]):  # torch's layers draw from the global stream
             torch.manual_seed(derive(config.seed, 'moco'))
-            moco = MoCo(config.arch, small_stem=config.small_stem, queue_size=self.queue_size,
-                        generator=torch_generator(config.seed, 'queue'))
+            moco = MoCo(
+                config.arch,
+                small_stem=config.small_stem,
+                queue_size=self.queue_size,
+                generator=torch_generator(config.seed, 'queue'),
+            )
         if distributed.world_size() > 1:
             share_batch_statistics(moco.query)
         self.moco = moco.to(self.device, memory_format=torch.channels_last)
         self.parameters = [p for p in self.moco.query.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(self.parameters, lr=0.0, momentum=config.sgd_momentum,
-                                         weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.SGD(
+            self.parameters, lr=0.0, momentum=config.sgd_momentum, weight_decay=config.weight_decay
+        )
 
     def _check(self):
         cfg, world = self.config, distributed.world_size()
         if len(self.train_set) < cfg.batch_size:
-            raise UserError(f'{len(self.train_set)} training images are fewer than one batch of '
-                            f'{cfg.batch_size}; lower --batch_size or add images')
+            raise UserError(
+                f'{len(self.train_set)} training images are fewer than one batch of '
+                f'{cfg.batch_size}; lower --batch_size or add images'
+            )
         if cfg.batch_size % world:
-            raise UserError(f'--batch_size {cfg.batch_size} cannot be divided among {world} '
-                            'processes')
+            raise UserError(
+                f'--batch_size {cfg.batch_size} cannot be divided among {world} processes'
+            )
         if cfg.batch_size // world < 2:
             raise UserError('batch normalisation needs 2 images per process; raise --batch_size')
         if self.queue_size % cfg.batch_size:
-            raise UserError(f'--queue_size {self.queue_size} is no multiple of --batch_size '
-                            f'{cfg.batch_size}')
+            raise UserError(
+                f'--queue_size {self.queue_size} is no multiple of --batch_size {cfg.batch_size}'
+            )
 
     def _autocast(self):
-        return torch.autocast(self.device.type, dtype=torch.bfloat16,
-                              enabled=self.config.amp == 'bf16')
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.config.amp == 'bf16'
+        )
 
     def views(self, img, number):
         """View `number` (0 or 1) of this process's share img [N, 3, S, S] of the batch."""
         draw = torch_generator(self.config.seed, 'view', self.step_count, number)
         first = distributed.rank() * len(img)
-        drawn = {k: v[first:first + len(img)]
-                 for k, v in draw_views(self.config.batch_size, self.config.views, draw).items()}
+        drawn = {
+            k: v[first : first + len(img)]
+            for k, v in draw_views(self.config.batch_size, self.config.views, draw).items()
+        }
         return apply_views(img, drawn).contiguous(memory_format=torch.channels_last)
 
     def step(self, img):
@@ -346,42 +377,54 @@ class MocoTrainer:
         with self._autocast():
             q = moco.query(view_q)
         first = distributed.rank() * len(q)
-        own = moco.enqueue(distributed.all_gather(k))[first:first + len(q)]
+        own = moco.enqueue(distributed.all_gather(k))[first : first + len(q)]
         losses, logits = info_nce(q, moco.queue, own, cfg.temperature)
         losses.mean().backward()
         distributed.average_gradients(self.parameters)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
-        return {'loss': losses.detach().mean(),
-                'top1': (logits.argmax(1) == own).float().mean(),
-                'similarity': (q.detach() * k).sum(1).mean(),
-                'spread': q.detach().std(0).mean() * q.shape[1] ** 0.5}
+        return {
+            'loss': losses.detach().mean(),
+            'top1': (logits.argmax(1) == own).float().mean(),
+            'similarity': (q.detach() * k).sum(1).mean(),
+            'spread': q.detach().std(0).mean() * q.shape[1] ** 0.5,
+        }
 
     # -- checkpoints ------------------------------------------------------------------------
 
     def export(self):
         """The content encoder file as it stands."""
         cfg = self.config
-        return export_encoder(self.moco, arch=cfg.arch, input_size=cfg.input_size,
-                              small_stem=cfg.small_stem)
+        return export_encoder(
+            self.moco, arch=cfg.arch, input_size=cfg.input_size, small_stem=cfg.small_stem
+        )
 
     def state(self):
         """Everything a resumed run needs besides data and options."""
-        return {'format': STATE_FORMAT, 'step': self.step_count, 'moco': self.moco.state_dict(),
-                'optimizer': self.optimizer.state_dict(), 'seed': self.config.seed}
+        return {
+            'format': STATE_FORMAT,
+            'step': self.step_count,
+            'moco': self.moco.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'seed': self.config.seed,
+        }
 
     def load_state(self, state, *, source='state'):
         """Continues from `state()`; UserError naming `source` when it belongs to another run."""
-        if not isinstance(state, dict) or state.get('format') != STATE_FORMAT \
-                or 'moco' not in state:
+        if (
+            not isinstance(state, dict)
+            or state.get('format') != STATE_FORMAT
+            or 'moco' not in state
+        ):
             raise UserError(f'{source} is not a state of a content encoder training')
         try:
             self.moco.load_state_dict(state['moco'])
             self.optimizer.load_state_dict(state['optimizer'])
         except (RuntimeError, ValueError) as error:
-            raise UserError(f'{source} does not fit the options of this run: '
-                            f'{str(error).splitlines()[0]}') from error
+            raise UserError(
+                f'{source} does not fit the options of this run: {str(error).splitlines()[0]}'
+            ) from error
         self.step_count = state['step']
 
     def resume(self):
@@ -399,8 +442,9 @@ class MocoTrainer:
 
     # -- the run ----------------------------------------------------------------------------
 
-    def train(self, *, max_minutes: float | None = None,
-              should_stop: Callable[[], bool] | None = None) -> bool:
+    def train(
+        self, *, max_minutes: float | None = None, should_stop: Callable[[], bool] | None = None
+    ) -> bool:
         """Runs to `max_steps`, or stops in good order with a saved state.
 
         It stops after `max_minutes`, or when `should_stop` says so in any process.
@@ -424,19 +468,38 @@ class MocoTrainer:
                 means = distributed.all_reduce_mean(torch.stack(window).mean(0)).tolist()
                 numbers = dict(zip(values, means))
                 if not math.isfinite(numbers['loss']):
-                    raise UserError(f'training diverged: the loss is {numbers["loss"]} at step '
-                                    f'{step}; lower --learning_rate, or use --amp no')
+                    raise UserError(
+                        f'training diverged: the loss is {numbers["loss"]} at step '
+                        f'{step}; lower --learning_rate, or use --amp no'
+                    )
                 rate = (step - tick_step) * cfg.batch_size / (time.monotonic() - tick)
                 if main:
                     left = (cfg.max_steps - step) * cfg.batch_size / rate / 60
-                    scalars.log(step, {**numbers, 'learning_rate': learning_rate(cfg, step - 1),
-                                       'images_per_second': rate})
-                    log.info('step %d/%d  %s  %.1f img/s  %.0f min left', step, cfg.max_steps,
-                             '  '.join(f'{k} {v:.4f}' for k, v in numbers.items()), rate, left)
+                    scalars.log(
+                        step,
+                        {
+                            **numbers,
+                            'learning_rate': learning_rate(cfg, step - 1),
+                            'images_per_second': rate,
+                        },
+                    )
+                    log.info(
+                        'step %d/%d  %s  %.1f img/s  %.0f min left',
+                        step,
+                        cfg.max_steps,
+                        '  '.join(f'{k} {v:.4f}' for k, v in numbers.items()),
+                        rate,
+                        left,
+                    )
                 tick, tick_step, window = time.monotonic(), step, []
             if main and saving:
-                save_checkpoint(self._checkpoints, step, self.state(), prefix=STATE_PREFIX,
-                                keep=self.keep_states)
+                save_checkpoint(
+                    self._checkpoints,
+                    step,
+                    self.state(),
+                    prefix=STATE_PREFIX,
+                    keep=self.keep_states,
+                )
                 save_torch(self.run_dir / EXPORT_NAME, self.export())
                 plot_curves(self.run_dir)
             if stopping:
@@ -449,12 +512,22 @@ class MocoTrainer:
     def _loader(self):
         cfg, rank = self.config, distributed.rank()
         share = cfg.batch_size // distributed.world_size()
-        sampler = StepSampler(len(self.train_set), batch_size=cfg.batch_size, seed=cfg.seed,
-                              start=self.step_count, stop=cfg.max_steps, mirror=False,
-                              part=(rank * share, (rank + 1) * share))
-        return DataLoader(self.train_set, batch_sampler=sampler, num_workers=self.workers,
-                          pin_memory=self.device.type == 'cuda',
-                          worker_init_fn=leave_signals_to_parent)
+        sampler = StepSampler(
+            len(self.train_set),
+            batch_size=cfg.batch_size,
+            seed=cfg.seed,
+            start=self.step_count,
+            stop=cfg.max_steps,
+            mirror=False,
+            part=(rank * share, (rank + 1) * share),
+        )
+        return DataLoader(
+            self.train_set,
+            batch_sampler=sampler,
+            num_workers=self.workers,
+            pin_memory=self.device.type == 'cuda',
+            worker_init_fn=leave_signals_to_parent,
+        )
 
     def _views_sheet(self, img):
         shown = torch.stack([img, self.views(img, 0), self.views(img, 1)], 1)[:_SHEET_IMAGES]

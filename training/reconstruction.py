@@ -3,6 +3,7 @@
 A term has `targets(x)`, the constant part of photographs x [N, 3, S, S], and
 `distance(y, targets)`, the loss of each reconstruction y [N, 3, S, S], as [N].
 """
+
 from pathlib import Path
 
 import torch
@@ -41,8 +42,9 @@ class LpipsTerm:
     """LPIPS with the AlexNet backbone of a file, or the distance on 'lite0', 'lite1', 'lite2'."""
 
     def __init__(self, path: str | Path, device: torch.device | str) -> None:
-        network = (FeatureDistance(load_feature_network(path)) if str(path) in WHEELS
-                   else LPIPSLoss(path))
+        network = (
+            FeatureDistance(load_feature_network(path)) if str(path) in WHEELS else LPIPSLoss(path)
+        )
         self.network = network.to(device)
 
     def targets(self, x: Tensor) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 Source: Karras et al. 2020, appendix B. Shapes: images [N, C, H, W].
 """
+
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,9 @@ class GridSample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, where):
         ctx.save_for_backward(images, where)
-        return F.grid_sample(images, where, mode='bilinear', padding_mode='zeros',
-                             align_corners=False)
+        return F.grid_sample(
+            images, where, mode='bilinear', padding_mode='zeros', align_corners=False
+        )
 
     @staticmethod
     def backward(ctx, grad):
@@ -44,12 +46,13 @@ class _GridSampleTranspose(torch.autograd.Function):
     def forward(ctx, grad, images, where):
         ctx.save_for_backward(where)
         # 0, 0: bilinear interpolation, zero padding; the mask skips the positions' gradient.
-        return torch.ops.aten.grid_sampler_2d_backward(grad, images, where, 0, 0, False,
-                                                       [True, False])[0]
+        return torch.ops.aten.grid_sampler_2d_backward(
+            grad, images, where, 0, 0, False, [True, False]
+        )[0]
 
     @staticmethod
     def backward(ctx, grad):
-        where, = ctx.saved_tensors
+        (where,) = ctx.saved_tensors
         return GridSample.apply(grad, where), None, None
 
 
@@ -61,18 +64,23 @@ def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 # On CPUs, padding, doubling and halving are linear maps of each axis, and as two matrix products
 # much faster than filters over three channels. On GPUs the filters cost a tenth of the products.
 
+
 def double_by_matrices(images: Tensor, taps: Tensor, margins: Margins) -> Tensor:
     """Pads by reflection and doubles both axes: [N, C, H, W] -> [N, C, 2H', 2W']."""
     height, width = images.shape[2:]
-    return _separable(images, _doubling(taps, height, margins.top, margins.bottom),
-                      _doubling(taps, width, margins.left, margins.right))
+    return _separable(
+        images,
+        _doubling(taps, height, margins.top, margins.bottom),
+        _doubling(taps, width, margins.left, margins.right),
+    )
 
 
 def double_by_filters(images: Tensor, taps: Tensor, margins: Margins) -> Tensor:
     """What double_by_matrices does."""
     half, taps = taps.numel() // 2, 2 * taps
-    images = upfirdn2d(F.pad(images, margins, mode='reflect'), taps[None, :], up=2,
-                       pad=(half, half - 1, 0, 0))
+    images = upfirdn2d(
+        F.pad(images, margins, mode='reflect'), taps[None, :], up=2, pad=(half, half - 1, 0, 0)
+    )
     return upfirdn2d(images, taps[:, None], pad=(0, 0, half, half - 1))
 
 

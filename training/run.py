@@ -4,6 +4,7 @@ The step under way is finished, a state that goes on exactly is saved, and the e
 signal's (128 + number), or 0 under torchrun, which would report another as a crash. All processes
 stop after the same step. Loading processes leave signals to the training (utils.signals).
 """
+
 import time
 from collections.abc import Callable
 
@@ -19,8 +20,13 @@ class Stopping:
     requested: this process's own wish, such as a `StopRequest`. max_minutes: time from now on.
     """
 
-    def __init__(self, device: torch.device, *, requested: Callable[[], bool] | None = None,
-                 max_minutes: float | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        requested: Callable[[], bool] | None = None,
+        max_minutes: float | None = None,
+    ) -> None:
         self.device, self.requested = device, requested
         self.limit = None if max_minutes is None else time.monotonic() + 60 * max_minutes
 

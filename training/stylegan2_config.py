@@ -3,6 +3,7 @@
 Source of the published presets: Karras et al. 2020 (ADA), appendix C, and the options of the
 authors' training tool.
 """
+
 import dataclasses
 
 from models.stylegan2 import channel_table
@@ -19,12 +20,12 @@ class TrainConfig:
     channels: dict
     n_mlp: int
     kimg: float
-    batch: int            # images per step, all processes together
-    batch_gpu: int        # images per forward pass
+    batch: int  # images per step, all processes together
+    batch_gpu: int  # images per forward pass
     mbstd_group: int
     lr: float
-    gamma: float          # R1 weight
-    ema_kimg: float       # half-life of the weight average
+    gamma: float  # R1 weight
+    ema_kimg: float  # half-life of the weight average
     ema_rampup: float | None
     style_dim: int = 512
     style_mixing: float = 0.9
@@ -33,10 +34,10 @@ class TrainConfig:
     pl_batch_shrink: int = 2
     d_reg_interval: int = 16
     g_reg_interval: int = 4
-    use_noise: bool = True    # noise injection in the generator's layers
-    freezed: int = 0      # discriminator layers kept frozen, from the image side
-    discriminator: str = 'stylegan2'    # or 'projected'
-    d_lr: float | None = None           # rate of the discriminator, where another than lr
+    use_noise: bool = True  # noise injection in the generator's layers
+    freezed: int = 0  # discriminator layers kept frozen, from the image side
+    discriminator: str = 'stylegan2'  # or 'projected'
+    d_lr: float | None = None  # rate of the discriminator, where another than lr
 
     def to_dict(self):
         return dataclasses.asdict(self)
@@ -56,27 +57,39 @@ def make_config(preset, size, n_gpus, *, cbase=None, cmax=None, **overrides):
         raise ValueError(f'unknown configuration {preset!r}, want one of {", ".join(PRESETS)}')
     given = {k: v for k, v in overrides.items() if v is not None}
     if given.get('batch', n_gpus) < n_gpus:
-        raise ValueError(f'--batch {given["batch"]} is smaller than the number of processes '
-                         f'({n_gpus}); raise --batch or lower --gpus')
+        raise ValueError(
+            f'--batch {given["batch"]} is smaller than the number of processes '
+            f'({n_gpus}); raise --batch or lower --gpus'
+        )
     if preset in ('auto', 'small'):
         most = 16 if preset == 'small' else 32
         batch = given.get('batch', max(min(n_gpus * min(4096 // size, most), 64), n_gpus))
-        values = dict(kimg=25_000, batch=batch, mbstd_group=min(max(batch // n_gpus, 1), 4),
-                      lr=0.002 if size >= 1024 else 0.0025, gamma=0.0002 * size ** 2 / batch,
-                      ema_kimg=batch * 10 / 32, ema_rampup=0.05, n_mlp=2,
-                      channels=channel_table(size, 2 if size >= 512 else 1))
+        values = dict(
+            kimg=25_000,
+            batch=batch,
+            mbstd_group=min(max(batch // n_gpus, 1), 4),
+            lr=0.002 if size >= 1024 else 0.0025,
+            gamma=0.0002 * size**2 / batch,
+            ema_kimg=batch * 10 / 32,
+            ema_rampup=0.05,
+            n_mlp=2,
+            channels=channel_table(size, 2 if size >= 512 else 1),
+        )
         if preset == 'small':
             values['channels'] = {r: c for r, c in _SMALL_CHANNELS.items() if r <= size}
             values['kimg'] = 200
-            values['pl_weight'] = 0.0    # a tenth of the time, for a smoothness small nets have
+            values['pl_weight'] = 0.0  # a tenth of the time, for a smoothness small nets have
             # Small nets draw vessels as a texture of the noise and never learn their course.
             values['use_noise'] = False
         batch_gpu = batch // n_gpus
         if preset == 'auto':
             # As published: what --batch does not name stays the preset's.
             usual = max(min(n_gpus * min(4096 // size, most), 64), n_gpus)
-            values.update(gamma=0.0002 * size ** 2 / usual, ema_kimg=usual * 10 / 32,
-                          mbstd_group=min(usual // n_gpus, 4))
+            values.update(
+                gamma=0.0002 * size**2 / usual,
+                ema_kimg=usual * 10 / 32,
+                mbstd_group=min(usual // n_gpus, 4),
+            )
     else:
         kimg, batch, mbstd, multiplier, lr, gamma, ema = {
             'stylegan2': (25_000, 32, 4, 2, 0.002, 10.0, 10),
@@ -84,8 +97,17 @@ def make_config(preset, size, n_gpus, *, cbase=None, cmax=None, **overrides):
             'paper512': (25_000, 64, 8, 2, 0.0025, 0.5, 20),
             'paper1024': (25_000, 32, 4, 2, 0.002, 2.0, 10),
         }[preset]
-        values = dict(kimg=kimg, batch=batch, mbstd_group=mbstd, lr=lr, gamma=gamma, ema_kimg=ema,
-                      ema_rampup=None, n_mlp=8, channels=channel_table(size, multiplier))
+        values = dict(
+            kimg=kimg,
+            batch=batch,
+            mbstd_group=mbstd,
+            lr=lr,
+            gamma=gamma,
+            ema_kimg=ema,
+            ema_rampup=None,
+            n_mlp=8,
+            channels=channel_table(size, multiplier),
+        )
         batch = given.get('batch', batch)
         # These presets were made for 8 GPUs; fewer accumulate gradients over rounds.
         batch_gpu = max(batch // max(n_gpus, 8), 1) if batch >= n_gpus else 1
@@ -100,8 +122,9 @@ def make_config(preset, size, n_gpus, *, cbase=None, cmax=None, **overrides):
     return config
 
 
-def widths(channels: dict[int, int], size: int, cbase: int | None, cmax: int | None
-            ) -> dict[int, int]:
+def widths(
+    channels: dict[int, int], size: int, cbase: int | None, cmax: int | None
+) -> dict[int, int]:
     """The table `channels`, or that of --cbase and --cmax (where None, as wide as the table).
 
     ValueError when it leaves a resolution without channels.
@@ -118,6 +141,8 @@ def widths(channels: dict[int, int], size: int, cbase: int | None, cmax: int | N
 def check_division(config: TrainConfig, n_gpus: int) -> None:
     """ValueError when processes and passes do not divide the batch."""
     if config.batch % (config.batch_gpu * n_gpus):
-        raise ValueError(f'--batch {config.batch} is not a multiple of {n_gpus} process(es) x '
-                         f'{config.batch_gpu} images per pass; choose --batch, --gpus or '
-                         '--batch-gpu so that it is')
+        raise ValueError(
+            f'--batch {config.batch} is not a multiple of {n_gpus} process(es) x '
+            f'{config.batch_gpu} images per pass; choose --batch, --gpus or '
+            '--batch-gpu so that it is'
+        )

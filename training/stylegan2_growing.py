@@ -5,6 +5,7 @@ one's, enlarged by the network's own filter. The larger discriminator's first bl
 reduction by half in front of the smaller discriminator, where the widths allow it.
 After Karras et al. 2018 (progressive growing); the skip generator needs no fading in.
 """
+
 import logging
 import math
 from pathlib import Path
@@ -34,8 +35,9 @@ def grow(trainer: Trainer, path: Path) -> None:
     if isinstance(weights, dict) and 'state_dict' in weights:
         weights = {'g_ema': psp_from_checkpoint(weights, source=str(path)).decoder.state_dict()}
     if not isinstance(weights, dict) or 'g_ema' not in weights:
-        raise UserError(f'--grow {path}: neither a generator file, a training snapshot nor a '
-                        'ReStyle checkpoint')
+        raise UserError(
+            f'--grow {path}: neither a generator file, a training snapshot nor a ReStyle checkpoint'
+        )
     grow_generator(trainer.g_ema, weights['g_ema'], source=f'--grow {path}')
     grow_generator(trainer.g, weights.get('g', weights['g_ema']), source=f'--grow {path}')
     if not trainer.config.use_noise:
@@ -44,7 +46,7 @@ def grow(trainer: Trainer, path: Path) -> None:
     opponent = weights.get('config', {}).get('discriminator', 'stylegan2')
     if 'd' not in weights or opponent != trainer.config.discriminator:
         log.warning('%s holds no such discriminator; it starts untrained', path)
-    elif opponent == 'projected':    # its heads fit pictures of any size
+    elif opponent == 'projected':  # its heads fit pictures of any size
         trainer.d.load_state_dict(weights['d'])
     else:
         grow_discriminator(trainer.d, weights['d'], source=f'--grow {path}')
@@ -54,9 +56,11 @@ def grow(trainer: Trainer, path: Path) -> None:
 def _check_half(small, large, source: str) -> None:
     shared = {r: c for r, c in large.channels.items() if r < large.size}
     if small.channels != shared:
-        raise UserError(f'{source}: holds networks of {small.size} px with channels '
-                        f'{small.channels}; a run of {large.size} px with this --cfg, --cbase and '
-                        f'--cmax grows from {large.size // 2} px with channels {shared}')
+        raise UserError(
+            f'{source}: holds networks of {small.size} px with channels '
+            f'{small.channels}; a run of {large.size} px with this --cfg, --cbase and '
+            f'--cmax grows from {large.size // 2} px with channels {shared}'
+        )
 
 
 @torch.no_grad()
@@ -70,8 +74,10 @@ def grow_generator(net: Generator, state: State, *, source: str) -> None:
     small = generator_from_state(state, source=source)
     _check_half(small, net, source)
     if (small.n_mlp, small.style_dim) != (net.n_mlp, net.style_dim):
-        raise UserError(f'{source}: has {small.n_mlp} mapping layers of {small.style_dim} numbers, '
-                        f'this run wants {net.n_mlp} of {net.style_dim}; set --map-depth')
+        raise UserError(
+            f'{source}: has {small.n_mlp} mapping layers of {small.style_dim} numbers, '
+            f'this run wants {net.n_mlp} of {net.style_dim}; set --map-depth'
+        )
     net.load_state_dict({**net.state_dict(), **small.state_dict()})
     net.to_rgbs[-1].conv.weight.zero_()
 
@@ -101,7 +107,7 @@ def grow_discriminator(net: Discriminator, state: State, *, source: str) -> None
         return
     net.convs[0].load_state_dict(small.convs[0].state_dict())
     block = net.convs[1]
-    block.conv2[1].weight.zero_()    # its share of the sum starts at 0 and is learnt
+    block.conv2[1].weight.zero_()  # its share of the sum starts at 0 and is learnt
     convolution = block.skip[1]
     identity = torch.eye(net.channels[net.size])[:, :, None, None]
     convolution.weight.copy_(identity * math.sqrt(2) / convolution.scale)

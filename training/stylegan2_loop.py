@@ -4,6 +4,7 @@ Sources: StyleGAN2 (Karras et al. 2020), section 3 (path length, lazy regularisa
 (Karras et al. 2020), section 2. Random numbers are a function of (seed, step, pass), never a
 running state, so a resumed run draws what the uninterrupted one would have drawn.
 """
+
 import copy
 import logging
 import math
@@ -39,11 +40,11 @@ log = logging.getLogger(__name__)
 
 SNAPSHOT_FORMAT = 1
 SNAPSHOT_PREFIX = 'network-snapshot-'
-_ADA_INTERVAL = 4         # steps between two adjustments of the augmentation strength
+_ADA_INTERVAL = 4  # steps between two adjustments of the augmentation strength
 _MEAN_LATENT_SAMPLES = 20_000
 _TRANSFER_ADA_KIMG = 100  # the published value when training goes on from a network
-_STATUS_SECONDS = 60      # a sign of life between ticks
-_SPOILT_STEPS = 16        # so many steps in a row with values that are not finite end a run
+_STATUS_SECONDS = 60  # a sign of life between ticks
+_SPOILT_STEPS = 16  # so many steps in a row with values that are not finite end a run
 
 
 class EndlessSampler(torch.utils.data.Sampler):
@@ -66,7 +67,8 @@ class EndlessSampler(torch.utils.data.Sampler):
                     if wanted != epoch:
                         epoch = wanted
                         order = np.random.default_rng(
-                            derive(self.seed, 'epoch', epoch)).permutation(self.n)
+                            derive(self.seed, 'epoch', epoch)
+                        ).permutation(self.n)
                     yield int(order[(position + index) % self.n])
             position += self.batch
 
@@ -89,17 +91,31 @@ class Trainer:
     else shapes the run, plain values that are kept in snapshots.
     """
 
-    def __init__(self, dataset, config, *, device, seed=0, augment='ada', augment_names=(),
-                 augment_p=0.0, ada_target=0.6, ada_kimg=500, precision=None, workers=0,
-                 settings=None):
+    def __init__(
+        self,
+        dataset,
+        config,
+        *,
+        device,
+        seed=0,
+        augment='ada',
+        augment_names=(),
+        augment_p=0.0,
+        ada_target=0.6,
+        ada_kimg=500,
+        precision=None,
+        workers=0,
+        settings=None,
+    ):
         self.config, self.device, self.seed = config, torch.device(device), seed
         self.settings = settings or {}
         self.augment = augment
         world = distributed.world_size()
         self.rounds = config.batch // (config.batch_gpu * world)
-        seed_everything(seed, 'init')    # every process starts from the same weights
-        self.g = Generator(config.size, style_dim=config.style_dim, n_mlp=config.n_mlp,
-                           channels=config.channels)
+        seed_everything(seed, 'init')  # every process starts from the same weights
+        self.g = Generator(
+            config.size, style_dim=config.style_dim, n_mlp=config.n_mlp, channels=config.channels
+        )
         self.d = build_discriminator(config, self.device)
         self.loss = LOSSES[config.discriminator]
         self.noise = 'random' if config.use_noise else 'none'
@@ -109,15 +125,17 @@ class Trainer:
         self.set_precision(precision)
         self.d_trained = freeze_discriminator(self.d, config.freezed)
         self.g_optim = self._optimizer(self.g.parameters(), config.lr, config.g_reg_interval)
-        self.d_optim = self._optimizer(self.d_trained, config.d_lr or config.lr,
-                                       config.d_reg_interval)
-        self.pipe = (AugmentPipe(augment_names, self.device) if augment != 'noaug' else None)
-        self.ada = AdaptiveStrength(target=ada_target, adjust_kimg=ada_kimg,
-                                    p=augment_p if augment == 'fixed' else 0.0)
+        self.d_optim = self._optimizer(
+            self.d_trained, config.d_lr or config.lr, config.d_reg_interval
+        )
+        self.pipe = AugmentPipe(augment_names, self.device) if augment != 'noaug' else None
+        self.ada = AdaptiveStrength(
+            target=ada_target, adjust_kimg=ada_kimg, p=augment_p if augment == 'fixed' else 0.0
+        )
         self.pl_mean = torch.zeros([], device=self.device)
         self.n_steps = self.n_img = 0
-        self.ema_warm = False        # a transferred network needs no ramp-up of its average
-        self._signs = torch.zeros(2, dtype=torch.float64, device=self.device)    # sum, count
+        self.ema_warm = False  # a transferred network needs no ramp-up of its average
+        self._signs = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum, count
         # Steps in a row, to this one, of which a value was not finite in this process.
         self.spoilt_steps = torch.zeros([], dtype=torch.int64, device=self.device)
         self.dataset, self.workers = dataset, workers
@@ -132,20 +150,32 @@ class Trainer:
     def _optimizer(self, parameters, lr, interval):
         # Lazy regularisation: one of (interval + 1) updates is the penalty's own.
         ratio = interval / (interval + 1)
-        return torch.optim.Adam(list(parameters), lr=lr * ratio,
-                                betas=(0.0, 0.99 ** ratio), eps=1e-8, fused=True)
+        return torch.optim.Adam(
+            list(parameters), lr=lr * ratio, betas=(0.0, 0.99**ratio), eps=1e-8, fused=True
+        )
 
     # -- one step ---------------------------------------------------------------------------
 
     def _next_reals(self):
         if self._batches is None:
-            sampler = EndlessSampler(len(self.dataset), batch=self.config.batch,
-                                     batch_gpu=self.config.batch_gpu, seed=self.seed,
-                                     start=self.n_img)
-            self._batches = iter(torch.utils.data.DataLoader(
-                self.dataset, batch_size=self.config.batch_gpu, sampler=sampler,
-                num_workers=self.workers, pin_memory=self.device.type == 'cuda',
-                persistent_workers=False, worker_init_fn=leave_signals_to_parent))
+            sampler = EndlessSampler(
+                len(self.dataset),
+                batch=self.config.batch,
+                batch_gpu=self.config.batch_gpu,
+                seed=self.seed,
+                start=self.n_img,
+            )
+            self._batches = iter(
+                torch.utils.data.DataLoader(
+                    self.dataset,
+                    batch_size=self.config.batch_gpu,
+                    sampler=sampler,
+                    num_workers=self.workers,
+                    pin_memory=self.device.type == 'cuda',
+                    persistent_workers=False,
+                    worker_init_fn=leave_signals_to_parent,
+                )
+            )
         return from_uint8(next(self._batches)[0].to(self.device, non_blocking=True))
 
     def _passes(self, phase: str) -> Iterator[Draws]:
@@ -154,15 +184,17 @@ class Trainer:
         for r in range(self.rounds):
             number = r * world + distributed.rank()
             images = torch_generator(self.seed, self.n_steps, phase, number, device=self.device)
-            yield Draws(images, images if self.device.type == 'cpu' else
-                        torch_generator(self.seed, self.n_steps, phase, number))
+            yield Draws(
+                images,
+                images
+                if self.device.type == 'cpu'
+                else torch_generator(self.seed, self.n_steps, phase, number),
+            )
 
     def _latents(self, draw: Draws, n: int) -> torch.Tensor:
         """ws [n, L, D] of fresh z, styles mixed with the configured probability."""
-        z = torch.randn(n, self.config.style_dim, device=self.device,
-                        generator=draw.images)
-        z2 = torch.randn(n, self.config.style_dim, device=self.device,
-                         generator=draw.images)
+        z = torch.randn(n, self.config.style_dim, device=self.device, generator=draw.images)
+        z2 = torch.randn(n, self.config.style_dim, device=self.device, generator=draw.images)
         # The cut is the same for all passes of the step.
         shared = torch_generator(self.seed, self.n_steps, 'cut')
         mixed = float(torch.rand([], generator=shared)) < self.config.style_mixing
@@ -174,8 +206,7 @@ class Trainer:
 
     def _judge(self, images: torch.Tensor, draw: Draws) -> torch.Tensor:
         if self.pipe is not None:
-            images = self.pipe(images, self.ada.p, generator=draw.host,
-                               pixel_generator=draw.images)
+            images = self.pipe(images, self.ada.p, generator=draw.host, pixel_generator=draw.images)
         return self.d(images)
 
     def _count_signs(self, logits: torch.Tensor) -> None:
@@ -194,8 +225,9 @@ class Trainer:
 
         self.d.requires_grad_(False)
         for draw in self._passes('g_main'):
-            fake = self.g.synthesis(self._latents(draw, cfg.batch_gpu), noise=self.noise,
-                                    generator=draw.images)
+            fake = self.g.synthesis(
+                self._latents(draw, cfg.batch_gpu), noise=self.noise, generator=draw.images
+            )
             loss = self.loss.generator(self._judge(fake, draw)).mean()
             record('loss_g', loss)
             (loss / self.rounds).backward()
@@ -218,8 +250,9 @@ class Trainer:
         reals = []
         for draw in self._passes('d_main'):
             with torch.no_grad():
-                fake = self.g.synthesis(self._latents(draw, cfg.batch_gpu), noise=self.noise,
-                                        generator=draw.images)
+                fake = self.g.synthesis(
+                    self._latents(draw, cfg.batch_gpu), noise=self.noise, generator=draw.images
+                )
             loss_fake = self.loss.fake(self._judge(fake, draw)).mean()
             reals.append(self._next_reals())
             logits = self._judge(reals[-1], draw)
@@ -235,7 +268,7 @@ class Trainer:
                 logits = self._judge(real, draw)
                 self._count_signs(logits)
                 # The gradient is taken at the image before augmentation (ADA, section 2).
-                grad, = torch.autograd.grad(logits.sum(), real, create_graph=True)
+                (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
                 penalty = grad.square().sum((1, 2, 3)).mean()
                 record('r1', penalty)
                 loss = penalty * (cfg.gamma / 2 * cfg.d_reg_interval) / self.rounds
@@ -252,8 +285,7 @@ class Trainer:
             self._adapt()
         return stats
 
-    def _path_length(self, ws: torch.Tensor, draw: Draws
-                     ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _path_length(self, ws: torch.Tensor, draw: Draws) -> tuple[torch.Tensor, torch.Tensor]:
         """Penalty and mean path length of one pass, for ws [n, L, D].
 
         As published, the target first moves to this pass's mean, and the gradient goes through it.
@@ -261,7 +293,7 @@ class Trainer:
         images = self.g.synthesis(ws, noise=self.noise, generator=draw.images)
         noise = torch.randn(images.shape, device=self.device, generator=draw.images)
         noise = noise / math.sqrt(images.shape[2] * images.shape[3])
-        grad, = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
+        (grad,) = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
         lengths = grad.square().sum(2).mean(1).sqrt()
         target = self.pl_mean.lerp(lengths.mean(), self.config.pl_decay)
         penalty = (lengths - target).square().mean() * self.config.pl_weight
@@ -274,7 +306,7 @@ class Trainer:
         if self.g.low_precision is not None and self.g.low_precision[0] == torch.float16:
             # float16 without loss scaling overflows now and then; the published recipe.
             gradients = [p.grad for p in parameters if p.grad is not None]
-            flat = torch.cat([g.flatten() for g in gradients])    # one pass over all of them
+            flat = torch.cat([g.flatten() for g in gradients])  # one pass over all of them
             flat.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
             parts = flat.split([g.numel() for g in gradients])
             torch._foreach_copy_(gradients, [v.view_as(g) for v, g in zip(parts, gradients)])
@@ -312,20 +344,29 @@ class Trainer:
         """Everything a resumed run needs, in the project's weight-file format."""
         return {
             'format': SNAPSHOT_FORMAT,
-            'g_ema': self.g_ema.state_dict(), 'g': self.g.state_dict(), 'd': self.d.state_dict(),
+            'g_ema': self.g_ema.state_dict(),
+            'g': self.g.state_dict(),
+            'd': self.d.state_dict(),
             'latent_avg': self.g_ema.mean_latent(_MEAN_LATENT_SAMPLES, seed=0),
-            'g_optim': self.g_optim.state_dict(), 'd_optim': self.d_optim.state_dict(),
-            'ada': {'p': self.ada.p, 'overfitting': self.ada.overfitting,
-                    'signs': self._signs},
-            'pl_mean': self.pl_mean, 'n_steps': self.n_steps, 'n_img': self.n_img,
-            'ema_warm': self.ema_warm, 'seed': self.seed, 'config': self.config.to_dict(),
+            'g_optim': self.g_optim.state_dict(),
+            'd_optim': self.d_optim.state_dict(),
+            'ada': {'p': self.ada.p, 'overfitting': self.ada.overfitting, 'signs': self._signs},
+            'pl_mean': self.pl_mean,
+            'n_steps': self.n_steps,
+            'n_img': self.n_img,
+            'ema_warm': self.ema_warm,
+            'seed': self.seed,
+            'config': self.config.to_dict(),
             'settings': self.settings,
         }
 
     def weights_finite(self) -> bool:
         """Whether all weights of the three networks are numbers."""
-        return all(bool(p.isfinite().all()) for net in (self.g, self.d, self.g_ema)
-                   for p in net.parameters())
+        return all(
+            bool(p.isfinite().all())
+            for net in (self.g, self.d, self.g_ema)
+            for p in net.parameters()
+        )
 
     def load_state(self, state: dict, *, source: str | Path = 'the snapshot') -> None:
         """Continues exactly from `state()`, read from `source`; UserError when networks differ.
@@ -360,12 +401,13 @@ class Trainer:
 
     def _load_networks(self, weights: dict, source: str | Path) -> None:
         if not isinstance(weights.get('g_ema'), dict):
-            raise UserError(f'{source} holds no generator (g_ema); give a snapshot or a generator '
-                            'file')
+            raise UserError(
+                f'{source} holds no generator (g_ema); give a snapshot or a generator file'
+            )
         parts = {'g_ema': self.g_ema, 'g': self.g, 'd': self.d}
         opponent = weights.get('config', {}).get('discriminator', 'stylegan2')
         if opponent != self.config.discriminator:
-            weights = {k: v for k, v in weights.items() if k != 'd'}    # of another kind
+            weights = {k: v for k, v in weights.items() if k != 'd'}  # of another kind
         for name, module in parts.items():
             state = weights.get(name) or (weights['g_ema'] if name == 'g' else None)
             if state is None:
@@ -375,9 +417,11 @@ class Trainer:
                 module.load_state_dict(state)
             except RuntimeError as error:
                 held = generator_from_state(weights['g_ema'], source=source)
-                raise UserError(f'{source} holds networks for {_described(held)}, this run '
-                                f'wants {_described(self.g)}; choose images of that size, and the '
-                                '--cfg and --map-depth it was trained with') from error
+                raise UserError(
+                    f'{source} holds networks for {_described(held)}, this run '
+                    f'wants {_described(self.g)}; choose images of that size, and the '
+                    '--cfg and --map-depth it was trained with'
+                ) from error
         if not self.config.use_noise:
             silence_noise(self.g)
             silence_noise(self.g_ema)
@@ -425,13 +469,24 @@ def sample_grid(generator, *, n, seed, device, psi=1.0, latent_avg=None, batch=3
     z = torch.randn(n, generator.style_dim, generator=torch_generator(seed, 'grid'))
     images = []
     for part in z.split(batch):
-        images.append(generator(part.to(device), truncation=psi,
-                                truncation_latent=latent_avg).float().cpu())
+        images.append(
+            generator(part.to(device), truncation=psi, truncation_latent=latent_avg).float().cpu()
+        )
     return torch.cat(images)
 
 
-def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, metric=None,
-          keep_snapshots=None, should_stop=lambda: False):
+def train(
+    trainer,
+    run_dir,
+    *,
+    kimg,
+    snapshot_kimg,
+    tick_kimg=1.0,
+    n_grid=64,
+    metric=None,
+    keep_snapshots=None,
+    should_stop=lambda: False,
+):
     """Runs `trainer` to `kimg`, leaving snapshots, grids, logs and curves in `run_dir`.
 
     metric: function(generator, device) -> dict of numbers, called at every snapshot.
@@ -442,36 +497,46 @@ def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, me
     """
     run_dir = Path(run_dir)
     main = distributed.is_main()
-    scalars = (ScalarLog(run_dir, resume_step=trainer.n_img if trainer.n_img else None)
-               if main else None)
+    scalars = (
+        ScalarLog(run_dir, resume_step=trainer.n_img if trainer.n_img else None) if main else None
+    )
     side = max(1, int(math.sqrt(n_grid)))
     if main and not trainer.n_img:
-        reals = torch.stack([trainer.dataset[i][0] for i in
-                             range(min(n_grid, len(trainer.dataset)))])
+        reals = torch.stack(
+            [trainer.dataset[i][0] for i in range(min(n_grid, len(trainer.dataset)))]
+        )
         save_png(grid(from_uint8(reals), side), run_dir / 'reals.png')
         fakes = sample_grid(trainer.g_ema, n=n_grid, seed=0, device=trainer.device)
         save_png(grid(fakes, side), run_dir / 'fakes_init.png')
     total = int(kimg * 1000)
     if main and trainer.n_img >= total:
-        log.info('already at %g of %g kimg; a larger --kimg would go on', trainer.n_img / 1000,
-                 kimg)
+        log.info(
+            'already at %g of %g kimg; a larger --kimg would go on', trainer.n_img / 1000, kimg
+        )
     started = tick_start = last_status = time.monotonic()
     tick_img, start_img = trainer.n_img, trainer.n_img
-    sums = {}    # of each value, and of the steps in which it was finite, [2]
+    sums = {}  # of each value, and of the steps in which it was finite, [2]
 
     def averages():
         now = time.monotonic()
-        return {**{k: float(v[0] / v[1]) for k, v in sums.items() if v[1]},
-                'augment_p': trainer.ada.p, 'overfitting': trainer.ada.overfitting,
-                'images_per_second': (trainer.n_img - tick_img) / max(now - tick_start, 1e-9),
-                'kimg': trainer.n_img / 1000, 'memory_gb': _memory_gb(trainer.device)}
+        return {
+            **{k: float(v[0] / v[1]) for k, v in sums.items() if v[1]},
+            'augment_p': trainer.ada.p,
+            'overfitting': trainer.ada.overfitting,
+            'images_per_second': (trainer.n_img - tick_img) / max(now - tick_start, 1e-9),
+            'kimg': trainer.n_img / 1000,
+            'memory_gb': _memory_gb(trainer.device),
+        }
 
     last = None
     while True:
         done = trainer.n_img >= total
         # Asking all GPUs makes them wait for each other, so only when the strength does it anyway.
-        ask = (trainer.n_steps % _ADA_INTERVAL == 0 or trainer.device.type != 'cuda'
-               or distributed.world_size() == 1)
+        ask = (
+            trainer.n_steps % _ADA_INTERVAL == 0
+            or trainer.device.type != 'cuda'
+            or distributed.world_size() == 1
+        )
         stopping = ask and not done and distributed.any_process(should_stop(), trainer.device)
         if (tick_img < trainer.n_img and _crosses(trainer, tick_kimg)) or done or stopping:
             sums = {k: distributed.all_reduce_sum(v) for k, v in sums.items()}
@@ -489,19 +554,28 @@ def train(trainer, run_dir, *, kimg, snapshot_kimg, tick_kimg=1.0, n_grid=64, me
         if (start_img < trainer.n_img and _crosses(trainer, snapshot_kimg)) or done or stopping:
             _check_finite(trainer, saving=True)
             # A scheduler that asks to stop waits seconds, which a metric would not fit in.
-            last = _snapshot(trainer, run_dir, side, n_grid, None if stopping else metric, scalars,
-                             keep_snapshots)
+            last = _snapshot(
+                trainer,
+                run_dir,
+                side,
+                n_grid,
+                None if stopping else metric,
+                scalars,
+                keep_snapshots,
+            )
             tick_start = last_status = time.monotonic()
         if done or stopping:
             break
         for name, value in trainer.step().items():
             sums[name] = sums.get(name, 0) + torch.stack(
-                [value.nan_to_num(0, 0, 0), value.isfinite().float()])
+                [value.nan_to_num(0, 0, 0), value.isfinite().float()]
+            )
     if main:
         scalars.close()
         if stopping:
-            log.info('stopped at %g of %g kimg; --resume=%s goes on', trainer.n_img / 1000, kimg,
-                     run_dir)
+            log.info(
+                'stopped at %g of %g kimg; --resume=%s goes on', trainer.n_img / 1000, kimg, run_dir
+            )
     distributed.barrier()
     return last
 
@@ -522,8 +596,11 @@ def _snapshot(trainer, run_dir, side, n_grid, metric, scalars, keep):
     if metric is not None:
         values = metric(trainer.g_ema, trainer.device)
         scalars.log(trainer.n_img, values)
-        log.info('kimg %.1f  %s', trainer.n_img / 1000,
-                 '  '.join(f'{k} {v:.4g}' for k, v in values.items()))
+        log.info(
+            'kimg %.1f  %s',
+            trainer.n_img / 1000,
+            '  '.join(f'{k} {v:.4g}' for k, v in values.items()),
+        )
     if keep is not None:
         for old in sorted(run_dir.glob(f'{SNAPSHOT_PREFIX}*.pt'))[:-keep]:
             old.unlink()
@@ -543,25 +620,35 @@ def _check_finite(trainer: Trainer, *, saving: bool = False) -> None:
     spoilt = torch.stack([(trainer.spoilt_steps >= _SPOILT_STEPS), trainer.spoilt_steps > 0])
     lasting, now = distributed.all_reduce_sum(spoilt.float()).tolist()
     if lasting or ((now or saving) and not trainer.weights_finite()):
-        raise UserError(f'training diverged: losses or weights are not finite at kimg '
-                        f'{trainer.n_img / 1000:.1f}; resume from an earlier snapshot, with '
-                        '--transfer=1 and a larger --gamma, or in full precision (--fp32=1)')
+        raise UserError(
+            f'training diverged: losses or weights are not finite at kimg '
+            f'{trainer.n_img / 1000:.1f}; resume from an earlier snapshot, with '
+            '--transfer=1 and a larger --gamma, or in full precision (--fp32=1)'
+        )
 
 
 def _memory_gb(device):
     if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return psutil.Process().memory_info().rss / 2 ** 30
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
 
 
 def _status(trainer, values, elapsed, start_img, total):
     rate = (trainer.n_img - start_img) / max(elapsed, 1e-9)
     eta = max(total - trainer.n_img, 0) / max(rate, 1e-9)
-    log.info('kimg %8.2f  time %s  eta %s  img/s %6.1f  p %.3f%s  r_t %+.2f  G %.3f  D %.3f  '
-             'mem %.1fG', trainer.n_img / 1000, _clock(elapsed), _clock(eta),
-             values['images_per_second'], trainer.ada.p,
-             ' (at its cap)' if trainer.ada.p >= MAX_STRENGTH else '', trainer.ada.overfitting,
-             values.get('loss_g', math.nan), values.get('loss_d', math.nan), values['memory_gb'])
+    log.info(
+        'kimg %8.2f  time %s  eta %s  img/s %6.1f  p %.3f%s  r_t %+.2f  G %.3f  D %.3f  mem %.1fG',
+        trainer.n_img / 1000,
+        _clock(elapsed),
+        _clock(eta),
+        values['images_per_second'],
+        trainer.ada.p,
+        ' (at its cap)' if trainer.ada.p >= MAX_STRENGTH else '',
+        trainer.ada.overfitting,
+        values.get('loss_g', math.nan),
+        values.get('loss_d', math.nan),
+        values['memory_gb'],
+    )
 
 
 def _clock(seconds):
@@ -573,14 +660,24 @@ def _clock(seconds):
 def plot_curves(run_dir):
     """Draws `curves.png` from the run's stats.jsonl, if there is one yet."""
     from matplotlib.figure import Figure
+
     run_dir = Path(run_dir)
     if not (run_dir / 'stats.jsonl').is_file():
         return
     rows = read_jsonl(run_dir / 'stats.jsonl')
-    names = [('loss_g', 'loss_d'), ('score_real', 'overfitting'), ('augment_p',), ('r1',),
-             ('loss_pl',)]
+    names = [
+        ('loss_g', 'loss_d'),
+        ('score_real', 'overfitting'),
+        ('augment_p',),
+        ('r1',),
+        ('loss_pl',),
+    ]
     known = {n for group in names for n in group} | {
-        'step', 'kimg', 'images_per_second', 'memory_gb'}
+        'step',
+        'kimg',
+        'images_per_second',
+        'memory_gb',
+    }
     logged = {k for r in rows for k in r}
     names += [(n,) for n in sorted(logged - known)]
     names = [group for group in names if logged & set(group)]

@@ -1,4 +1,5 @@
 """Where a generator training begins: anew, exactly at a snapshot, or from its networks only."""
+
 import dataclasses
 import logging
 from pathlib import Path
@@ -39,36 +40,45 @@ def read_start(path: Path | None, *, transfer: bool = False, freezed: int = 0) -
     if path.is_dir():
         found = latest_snapshot(path)
         if found is None:
-            raise UserError(f'--resume {path}: no loadable {SNAPSHOT_PREFIX}*.pt in it; begin '
-                            'anew, with a lower --snap for snapshots more often')
+            raise UserError(
+                f'--resume {path}: no loadable {SNAPSHOT_PREFIX}*.pt in it; begin '
+                'anew, with a lower --snap for snapshots more often'
+            )
         return Start(found[1], found[0], True, True)
     weights = load_weights(path, what='generator file or training snapshot')
     if not isinstance(weights, dict) or 'g_ema' not in weights:
         raise UserError(f'--resume {path}: neither a training snapshot nor a generator file')
     for name in ('g_ema', 'g', 'd'):
         if name in weights:
-            named_tensors(weights[name], source=f'--resume {path}: {name}',
-                          what='discriminator' if name == 'd' else 'generator')
+            named_tensors(
+                weights[name],
+                source=f'--resume {path}: {name}',
+                what='discriminator' if name == 'd' else 'generator',
+            )
     if not isinstance(weights.get('config', {}), dict):
         raise UserError(f'--resume {path}: its "config" is none')
     if freezed and 'd' not in weights:
-        raise UserError(f'--freezed: {path} holds no discriminator; give a snapshot '
-                        f'({SNAPSHOT_PREFIX}*.pt) with --transfer=1, or a converted .pkl')
+        raise UserError(
+            f'--freezed: {path} holds no discriminator; give a snapshot '
+            f'({SNAPSHOT_PREFIX}*.pt) with --transfer=1, or a converted .pkl'
+        )
     return Start(weights, path, 'g_optim' in weights and 'n_img' in weights and not transfer)
 
 
 def check_flags(start: Start, given: dict[str, object]) -> None:
     """UserError when the flags `given` contradict the snapshot that is gone on from exactly."""
-    if not start.exact or start.same_folder:    # a folder's record has been compared already
+    if not start.exact or start.same_folder:  # a folder's record has been compared already
         return
     try:
         changes = contradictions(start.weights['config'], start.settings(), given)
     except ValueError as error:
         raise UserError(str(error)) from error
     if changes:
-        raise UserError(f'{start.path} would go on exactly, but its training had other settings '
-                        f'({"; ".join(changes)}); leave those flags out, or give --transfer=1 to '
-                        'begin anew from its networks')
+        raise UserError(
+            f'{start.path} would go on exactly, but its training had other settings '
+            f'({"; ".join(changes)}); leave those flags out, or give --transfer=1 to '
+            'begin anew from its networks'
+        )
 
 
 def load_start(trainer: Trainer, start: Start) -> None:
@@ -80,19 +90,26 @@ def load_start(trainer: Trainer, start: Start) -> None:
         log.info('transfer learning from %s', start.path)
         return
     if not start.same_folder and start.weights['n_img'] >= trainer.config.kimg * 1000:
-        raise UserError(f'{start.path} is at {start.weights["n_img"] / 1000:g} kimg already, and '
-                        'would go on exactly; raise --kimg, or give --transfer=1 to begin anew '
-                        'from its networks')
+        raise UserError(
+            f'{start.path} is at {start.weights["n_img"] / 1000:g} kimg already, and '
+            'would go on exactly; raise --kimg, or give --transfer=1 to begin anew '
+            'from its networks'
+        )
     passes = start.weights['config']['batch_gpu']
     if passes != trainer.config.batch_gpu:
-        log.warning('%d images per pass, %d until now: the settings stay, but other random '
-                    'numbers are drawn', trainer.config.batch_gpu, passes)
+        log.warning(
+            '%d images per pass, %d until now: the settings stay, but other random '
+            'numbers are drawn',
+            trainer.config.batch_gpu,
+            passes,
+        )
     trainer.load_state(start.weights, source=start.path)
     log.info('going on exactly from %s', start.path)
 
 
-def resumed_config(saved: dict, n_gpus: int, *, kimg: float | None = None,
-                   batch_gpu: int | None = None) -> TrainConfig:
+def resumed_config(
+    saved: dict, n_gpus: int, *, kimg: float | None = None, batch_gpu: int | None = None
+) -> TrainConfig:
     """The configuration of a training that goes on, from the one its snapshot holds.
 
     All that shapes what is learnt stays, whatever the number of processes, which `auto` and
@@ -102,8 +119,10 @@ def resumed_config(saved: dict, n_gpus: int, *, kimg: float | None = None,
     """
     config = TrainConfig(**saved)
     if config.batch % n_gpus:
-        raise ValueError(f'the training has {config.batch} images per step, which {n_gpus} '
-                         'processes cannot share; choose --gpus so that they can')
+        raise ValueError(
+            f'the training has {config.batch} images per step, which {n_gpus} '
+            'processes cannot share; choose --gpus so that they can'
+        )
     share = config.batch // n_gpus
     passes = batch_gpu or max(n for n in range(1, config.batch_gpu + 1) if share % n == 0)
     config = dataclasses.replace(config, kimg=kimg or config.kimg, batch_gpu=passes)
@@ -123,10 +142,15 @@ def contradictions(saved: dict, settings: dict, given: dict) -> list[str]:
     passes and flags that neither knows are left out. ValueError for a --cbase that does not fit.
     """
     config = TrainConfig(**saved).to_dict()
-    known = {**{k: v for k, v in config.items() if k not in ('kimg', 'batch_gpu', 'channels')},
-             **settings}
-    found = [f'{flag_of(name)}: was {known[name]}, now {value}'
-             for name, value in given.items() if name in known and value != known[name]]
+    known = {
+        **{k: v for k, v in config.items() if k not in ('kimg', 'batch_gpu', 'channels')},
+        **settings,
+    }
+    found = [
+        f'{flag_of(name)}: was {known[name]}, now {value}'
+        for name, value in given.items()
+        if name in known and value != known[name]
+    ]
     named = {name: given[name] for name in ('cbase', 'cmax') if name in given}
     channels = {int(r): c for r, c in saved['channels'].items()}
     asked = widths(channels, saved['size'], named.get('cbase'), named.get('cmax'))

@@ -1,4 +1,5 @@
 """Batch normalisation over the batches of all processes, on the CPU as on GPUs."""
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -33,7 +34,7 @@ class CrossProcessBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         world = distributed.world_size()
         full = x.float()
-        mean = _Sum.apply(full.mean((0, 2, 3))) / world                            # [C]
+        mean = _Sum.apply(full.mean((0, 2, 3))) / world  # [C]
         centred = full - mean[:, None, None]
         var = _Sum.apply(centred.square().mean((0, 2, 3))) / world
         with torch.no_grad():
@@ -49,8 +50,9 @@ def share_batch_statistics(module):
     """Replaces every BatchNorm2d below `module` in place, keeping parameters and buffers."""
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
-            shared = CrossProcessBatchNorm2d(child.num_features, eps=child.eps,
-                                             momentum=child.momentum)
+            shared = CrossProcessBatchNorm2d(
+                child.num_features, eps=child.eps, momentum=child.momentum
+            )
             shared.load_state_dict(child.state_dict())
             setattr(module, name, shared.to(child.weight.device))
         else:

@@ -1,4 +1,5 @@
 """Command-line plumbing shared by all scripts: parsers, argument types, devices, exit codes."""
+
 import argparse
 import errno
 import logging
@@ -13,8 +14,7 @@ from utils.errors import UserError
 from utils.precision import full_precision
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
-                     argparse.RawDescriptionHelpFormatter):
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and keeps the line breaks of the examples."""
 
     def _get_help_string(self, action):
@@ -25,14 +25,19 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter,
 
 def parser(description, epilog=None):
     """An ArgumentParser that shows defaults and takes no abbreviated flags."""
-    return argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False,
-                                   formatter_class=_HelpFormatter)
+    return argparse.ArgumentParser(
+        description=description, epilog=epilog, allow_abbrev=False, formatter_class=_HelpFormatter
+    )
 
 
 def add_common(p):
     """Adds --device and --seed to a parser (or argument group) and returns it."""
-    p.add_argument('--device', default='auto', metavar='DEVICE',
-                   help='cpu, cuda, cuda:N, or auto (a GPU when there is one)')
+    p.add_argument(
+        '--device',
+        default='auto',
+        metavar='DEVICE',
+        help='cpu, cuda, cuda:N, or auto (a GPU when there is one)',
+    )
     p.add_argument('--seed', type=nonnegative_int, default=0, metavar='INT', help='random seed')
     return p
 
@@ -46,12 +51,13 @@ def _number(convert, accept, wanted):
         if not accept(value):
             raise argparse.ArgumentTypeError(f'{text} is not {wanted}')
         return value
+
     return parse
 
 
 positive_int = _number(int, lambda v: v > 0, 'a whole number above 0')
 nonnegative_int = _number(int, lambda v: v >= 0, 'a whole number, 0 or more')
-_MOST = torch.finfo(torch.float32).max    # above it is infinity, where it is computed with
+_MOST = torch.finfo(torch.float32).max  # above it is infinity, where it is computed with
 positive_float = _number(float, lambda v: 0 < v <= _MOST, 'a number above 0, below 3.4e38')
 nonnegative_float = _number(float, lambda v: 0 <= v <= _MOST, 'a number, 0 or more, below 3.4e38')
 fraction = _number(float, lambda v: 0 <= v <= 1, 'a number between 0 and 1')
@@ -60,15 +66,25 @@ power_of_two = _number(int, lambda v: v > 0 and v & (v - 1) == 0, 'a power of tw
 
 def auto_or(convert: Callable[[str], float]) -> Callable[[str], float | str]:
     """The type of a flag that takes 'auto' beside numbers."""
+
     def parse(text: str) -> float | str:
         return text if text == 'auto' else convert(text)
+
     return parse
 
 
 def boolean(text):
     """Reads true/false, yes/no, 1/0 (published flags such as `--mirror=1`)."""
-    value = {'1': True, 'true': True, 'yes': True, 'on': True,
-             '0': False, 'false': False, 'no': False, 'off': False}.get(str(text).lower())
+    value = {
+        '1': True,
+        'true': True,
+        'yes': True,
+        'on': True,
+        '0': False,
+        'false': False,
+        'no': False,
+        'off': False,
+    }.get(str(text).lower())
     if value is None:
         raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
     return value
@@ -95,10 +111,19 @@ def resolve_device(name: str) -> torch.device:
 
 
 # What a wrong path looks like, as against a fault of this software.
-_FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-                errno.ENAMETOOLONG, errno.ENOENT, errno.ELOOP)
+_FILE_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ELOOP,
+)
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)    # EFBIG: a limit set for the process
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a limit set for the process
 
 
 def _terminate(number, frame):
@@ -116,8 +141,10 @@ def run(main):
         print(f'error: {error}', file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print('interrupted; run the same command again to resume where resuming is supported',
-              file=sys.stderr)
+        print(
+            'interrupted; run the same command again to resume where resuming is supported',
+            file=sys.stderr,
+        )
         code = 130
     except OSError as error:
         if error.errno in _FILE_ERRORS and error.filename:
@@ -132,7 +159,10 @@ def run(main):
     except RuntimeError as error:
         if not distributed.lost_peer(error):
             raise
-        print('error: another process of this run has ended (what it said stands above); start '
-              'all of them again to go on from the last saved state', file=sys.stderr)
+        print(
+            'error: another process of this run has ended (what it said stands above); start '
+            'all of them again to go on from the last saved state',
+            file=sys.stderr,
+        )
         code = 1
     sys.exit(code)

@@ -1,4 +1,5 @@
 """One code path for one process and for `torchrun`: every function answers without a group."""
+
 import datetime
 import importlib
 import os
@@ -16,8 +17,13 @@ T = TypeVar('T')
 # for hours alone, which the libraries' 10 (NCCL) or 30 minutes (gloo) would end. A process that
 # has died is noticed at once: torchrun ends the others, and gloo sees the closed connection.
 TIMEOUT = datetime.timedelta(days=2)
-_PEER_GONE = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe',
-              'NCCL communicator was aborted', 'remote process exited')
+_PEER_GONE = (
+    'Connection closed by peer',
+    'Connection reset by peer',
+    'Broken pipe',
+    'NCCL communicator was aborted',
+    'remote process exited',
+)
 
 
 def init(device: torch.device | str) -> torch.device:
@@ -38,8 +44,10 @@ def init(device: torch.device | str) -> torch.device:
     if device.type == 'cuda':
         local = int(os.environ['LOCAL_RANK'])
         if local >= torch.cuda.device_count():
-            raise UserError(f'torchrun started more processes than the {torch.cuda.device_count()}'
-                            ' GPU(s) here; lower --nproc_per_node')
+            raise UserError(
+                f'torchrun started more processes than the {torch.cuda.device_count()}'
+                ' GPU(s) here; lower --nproc_per_node'
+            )
         device = torch.device('cuda', local)
         torch.cuda.set_device(device)
         dist.init_process_group('nccl', device_id=device, timeout=TIMEOUT)
@@ -50,8 +58,11 @@ def init(device: torch.device | str) -> torch.device:
 
 def lost_peer(error: BaseException) -> bool:
     """Whether a collective call failed with `error` because another process has ended."""
-    return dist.is_initialized() and isinstance(error, RuntimeError) and any(
-        words in str(error) for words in _PEER_GONE)
+    return (
+        dist.is_initialized()
+        and isinstance(error, RuntimeError)
+        and any(words in str(error) for words in _PEER_GONE)
+    )
 
 
 def shutdown() -> None:
@@ -98,16 +109,20 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is true in any of the processes; the same answer in all."""
-    return bool(all_reduce_sum(torch.tensor(float(flag), device=device))) if dist.is_initialized() \
+    return (
+        bool(all_reduce_sum(torch.tensor(float(flag), device=device)))
+        if dist.is_initialized()
         else bool(flag)
+    )
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """The tensors [N, ...] of all processes, of one shape, one after the other in rank order."""
     if not dist.is_initialized():
         return tensor
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format)
-             for _ in range(world_size())]
+    parts = [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())
+    ]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
 
@@ -144,5 +159,5 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     flat /= world_size()
     offset = 0
     for g in grads:
-        g.copy_(flat[offset:offset + g.numel()].view_as(g))
+        g.copy_(flat[offset : offset + g.numel()].view_as(g))
         offset += g.numel()

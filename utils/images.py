@@ -1,4 +1,5 @@
 """Images as files, PIL pictures and tensors. Tensors are float32 RGB in [-1, 1]."""
+
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from utils.errors import UserError
 from utils.io import atomic_path
 
-CONTACT_SHEET = 'grid.png'    # beside the pictures of scripts/generate.py, not one of them
+CONTACT_SHEET = 'grid.png'  # beside the pictures of scripts/generate.py, not one of them
 # Pillow looks at the content, not at the suffix, and would run a PostScript program (EPS). MPO,
 # several JPEGs in one file, comes with JPEG.
 _FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'PPM', 'WEBP')
@@ -55,8 +56,9 @@ def decode_reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def open_image(source: str | Path | Callable[[], BinaryIO], name: str | None = None
-               ) -> Iterator[Image.Image]:
+def open_image(
+    source: str | Path | Callable[[], BinaryIO], name: str | None = None
+) -> Iterator[Image.Image]:
     """An opened PIL picture of one of the formats this project reads; the only way to open one.
 
     source: a path, or a function that opens a file. Whatever goes wrong in the block becomes a
@@ -68,9 +70,11 @@ def open_image(source: str | Path | Callable[[], BinaryIO], name: str | None = N
             yield stack.enter_context(Image.open(file, formats=_FORMATS))
     except UserError:
         raise
-    except Exception as error:    # damaged bytes make the decoders fail in any way
-        raise UserError(f'{name or source} is not a readable image ({decode_reason(error)}); '
-                        'replace or remove it') from error
+    except Exception as error:  # damaged bytes make the decoders fail in any way
+        raise UserError(
+            f'{name or source} is not a readable image ({decode_reason(error)}); '
+            'replace or remove it'
+        ) from error
 
 
 def load_rgb(path: str | Path) -> Image.Image:
@@ -118,7 +122,7 @@ def save_png(img, path):
     """
     if isinstance(img, torch.Tensor):
         img = tensor_to_pil(img)
-    clean = Image.fromarray(np.array(img))    # a fresh picture carries no info chunks along
+    clean = Image.fromarray(np.array(img))  # a fresh picture carries no info chunks along
     with atomic_path(path) as temp:
         clean.save(temp, format='PNG')
 
@@ -130,7 +134,7 @@ def grid(imgs, n_cols, pad=2, fill=-1.0):
     sheet = imgs.new_full((c, n_rows * (h + pad) + pad, n_cols * (w + pad) + pad), fill)
     for i in range(n):
         y, x = pad + (i // n_cols) * (h + pad), pad + (i % n_cols) * (w + pad)
-        sheet[:, y:y + h, x:x + w] = imgs[i]
+        sheet[:, y : y + h, x : x + w] = imgs[i]
     return sheet
 
 
@@ -166,8 +170,9 @@ def find_images(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f'image folder not found: {folder}')
-    found = sorted(p for p in folder.rglob('*')
-                   if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    found = sorted(
+        p for p in folder.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+    )
     if not found:
         raise UserError(f'no images ({", ".join(IMAGE_SUFFIXES)}) in {folder}')
     return found

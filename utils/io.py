@@ -1,4 +1,5 @@
 """Files that are either whole or absent: atomic writes, safe weight loading, hashes."""
+
 import contextlib
 import hashlib
 import io
@@ -19,10 +20,11 @@ from utils.errors import UserError
 from utils.leftovers import SUFFIX, claimed
 from utils.torch_files import BrokenFile, read_torch_bytes
 
-_MAX_WEIGHTS = 2 ** 34
+_MAX_WEIGHTS = 2**34
 # Files of torchvision and pytorch-fid carry the first digits of their SHA-256.
 _PUBLISHED_HASH = re.compile(
-    r'(?:vgg\d+|alexnet-owt|resnet\d+|(?:pt_|weights-)inception-2015-12-05)-([0-9a-f]{8})\.pth')
+    r'(?:vgg\d+|alexnet-owt|resnet\d+|(?:pt_|weights-)inception-2015-12-05)-([0-9a-f]{8})\.pth'
+)
 
 
 @contextlib.contextmanager
@@ -53,7 +55,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.replace(temp, path)
         except OSError as error:
             if error.filename is None:
-                error.filename = str(path)    # a full disk does not say which file was written
+                error.filename = str(path)  # a full disk does not say which file was written
             raise
 
 
@@ -117,17 +119,20 @@ def load_weights(path: str | Path, *, what: str = 'checkpoint', hint: str = '') 
         raise UserError(f'{what} {path} cannot be read: {error}.{advice}') from error
     published = _PUBLISHED_HASH.fullmatch(path.name)
     if published and not sha256_bytes(data).startswith(published[1]):
-        raise UserError(f'{path} is not the published file of that name: its SHA-256 does not '
-                        f'begin with {published[1]}. Copy or download it again.')
+        raise UserError(
+            f'{path} is not the published file of that name: its SHA-256 does not '
+            f'begin with {published[1]}. Copy or download it again.'
+        )
     try:
         return read_torch_bytes(data)
     except pickle.UnpicklingError as error:
         reason, cause = 'damaged, or holds objects other than tensors and plain data', error
-    except Exception as error:    # random bytes make the reader fail in any way
+    except Exception as error:  # random bytes make the reader fail in any way
         detail = f' ({error})' if isinstance(error, BrokenFile) else ''
         reason, cause = f'damaged, cut short or none at all{detail}', error
-    raise UserError(f'{path} is not a {what} this tool will load: it is {reason}.{advice}'
-                    ) from cause
+    raise UserError(
+        f'{path} is not a {what} this tool will load: it is {reason}.{advice}'
+    ) from cause
 
 
 def _seal_path(path: Path) -> Path:
@@ -169,8 +174,9 @@ def check_intact(path: str | Path, *, remedy: str) -> None:
     """UserError with the remedy when `path` is not the file that was sealed."""
     if not is_intact(path):
         what = 'is damaged or was replaced' if Path(path).exists() else 'is missing'
-        raise UserError(f'{path} {what} (its SHA-256 is not that of {_seal_path(Path(path)).name})'
-                        f'; {remedy}')
+        raise UserError(
+            f'{path} {what} (its SHA-256 is not that of {_seal_path(Path(path)).name}); {remedy}'
+        )
 
 
 def remove_sealed(path: str | Path) -> None:

@@ -3,6 +3,7 @@
 The mark is a lock of the operating system, which frees it however a process ends. Where a file
 system knows no locks, nothing is ever removed.
 """
+
 import contextlib
 import logging
 import os
@@ -14,13 +15,13 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:    # Windows
+except ImportError:  # Windows
     fcntl = None
 
 log = logging.getLogger(__name__)
 
 SUFFIX = '.tmp'
-_NAME = r'\.[a-z0-9_]{8}\.tmp'    # what tempfile puts between prefix and suffix
+_NAME = r'\.[a-z0-9_]{8}\.tmp'  # what tempfile puts between prefix and suffix
 
 
 @contextlib.contextmanager
@@ -54,7 +55,7 @@ def claimed(make: Callable[[], str]) -> Iterator[Path]:
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Holds back SIGINT and SIGTERM, so that nothing is made that nobody knows of."""
-    if not hasattr(signal, 'pthread_sigmask'):    # Windows
+    if not hasattr(signal, 'pthread_sigmask'):  # Windows
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
@@ -92,8 +93,11 @@ def _remove(path: Path) -> None:
             path.unlink()
         log.warning('removed %s, left behind by a process that was killed', path)
     except OSError as error:
-        log.warning('%s was left behind by a process that was killed, and cannot be removed: %s',
-                    path, error)
+        log.warning(
+            '%s was left behind by a process that was killed, and cannot be removed: %s',
+            path,
+            error,
+        )
     finally:
         os.close(handle)
 

@@ -1,4 +1,5 @@
 """Logging set-up, progress bars that stay silent in log files, and scalar records."""
+
 import json
 import logging
 import sys
@@ -15,14 +16,26 @@ def setup_logging(log_file=None, level=logging.INFO):
     if log_file is not None:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file, encoding='utf-8'))
-    logging.basicConfig(level=level, format='%(asctime)s %(message)s', datefmt='%H:%M:%S',
-                        handlers=handlers, force=True)
+    logging.basicConfig(
+        level=level,
+        format='%(asctime)s %(message)s',
+        datefmt='%H:%M:%S',
+        handlers=handlers,
+        force=True,
+    )
 
 
 def progress(iterable=None, *, total=None, desc='', unit='it'):
     """A tqdm bar on stderr, shown only when stderr is a terminal."""
-    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=not sys.stderr.isatty(),
-                dynamic_ncols=True, leave=False)
+    return tqdm(
+        iterable,
+        total=total,
+        desc=desc,
+        unit=unit,
+        disable=not sys.stderr.isatty(),
+        dynamic_ncols=True,
+        leave=False,
+    )
 
 
 class ScalarLog:
@@ -41,6 +54,7 @@ class ScalarLog:
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
+
             purge = None if resume_step is None else resume_step + 1
             self._board = SummaryWriter(str(Path(run_dir) / 'logs'), purge_step=purge)
 

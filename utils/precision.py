@@ -1,4 +1,5 @@
 """The project's one rule on reduced precision: none is used that was not asked for."""
+
 import torch
 
 

@@ -1,4 +1,5 @@
 """The record a run leaves beside its outputs, and the guard against mixing two runs."""
+
 import json
 import logging
 import platform
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 RECORD_NAME = 'options.json'
 _LOCK_NAME = '.lock'
-_held = {}    # the locks of this process, by path
+_held = {}  # the locks of this process, by path
 
 
 def versions():
@@ -36,8 +37,14 @@ def versions():
 
 def _commit():
     def git(*arguments):
-        return subprocess.run(['git', '-C', str(PROJECT_ROOT), *arguments], capture_output=True,
-                              text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            ['git', '-C', str(PROJECT_ROOT), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+
     try:
         if Path(git('rev-parse', '--show-toplevel')).resolve() != PROJECT_ROOT:
             return None
@@ -66,20 +73,27 @@ def start_run(run_dir, record, *, resume=False, free_options=(), resume_flag=Non
     path = run_dir / RECORD_NAME
     if path.exists():
         if not resume:
-            raise UserError(f'{run_dir} already holds a run; '
-                            + (f'{resume_flag} goes on in it, or ' if resume_flag else '')
-                            + 'choose another folder')
+            raise UserError(
+                f'{run_dir} already holds a run; '
+                + (f'{resume_flag} goes on in it, or ' if resume_flag else '')
+                + 'choose another folder'
+            )
         hold_run(run_dir)
         old = read_record(run_dir)
         changes = _differences(old, record, free_options)
         if changes:
-            raise UserError(f'{run_dir} holds a run with other settings, so it cannot be resumed '
-                            f'({"; ".join(changes)}); choose another folder or the same settings')
+            raise UserError(
+                f'{run_dir} holds a run with other settings, so it cannot be resumed '
+                f'({"; ".join(changes)}); choose another folder or the same settings'
+            )
         return True
-    if run_dir.exists() and any(p.name not in ('log.txt', _LOCK_NAME) and not is_leftover(p.name)
-                                for p in run_dir.iterdir()):
-        raise UserError(f'{run_dir} is not empty and holds no run of this tool; choose a new '
-                        f'folder, or put its {RECORD_NAME} back')
+    if run_dir.exists() and any(
+        p.name not in ('log.txt', _LOCK_NAME) and not is_leftover(p.name) for p in run_dir.iterdir()
+    ):
+        raise UserError(
+            f'{run_dir} is not empty and holds no run of this tool; choose a new '
+            f'folder, or put its {RECORD_NAME} back'
+        )
     hold_run(run_dir)
     write_json(path, record)
     return False
@@ -99,11 +113,13 @@ def hold_run(run_dir: str | Path) -> None:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise UserError(f'another process is working in {run_dir}; wait for its end, or stop it'
-                        ) from None
+        raise UserError(
+            f'another process is working in {run_dir}; wait for its end, or stop it'
+        ) from None
     except NotImplementedError:
-        log.warning('the file system of %s knows no locks: do not start a second process in it',
-                    run_dir)
+        log.warning(
+            'the file system of %s knows no locks: do not start a second process in it', run_dir
+        )
     _held[path] = lock
     remove_leftovers(Path(run_dir))
 
@@ -122,12 +138,16 @@ def read_record(run_dir: str | Path) -> dict:
     try:
         record = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f'{path} is not a readable run record ({error}); choose another folder, '
-                        'or put the file back') from error
+        raise UserError(
+            f'{path} is not a readable run record ({error}); choose another folder, '
+            'or put the file back'
+        ) from error
     if not isinstance(record, dict) or not all(
-            isinstance(record.get(part), dict) for part in ('options', 'inputs')):
-        raise UserError(f'{path} is not the record of a run; choose another folder, or put the '
-                        'file back')
+        isinstance(record.get(part), dict) for part in ('options', 'inputs')
+    ):
+        raise UserError(
+            f'{path} is not the record of a run; choose another folder, or put the file back'
+        )
     return record
 
 

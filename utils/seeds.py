@@ -1,4 +1,5 @@
 """Random streams as a function of (seed, keys), so that a resumed run draws the same numbers."""
+
 import random
 import zlib
 
@@ -10,7 +11,7 @@ def derive(seed, *keys):
     """A 63-bit integer from a seed and any number of integer or string keys."""
     words = [int(seed)] + [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in keys]
     low, high = np.random.SeedSequence(words).generate_state(2, np.uint32)
-    return (int(high) << 32 | int(low)) & (2 ** 63 - 1)
+    return (int(high) << 32 | int(low)) & (2**63 - 1)
 
 
 def torch_generator(seed, *keys, device='cpu'):
@@ -27,5 +28,5 @@ def seed_everything(seed, *keys):
     """Seeds the global generators of random, numpy and torch (CPU and GPU)."""
     value = derive(seed, *keys)
     random.seed(value)
-    np.random.seed(value % 2 ** 32)    # noqa: NPY002, libraries draw from this global state
+    np.random.seed(value % 2**32)  # noqa: NPY002, libraries draw from this global state
     torch.manual_seed(value)

@@ -1,4 +1,5 @@
 """Stopping in good order when a person (Ctrl-C) or a scheduler (SIGTERM) asks for it."""
+
 import contextlib
 import os
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import psutil
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SAME_SIGNAL = 3.0    # seconds
+_SAME_SIGNAL = 3.0  # seconds
 
 
 class StopRequest:

@@ -3,6 +3,7 @@
 Plain data alone does not make a file harmless. torch.load verifies no checksum, unpacks members to
 any size, and a few bytes of pickle can name a key that takes ages to hash or a memo of gigabytes.
 """
+
 import io
 import pickle
 import pickletools
@@ -14,10 +15,10 @@ import torch
 _ZIP_START, _ZIP_END = b'PK\x03\x04', b'PK\x05\x06'
 _ZIP64_LOCATOR = b'PK\x06\x07'
 _END_SIZE, _LOCATOR_SIZE, _ZIP64_END_SIZE = 22, 20, 56
-_PROTOCOL = 2               # of the pickles in torch files
-_LEGACY_PICKLES = 5         # magic number, protocol, system, content, storage keys
-_MAX_TUPLE = 1000           # values in a tuple, those of the tuples in it included
-_EXTRA_BYTES = 2 ** 26      # small tensors may be expanded ones
+_PROTOCOL = 2  # of the pickles in torch files
+_LEGACY_PICKLES = 5  # magic number, protocol, system, content, storage keys
+_MAX_TUPLE = 1000  # values in a tuple, those of the tuples in it included
+_EXTRA_BYTES = 2**26  # small tensors may be expanded ones
 
 
 class BrokenFile(ValueError):
@@ -47,9 +48,9 @@ def _check_archive(data: bytes) -> None:
     if end[:4] != _ZIP_END or end[-2:] != b'\0\0':
         raise BrokenFile('it is cut short')
     # Two readers look at the file, this one and torch's; they must see the same directory.
-    locator = data[-_END_SIZE - _LOCATOR_SIZE:-_END_SIZE]
+    locator = data[-_END_SIZE - _LOCATOR_SIZE : -_END_SIZE]
     if locator[:4] == _ZIP64_LOCATOR:
-        place, = struct.unpack('<Q', locator[8:16])
+        (place,) = struct.unpack('<Q', locator[8:16])
         if place != len(data) - _END_SIZE - _LOCATOR_SIZE - _ZIP64_END_SIZE:
             raise BrokenFile('its directory is damaged')
     try:
@@ -66,7 +67,7 @@ def _check_archive(data: bytes) -> None:
                     check_pickle(io.BytesIO(archive.read(member)), protocol=_PROTOCOL)
     except BrokenFile:
         raise
-    except Exception as error:    # what zipfile raises for flipped bits is not one kind
+    except Exception as error:  # what zipfile raises for flipped bits is not one kind
         raise BrokenFile(f'its directory is damaged: {error}') from error
 
 
@@ -78,7 +79,7 @@ def check_pickle(stream: io.BytesIO, *, protocol: int | None = None) -> None:
     pickle.UnpicklingError for tuples that hold each other so often that hashing one would not
     end, and for memo places far beyond the file; BrokenFile when it is no whole pickle.
     """
-    stack: list[int | None] = []    # the number of values in each object; None is a mark
+    stack: list[int | None] = []  # the number of values in each object; None is a mark
     memo: dict[int, int | None] = {}
     try:
         for op, arg, position in pickletools.genops(stream):
@@ -97,7 +98,7 @@ def check_pickle(stream: io.BytesIO, *, protocol: int | None = None) -> None:
                 _apply(op, stack)
     except pickle.UnpicklingError:
         raise
-    except Exception as error:    # random bytes make the reader fail in any way
+    except Exception as error:  # random bytes make the reader fail in any way
         raise BrokenFile(f'it holds no whole pickle ({str(error)[:80]})') from error
 
 
@@ -108,13 +109,21 @@ def _apply(op: pickletools.OpcodeInfo, stack: list[int | None]) -> None:
     if pickletools.markobject in before:
         while (item := stack.pop()) is not None:
             taken.append(item)
-        before = before[:before.index(pickletools.markobject)]
+        before = before[: before.index(pickletools.markobject)]
     for _ in before:
         taken.append(stack.pop())
     size = 1
-    if op.name.startswith('TUPLE') or op.name in ('FROZENSET', 'DUP', 'REDUCE', 'BUILD', 'NEWOBJ',
-                                                  'NEWOBJ_EX', 'OBJ', 'INST'):
-        size += sum(taken)    # of lists, sets and dicts no key can be made
+    if op.name.startswith('TUPLE') or op.name in (
+        'FROZENSET',
+        'DUP',
+        'REDUCE',
+        'BUILD',
+        'NEWOBJ',
+        'NEWOBJ_EX',
+        'OBJ',
+        'INST',
+    ):
+        size += sum(taken)  # of lists, sets and dicts no key can be made
     if size > _MAX_TUPLE and op.name.startswith(('TUPLE', 'FROZENSET')):
         raise pickle.UnpicklingError('it holds tuples of too many values')
     stack.extend([size] * len(op.stack_after))

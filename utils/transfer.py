@@ -1,4 +1,5 @@
 """Copies to a GPU that the host does not wait for."""
+
 import torch
 from torch import Tensor
 
@@ -20,5 +21,7 @@ def send_together(tensors: dict[str, Tensor], device: torch.device | str) -> dic
         return tensors
     flat = send(torch.cat([t.flatten().float() for t in tensors.values()]), device)
     parts = flat.split([t.numel() for t in tensors.values()])
-    return {name: (part > 0 if t.dtype == torch.bool else part).view(t.shape)
-            for (name, t), part in zip(tensors.items(), parts)}
+    return {
+        name: (part > 0 if t.dtype == torch.bool else part).view(t.shape)
+        for (name, t), part in zip(tensors.items(), parts)
+    }

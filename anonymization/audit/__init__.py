@@ -5,6 +5,7 @@ manifest byte for byte, pictures in one form and against the digests of the run.
 grades and diversity are the audit's own code, so that a fault in grouping or writing is not
 repeated here. Without the private folder it checks what any recipient can check.
 """
+
 import hashlib
 import io
 import json
@@ -20,14 +21,7 @@ from anonymization.audit.checks import Audit, Check, Findings, report_dict, repo
 from anonymization.audit.copies import plot_distances
 from anonymization.audit.files import Fault, Tree, parse_json, read_regular, scan
 from anonymization.audit.pictures import Picture, check_form, check_made, look_at
-from anonymization.release import (
-    LABELS,
-    MANIFEST,
-    METADATA,
-    OLDER_FORMATS,
-    PAGES,
-    render_pages,
-)
+from anonymization.release import LABELS, MANIFEST, METADATA, OLDER_FORMATS, PAGES, render_pages
 from datasets.table import Table
 from utils.errors import UserError
 
@@ -38,9 +32,15 @@ CONTENT = 'manifest, labels and pages are what groups and run record say'
 FORMED = 'manifest, labels and pages have the known form and agree with each other'
 
 
-def audit_release(release: str | Path, *, private: str | Path | None = None,
-                  source_table: Table | None = None, recompute_n: int | None = 0,
-                  checkpoint: Path | None = None, device: torch.device | str = 'cpu') -> Audit:
+def audit_release(
+    release: str | Path,
+    *,
+    private: str | Path | None = None,
+    source_table: Table | None = None,
+    recompute_n: int | None = 0,
+    checkpoint: Path | None = None,
+    device: torch.device | str = 'cpu',
+) -> Audit:
     """Checks the folder `release`; with `private` and the photographs it is derived again.
 
     source_table: of the photographs behind the release; goes with `private`. recompute_n: how
@@ -61,7 +61,8 @@ def audit_release(release: str | Path, *, private: str | Path | None = None,
     audit = _audit_derived(release, run, latents)
     if recompute_n != 0:
         check, audit.facts['recomputed'] = recompute.check_recomputed(
-            release, run, latents, recompute_n, checkpoint=checkpoint, device=device)
+            release, run, latents, recompute_n, checkpoint=checkpoint, device=device
+        )
         audit.checks.append(check)
     return audit
 
@@ -71,10 +72,12 @@ def _check_version(release: Path) -> None:
     try:
         found = parse_json(read_regular(release / MANIFEST)).get('format')
     except Fault:
-        return    # said among the findings
+        return  # said among the findings
     if found in OLDER_FORMATS:
-        raise UserError(f'{release} is in the format {found} of an older version of this project; '
-                        'verify it with that version, or make the release anew with this one')
+        raise UserError(
+            f'{release} is in the format {found} of an older version of this project; '
+            'verify it with that version, or make the release anew with this one'
+        )
 
 
 # -- with the records of the run ------------------------------------------------------------
@@ -84,12 +87,16 @@ def _audit_derived(release: Path, run: derive.Run, latents: np.ndarray) -> Audit
     audit = Audit(facts={'k': run.k, 'pictures': len(run.names)})
     names = sorted(run.names.values())
     size = run.facts['image_size']
-    pictures = look_at(release, names, size if isinstance(size, int) else None,
-                       with_features=True)
-    audit.checks = [derive.check_records(run), *derive.check_groups(run),
-                    _check_files(release, names), _check_content(release, run, pictures),
-                    check_form(pictures, run.facts['png_encoder']),
-                    check_made(pictures, run.pictures), recompute.check_one_person(run, latents)]
+    pictures = look_at(release, names, size if isinstance(size, int) else None, with_features=True)
+    audit.checks = [
+        derive.check_records(run),
+        *derive.check_groups(run),
+        _check_files(release, names),
+        _check_content(release, run, pictures),
+        check_form(pictures, run.facts['png_encoder']),
+        check_made(pictures, run.pictures),
+        recompute.check_one_person(run, latents),
+    ]
     grades, audit.facts['grade_diversity'] = derive.check_grades(run)
     seen = [(p.name, p.features) for p in pictures]
     audit.checks += [grades, copies.check_copies(seen, run, audit)]
@@ -117,8 +124,10 @@ def _check_content(release: Path, run: derive.Run, pictures: list[Picture]) -> C
             found.add(f'{name} {fault}')
             continue
         if there != data:
-            found.add(f'{name} differs from what follows from them'
-                      + (_which_fields(there, manifest) if name == MANIFEST else ''))
+            found.add(
+                f'{name} differs from what follows from them'
+                + (_which_fields(there, manifest) if name == MANIFEST else '')
+            )
     return found.check(f'{len(wanted)} files derived again')
 
 
@@ -155,8 +164,10 @@ def _check_files(release: Path, names: list[str]) -> Check:
     for name in sorted(tree.folders - {'images'}):
         found.add(f'{_place(name)} there is a folder that does not belong there', [name])
     if tree.attributes:
-        found.add(f'{len(tree.attributes)} files or folders carry extended attributes',
-                  sorted(tree.attributes))
+        found.add(
+            f'{len(tree.attributes)} files or folders carry extended attributes',
+            sorted(tree.attributes),
+        )
     return found.check(f'{len(wanted)} files')
 
 
@@ -169,8 +180,11 @@ def _scan(release: Path, found: Findings) -> Tree:
 
 
 def _place(name: str) -> str:
-    return 'in images/' if name.startswith('images/') else (
-        'in a foreign folder' if '/' in name else 'beside the manifest')
+    return (
+        'in images/'
+        if name.startswith('images/')
+        else ('in a foreign folder' if '/' in name else 'beside the manifest')
+    )
 
 
 # -- without them ---------------------------------------------------------------------------
@@ -186,16 +200,21 @@ def _audit_alone(release: Path) -> Audit:
     if manifest is not None and labels is not None:
         _check_hashes(release, manifest, pictures, found)
     audit.facts = {'k': (manifest or {}).get('k'), 'pictures': len(pictures)}
-    audit.checks = [_check_files(release, names),
-                    found.check(f'format {(manifest or {}).get("format")}'),
-                    check_form(pictures, (manifest or {}).get('png_encoder'))]
-    audit.notes.append('groups, pictures and pages were not derived again, and not compared with '
-                       'photographs: the maker does that, with --private')
+    audit.checks = [
+        _check_files(release, names),
+        found.check(f'format {(manifest or {}).get("format")}'),
+        check_form(pictures, (manifest or {}).get('png_encoder')),
+    ]
+    audit.notes.append(
+        'groups, pictures and pages were not derived again, and not compared with '
+        'photographs: the maker does that, with --private'
+    )
     return audit
 
 
-def _read_pages(release: Path, found: Findings
-                ) -> tuple[dict[str, Any] | None, pd.DataFrame | None]:
+def _read_pages(
+    release: Path, found: Findings
+) -> tuple[dict[str, Any] | None, pd.DataFrame | None]:
     """Manifest and labels where they can be relied upon, else None."""
     manifest = labels = None
     try:
@@ -221,14 +240,15 @@ def _read_pages(release: Path, found: Findings
     return manifest, labels
 
 
-def _check_hashes(release: Path, manifest: dict[str, Any], pictures: list[Picture],
-                  found: Findings) -> None:
+def _check_hashes(
+    release: Path, manifest: dict[str, Any], pictures: list[Picture], found: Findings
+) -> None:
     hashes = {f'images/{p.name}.png': p.sha256 for p in pictures}
     for name in PAGES:
         try:
             hashes[name] = hashlib.sha256(read_regular(release / name)).hexdigest()
         except Fault:
-            hashes[name] = None    # said already
+            hashes[name] = None  # said already
     if list(manifest['files']) != _in_order(hashes):
         found.add('the manifest lists other files than there should be')
     altered = [n for n, digest in hashes.items() if manifest['files'].get(n) != digest]

@@ -1,4 +1,5 @@
 """The verdict: questions, answers and the numbers beside them."""
+
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
@@ -28,8 +29,8 @@ class Audit:
     checks: list[Check] = dataclasses.field(default_factory=list)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
-    distances: np.ndarray | None = None    # [n release pictures] to the nearest source
-    yardstick: np.ndarray | None = None    # [n sources] to the nearest other person's source
+    distances: np.ndarray | None = None  # [n release pictures] to the nearest source
+    yardstick: np.ndarray | None = None  # [n sources] to the nearest other person's source
 
     @property
     def passed(self) -> bool:
@@ -54,8 +55,7 @@ class Findings:
 
     def check(self, good: str) -> Check:
         """The Check: passed, with the text `good`, when nothing was found."""
-        return Check(self.name, not self.public, listed(self.public) or good,
-                     tuple(self.private))
+        return Check(self.name, not self.public, listed(self.public) or good, tuple(self.private))
 
 
 def listed(items: Iterable[object]) -> str:

@@ -10,6 +10,7 @@ picture is the one which the optimisation made is shown by its digest, not here.
 
 Shapes: n sources, V views, S = 32 the side of a map, F = 2 maps.
 """
+
 import functools
 import itertools
 from collections.abc import Sequence
@@ -32,13 +33,13 @@ from utils.logs import progress
 
 COPIES = 'no release picture looks like a copy of a photograph'
 SIDE, COARSE = 32, 16
-LEFT_OVER = 0.12     # a copy leaves at most this share of the variance unexplained,
-RATIO = 0.45         # and at most this part of what the nearest other person leaves
-_CANDIDATES = 24     # sources per map that are compared at full side
-_YARDSTICK = 300     # sources that are compared with the other people's
-_STEP = 4            # grey levels that count as equal, so that noise in black gets no ranks
+LEFT_OVER = 0.12  # a copy leaves at most this share of the variance unexplained,
+RATIO = 0.45  # and at most this part of what the nearest other person leaves
+_CANDIDATES = 24  # sources per map that are compared at full side
+_YARDSTICK = 300  # sources that are compared with the other people's
+_STEP = 4  # grey levels that count as equal, so that noise in black gets no ranks
 
-Features = np.ndarray    # float32 [F, S, S]
+Features = np.ndarray  # float32 [F, S, S]
 
 
 def features(pixels: np.ndarray) -> Features:
@@ -76,22 +77,27 @@ def _views(side: int) -> _Views:
     axis = (np.arange(side) + 0.5) / side - 0.5
     y, x = (v.ravel() for v in np.meshgrid(axis, axis, indexing='ij'))
     for (angle, size, dx, dy), quarter, mirrored in itertools.product(
-            shifts + turns + sizes, range(4), (False, True)):
+        shifts + turns + sizes, range(4), (False, True)
+    ):
         turn = np.deg2rad(angle + 90 * quarter)
         u = (np.cos(turn) * x - np.sin(turn) * y) / size + dx / SIDE
         v = (np.sin(turn) * x + np.cos(turn) * y) / size + dy / SIDE
         weights, mask = _bilinear(-u if mirrored else u, v, side)
         maps.append(weights)
         masks.append(mask)
-    rows, columns, values = (np.concatenate(parts) for parts in zip(
-        *((r + i * side * side, c, w) for i, (r, c, w) in enumerate(maps))))
-    matrix = csr_matrix((values, (rows, columns)),
-                        shape=(len(maps) * side * side, side * side), dtype=np.float32)
+    rows, columns, values = (
+        np.concatenate(parts)
+        for parts in zip(*((r + i * side * side, c, w) for i, (r, c, w) in enumerate(maps)))
+    )
+    matrix = csr_matrix(
+        (values, (rows, columns)), shape=(len(maps) * side * side, side * side), dtype=np.float32
+    )
     return _Views(matrix, np.stack(masks).astype(np.float32))
 
 
-def _bilinear(u: np.ndarray, v: np.ndarray, side: int
-              ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+def _bilinear(
+    u: np.ndarray, v: np.ndarray, side: int
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
     """(rows, columns, weights) that read a map at u, v in [-0.5, 0.5], and where it is there."""
     px, py = (u + 0.5) * side - 0.5, (v + 0.5) * side - 0.5
     inside = (np.abs(u) <= 0.5) & (np.abs(v) <= 0.5)
@@ -100,8 +106,9 @@ def _bilinear(u: np.ndarray, v: np.ndarray, side: int
     fx, fy = px - x0, py - y0
     rows = np.tile(np.arange(len(u)), 4)
     columns = np.concatenate([(y0 + j) * side + x0 + i for j in (0, 1) for i in (0, 1)])
-    weights = np.concatenate([(fy if j else 1 - fy) * (fx if i else 1 - fx)
-                              for j in (0, 1) for i in (0, 1)])
+    weights = np.concatenate(
+        [(fy if j else 1 - fy) * (fx if i else 1 - fx) for j in (0, 1) for i in (0, 1)]
+    )
     return (rows, columns, weights), inside
 
 
@@ -114,8 +121,8 @@ class _Pool:
         self.views = _views(int(maps.shape[1] ** 0.5))
         masks = self.views.masks
         self.count = masks.sum(1)
-        self.sums, squares = maps @ masks.T, (maps ** 2) @ masks.T
-        self.spread = squares - self.sums ** 2 / self.count          # [n, V]
+        self.sums, squares = maps @ masks.T, (maps**2) @ masks.T
+        self.spread = squares - self.sums**2 / self.count  # [n, V]
 
     def left_over(self, query: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Share of variance [n] that each source leaves unexplained in its best view, in [0, 1].
@@ -125,10 +132,10 @@ class _Pool:
         masks = self.views.masks
         views = (self.views.matrix @ query).reshape(masks.shape) * masks
         means = views.sum(1) / self.count
-        spread = (views ** 2).sum(1) - means ** 2 * self.count       # [V]
+        spread = (views**2).sum(1) - means**2 * self.count  # [V]
         cross = self.maps[rows] @ views.T - self.sums[rows] * means  # [n, V]
         both = np.maximum(self.spread[rows] * spread, 1e-9)
-        return np.clip(1 - (cross ** 2 / both).max(1), 0, 1)
+        return np.clip(1 - (cross**2 / both).max(1), 0, 1)
 
 
 class Detector:
@@ -143,8 +150,9 @@ class Detector:
         self.fine = [_Pool(sources[:, m].reshape(n, -1)) for m in range(maps)]
         self.coarse = [_Pool(_shrink(sources[:, m])) for m in range(maps)]
 
-    def compare(self, picture: Features, *, other_than: int | None = None
-                ) -> tuple[float, float, int]:
+    def compare(
+        self, picture: Features, *, other_than: int | None = None
+    ) -> tuple[float, float, int]:
         """What the nearest source and the nearest other person leave unexplained, and the source.
 
         Of the map (tone or detail) in which the nearest stands out most. other_than: a person
@@ -194,8 +202,11 @@ def check_copies(pictures: Sequence[tuple[str, Features | None]], run: Run, audi
         left, other, nearest = detector.compare(maps)
         distances.append(left)
         if is_copy(left, other):
-            found.add(f'a picture explains one photograph to {1 - left:.0%}, the next person\'s '
-                      f'to {1 - other:.0%}', [name, run.table.ids[nearest]])
+            found.add(
+                f"a picture explains one photograph to {1 - left:.0%}, the next person's "
+                f'to {1 - other:.0%}',
+                [name, run.table.ids[nearest]],
+            )
     if not distances:
         return found.check('no picture could be compared')
     audit.distances, audit.yardstick = np.array(distances), np.array(yardstick)
@@ -203,14 +214,21 @@ def check_copies(pictures: Sequence[tuple[str, Features | None]], run: Run, audi
     audit.facts['nearest_other_patient_unexplained'] = _quantiles(audit.yardstick)
     return found.check(
         f'the nearest photograph leaves {min(distances):.0%} to {max(distances):.0%} of a '
-        f'picture\'s variance unexplained, median {np.median(distances):.0%}; between two '
-        f'people\'s photographs the median is {np.median(yardstick):.0%}')
+        f"picture's variance unexplained, median {np.median(distances):.0%}; between two "
+        f"people's photographs the median is {np.median(yardstick):.0%}"
+    )
 
 
 def _source_features(paths: Sequence[Path]) -> list[Features]:
     with ThreadPoolExecutor(4) as pool:
-        return list(progress(pool.map(lambda p: features(np.asarray(load_rgb(p))), paths),
-                             total=len(paths), desc='comparing', unit='img'))
+        return list(
+            progress(
+                pool.map(lambda p: features(np.asarray(load_rgb(p))), paths),
+                total=len(paths),
+                desc='comparing',
+                unit='img',
+            )
+        )
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
@@ -225,8 +243,14 @@ def plot_distances(audit: Audit, axes: Axes) -> None:
     """
     values = [v for v in (audit.distances, audit.yardstick) if v is not None]
     bins = np.linspace(0, max(float(v.max()) for v in values) * 1.02 + 1e-6, 40).tolist()
-    axes.hist(values, bins=bins, density=True, histtype='stepfilled', alpha=0.6,
-              label=['release picture by nearest source', 'source by nearest other patient'])
+    axes.hist(
+        values,
+        bins=bins,
+        density=True,
+        histtype='stepfilled',
+        alpha=0.6,
+        label=['release picture by nearest source', 'source by nearest other patient'],
+    )
     axes.axvline(LEFT_OVER, color='black', linestyle=':', label='a copy lies below')
     axes.set(xlabel='share of variance left unexplained', ylabel='density')
     axes.legend()

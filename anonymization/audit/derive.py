@@ -4,6 +4,7 @@ Own code for people, counts, grades, l-diversity and t-closeness: none is shared
 writing, so that a fault there is not repeated here. Grades and patients are those of the table of
 photographs, and identical photographs are found in the files; the run's copies are compared.
 """
+
 import dataclasses
 import hashlib
 import io
@@ -35,11 +36,19 @@ _SEALED = ('groups.csv', 'pictures.json', 'group_latents.npy', 'facts.json')
 _COLUMNS = ('id_code', 'centers', 'count_centers', 'release_name', 'patient_id')
 _N_GRADES = 5
 # manifest setting -> option of scripts/k-SALSA.py
-_SETTINGS = {'n_iters': 'n_iters_per_batch', 'n_steps': 'num_steps', 'n_crop': 'num_crop',
-             'content_weight': 'content_weight', 'style_weight': 'style_weight', 'lr': 'lr',
-             'style_mode': 'style_mode', 'style_strides': 'style_strides',
-             'style_ratio': 'style_ratio',
-             'precision': 'precision', 'mirror_left': 'mirror_left'}
+_SETTINGS = {
+    'n_iters': 'n_iters_per_batch',
+    'n_steps': 'num_steps',
+    'n_crop': 'num_crop',
+    'content_weight': 'content_weight',
+    'style_weight': 'style_weight',
+    'lr': 'lr',
+    'style_mode': 'style_mode',
+    'style_strides': 'style_strides',
+    'style_ratio': 'style_ratio',
+    'precision': 'precision',
+    'mirror_left': 'mirror_left',
+}
 _STRATA = {'eye': 'eyes', 'label': 'labels', 'visit': 'visits', 'split': 'splits'}
 
 
@@ -96,8 +105,10 @@ class Run:
     @property
     def names(self) -> dict[int, str]:
         """Group number -> release name."""
-        return {number: self.groups['release_name'].iloc[rows[0]]
-                for number, rows in self.members.items()}
+        return {
+            number: self.groups['release_name'].iloc[rows[0]]
+            for number, rows in self.members.items()
+        }
 
 
 def read_run(private: Path, table: Table) -> Run:
@@ -117,15 +128,29 @@ def read_run(private: Path, table: Table) -> Run:
         [record['options'][name] for name in ('same_k', 'policy', 'clustering', 'strata')]
         [record['options'][name] for name in _SETTINGS.values()]
         [record[name] for name in ('seed', 'inputs')]
-        [facts['facts'][name] for name in ('networks', 'versions', 'card', 'image_size',
-                                           'png_encoder')]
+        [
+            facts['facts'][name]
+            for name in ('networks', 'versions', 'card', 'image_size', 'png_encoder')
+        ]
         soft_labels = bool(facts['soft_labels'])
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'the records in {private} lack {error}; were they written by this '
-                        'version of scripts/k-SALSA.py?') from error
-    return Run(private, record, facts['facts'], soft_labels, pixels, groups,
-               groups['centers'].tolist(), table, digests, contents,
-               _people(table.patients, contents))
+        raise UserError(
+            f'the records in {private} lack {error}; were they written by this '
+            'version of scripts/k-SALSA.py?'
+        ) from error
+    return Run(
+        private,
+        record,
+        facts['facts'],
+        soft_labels,
+        pixels,
+        groups,
+        groups['centers'].tolist(),
+        table,
+        digests,
+        contents,
+        _people(table.patients, contents),
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -135,8 +160,9 @@ def _json(path: Path) -> dict[str, Any]:
             raise Fault('holds no JSON object')
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, Fault) else 'is damaged'
-        raise UserError(f'{path} {reason}; without it the release cannot be derived again'
-                        ) from error
+        raise UserError(
+            f'{path} {reason}; without it the release cannot be derived again'
+        ) from error
     return value
 
 
@@ -152,8 +178,10 @@ def _read_groups(path: Path, n: int) -> pd.DataFrame:
         raise UserError(f'{path} is not a group table of this tool: {error}') from error
     numbers = set(table['centers']) - {0}
     if len(table) != n or not numbers or numbers != set(range(1, len(numbers) + 1)):
-        raise UserError(f'{path} does not hold one row for each of {n} photographs, in groups '
-                        'numbered 1, 2, ... (0: left out)')
+        raise UserError(
+            f'{path} does not hold one row for each of {n} photographs, in groups '
+            'numbered 1, 2, ... (0: left out)'
+        )
     return table
 
 
@@ -194,23 +222,27 @@ def check_records(run: Run) -> Check:
         found.add('the photographs are not those of the run')
     table, groups = run.table, run.groups
     if groups['id_code'].tolist() != list(table.ids):
-        found.add('the group table does not hold the ids of the source table',
-                  set(groups['id_code']) ^ set(table.ids))
+        found.add(
+            'the group table does not hold the ids of the source table',
+            set(groups['id_code']) ^ set(table.ids),
+        )
     elif table.patients is not None and groups['patient_id'].tolist() != list(table.patients):
-        found.add('patients of the group table are not those of the source table',
-                  [i for i, a, b in zip(table.ids, groups['patient_id'], table.patients)
-                   if a != b])
+        found.add(
+            'patients of the group table are not those of the source table',
+            [i for i, a, b in zip(table.ids, groups['patient_id'], table.patients) if a != b],
+        )
     if ('diagnosis' in groups) != (table.labels is not None) or (
-            table.labels is not None
-            and groups['diagnosis'].tolist() != [str(v) for v in table.labels]):
+        table.labels is not None and groups['diagnosis'].tolist() != [str(v) for v in table.labels]
+    ):
         found.add('grades of the group table are not those of the source table')
     return found.check(f'{len(table)} photographs, {len(set(run.contents))} of them different')
 
 
 def check_groups(run: Run) -> list[Check]:
     """At least k distinct people in each group, disjoint groups, strata, names."""
-    found = Findings(f'every group has at least k = {run.k} distinct {run.unit}, '
-                     'groups are disjoint')
+    found = Findings(
+        f'every group has at least k = {run.k} distinct {run.unit}, groups are disjoint'
+    )
     twice, smallest, members = Findings(TWICE), None, run.members
     if not isinstance(run.k, int) or run.k < 2:
         found.add(f'k is {run.k}, below 2')
@@ -237,30 +269,37 @@ def check_groups(run: Run) -> list[Check]:
     _check_strata(run, found)
     if run.names != _derived_names(run):
         found.add('release names do not follow from the seed and the group table')
-    return [found.check(f'{len(members)} groups, smallest {smallest}'),
-            twice.check(f'policy {run.options["policy"]}')]
+    return [
+        found.check(f'{len(members)} groups, smallest {smallest}'),
+        twice.check(f'policy {run.options["policy"]}'),
+    ]
 
 
 def _check_people(run: Run, found: Findings) -> None:
     """Identical photographs, and under 'together' people, stand in one group only."""
     for label, keys, applies in (
-            ('identical photographs', run.contents, True),
-            ('patients', run.people, run.options['policy'] == 'together')):
+        ('identical photographs', run.contents, True),
+        ('patients', run.people, run.options['policy'] == 'together'),
+    ):
         groups: dict[Any, set[int]] = {}
         for key, number in zip(keys, run.numbers):
             if number:
                 groups.setdefault(key, set()).add(number)
         if applies and (many := sum(len(g) > 1 for g in groups.values())):
-            found.add(f'{many} {label} are in more than one group',
-                      [run.table.ids[i] for i, key in enumerate(keys)
-                       if len(groups.get(key, ())) > 1])
+            found.add(
+                f'{many} {label} are in more than one group',
+                [run.table.ids[i] for i, key in enumerate(keys) if len(groups.get(key, ())) > 1],
+            )
 
 
 def _check_strata(run: Run, found: Findings) -> None:
     for name in run.options['strata']:
         values = getattr(run.table, _STRATA[name])
-        mixed = [number for number, rows in run.members.items()
-                 if values is None or len({values[r] for r in rows}) != 1]
+        mixed = [
+            number
+            for number, rows in run.members.items()
+            if values is None or len({values[r] for r in rows}) != 1
+        ]
         if mixed:
             found.add(f'{len(mixed)} groups cross the strata of {name}')
 
@@ -301,10 +340,13 @@ def diversity(counts: Sequence[tuple[int, ...]]) -> dict[str, float]:
             gap += abs(below)
         distances.append(gap / (_N_GRADES - 1))
         kinds.append(_N_GRADES - own.count(0))
-    return {'homogeneous': round(float(Fraction(kinds.count(1), n)), 6), 'l_min': min(kinds),
-            'l_mean': round(float(Fraction(sum(kinds), n)), 6),
-            't_max': round(float(max(distances)), 6),
-            't_mean': round(float(sum(distances) / n), 6)}
+    return {
+        'homogeneous': round(float(Fraction(kinds.count(1), n)), 6),
+        'l_min': min(kinds),
+        'l_mean': round(float(Fraction(sum(kinds), n)), 6),
+        't_max': round(float(max(distances)), 6),
+        't_mean': round(float(sum(distances) / n), 6),
+    }
 
 
 def labels_text(run: Run) -> str:
@@ -342,16 +384,25 @@ def manifest_without_files(run: Run) -> dict[str, Any]:
         people.append(len({run.people[r] for r in rows}))
     grades = None if counts is None else _histogram([_majority(c) for c in counts.values()])
     return {
-        'format': FORMAT, 'k': run.k, 'unit': run.unit, 'policy': run.options['policy'],
+        'format': FORMAT,
+        'k': run.k,
+        'unit': run.unit,
+        'policy': run.options['policy'],
         'clustering': run.options['clustering'],
         'strata': [_STRATA[s] for s in run.options['strata']],
-        'n_suppressed': run.numbers.count(0), 'image_size': run.facts['image_size'],
+        'n_suppressed': run.numbers.count(0),
+        'image_size': run.facts['image_size'],
         'settings': {name: run.options[option] for name, option in _SETTINGS.items()},
-        'networks': run.facts['networks'], 'versions': run.facts['versions'],
-        'card': run.card, 'png_encoder': run.facts['png_encoder'], 'n_images': len(run.members),
-        'images_per_group': _histogram(sizes), 'patients_per_group': _histogram(people),
+        'networks': run.facts['networks'],
+        'versions': run.facts['versions'],
+        'card': run.card,
+        'png_encoder': run.facts['png_encoder'],
+        'n_images': len(run.members),
+        'images_per_group': _histogram(sizes),
+        'patients_per_group': _histogram(people),
         'grades': grades,
-        'grade_diversity': None if counts is None else diversity(list(counts.values()))}
+        'grade_diversity': None if counts is None else diversity(list(counts.values())),
+    }
 
 
 def _histogram(values: Sequence[int]) -> dict[str, int]:
@@ -362,12 +413,18 @@ def check_networks(run: Run, found: Findings) -> None:
     """The networks named in the manifest are the weight files of the run record."""
     inputs, networks = run.record['inputs'], run.facts['networks']
     style = inputs.get('style network')
-    if style is None:    # no file: the built-in filters, or none where the loss is off
+    if style is None:  # no file: the built-in filters, or none where the loss is off
         style = 'filters' if run.options['style_weights'] == 'filters' else 'none'
-    wanted = {'generator and encoder': inputs.get('checkpoint'),
-              'content': inputs.get('content network'), 'style': style}
-    if not isinstance(networks, dict) or list(networks) != list(wanted) or any(
-            str(networks[role]).split(' ')[-1] != value for role, value in wanted.items()):
+    wanted = {
+        'generator and encoder': inputs.get('checkpoint'),
+        'content': inputs.get('content network'),
+        'style': style,
+    }
+    if (
+        not isinstance(networks, dict)
+        or list(networks) != list(wanted)
+        or any(str(networks[role]).split(' ')[-1] != value for role, value in wanted.items())
+    ):
         found.add('networks are not the weight files of the run record')
 
 
@@ -386,9 +443,18 @@ def check_grades(run: Run) -> tuple[Check, dict[str, Any]]:
         return Check(GRADES, True, 'no grades were given'), {}
     found = diversity(list(counts.values()))
     one = sum(c.count(0) == _N_GRADES - 1 for c in counts.values())
-    words = (f'{one} of {len(counts)} groups hold one single grade: whoever knows that a person is '
-             'in such a group knows the grade. ' if one else '')
+    words = (
+        f'{one} of {len(counts)} groups hold one single grade: whoever knows that a person is '
+        'in such a group knows the grade. '
+        if one
+        else ''
+    )
     most = max(_N_GRADES - c.count(0) for c in counts.values())
-    return Check(GRADES, True, (
-        f'{words}l-diversity {found["l_min"]} to {most} (mean {found["l_mean"]:.1f}), '
-        f't-closeness at most {found["t_max"]:.2f} (mean {found["t_mean"]:.2f})')), found
+    return Check(
+        GRADES,
+        True,
+        (
+            f'{words}l-diversity {found["l_min"]} to {most} (mean {found["l_mean"]:.1f}), '
+            f't-closeness at most {found["t_max"]:.2f} (mean {found["t_mean"]:.2f})'
+        ),
+    ), found

@@ -2,6 +2,7 @@
 
 Only regular files are opened: a symbolic link, a pipe or a device is reported, never followed.
 """
+
 import dataclasses
 import json
 import os
@@ -9,12 +10,17 @@ import stat
 from pathlib import Path
 from typing import Any
 
-MAX_PAGE = 64 << 20       # bytes of a manifest, table or page; the largest is 10 MB for 88,000
-MAX_PICTURE = 256 << 20   # bytes of a picture
+MAX_PAGE = 64 << 20  # bytes of a manifest, table or page; the largest is 10 MB for 88,000
+MAX_PICTURE = 256 << 20  # bytes of a picture
 # Set by the system, not by whoever fills the folder.
 _SYSTEM_ATTRIBUTES = ('security.', 'system.', 'trusted.')
-_KINDS = ((stat.S_ISLNK, 'a symbolic link'), (stat.S_ISFIFO, 'a pipe'),
-          (stat.S_ISSOCK, 'a socket'), (stat.S_ISCHR, 'a device'), (stat.S_ISBLK, 'a device'))
+_KINDS = (
+    (stat.S_ISLNK, 'a symbolic link'),
+    (stat.S_ISFIFO, 'a pipe'),
+    (stat.S_ISSOCK, 'a socket'),
+    (stat.S_ISCHR, 'a device'),
+    (stat.S_ISBLK, 'a device'),
+)
 
 
 class Fault(ValueError):
@@ -53,19 +59,20 @@ def scan(folder: Path) -> Tree:
                 elif stat.S_ISREG(mode):
                     files.add(name)
                 else:
-                    odd[name] = next((text for is_kind, text in _KINDS if is_kind(mode)),
-                                     'a special file')
+                    odd[name] = next(
+                        (text for is_kind, text in _KINDS if is_kind(mode)), 'a special file'
+                    )
                 if _has_attributes(entry.path):
                     attributes.add(name)
     return Tree(frozenset(files), frozenset(folders), odd, frozenset(attributes))
 
 
 def _has_attributes(path: str | Path) -> bool:
-    if not hasattr(os, 'listxattr'):    # only Linux lists them
+    if not hasattr(os, 'listxattr'):  # only Linux lists them
         return False
     try:
         names = os.listxattr(path, follow_symlinks=False)
-    except OSError:                     # the file system knows none
+    except OSError:  # the file system knows none
         return False
     return any(not n.startswith(_SYSTEM_ATTRIBUTES) for n in names)
 
@@ -97,7 +104,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
         text = data.decode('utf-8')
         value = json.loads(text, parse_constant=_refuse)
         again = json.dumps(value, indent=2) + '\n'
-    except (ValueError, RecursionError) as error:    # decoding errors are ValueErrors
+    except (ValueError, RecursionError) as error:  # decoding errors are ValueErrors
         raise Fault('is not JSON that can be read') from error
     if not isinstance(value, dict):
         raise Fault('holds no JSON object')

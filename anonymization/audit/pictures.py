@@ -1,4 +1,5 @@
 """Pictures of a release: their one form, and whether they are those that were recorded."""
+
 import dataclasses
 import hashlib
 from collections.abc import Sequence
@@ -26,12 +27,14 @@ class Picture:
     pixels: str | None = None
     features: Features | None = None
     fault: str | None = None
-    canonical: bool = False    # re-encoding gives the same bytes
+    canonical: bool = False  # re-encoding gives the same bytes
 
 
-def look_at(release: Path, names: Sequence[str], size: int | None, *,
-            with_features: bool = False) -> list[Picture]:
+def look_at(
+    release: Path, names: Sequence[str], size: int | None, *, with_features: bool = False
+) -> list[Picture]:
     """Reads images/<name>.png of each name; size: wanted side in px, None for any square."""
+
     def one(name: str) -> Picture:
         try:
             data = read_regular(release / 'images' / f'{name}.png', MAX_PICTURE)
@@ -42,9 +45,13 @@ def look_at(release: Path, names: Sequence[str], size: int | None, *,
             pixels = decode(data, size)
         except Fault as fault:
             return Picture(name, digest, fault=str(fault))
-        return Picture(name, digest, pixel_digest(pixels),
-                       features(pixels) if with_features else None,
-                       canonical=encode(pixels) == data)
+        return Picture(
+            name,
+            digest,
+            pixel_digest(pixels),
+            features(pixels) if with_features else None,
+            canonical=encode(pixels) == data,
+        )
 
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(one, names))
@@ -62,14 +69,21 @@ def check_form(pictures: Sequence[Picture], encoder: str | None) -> Check:
         if picture.fault:
             found.add(f'a picture {picture.fault}', [picture.name])
         elif not picture.canonical and encoder == png_encoder():
-            found.add('a picture has other bytes than the encoder writes for its pixels',
-                      [picture.name])
+            found.add(
+                'a picture has other bytes than the encoder writes for its pixels', [picture.name]
+            )
     if not pictures:
         found.add('there are no pictures')
     odd = sum(not p.canonical for p in pictures)
-    return found.check(f'{len(pictures)} pictures' + (
-        f'; {odd} could not be compared byte by byte, since they were compressed by '
-        f'{encoder} and this is {png_encoder()}' if odd else ''))
+    return found.check(
+        f'{len(pictures)} pictures'
+        + (
+            f'; {odd} could not be compared byte by byte, since they were compressed by '
+            f'{encoder} and this is {png_encoder()}'
+            if odd
+            else ''
+        )
+    )
 
 
 def check_made(pictures: Sequence[Picture], recorded: dict[str, str]) -> Check:

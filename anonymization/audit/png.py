@@ -3,6 +3,7 @@
 A PNG has room for more than a picture: chunks, bytes after the end or inside the compressed
 stream, an alpha channel, low bytes of 16 bits, the choice of compression. Each is refused.
 """
+
 import io
 import struct
 import zlib
@@ -15,7 +16,7 @@ from utils.errors import UserError
 from utils.images import open_image
 
 _SIGNATURE = b'\x89PNG\r\n\x1a\n'
-_RGB8 = (8, 2, 0, 0, 0)    # bits, colour type, compression, filter, interlace of IHDR
+_RGB8 = (8, 2, 0, 0, 0)  # bits, colour type, compression, filter, interlace of IHDR
 MAX_SIDE = 8192
 
 
@@ -26,8 +27,8 @@ def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
     found: list[tuple[bytes, bytes]] = []
     at = len(_SIGNATURE)
     while at + 12 <= len(data):
-        length, kind = struct.unpack('>I4s', data[at:at + 8])
-        body, crc = data[at + 8:at + 8 + length], data[at + 8 + length:at + 12 + length]
+        length, kind = struct.unpack('>I4s', data[at : at + 8])
+        body, crc = data[at + 8 : at + 8 + length], data[at + 8 + length : at + 12 + length]
         if len(crc) < 4:
             break
         if struct.unpack('>I', crc)[0] != zlib.crc32(kind + body):

@@ -1,4 +1,5 @@
 """Pictures synthesised anew from the recorded latents of the groups."""
+
 import stat
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ RECOMPUTED = 'pictures synthesised anew from the latents of their groups are the
 ONE_PERSON = 'no group latent is the latent of one person'
 # Largest and mean difference in grey levels of 255 between machines, by precision.
 TOLERANCE = {'fp32': (2, 0.1), 'tf32': (16, 1.0), 'bf16': (32, 3.0)}
-_NEAR = 0.05    # of the members' own spread
+_NEAR = 0.05  # of the members' own spread
 _DIRECTIONS, _BLOCK = 64, 512
 
 
@@ -31,19 +32,22 @@ def read_latents(run: Run) -> np.ndarray:
     path = run.private / 'group_latents.npy'
     latents = _load(path)
     if latents.ndim != 3 or latents.dtype != np.float32 or len(latents) != len(run.members):
-        raise UserError(f'{path} holds {latents.dtype} {list(latents.shape)}, want float32 '
-                        f'[{len(run.members)}, styles, dimension], a row for each group')
+        raise UserError(
+            f'{path} holds {latents.dtype} {list(latents.shape)}, want float32 '
+            f'[{len(run.members)}, styles, dimension], a row for each group'
+        )
     return latents
 
 
 def _load(path: Path) -> np.ndarray:
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):    # a pipe would be waited for
+        if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would be waited for
             raise ValueError('not a regular file')
         return np.load(path, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise UserError(f'{path} is missing or damaged; the pictures cannot be derived again '
-                        'without it') from error
+        raise UserError(
+            f'{path} is missing or damaged; the pictures cannot be derived again without it'
+        ) from error
 
 
 def check_one_person(run: Run, latents: np.ndarray) -> Check:
@@ -78,17 +82,26 @@ def _nearest(groups: np.ndarray, own: np.ndarray, candidates: list[list[int]]) -
     Found in 64 random directions, in which what is equal stays equal.
     """
     directions = np.random.default_rng(0).standard_normal((own.shape[1], _DIRECTIONS))
-    seen = np.concatenate([own[i:i + _BLOCK] @ directions for i in range(0, len(own), _BLOCK)])
+    seen = np.concatenate([own[i : i + _BLOCK] @ directions for i in range(0, len(own), _BLOCK)])
     means = np.stack([seen[rows].mean(0) for rows in candidates])
-    squares = (means ** 2).sum(1)
-    return np.concatenate([
-        (squares - 2 * (groups[i:i + _BLOCK] @ directions) @ means.T).argmin(1)
-        for i in range(0, len(groups), _BLOCK)])
+    squares = (means**2).sum(1)
+    return np.concatenate(
+        [
+            (squares - 2 * (groups[i : i + _BLOCK] @ directions) @ means.T).argmin(1)
+            for i in range(0, len(groups), _BLOCK)
+        ]
+    )
 
 
-def check_recomputed(release: Path, run: Run, latents: np.ndarray, how_many: int | None, *,
-                     checkpoint: Path | None, device: torch.device | str
-                     ) -> tuple[Check, dict[str, Any]]:
+def check_recomputed(
+    release: Path,
+    run: Run,
+    latents: np.ndarray,
+    how_many: int | None,
+    *,
+    checkpoint: Path | None,
+    device: torch.device | str,
+) -> tuple[Check, dict[str, Any]]:
     """Synthesises `how_many` pictures (None: all), spread evenly over the names, one at a time.
 
     checkpoint: file of the networks, None for the run's own. Exact on the machine and device of
@@ -98,8 +111,10 @@ def check_recomputed(release: Path, run: Run, latents: np.ndarray, how_many: int
     path = Path(checkpoint or run.options['checkpoint_path'])
     wanted = run.record['inputs'].get('checkpoint')
     if not path.is_file() or sha256_file(path) != wanted:
-        raise UserError(f'{path} is not the checkpoint of the run (other SHA-256, or missing); '
-                        'name it with --checkpoint_path')
+        raise UserError(
+            f'{path} is not the checkpoint of the run (other SHA-256, or missing); '
+            'name it with --checkpoint_path'
+        )
     precision = run.options['precision']
     psp = load_psp(path).to(device).eval()
     synthesis = FrozenSynthesis(psp.decoder, dtype=ACTIVATIONS[precision])
@@ -125,11 +140,13 @@ def check_recomputed(release: Path, run: Run, latents: np.ndarray, how_many: int
     worst = max(differences, default=0)
     return found.check(
         f'{exact} of {len(names)} equal, largest difference {worst} of 255 (allowed: {largest}, '
-        f'{mean} on average)'), {'n': len(names), 'equal': exact, 'largest_difference': worst}
+        f'{mean} on average)'
+    ), {'n': len(names), 'equal': exact, 'largest_difference': worst}
 
 
-def _picture(psp: PSP, synthesis: FrozenSynthesis, latent: np.ndarray, run: Run,
-             device: torch.device | str) -> np.ndarray:
+def _picture(
+    psp: PSP, synthesis: FrozenSynthesis, latent: np.ndarray, run: Run, device: torch.device | str
+) -> np.ndarray:
     image = synthesis(torch.from_numpy(np.array(latent))[None].to(device))
     if run.options.get('resize_outputs'):
         image = psp.pool(image)

@@ -1,4 +1,5 @@
 """What a recipient can check without private/: the form of manifest and labels, and their sums."""
+
 import io
 import re
 from collections import Counter
@@ -30,8 +31,9 @@ def _number(low: float = 0, high: float = float('inf')) -> Callable[[Any], bool]
 
 
 def _text(pattern: re.Pattern[str], empty: bool = False) -> Callable[[Any], bool]:
-    return lambda v: (empty and v is None) or (isinstance(v, str)
-                                               and pattern.fullmatch(v) is not None)
+    return lambda v: (
+        (empty and v is None) or (isinstance(v, str) and pattern.fullmatch(v) is not None)
+    )
 
 
 def _one_of(*words: str) -> Callable[[Any], bool]:
@@ -39,20 +41,28 @@ def _one_of(*words: str) -> Callable[[Any], bool]:
 
 
 def _strata(value: Any) -> bool:
-    return (isinstance(value, list) and all(_one_of('eyes', 'labels', 'visits', 'splits')(v)
-                                            for v in value) and len(set(value)) == len(value))
+    return (
+        isinstance(value, list)
+        and all(_one_of('eyes', 'labels', 'visits', 'splits')(v) for v in value)
+        and len(set(value)) == len(value)
+    )
 
 
 def _histogram(value: Any) -> bool:
-    return (isinstance(value, dict) and bool(value)
-            and all(re.fullmatch(r'0|[1-9][0-9]{0,8}', k) and _count(1)(v)
-                    for k, v in value.items())
-            and list(value) == sorted(value, key=int))
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(re.fullmatch(r'0|[1-9][0-9]{0,8}', k) and _count(1)(v) for k, v in value.items())
+        and list(value) == sorted(value, key=int)
+    )
 
 
 def _fields(**rules: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda v: (isinstance(v, dict) and list(v) == list(rules)
-                      and all(rule(v[name]) for name, rule in rules.items()))
+    return lambda v: (
+        isinstance(v, dict)
+        and list(v) == list(rules)
+        and all(rule(v[name]) for name, rule in rules.items())
+    )
 
 
 def _or_none(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -69,34 +79,64 @@ def _strides(value: Any) -> bool:
 
 def _versions(value: Any) -> bool:
     known = {'python', 'torch', 'torchvision', 'numpy', 'pillow', 'k-salsa', 'cuda', 'commit'}
-    return (isinstance(value, dict) and value.keys() == known
-            and all(_text(_VERSION, empty=True)(v) for v in value.values()))
+    return (
+        isinstance(value, dict)
+        and value.keys() == known
+        and all(_text(_VERSION, empty=True)(v) for v in value.values())
+    )
 
 
 def _networks(value: Any) -> bool:
     roles = ['generator and encoder', 'content', 'style']
-    return (isinstance(value, dict) and list(value) == roles
-            and _text(_HASH)(value[roles[0]])
-            and all(_text(_NETWORK)(value[r]) for r in roles[1:]))
+    return (
+        isinstance(value, dict)
+        and list(value) == roles
+        and _text(_HASH)(value[roles[0]])
+        and all(_text(_NETWORK)(value[r]) for r in roles[1:])
+    )
 
 
 _MANIFEST: dict[str, Callable[[Any], bool]] = {
-    'format': _one_of(FORMAT), 'k': _count(2), 'unit': _one_of('patients', 'images'),
-    'policy': _one_of('distinct', 'together'), 'clustering': _text(_WORD), 'strata': _strata,
-    'n_suppressed': _count(), 'image_size': _count(4, 8192),
-    'settings': _fields(n_iters=_count(1), n_steps=_count(), n_crop=_count(1),
-                        content_weight=_number(), style_weight=_number_or_auto,
-                        lr=_number_or_auto, style_mode=_or_none(_text(_WORD)),
-                        style_strides=_strides, style_ratio=_number(),
-                        precision=_one_of('fp32', 'tf32', 'bf16'),
-                        mirror_left=lambda v: isinstance(v, bool)),
-    'networks': _networks, 'versions': _versions, 'card': is_card, 'png_encoder': _text(_ENCODER),
-    'n_images': _count(1), 'images_per_group': _histogram, 'patients_per_group': _histogram,
+    'format': _one_of(FORMAT),
+    'k': _count(2),
+    'unit': _one_of('patients', 'images'),
+    'policy': _one_of('distinct', 'together'),
+    'clustering': _text(_WORD),
+    'strata': _strata,
+    'n_suppressed': _count(),
+    'image_size': _count(4, 8192),
+    'settings': _fields(
+        n_iters=_count(1),
+        n_steps=_count(),
+        n_crop=_count(1),
+        content_weight=_number(),
+        style_weight=_number_or_auto,
+        lr=_number_or_auto,
+        style_mode=_or_none(_text(_WORD)),
+        style_strides=_strides,
+        style_ratio=_number(),
+        precision=_one_of('fp32', 'tf32', 'bf16'),
+        mirror_left=lambda v: isinstance(v, bool),
+    ),
+    'networks': _networks,
+    'versions': _versions,
+    'card': is_card,
+    'png_encoder': _text(_ENCODER),
+    'n_images': _count(1),
+    'images_per_group': _histogram,
+    'patients_per_group': _histogram,
     'grades': _or_none(_histogram),
-    'grade_diversity': _or_none(_fields(
-        homogeneous=_number(0, 1), l_min=_count(1, _N_GRADES), l_mean=_number(1, _N_GRADES),
-        t_max=_number(0, 1), t_mean=_number(0, 1))),
-    'files': lambda v: isinstance(v, dict) and all(_text(_HASH)(h) for h in v.values())}
+    'grade_diversity': _or_none(
+        _fields(
+            homogeneous=_number(0, 1),
+            l_min=_count(1, _N_GRADES),
+            l_mean=_number(1, _N_GRADES),
+            t_max=_number(0, 1),
+            t_mean=_number(0, 1),
+        )
+    ),
+    'files': lambda v: isinstance(v, dict) and all(_text(_HASH)(h) for h in v.values()),
+}
 
 
 def check_manifest(manifest: dict[str, Any], found: Findings) -> bool:
@@ -120,14 +160,19 @@ def check_sums(manifest: dict[str, Any], labels: pd.DataFrame, found: Findings) 
             found.add(f'{name} does not add up to n_images')
     if min(int(v) for v in manifest['patients_per_group']) < manifest['k']:
         found.add('a group has fewer members than k')
-    people, images = (sum(int(v) * c for v, c in manifest[name].items())
-                      for name in ('patients_per_group', 'images_per_group'))
+    people, images = (
+        sum(int(v) * c for v, c in manifest[name].items())
+        for name in ('patients_per_group', 'images_per_group')
+    )
     if people > images or (manifest['policy'] == 'distinct' and people != images):
         found.add('images_per_group and patients_per_group do not go together')
     if manifest['n_images'] != len(labels):
         found.add('n_images is not the number of labels')
-    grades = {str(g): c for g, c in sorted(Counter(labels['label']).items())} \
-        if 'label' in labels else None
+    grades = (
+        {str(g): c for g, c in sorted(Counter(labels['label']).items())}
+        if 'label' in labels
+        else None
+    )
     if manifest['grades'] != grades:
         found.add('grades are not those of labels.csv')
     if (manifest['grade_diversity'] is None) != (grades is None):

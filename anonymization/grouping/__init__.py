@@ -9,13 +9,8 @@ A *unit* is what moves as a whole: an image under the policy 'distinct' (a patie
 land in different groups), all images of a patient under 'together'. Either way a group needs k
 units, and never holds two units of one patient.
 """
-from anonymization.grouping.assign import (
-    METHODS,
-    POLICIES,
-    SURPLUS,
-    Grouping,
-    assign_groups,
-)
+
+from anonymization.grouping.assign import METHODS, POLICIES, SURPLUS, Grouping, assign_groups
 from anonymization.grouping.features import squared_errors
 
 __all__ = ['METHODS', 'POLICIES', 'SURPLUS', 'Grouping', 'assign_groups', 'squared_errors']

@@ -1,4 +1,5 @@
 """The one entry: checks the input, groups stratum by stratum, checks the promises."""
+
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ class Grouping:
     images left out. info: n_groups, sizes {images per group: groups}, patients_per_group
     {distinct patients: groups}, sst, sse_ratio, policy, seed, strata, reduction.
     """
+
     labels: np.ndarray
     suppressed: list[tuple[int, str]]
     method: str
@@ -33,12 +35,23 @@ class Grouping:
     info: dict = field(default_factory=dict)
 
 
-def assign_groups(features: np.ndarray | torch.Tensor, k: int, *,
-                  patients: Sequence[Any] | None = None, strata: Sequence[Any] | None = None,
-                  method: str = 'default', policy: str = 'distinct', seed: int = 0,
-                  surplus: str = 'error', reduce: int | str | None = 'auto', rounds: int = 300,
-                  block: int = 320, restarts: int | None = None, tolerance: float = 1e-4,
-                  device: torch.device | str = 'cpu') -> Grouping:
+def assign_groups(
+    features: np.ndarray | torch.Tensor,
+    k: int,
+    *,
+    patients: Sequence[Any] | None = None,
+    strata: Sequence[Any] | None = None,
+    method: str = 'default',
+    policy: str = 'distinct',
+    seed: int = 0,
+    surplus: str = 'error',
+    reduce: int | str | None = 'auto',
+    rounds: int = 300,
+    block: int = 320,
+    restarts: int | None = None,
+    tolerance: float = 1e-4,
+    device: torch.device | str = 'cpu',
+) -> Grouping:
     """Groups `n` images so that every group holds at least `k` distinct patients.
 
     features: [n, d] floating array, np.memmap or tensor; larger shapes are flattened to [n, d].
@@ -77,22 +90,32 @@ def assign_groups(features: np.ndarray | torch.Tensor, k: int, *,
                 labels[unit_rows] = count + 1 + group
             groups = int(assignment.max()) + 1
             count += groups
-        strata_info.append({'stratum': name, 'images': len(rows), 'suppressed': len(dropped),
-                            'groups': groups})
+        strata_info.append(
+            {'stratum': name, 'images': len(rows), 'suppressed': len(dropped), 'groups': groups}
+        )
     if count == 0:
-        raise UserError(f'no stratum has the {k} distinct patients that one group needs; lower '
-                        '--same_k or use coarser strata')
-    check_groups(labels.tolist(), k, patients=None if owners is None else owners.tolist(),
-                 strata=None if kinds is None else kinds.tolist(), policy=policy)
+        raise UserError(
+            f'no stratum has the {k} distinct patients that one group needs; lower '
+            '--same_k or use coarser strata'
+        )
+    check_groups(
+        labels.tolist(),
+        k,
+        patients=None if owners is None else owners.tolist(),
+        strata=None if kinds is None else kinds.tolist(),
+        policy=policy,
+    )
     sse, sst = squared_errors(matrix, labels)
     info = _describe(labels, owners, k)
-    info.update(sst=sst, sse_ratio=sse / sst if sst else 0.0, policy=policy, seed=seed,
-                reduction=reduction)
+    info.update(
+        sst=sst, sse_ratio=sse / sst if sst else 0.0, policy=policy, seed=seed, reduction=reduction
+    )
     if kinds is not None:
         info['strata'] = strata_info
     if suppressed:
-        log.warning('%d of %d images suppressed, because no group may hold them',
-                    len(suppressed), n)
+        log.warning(
+            '%d of %d images suppressed, because no group may hold them', len(suppressed), n
+        )
     return Grouping(labels, sorted(suppressed), method, sse, info)
 
 
@@ -101,9 +124,11 @@ def _check_homes(patients, strata, policy):
         homes = Counter(patient for patient, _ in set(zip(patients, strata)))
         torn = sum(count > 1 for count in homes.values())
         if torn:
-            raise UserError(f"the images of {torn} patients lie in several strata, so that the "
-                            "policy 'together' cannot keep them in one group; use 'distinct' or "
-                            'strata that do not divide a patient')
+            raise UserError(
+                f'the images of {torn} patients lie in several strata, so that the '
+                "policy 'together' cannot keep them in one group; use 'distinct' or "
+                'strata that do not divide a patient'
+            )
 
 
 def _check_options(k, method, policy, surplus, reduce, rounds, block, restarts):
@@ -120,8 +145,9 @@ def _check_options(k, method, policy, surplus, reduce, rounds, block, restarts):
     if rounds < 0:
         raise UserError(f'rounds must not be negative, got {rounds}')
     if block < 2 or (restarts is not None and restarts < 1):
-        raise UserError(f'block must be at least 2 and restarts at least 1, got {block} and '
-                        f'{restarts}')
+        raise UserError(
+            f'block must be at least 2 and restarts at least 1, got {block} and {restarts}'
+        )
 
 
 def _describe(labels, patients, k):
@@ -131,7 +157,11 @@ def _describe(labels, patients, k):
     if patients is not None:
         pairs = {(label, person) for label, person in zip(labels.tolist(), patients) if label}
         people = np.bincount([label for label, _ in pairs])[1:]
-    return {'n_groups': len(sizes), 'k': k,
-            'sizes': {int(size): int(c) for size, c in zip(*np.unique(sizes, return_counts=True))},
-            'patients_per_group': {int(size): int(c) for size, c
-                                   in zip(*np.unique(people, return_counts=True))}}
+    return {
+        'n_groups': len(sizes),
+        'k': k,
+        'sizes': {int(size): int(c) for size, c in zip(*np.unique(sizes, return_counts=True))},
+        'patients_per_group': {
+            int(size): int(c) for size, c in zip(*np.unique(people, return_counts=True))
+        },
+    }

@@ -1,4 +1,5 @@
 """Features [n, d] on disk or in memory: order, reduction, squared errors."""
+
 import hashlib
 import logging
 from typing import Any
@@ -12,7 +13,7 @@ from utils.seeds import torch_generator
 
 log = logging.getLogger(__name__)
 
-AUTO_REDUCE_ELEMENTS = 2 ** 28    # features above 1 GiB of float32 are reduced by 'auto'
+AUTO_REDUCE_ELEMENTS = 2**28  # features above 1 GiB of float32 are reduced by 'auto'
 AUTO_REDUCE_DIMS = 256
 
 
@@ -31,7 +32,7 @@ def as_matrix(features: np.ndarray | torch.Tensor) -> np.ndarray:
 
 def block_rows(features: np.ndarray, itemsize: int) -> int:
     """Rows per block of about 64 MiB."""
-    return max(1, 2 ** 26 // (features.shape[1] * itemsize))
+    return max(1, 2**26 // (features.shape[1] * itemsize))
 
 
 def row_hashes(features: np.ndarray) -> np.ndarray:
@@ -40,18 +41,24 @@ def row_hashes(features: np.ndarray) -> np.ndarray:
     bad = []
     step = block_rows(features, 4)
     for start in progress(range(0, len(features), step), desc='reading features'):
-        block = np.ascontiguousarray(features[start:start + step])
+        block = np.ascontiguousarray(features[start : start + step])
         bad += (start + np.flatnonzero(~np.isfinite(block).all(1))).tolist()
         for i, row in enumerate(block):
             digests[start + i] = hashlib.blake2b(row, digest_size=16).hexdigest()
     if bad:
-        raise UserError(f'features of {len(bad)} images are not finite, first rows {bad[:5]} '
-                        '(counted from 0)')
+        raise UserError(
+            f'features of {len(bad)} images are not finite, first rows {bad[:5]} (counted from 0)'
+        )
     return digests
 
 
-def load_features(features: np.ndarray, hashes: np.ndarray, reduce: int | str | None, seed: int,
-                  device: torch.device | str) -> tuple[np.ndarray, dict[str, Any] | None]:
+def load_features(
+    features: np.ndarray,
+    hashes: np.ndarray,
+    reduce: int | str | None,
+    seed: int,
+    device: torch.device | str,
+) -> tuple[np.ndarray, dict[str, Any] | None]:
     """(features to group by, reduction facts or None); reduced: scores of a randomised PCA."""
     n, d = features.shape
     if reduce == 'auto':
@@ -72,7 +79,7 @@ def _random_pca(features, order, dims, seed, device, sample=20000, iterations=3)
 
     def blocks(rows, mean=None):
         for start in range(0, len(rows), step):
-            index = rows[start:start + step]
+            index = rows[start : start + step]
             block = torch.from_numpy(np.asarray(features[index], np.float32)).to(device)
             yield start, block if mean is None else block - mean
 
@@ -95,13 +102,17 @@ def _random_pca(features, order, dims, seed, device, sample=20000, iterations=3)
     scores = torch.empty(n, dims, device=device)
     total, sums = 0.0, torch.zeros(d, dtype=torch.float64, device=device)
     for start, block in blocks(order, mean):
-        scores[torch.from_numpy(order[start:start + step]).to(device)] = block @ basis
+        scores[torch.from_numpy(order[start : start + step]).to(device)] = block @ basis
         total += block.double().square().sum().item()
         sums += block.double().sum(0)
     variance = total - (sums.square().sum() / n).item()
     kept = (scores - scores.mean(0)).double().square().sum().item() / variance
-    log.info('features reduced from %d to %d dimensions, %.2f %% of the variance kept', d, dims,
-             100 * kept)
+    log.info(
+        'features reduced from %d to %d dimensions, %.2f %% of the variance kept',
+        d,
+        dims,
+        100 * kept,
+    )
     return scores.cpu().numpy(), {'dims': dims, 'of': d, 'kept_variance': kept}
 
 
@@ -116,12 +127,13 @@ def squared_errors(features: np.ndarray, labels: np.ndarray) -> tuple[float, flo
     starts = np.searchsorted(labels[order], np.arange(1, labels.max() + 2))
     first = 0
     while first < len(starts) - 1:
-        last = max(np.searchsorted(starts, starts[first] + block_rows(features, 8), 'right') - 1,
-                   first + 1)
-        rows = order[starts[first]:starts[last]]
+        last = max(
+            np.searchsorted(starts, starts[first] + block_rows(features, 8), 'right') - 1, first + 1
+        )
+        rows = order[starts[first] : starts[last]]
         block = np.asarray(features[rows], np.float64)
         if first == 0:
-            origin = block.mean(0)    # near the data, so that the difference of sums keeps digits
+            origin = block.mean(0)  # near the data, so that the difference of sums keeps digits
         block -= origin
         local = starts[first:last] - starts[first]
         sums = np.add.reduceat(block, local, axis=0)

@@ -1,12 +1,13 @@
 """One group after the other: the paper's greedy and MDAV, over a pool of free units."""
+
 import numpy as np
 import torch
 
 from anonymization.grouping.units import Units
 from utils.logs import progress
 
-CELL = 8192                       # units among which the start of the default is sought
-TIE = 1e-11                       # relative difference of two distance sums that counts as a tie
+CELL = 8192  # units among which the start of the default is sought
+TIE = 1e-11  # relative difference of two distance sums that counts as a tie
 
 
 class _Pool:
@@ -51,12 +52,13 @@ class _Pool:
         if self.person is None:
             # The differences themselves decide among all that rounding may have put in disorder.
             slack = 8 * torch.finfo(self.x.dtype).eps * float(self.squares.max())
-            near = np.flatnonzero(distance <= np.partition(distance, self.k - 1)[self.k - 1]
-                                  + slack)
+            near = np.flatnonzero(
+                distance <= np.partition(distance, self.k - 1)[self.k - 1] + slack
+            )
             exact = self.x[torch.from_numpy(near).to(self.x.device)] - self.x[seed]
             exact = exact.square().sum(1).cpu().numpy()
             exact[np.searchsorted(near, seed)] = -1.0
-            chosen = near[np.argsort(exact, kind='stable')[:self.k]]
+            chosen = near[np.argsort(exact, kind='stable')[: self.k]]
         else:
             chosen = self._distinct(seed, distance)
         self.free[chosen] = False
@@ -98,7 +100,7 @@ def _join_leftovers(units, pool):
     free = assignment < 0
     if not free.any():
         return assignment
-    x = units.x.cpu()    # sums in a fixed order, which a GPU does not promise
+    x = units.x.cpu()  # sums in a fixed order, which a GPU does not promise
     weight = torch.from_numpy(units.weight).to(x)
     taken = torch.from_numpy(np.flatnonzero(~free))
     home = torch.from_numpy(assignment[~free])
@@ -125,7 +127,7 @@ def _distance_sums(pool, places=None):
     if places is not None:
         others, other_squares = others[places], other_squares[places]
     result = torch.empty_like(pool.squares)
-    step = max(1, 2 ** 23 // len(others))
+    step = max(1, 2**23 // len(others))
     for start in range(0, len(result), step):
         part = slice(start, start + step)
         scale = pool.squares[part, None] + other_squares
@@ -153,7 +155,7 @@ def published(units: Units, k: int) -> np.ndarray:
             fresh = len(pool.index)
         elif kept is not None:
             sums = sums[torch.from_numpy(kept).to(sums.device)]
-        top = sums.max()    # which rounding makes negative where all units left are identical
+        top = sums.max()  # which rounding makes negative where all units left are identical
         chosen = pool.group(int((sums >= top - TIE * abs(top)).nonzero()[0, 0]))
         place = torch.from_numpy(chosen).to(sums.device)
         sums -= _distance_sums(pool, place)
@@ -200,9 +202,13 @@ def mdav_in_cells(units: Units, k: int) -> np.ndarray:
     for cell in cells:
         person = None if units.person is None else units.person[cell]
         if person is not None and np.bincount(person).max() > len(cell) // k:
-            return mdav(units, k)    # one patient fills a cell; the whole has room for them
-        part = Units(list(cell), units.x[torch.from_numpy(cell).to(units.x.device)],
-                      units.weight[cell], person)
+            return mdav(units, k)  # one patient fills a cell; the whole has room for them
+        part = Units(
+            list(cell),
+            units.x[torch.from_numpy(cell).to(units.x.device)],
+            units.weight[cell],
+            person,
+        )
         result[cell] = count + mdav(part, k)
         count += len(cell) // k
     return result

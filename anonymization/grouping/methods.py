@@ -1,4 +1,5 @@
 """The clustering methods by name."""
+
 from typing import NamedTuple
 
 import numpy as np
@@ -66,15 +67,19 @@ def _deal(units, k, rng):
 def kmeans_constrained(units: Units, k: int, seed: int) -> np.ndarray:
     """Size-constrained k-means of the k-means-constrained package, for comparison."""
     if units.person is not None or units.weight.max() > 1:
-        raise UserError('kmeans-constrained cannot keep the images of a patient apart or '
-                        'together; choose another clustering')
+        raise UserError(
+            'kmeans-constrained cannot keep the images of a patient apart or '
+            'together; choose another clustering'
+        )
     try:
         from k_means_constrained import KMeansConstrained
     except ImportError as error:
-        raise UserError('the clustering kmeans-constrained needs the package of that name: '
-                        'pip install k-means-constrained') from error
+        raise UserError(
+            'the clustering kmeans-constrained needs the package of that name: '
+            'pip install k-means-constrained'
+        ) from error
     count = len(units) // k
     if count == 1:
         return np.zeros(len(units), int)
-    model = KMeansConstrained(count, size_min=k, n_init=1, random_state=seed % 2 ** 32)
+    model = KMeansConstrained(count, size_min=k, n_init=1, random_state=seed % 2**32)
     return _numbered(model.fit_predict(units.x.cpu().double().numpy()))

@@ -1,4 +1,5 @@
 """Refinement of a grouping: one member of every group is ejected, all are put back optimally."""
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -38,15 +39,14 @@ class Refinement:
     def _sum_up(self):
         self.sums = torch.zeros(len(self.size), self.x.shape[1], device=self.x.device)
         self.mass = torch.zeros(len(self.size), device=self.x.device)
-        for column in self.members.T:    # no group twice in a column: the same sums on any device
+        for column in self.members.T:  # no group twice in a column: the same sums on any device
             group = np.flatnonzero(column >= 0)
             index = torch.from_numpy(column[group]).to(self.x.device)
             group = torch.from_numpy(group).to(self.x.device)
             self.sums[group] += self.x_weighted[index]
             self.mass[group] += self.weight[index]
 
-    def refine(self, rng: np.random.Generator, rounds: int, block: int,
-               tolerance: float) -> None:
+    def refine(self, rng: np.random.Generator, rounds: int, block: int, tolerance: float) -> None:
         """Ejects a random member of every group and puts all back by an optimal assignment.
 
         Sending everybody home is among the candidates, so the error never grows. Stops after
@@ -54,7 +54,7 @@ class Refinement:
         """
         if len(self.size) < 2:
             return
-        patience = max(40, 2 * self.k ** 2)
+        patience = max(40, 2 * self.k**2)
         spread = (self.weight.double() @ self.x.double().square().sum(1)).item()
         gains = []
         bar = progress(total=rounds, desc='refining groups')
@@ -144,8 +144,9 @@ class Refinement:
             gain[np.arange(len(unit)), group] = -np.inf
             if self.person is not None:
                 for others in self.members.T:
-                    gain[(self.person[unit][:, None] == self.person[others])
-                         & (others >= 0)] = -np.inf
+                    gain[
+                        (self.person[unit][:, None] == self.person[others]) & (others >= 0)
+                    ] = -np.inf
             best = gain.argmax()
             i, target = np.unravel_index(best, gain.shape)
             if gain[i, target] <= 1e-6 * abs(own[i].item()):

@@ -1,4 +1,5 @@
 """What moves as a whole, per stratum, and what cannot be placed."""
+
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ class Units:
 
     person is None when no patient owns two units.
     """
+
     rows: list[np.ndarray]
     x: torch.Tensor
     weight: np.ndarray
@@ -37,8 +39,10 @@ def as_ids(values: Sequence[Any] | None, n: int, what: str) -> np.ndarray | None
         raise UserError(f'{len(values)} {what} values for {n} images')
     missing = [i for i, v in enumerate(values) if v is None or v != v or str(v).strip() == '']
     if missing:
-        raise UserError(f'{what} missing in {len(missing)} rows, first rows '
-                        f'{missing[:5]} (counted from 0); fill the column or leave it out')
+        raise UserError(
+            f'{what} missing in {len(missing)} rows, first rows '
+            f'{missing[:5]} (counted from 0); fill the column or leave it out'
+        )
     return np.array([str(v) for v in values], dtype=object)
 
 
@@ -50,16 +54,25 @@ def strata_of(strata: np.ndarray | None, n: int) -> list[tuple[str, np.ndarray]]
     return [(str(name), np.flatnonzero(codes == c)) for c, name in enumerate(names)]
 
 
-def placeable(rows: np.ndarray, people: np.ndarray | None, hashes: np.ndarray, k: int, policy: str,
-              surplus: str, name: str) -> tuple[np.ndarray, np.ndarray, str]:
+def placeable(
+    rows: np.ndarray,
+    people: np.ndarray | None,
+    hashes: np.ndarray,
+    k: int,
+    policy: str,
+    surplus: str,
+    name: str,
+) -> tuple[np.ndarray, np.ndarray, str]:
     """(rows to group, rows to suppress, reason) of a stratum; UserError when it cannot be."""
     where = f'stratum {name!r}' if name else 'the table'
     counts = Counter(rows.tolist() if people is None else people.tolist())
     if len(counts) < k:
         if name:
             return rows[:0], rows, f'stratum {name!r} has fewer than {k} distinct patients'
-        raise UserError(f'{len(counts)} distinct patients in {len(rows)} images cannot form a '
-                        f'group of {k}; lower --same_k or add images')
+        raise UserError(
+            f'{len(counts)} distinct patients in {len(rows)} images cannot form a '
+            f'group of {k}; lower --same_k or add images'
+        )
     if people is None or policy == 'together':
         return rows, rows[:0], ''
     groups = len(rows) // k
@@ -71,10 +84,12 @@ def placeable(rows: np.ndarray, people: np.ndarray | None, hashes: np.ndarray, k
             f'{len(excess)} patients of {where} have more images than there are groups (up to '
             f'{max(excess.values())} images, {groups} groups of {k}), so that no patient can stay '
             "apart from themselves; use the policy 'together', let the surplus be suppressed, or "
-            'lower --same_k')
+            'lower --same_k'
+        )
     # The largest number of groups that can all be filled when each patient enters one at most once.
-    groups = max(c for c in range(1, groups + 1)
-                 if sum(min(m, c) for m in counts.values()) >= c * k)
+    groups = max(
+        c for c in range(1, groups + 1) if sum(min(m, c) for m in counts.values()) >= c * k
+    )
     order = np.lexsort([hashes[rows]])
     keep = np.zeros(len(rows), bool)
     taken: Counter[str] = Counter()
@@ -84,8 +99,15 @@ def placeable(rows: np.ndarray, people: np.ndarray | None, hashes: np.ndarray, k
     return rows[keep], rows[~keep], f'the patient has more images than the {groups} groups hold'
 
 
-def make_units(x: np.ndarray, rows: np.ndarray, patients: np.ndarray | None, hashes: np.ndarray,
-               policy: str, method: str, device: torch.device | str) -> Units:
+def make_units(
+    x: np.ndarray,
+    rows: np.ndarray,
+    patients: np.ndarray | None,
+    hashes: np.ndarray,
+    policy: str,
+    method: str,
+    device: torch.device | str,
+) -> Units:
     """Units in canonical order: by content, ties by patient; 'published' keeps the row order."""
     dtype = torch.float64 if method == 'published' else torch.float32
     if policy == 'together' and patients is not None:

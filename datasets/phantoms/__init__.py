@@ -13,8 +13,19 @@ Sources of the measures: disc 1.8 mm wide, 15.5 degrees nasal of the fovea; larg
 0.12-0.18 mm, arteries 2/3 to 3/4 of the veins' calibre; Murray's law (1926) for branching;
 the international clinical diabetic retinopathy scale (Wilkinson et al. 2003) for the lesions.
 """
+
 from datasets.phantoms.dataset import GRADE_SHARES, MAX_SIZE, MIN_SIZE, draw_grades, make_dataset
 from datasets.phantoms.render import EYES, GRADES, Lesion, Phantom, render_phantom
 
-__all__ = ['EYES', 'GRADES', 'GRADE_SHARES', 'MAX_SIZE', 'MIN_SIZE', 'Lesion', 'Phantom',
-           'draw_grades', 'make_dataset', 'render_phantom']
+__all__ = [
+    'EYES',
+    'GRADES',
+    'GRADE_SHARES',
+    'MAX_SIZE',
+    'MIN_SIZE',
+    'Lesion',
+    'Phantom',
+    'draw_grades',
+    'make_dataset',
+    'render_phantom',
+]

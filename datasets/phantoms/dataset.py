@@ -1,4 +1,5 @@
 """Folders of phantoms with a table of grades, patients, eyes and visits."""
+
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from utils.io import write_csv
 from utils.logs import progress
 from utils.seeds import numpy_generator
 
-GRADE_SHARES = (0.5, 0.12, 0.22, 0.08, 0.08)    # towards a screening population, rare grades kept
+GRADE_SHARES = (0.5, 0.12, 0.22, 0.08, 0.08)  # towards a screening population, rare grades kept
 MIN_SIZE, MAX_SIZE = 32, 1024
 
 
@@ -28,10 +29,18 @@ def draw_grades(n_patients: int, shares: Sequence[float], seed: int) -> np.ndarr
     return np.stack([first, other], 1)
 
 
-def make_dataset(out_dir: str | Path, *, n_patients: int, size: int, seed: int = 0,
-                 eyes: Sequence[str] = EYES, visits: int = 1,
-                 grade_shares: Sequence[float] = GRADE_SHARES, masks: bool = False,
-                 workers: int = 1) -> pd.DataFrame:
+def make_dataset(
+    out_dir: str | Path,
+    *,
+    n_patients: int,
+    size: int,
+    seed: int = 0,
+    eyes: Sequence[str] = EYES,
+    visits: int = 1,
+    grade_shares: Sequence[float] = GRADE_SHARES,
+    masks: bool = False,
+    workers: int = 1,
+) -> pd.DataFrame:
     """Writes images/<id_code>.png, labels.csv and, on request, masks/<id_code>.png.
 
     labels.csv: id_code, diagnosis (0-4), patient_id, eye, visit. Returns it as a DataFrame.
@@ -41,8 +50,12 @@ def make_dataset(out_dir: str | Path, *, n_patients: int, size: int, seed: int =
     if (out_dir / 'labels.csv').exists() or (out_dir / 'images').exists():
         raise UserError(f'{out_dir} already holds a data set; choose another folder')
     grades = draw_grades(n_patients, grade_shares, seed)
-    jobs = [(out_dir, seed, p, e, v, int(grades[p, EYES.index(e)]), size, masks)
-            for p in range(n_patients) for e in eyes for v in range(visits)]
+    jobs = [
+        (out_dir, seed, p, e, v, int(grades[p, EYES.index(e)]), size, masks)
+        for p in range(n_patients)
+        for e in eyes
+        for v in range(visits)
+    ]
     (out_dir / 'images').mkdir(parents=True)
     bar = progress(total=len(jobs), desc='phantoms', unit='img')
     if workers > 1:
@@ -54,8 +67,16 @@ def make_dataset(out_dir: str | Path, *, n_patients: int, size: int, seed: int =
             _write_one(job)
             bar.update()
     bar.close()
-    rows = [{'id_code': _id_code(p, e, v), 'diagnosis': g, 'patient_id': f'p{p:05d}', 'eye': e,
-             'visit': v} for _, _, p, e, v, g, _, _ in jobs]
+    rows = [
+        {
+            'id_code': _id_code(p, e, v),
+            'diagnosis': g,
+            'patient_id': f'p{p:05d}',
+            'eye': e,
+            'visit': v,
+        }
+        for _, _, p, e, v, g, _, _ in jobs
+    ]
     table = pd.DataFrame(rows)
     write_csv(out_dir / 'labels.csv', table)
     return table
@@ -67,10 +88,12 @@ def _id_code(patient, side, visit):
 
 def _write_one(job):
     out_dir, seed, patient, side, visit, grade, size, masks = job
-    phantom = render_phantom(seed=seed, patient=patient, eye=side, visit=visit, grade=grade,
-                             size=size)
+    phantom = render_phantom(
+        seed=seed, patient=patient, eye=side, visit=visit, grade=grade, size=size
+    )
     name = f'{_id_code(patient, side, visit)}.png'
     save_png(Image.fromarray(phantom.image), out_dir / 'images' / name)
     if masks:
-        save_png(Image.fromarray(phantom.vessel_mask.astype(np.uint8) * 255),
-                 out_dir / 'masks' / name)
+        save_png(
+            Image.fromarray(phantom.vessel_mask.astype(np.uint8) * 255), out_dir / 'masks' / name
+        )

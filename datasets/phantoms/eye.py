@@ -1,4 +1,5 @@
 """One eye (what its visits share) and one visit (the camera's view of it)."""
+
 import math
 
 import numpy as np
@@ -19,10 +20,14 @@ class EyeModel:
         self.grade = grade
         keys = patient, eye
         rng = numpy_generator(seed, 'phantom-eye', *keys)
-        self.disc = (traits.disc_distance + rng.normal(0, 0.2),
-                     traits.disc_rise + rng.normal(0, 0.2))
-        self.disc_axes = (traits.disc_width / 2 * rng.uniform(0.97, 1.03),
-                          traits.disc_height / 2 * rng.uniform(0.97, 1.03))
+        self.disc = (
+            traits.disc_distance + rng.normal(0, 0.2),
+            traits.disc_rise + rng.normal(0, 0.2),
+        )
+        self.disc_axes = (
+            traits.disc_width / 2 * rng.uniform(0.97, 1.03),
+            traits.disc_height / 2 * rng.uniform(0.97, 1.03),
+        )
         self.disc_tilt = rng.normal(0, 0.12)
         self.cup = float(np.clip(traits.cup + rng.normal(0, 0.03), 0.2, 0.7))
         self.crescent = rng.uniform(0.1, 0.7) * (rng.random() < 0.3)
@@ -30,17 +35,28 @@ class EyeModel:
         self.ring = rng.uniform(0.02, 0.07) * (rng.random() < 0.25)
         tree_rng = numpy_generator(seed, 'phantom-vessels', *keys)
         tree = VesselTree(tree_rng, traits, self.disc)
-        lesions = LesionPlan(numpy_generator(seed, 'phantom-lesions', *keys, grade), grade,
-                           self.disc, tree)
+        lesions = LesionPlan(
+            numpy_generator(seed, 'phantom-lesions', *keys, grade), grade, self.disc, tree
+        )
         self.marks = lesions.marks
         if lesions.beading:
             tree.bead(lesions.beading)
         self.vessels = tree.vessels
         texture_rng = numpy_generator(seed, 'phantom-texture', *keys)
-        self.octaves = [(cell, texture_rng.standard_normal((int(2 * EXTENT / cell) + 1,) * 2)
-                         .astype(np.float32)) for cell in (9.0, 4.0, 1.8, 0.8, 0.35)]
-        self.choroid = [(cell, texture_rng.standard_normal((int(2 * EXTENT / cell) + 1,) * 2)
-                         .astype(np.float32)) for cell in (3.2, 1.7)]
+        self.octaves = [
+            (
+                cell,
+                texture_rng.standard_normal((int(2 * EXTENT / cell) + 1,) * 2).astype(np.float32),
+            )
+            for cell in (9.0, 4.0, 1.8, 0.8, 0.35)
+        ]
+        self.choroid = [
+            (
+                cell,
+                texture_rng.standard_normal((int(2 * EXTENT / cell) + 1,) * 2).astype(np.float32),
+            )
+            for cell in (3.2, 1.7)
+        ]
 
 
 class View:
@@ -56,7 +72,7 @@ class View:
         self.balance = rng.normal(0, 0.025, 3)
         self.tilt = rng.normal(0, 0.09, 2)
         self.vignette = eye.traits.vignette * rng.uniform(0.8, 1.2)
-        self.blur = rng.gamma(2.2, 0.018) * self.pixels          # sigma in pixels
+        self.blur = rng.gamma(2.2, 0.018) * self.pixels  # sigma in pixels
         self.noise = rng.uniform(0.004, 0.014)
         self.veil = rng.uniform(0.02, 0.13) * (rng.random() < 0.3)
         self.veil_angle = rng.uniform(0, 2 * math.pi)
@@ -67,8 +83,9 @@ class View:
         y = points[:, 1] - self.gaze[1]
         c, s = math.cos(self.roll), math.sin(self.roll)
         half = self.size / 2
-        return np.stack([half + self.pixels * (c * x - s * y),
-                         half - self.pixels * (s * x + c * y)], 1)
+        return np.stack(
+            [half + self.pixels * (c * x - s * y), half - self.pixels * (s * x + c * y)], 1
+        )
 
     def retina_grid(self):
         """Right-eye degrees (x, y) of every pixel's centre, float32 [size, size] each."""
@@ -79,13 +96,21 @@ class View:
 
     def sample(self, cell, values):
         """A random field given on a retina grid with `cell` degrees spacing, at every pixel."""
-        if cell * self.pixels < 0.8:      # finer than the pixels: it averages out
+        if cell * self.pixels < 0.8:  # finer than the pixels: it averages out
             return np.zeros((self.size, self.size), np.float32)
         k = 1 / (cell * self.pixels)
         c, s = math.cos(self.roll), math.sin(self.roll)
         half, centre = self.size / 2, EXTENT / cell + 0.5
-        matrix = (k * c, -k * s, centre + self.gaze[0] / cell - half * k * (c - s),
-                  k * s, k * c, centre - self.gaze[1] / cell - half * k * (s + c))
-        return np.asarray(Image.fromarray(values).transform(
-            (self.size, self.size), Image.Transform.AFFINE, matrix,
-            Image.Resampling.BICUBIC))
+        matrix = (
+            k * c,
+            -k * s,
+            centre + self.gaze[0] / cell - half * k * (c - s),
+            k * s,
+            k * c,
+            centre - self.gaze[1] / cell - half * k * (s + c),
+        )
+        return np.asarray(
+            Image.fromarray(values).transform(
+                (self.size, self.size), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
+            )
+        )

@@ -1,4 +1,5 @@
 """From an eye and a view to pixels: background, disc, lesions, vessels, camera."""
+
 import math
 from dataclasses import dataclass
 
@@ -52,10 +53,22 @@ def _splat(size, x, y, weight):
     inside = (column >= 0) & (column <= size) & (row >= 0) & (row <= size)
     column, row, fx, fy, weight = (a[inside] for a in (column, row, fx, fy, weight))
     side = size + 2
-    index = np.concatenate([row * side + column, row * side + column + 1,
-                            (row + 1) * side + column, (row + 1) * side + column + 1])
-    values = np.concatenate([(1 - fx) * (1 - fy) * weight, fx * (1 - fy) * weight,
-                             (1 - fx) * fy * weight, fx * fy * weight])
+    index = np.concatenate(
+        [
+            row * side + column,
+            row * side + column + 1,
+            (row + 1) * side + column,
+            (row + 1) * side + column + 1,
+        ]
+    )
+    values = np.concatenate(
+        [
+            (1 - fx) * (1 - fy) * weight,
+            fx * (1 - fy) * weight,
+            (1 - fx) * fy * weight,
+            fx * fy * weight,
+        ]
+    )
     full = np.bincount(index, values, minlength=side * side).reshape(side, side)
     return full[1:-1, 1:-1].astype(np.float32)
 
@@ -93,14 +106,19 @@ def _vessel_maps(vessels, view):
             n = max(3, math.ceil(w0[chosen].max() * 1.4 / 0.55))
             along = ((np.arange(m) + 0.5) / m)[None, :, None]
             across = (2 * (np.arange(n) + 0.5) / n - 1)[None, None, :]
-            width = (w0[chosen][:, None] * (1 - along[..., 0])
-                     + w1[chosen][:, None] * along[..., 0])[..., None]
-            x, y = (starts[chosen][:, None, None, i] + step[chosen][:, None, None, i] * along
-                    + normal[chosen][:, None, None, i] * across * width / 2 for i in (0, 1))
+            width = (
+                w0[chosen][:, None] * (1 - along[..., 0]) + w1[chosen][:, None] * along[..., 0]
+            )[..., None]
+            x, y = (
+                starts[chosen][:, None, None, i]
+                + step[chosen][:, None, None, i] * along
+                + normal[chosen][:, None, None, i] * across * width / 2
+                for i in (0, 1)
+            )
             patch = np.broadcast_to(width * (length[chosen] / (m * n))[:, None, None], x.shape)
-            profile = np.sqrt(1 - across ** 2) * (0.62 if vein else 0.72)
-            if not vein:      # the arteriolar light reflex
-                profile = profile * (1 - 0.45 * np.exp(-(across / 0.35) ** 2))
+            profile = np.sqrt(1 - across**2) * (0.62 if vein else 0.72)
+            if not vein:  # the arteriolar light reflex
+                profile = profile * (1 - 0.45 * np.exp(-((across / 0.35) ** 2)))
             # Thin vessels absorb less, though more than in proportion to their thickness.
             depth = np.sqrt(width / (0.5 * view.pixels)) * 1.6
             density += _splat(view.size, x.ravel(), y.ravel(), (patch * profile * depth).ravel())
@@ -114,13 +132,13 @@ def _dots(size, x, y, radius, strength):
     canvas = np.zeros((size, size), np.float32)
     if len(x) == 0:
         return canvas
-    sigma = np.sqrt((0.72 * radius) ** 2 + 0.3 ** 2)
+    sigma = np.sqrt((0.72 * radius) ** 2 + 0.3**2)
     peak = strength * np.minimum(1, 1.5 * (0.72 * radius / sigma) ** 2)
     reach = math.ceil(3 * sigma.max())
     window = np.arange(-reach, reach + 1)
     columns = np.floor(x).astype(int)[:, None] + window
     rows = np.floor(y).astype(int)[:, None] + window
-    scale = (-0.5 / sigma ** 2)[:, None]
+    scale = (-0.5 / sigma**2)[:, None]
     gx = np.exp(scale * (columns + 0.5 - x[:, None]) ** 2)
     gy = np.exp(scale * (rows + 0.5 - y[:, None]) ** 2)
     for i in range(len(x)):
@@ -128,8 +146,9 @@ def _dots(size, x, y, radius, strength):
         r1, c1 = max(r0, 0), max(c0, 0)
         r2, c2 = min(rows[i, -1] + 1, size), min(columns[i, -1] + 1, size)
         if r1 < r2 and c1 < c2:
-            canvas[r1:r2, c1:c2] += (peak[i] * gy[i, r1 - r0:r2 - r0, None]
-                                     * gx[i, None, c1 - c0:c2 - c0])
+            canvas[r1:r2, c1:c2] += (
+                peak[i] * gy[i, r1 - r0 : r2 - r0, None] * gx[i, None, c1 - c0 : c2 - c0]
+            )
     return canvas
 
 
@@ -151,18 +170,25 @@ def _patch(canvas, mark, x, y, view, *, soft, flat_top=False):
     wide_a, wide_b = math.hypot(a, 0.45), math.hypot(b, 0.45)
     p, q = (dx * c + dy * s) / wide_a, (-dx * s + dy * c) / wide_b
     distance, angle = np.hypot(p, q), np.arctan2(q, p)
-    edge = 1 + sum(size_ * np.cos(k * angle + phase)
-                   for k, (size_, phase) in enumerate(mark.wobble, 2))
+    edge = 1 + sum(
+        size_ * np.cos(k * angle + phase) for k, (size_, phase) in enumerate(mark.wobble, 2)
+    )
     soft = max(soft, 0.7 / max(wide_b, 0.7))
     value = 1 - smoothstep(1 - soft / 2, 1 + soft / 2, distance / np.maximum(edge, 0.3))
     if flat_top:
         value = value * (1 - smoothstep(-0.06, 0.06, dy / wide_b - 0.12))
-    canvas[r0:r1, c0:c1] += (mark.strength * a * b / (wide_a * wide_b) * value)
+    canvas[r0:r1, c0:c1] += mark.strength * a * b / (wide_a * wide_b) * value
 
 
 _DOT_KINDS = ('microaneurysm', 'hard_exudate')
-_EDGES = {'dot_haemorrhage': 0.5, 'blot_haemorrhage': 0.7, 'flame_haemorrhage': 0.7,
-          'preretinal_haemorrhage': 0.12, 'cotton_wool_spot': 1.1, 'fibrous_tissue': 0.9}
+_EDGES = {
+    'dot_haemorrhage': 0.5,
+    'blot_haemorrhage': 0.7,
+    'flame_haemorrhage': 0.7,
+    'preretinal_haemorrhage': 0.12,
+    'cotton_wool_spot': 1.1,
+    'fibrous_tissue': 0.9,
+}
 
 
 def _lesion_maps(eye, view):
@@ -175,17 +201,29 @@ def _lesion_maps(eye, view):
     centres = view.to_pixels(np.array([(m.x, m.y) for m in eye.marks]))
     for mark, (x, y) in zip(eye.marks, centres):
         if math.hypot(x - size / 2, y - size / 2) < FIELD_FRACTION * size:
-            found.append(Lesion(mark.kind, float(x), float(y),
-                                math.sqrt(mark.a * mark.b) * view.pixels))
+            found.append(
+                Lesion(mark.kind, float(x), float(y), math.sqrt(mark.a * mark.b) * view.pixels)
+            )
         if mark.kind in _EDGES:
             name = 'blood' if 'haemorrhage' in mark.kind else 'white'
-            _patch(maps[name], mark, x, y, view, soft=_EDGES[mark.kind],
-                   flat_top=mark.kind == 'preretinal_haemorrhage')
+            _patch(
+                maps[name],
+                mark,
+                x,
+                y,
+                view,
+                soft=_EDGES[mark.kind],
+                flat_top=mark.kind == 'preretinal_haemorrhage',
+            )
     for kind, name in zip(_DOT_KINDS, ('blood', 'exudate')):
         chosen = [i for i, m in enumerate(eye.marks) if m.kind == kind]
-        maps[name] += _dots(size, centres[chosen, 0], centres[chosen, 1],
-                            np.array([eye.marks[i].a for i in chosen]) * view.pixels,
-                            np.array([eye.marks[i].strength for i in chosen]))
+        maps[name] += _dots(
+            size,
+            centres[chosen, 0],
+            centres[chosen, 1],
+            np.array([eye.marks[i].a for i in chosen]) * view.pixels,
+            np.array([eye.marks[i].strength for i in chosen]),
+        )
     return maps, found
 
 
@@ -193,21 +231,27 @@ def _background(eye, view, x, y):
     """Retina and choroid without disc, vessels and lesions: float32 [3, size, size]."""
     traits = eye.traits
     colour = np.exp(traits.log_colour + view.exposure + view.balance).astype(np.float32)
-    fine = sum(weight * view.sample(cell, values) for weight, (cell, values)
-               in zip((0.05, 0.03, 0.014, 0.011, 0.013), eye.octaves))
-    ridges = sum(weight * np.clip(1 - np.abs(view.sample(cell, values)) * 1.7, 0, 1)
-                 for weight, (cell, values) in zip((0.6, 0.4), eye.choroid))
+    fine = sum(
+        weight * view.sample(cell, values)
+        for weight, (cell, values) in zip((0.05, 0.03, 0.014, 0.011, 0.013), eye.octaves)
+    )
+    ridges = sum(
+        weight * np.clip(1 - np.abs(view.sample(cell, values)) * 1.7, 0, 1)
+        for weight, (cell, values) in zip((0.6, 0.4), eye.choroid)
+    )
     eccentricity = np.hypot(x, y)
     # The choroid shows least where the macular pigment is densest.
     shows = traits.tessellation * smoothstep(3.0, 14.0, eccentricity)
     choroid = shows * (ridges - 0.25)
-    macula = (traits.macula * np.exp(-(eccentricity / 3.6) ** 2)
-              + 0.55 * traits.macula * np.exp(-(eccentricity / 1.05) ** 2))
-    sheen = traits.sheen * np.exp(-((np.abs(y) - 6.5) / 3.2) ** 2 - ((x - 11) / 8.0) ** 2)
-    ring = eye.ring * np.exp(-((eccentricity - 3.4) / 0.5) ** 2)
+    macula = traits.macula * np.exp(-((eccentricity / 3.6) ** 2)) + 0.55 * traits.macula * np.exp(
+        -((eccentricity / 1.05) ** 2)
+    )
+    sheen = traits.sheen * np.exp(-(((np.abs(y) - 6.5) / 3.2) ** 2) - ((x - 11) / 8.0) ** 2)
+    ring = eye.ring * np.exp(-(((eccentricity - 3.4) / 0.5) ** 2))
     planes = []
-    for channel, (grain, vessel, dark) in enumerate(((0.7, 0.10, 0.55), (1.0, 0.26, 1.0),
-                                                     (1.2, 0.32, 0.9))):
+    for channel, (grain, vessel, dark) in enumerate(
+        ((0.7, 0.10, 0.55), (1.0, 0.26, 1.0), (1.2, 0.32, 0.9))
+    ):
         log = grain * fine - vessel * choroid - dark * macula + sheen + ring
         planes.append(colour[channel] * np.exp(log))
     image = np.stack(planes)
@@ -226,9 +270,9 @@ def _add_disc(image, eye, x, y, colour):
     halo = 0.22 * np.exp(-np.clip(e - 1, 0, None) / 0.45)
     crescent = eye.crescent * (1 - smoothstep(1.0, 1.2, np.hypot(p + 0.16, q * 0.96)))
     nasal = smoothstep(-0.6, 1.0, p)
-    for channel, (rim_power, cup_power, pink) in enumerate(((0.22, 0.12, 0.02),
-                                                            (0.48, 0.30, 0.10),
-                                                            (0.68, 0.46, 0.06))):
+    for channel, (rim_power, cup_power, pink) in enumerate(
+        ((0.22, 0.12, 0.02), (0.48, 0.30, 0.10), (0.68, 0.46, 0.06))
+    ):
         rim = colour[channel] ** rim_power * (1 - pink * nasal)
         white = colour[channel] ** cup_power
         plane = image[channel] * (1 + halo)
@@ -244,14 +288,14 @@ def _photograph(image, view, traits):
     offset = ((np.arange(size) + 0.5) / size - 0.5) / FIELD_FRACTION
     u, v = offset[None, :].astype(np.float32), offset[:, None].astype(np.float32)
     r = np.hypot(u, v)
-    light = (1 - view.vignette * np.clip(r, 0, 1.2) ** 2.6) * (1 + view.tilt[0] * u
-                                                              + view.tilt[1] * v)
+    light = (1 - view.vignette * np.clip(r, 0, 1.2) ** 2.6) * (
+        1 + view.tilt[0] * u + view.tilt[1] * v
+    )
     if view.blur > 0.15:
         image = np.stack([gaussian_filter(p, view.blur, truncate=3) for p in image])
     image = image * light
     across = u * math.cos(view.veil_angle) + v * math.sin(view.veil_angle)
-    veil = (view.veil * smoothstep(0.1, 1.2, across)
-            + traits.haze * np.clip(r, 0, 1) ** 14)
+    veil = view.veil * smoothstep(0.1, 1.2, across) + traits.haze * np.clip(r, 0, 1) ** 14
     image = image + veil * (np.array([0.55, 0.80, 0.80], np.float32)[:, None, None] - image)
     grain = view.rng.standard_normal((3, size, size), dtype=np.float32)
     shared = view.rng.standard_normal((size, size), dtype=np.float32)
@@ -272,21 +316,25 @@ def _render(eye, view):
     white = np.clip(lesions['white'], 0, 1)
     vessels = _vessel_maps(eye.vessels, view)
     blood = np.clip(lesions['blood'], 0, 1.1)
-    light = [min(1.0, 1.18 * c ** p) for c, p in zip(colour, (0.22, 0.35, 0.75))]
-    pale = [min(1.0, 1.05 * c ** p) for c, p in zip(colour, (0.35, 0.40, 0.45))]
+    light = [min(1.0, 1.18 * c**p) for c, p in zip(colour, (0.22, 0.35, 0.75))]
+    pale = [min(1.0, 1.05 * c**p) for c, p in zip(colour, (0.35, 0.40, 0.45))]
     vein, artery = (np.minimum(vessels[kind][0], 1.25) for kind in (True, False))
     for channel in range(3):
         plane = image[channel]
         plane = plane + exudate * (light[channel] - plane)
-        absorbed = (_VEIN_ABSORPTION[channel] * vein + _ARTERY_ABSORPTION[channel] * artery
-                    + _BLOOD_ABSORPTION[channel] * blood)
+        absorbed = (
+            _VEIN_ABSORPTION[channel] * vein
+            + _ARTERY_ABSORPTION[channel] * artery
+            + _BLOOD_ABSORPTION[channel] * blood
+        )
         plane = plane * np.exp(-absorbed)
         image[channel] = plane + 0.85 * white * (pale[channel] - plane)
     pixels, field = _photograph(image, view, eye.traits)
     mask = ((vessels[True][1] + vessels[False][1]) > 0.4) & (field > 0.5)
     marks = view.to_pixels(np.array([eye.disc, (0.0, 0.0)]))
-    return Phantom(pixels, mask, tuple(found), eye.grade,
-                   tuple(marks[0].tolist()), tuple(marks[1].tolist()))
+    return Phantom(
+        pixels, mask, tuple(found), eye.grade, tuple(marks[0].tolist()), tuple(marks[1].tolist())
+    )
 
 
 def _check(eye, grade, size):
@@ -298,8 +346,9 @@ def _check(eye, grade, size):
         raise ValueError(f'size must be at least 16, not {size}')
 
 
-def render_phantom(*, seed: int, patient: int, eye: str, visit: int, grade: int,
-                   size: int) -> Phantom:
+def render_phantom(
+    *, seed: int, patient: int, eye: str, visit: int, grade: int, size: int
+) -> Phantom:
     """Renders one fundus phantom.
 
     seed, patient, visit: whole numbers from 0; eye: 'left' or 'right'; grade: DR grade 0-4;

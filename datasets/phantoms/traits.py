@@ -1,15 +1,16 @@
 """Measures of the retina, and what the two eyes of a patient share."""
+
 from dataclasses import dataclass
 
 import numpy as np
 
 from utils.seeds import numpy_generator
 
-EXTENT = 34.0            # textures cover [-EXTENT, EXTENT] degrees
-REACH = 30.0             # vessels end at this distance from the middle of the field
-FIELD = (5.5, 0.0)       # the middle of a macula- and disc-showing field
-STEP = 0.4               # degrees between two points of a vessel
-FIELD_FRACTION = 0.492   # radius of the field of view as a part of the picture's side
+EXTENT = 34.0  # textures cover [-EXTENT, EXTENT] degrees
+REACH = 30.0  # vessels end at this distance from the middle of the field
+FIELD = (5.5, 0.0)  # the middle of a macula- and disc-showing field
+STEP = 0.4  # degrees between two points of a vessel
+FIELD_FRACTION = 0.492  # radius of the field of view as a part of the picture's side
 
 # Median colours of fundus photographs: their mean in log RGB and two main directions.
 _COLOUR_MEAN = np.log([0.61, 0.37, 0.225])
@@ -18,8 +19,8 @@ _COLOUR_AXES = np.array([[0.26, 0.43, 0.866], [-0.78, -0.44, 0.45]])
 
 @dataclass(frozen=True)
 class Vessel:
-    points: np.ndarray    # [n, 2] degrees
-    width: np.ndarray     # [n] degrees
+    points: np.ndarray  # [n, 2] degrees
+    width: np.ndarray  # [n] degrees
     vein: bool
 
 
@@ -48,8 +49,12 @@ class Traits:
     def __init__(self, seed, patient):
         rng = numpy_generator(seed, 'phantom-patient', patient)
         pale, dark = np.clip(rng.standard_normal(2), -1.8, 1.3)
-        self.log_colour = (_COLOUR_MEAN + 0.48 * pale * _COLOUR_AXES[0]
-                           + 0.20 * dark * _COLOUR_AXES[1] + 0.04 * rng.standard_normal(3))
+        self.log_colour = (
+            _COLOUR_MEAN
+            + 0.48 * pale * _COLOUR_AXES[0]
+            + 0.20 * dark * _COLOUR_AXES[1]
+            + 0.04 * rng.standard_normal(3)
+        )
         self.tessellation = 0.9 * rng.random() ** 2
         self.tortuosity = rng.uniform(0.6, 1.5)
         self.calibre = rng.uniform(0.88, 1.15)

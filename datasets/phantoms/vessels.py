@@ -1,4 +1,5 @@
 """The vessel tree of one eye: trunks from the disc, branches by Murray's law, new vessels."""
+
 import math
 
 import numpy as np
@@ -6,8 +7,8 @@ from scipy.interpolate import CubicSpline
 
 from datasets.phantoms.traits import FIELD, REACH, STEP, Vessel
 
-_MIN_WIDTH = 0.085        # degrees; finer twigs are not drawn
-_CELL = 0.5               # degrees; two vessels of one kind do not share a cell
+_MIN_WIDTH = 0.085  # degrees; finer twigs are not drawn
+_CELL = 0.5  # degrees; two vessels of one kind do not share a cell
 
 
 class VesselTree:
@@ -58,22 +59,26 @@ class VesselTree:
         height = self._uniform(9.3, 13.2) + 0.7 * outer
         end = height - self._uniform(0.0, 5.5)
         lean = self._uniform(-0.8, 1.2)
-        return [(x + 0.5 + 0.2 * outer, y + 0.15 * up),
-                (x + 0.5 * lean, up * 2.6 + y),
-                (x - 0.8 + lean + 0.3 * outer, up * (height * 0.52) + 0.6 * y),
-                (x - 4.2 + lean + self._normal() * 0.5, up * (height * 0.82) + 0.3 * y),
-                (x - 11.0 + self._normal(), up * (height + self._normal() * 0.4)),
-                (x - 20.0, up * (height * 0.55 + end * 0.45)),
-                (x - 34.0, up * (end - 3.0))]
+        return [
+            (x + 0.5 + 0.2 * outer, y + 0.15 * up),
+            (x + 0.5 * lean, up * 2.6 + y),
+            (x - 0.8 + lean + 0.3 * outer, up * (height * 0.52) + 0.6 * y),
+            (x - 4.2 + lean + self._normal() * 0.5, up * (height * 0.82) + 0.3 * y),
+            (x - 11.0 + self._normal(), up * (height + self._normal() * 0.4)),
+            (x - 20.0, up * (height * 0.55 + end * 0.45)),
+            (x - 34.0, up * (end - 3.0)),
+        ]
 
     def _nasal_path(self, up, outer):
         x, y = self.disc
         reach = self._uniform(8.0, 13.5) - 0.8 * outer
-        return [(x + 0.6 - 0.2 * outer, y + 0.1 * up),
-                (x + 1.7 + 0.3 * outer, y + up * 1.7),
-                (x + 4.5 + self._normal() * 0.3, y + up * (reach * 0.42)),
-                (x + 8.5 + self._normal() * 0.5, y + up * (reach * 0.72)),
-                (x + 16.0, y + up * (reach + self._normal()))]
+        return [
+            (x + 0.6 - 0.2 * outer, y + 0.1 * up),
+            (x + 1.7 + 0.3 * outer, y + up * 1.7),
+            (x + 4.5 + self._normal() * 0.3, y + up * (reach * 0.42)),
+            (x + 8.5 + self._normal() * 0.5, y + up * (reach * 0.72)),
+            (x + 16.0, y + up * (reach + self._normal())),
+        ]
 
     def _trunk(self, controls, width, is_vein, up, *, temporal):
         controls = np.array(controls)
@@ -107,7 +112,7 @@ class VesselTree:
                 if temporal and self._uniform() < 0.12:
                     ratio = self._uniform(0.66, 0.8)
                 child = ratio * width
-                width = (width ** 3 - child ** 3) ** (1 / 3)    # Murray's law
+                width = (width**3 - child**3) ** (1 / 3)  # Murray's law
                 heading = math.atan2(tangent[i, 1], tangent[i, 0])
                 turn = side * self._uniform(0.55, 1.15)
                 inward = temporal and side * up > 0
@@ -161,8 +166,12 @@ class VesselTree:
             width *= fade
             owner = cells.get((int((x + 64) / _CELL), int((y + 64) / _CELL)))
             blocked = owner not in (None, name) and (owner != parent or travelled > 1.6)
-            if (width < _MIN_WIDTH or blocked or distance < fovea
-                    or math.hypot(x - FIELD[0], y - FIELD[1]) > REACH):
+            if (
+                width < _MIN_WIDTH
+                or blocked
+                or distance < fovea
+                or math.hypot(x - FIELD[0], y - FIELD[1]) > REACH
+            ):
                 break
             points.append((x, y))
             widths.append(width)
@@ -171,10 +180,10 @@ class VesselTree:
                 due = travelled + self._uniform(1.5, 4.5)
                 ratio = self._uniform(0.5, 0.85)
                 child = ratio * width
-                width = (width ** 3 - child ** 3) ** (1 / 3)
+                width = (width**3 - child**3) ** (1 / 3)
                 side = 1 if self._uniform() < 0.5 else -1
                 forks.append((x, y, heading + side * self._uniform(0.5, 1.0), child))
-                heading -= side * 0.25 * ratio ** 2
+                heading -= side * 0.25 * ratio**2
         n = len(points)
         if n < 4:
             return
@@ -190,8 +199,9 @@ class VesselTree:
                 along = np.arange(len(vessel.width)) * STEP
                 where = np.clip(np.sin(2 * np.pi * (along / 15 + self._uniform())) * 3, 0, 1)
                 wave = np.sin(2 * np.pi * (along / self._uniform(1.1, 1.6) + self._uniform()))
-                self.vessels[i] = Vessel(vessel.points, vessel.width * (1 + amount * where * wave),
-                                          True)
+                self.vessels[i] = Vessel(
+                    vessel.points, vessel.width * (1 + amount * where * wave), True
+                )
 
     def new_vessels(self, x, y, reach):
         """Neovascularisation: a frond of fine, looping vessels around (x, y)."""

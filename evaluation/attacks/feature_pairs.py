@@ -6,6 +6,7 @@ other people. It is trained on groups whose members the attacker knows, and test
 Shapes: n photographs and C release pictures with features [*, F]; group_of [n] is the index of a
 photograph's release picture, -1 for none.
 """
+
 import warnings
 
 import numpy as np
@@ -19,7 +20,7 @@ from utils.seeds import numpy_generator
 
 COMPONENTS = 64
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
-_WRONG = 5       # pictures of other groups that each photograph is compared with
+_WRONG = 5  # pictures of other groups that each photograph is compared with
 _SMALL = 1e-8
 
 
@@ -31,8 +32,10 @@ class FeaturePairs:
 
     def __init__(self, reference: np.ndarray, *, seed: int = 0) -> None:
         if len(reference) < 8:
-            raise UserError(f'{len(reference)} reference pictures are too few for the pair '
-                            'attack; at least 8 are needed')
+            raise UserError(
+                f'{len(reference)} reference pictures are too few for the pair '
+                'attack; at least 8 are needed'
+            )
         self.seed = seed
         self.mean = reference.mean(0)
         _, values, axes = np.linalg.svd(reference - self.mean, full_matrices=False)
@@ -44,13 +47,15 @@ class FeaturePairs:
         a, b = ((x - self.mean) @ self.axes.T for x in (photographs, pictures))
         return np.concatenate([a * b, (a - b) ** 2], 1)
 
-    def fit(self, photographs: np.ndarray, pictures: np.ndarray, group_of: np.ndarray
-            ) -> 'FeaturePairs':
+    def fit(
+        self, photographs: np.ndarray, pictures: np.ndarray, group_of: np.ndarray
+    ) -> 'FeaturePairs':
         """Trains on known groups; returns self. UserError with fewer than 4 of them."""
         groups = np.unique(group_of)
         if len(groups) < 4:
-            raise UserError(f'{len(groups)} groups are too few to train the pair attack; at '
-                            'least 4 are needed')
+            raise UserError(
+                f'{len(groups)} groups are too few to train the pair attack; at least 4 are needed'
+            )
         rng = numpy_generator(self.seed, 'feature pairs')
         place = np.searchsorted(groups, group_of)
         n_wrong = min(_WRONG, len(groups) - 1)
@@ -59,25 +64,44 @@ class FeaturePairs:
         shown = np.concatenate([group_of[:, None], wrong], 1).ravel()
         rows = np.repeat(np.arange(len(group_of)), 1 + n_wrong)
         same = np.tile(np.arange(1 + n_wrong) == 0, len(group_of))
-        search = GridSearchCV(LogisticRegression(class_weight='balanced', max_iter=300),
-                              {'C': _STRENGTHS}, scoring='neg_log_loss',
-                              cv=GroupKFold(min(4, len(groups))))
+        search = GridSearchCV(
+            LogisticRegression(class_weight='balanced', max_iter=300),
+            {'C': _STRENGTHS},
+            scoring='neg_log_loss',
+            cv=GroupKFold(min(4, len(groups))),
+        )
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', ConvergenceWarning)
-            search.fit(self._agreement(photographs[rows], pictures[shown]), same,
-                       groups=group_of[rows])
+            search.fit(
+                self._agreement(photographs[rows], pictures[shown]), same, groups=group_of[rows]
+            )
         self.model = search.best_estimator_
         return self
 
     def scores(self, photographs: np.ndarray, pictures: np.ndarray) -> np.ndarray:
         """Log odds float64 [n, C] that a photograph belongs to a picture."""
-        return np.stack([self.model.decision_function(self._agreement(
-            photographs, np.broadcast_to(p, photographs.shape))) for p in pictures], 1)
+        return np.stack(
+            [
+                self.model.decision_function(
+                    self._agreement(photographs, np.broadcast_to(p, photographs.shape))
+                )
+                for p in pictures
+            ],
+            1,
+        )
 
 
-def pair_membership(members: np.ndarray, others: np.ndarray, pictures: np.ndarray,
-                    group_of: np.ndarray, reference: np.ndarray, *, member_people: list,
-                    other_people: list, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def pair_membership(
+    members: np.ndarray,
+    others: np.ndarray,
+    pictures: np.ndarray,
+    group_of: np.ndarray,
+    reference: np.ndarray,
+    *,
+    member_people: list,
+    other_people: list,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Scores of members [m] and others [o]: is a person behind any picture the attacker targets?
 
     Trained on half of the groups, without people who stand behind a target as well, and scored
@@ -97,7 +121,7 @@ def pair_membership(members: np.ndarray, others: np.ndarray, pictures: np.ndarra
     for half in (0, 1):
         target = np.isin(own, groups[half::2])
         known = (own >= 0) & ~target & ~np.isin(person, person[target])
-        if len(np.unique(own[known])) < 4:    # few groups, or everybody is in both halves
+        if len(np.unique(own[known])) < 4:  # few groups, or everybody is in both halves
             known = (own >= 0) & ~target
         attack = FeaturePairs(reference, seed=seed).fit(members[known], pictures, own[known])
         aims = pictures[np.sort(groups[half::2])]

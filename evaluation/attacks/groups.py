@@ -3,6 +3,7 @@
 Shapes: n photographs and C release pictures, uint8 [*, 3, S, S]; group_of [n] is the index of a
 photograph's release picture.
 """
+
 import json
 import logging
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-KINDS = ('centroid_ours', 'centroid')    # k-SALSA pictures, plain averages
+KINDS = ('centroid_ours', 'centroid')  # k-SALSA pictures, plain averages
 
 
 class ReleaseFiles(NamedTuple):
@@ -46,14 +47,17 @@ def run_files(run: Path, kind: str) -> ReleaseFiles:
     try:
         photographs = Path(json.loads(record.read_text(encoding='utf-8'))['options']['data_path'])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'--run {run}: not the folder of a finished run of scripts/k-SALSA.py '
-                        f'({record}: {error})') from error
+        raise UserError(
+            f'--run {run}: not the folder of a finished run of scripts/k-SALSA.py '
+            f'({record}: {error})'
+        ) from error
     pictures = 'release/images' if kind == KINDS[0] else 'private/centroids'
     return ReleaseFiles(run / 'private', photographs, run / pictures)
 
 
-def chosen_files(given: ReleaseFiles, run: Path | None, kind: str, flags: Sequence[str]
-                 ) -> ReleaseFiles:
+def chosen_files(
+    given: ReleaseFiles, run: Path | None, kind: str, flags: Sequence[str]
+) -> ReleaseFiles:
     """What the flags name, and for those left out (None) what a run folder holds.
 
     flags: their names, for the UserError that names all that are missing and the remedy.
@@ -63,14 +67,17 @@ def chosen_files(given: ReleaseFiles, run: Path | None, kind: str, flags: Sequen
         return ReleaseFiles(*(own or other for own, other in zip(given, found)))
     missing = [flag for flag, value in zip(flags, given) if value is None]
     if missing:
-        raise UserError(f'{", ".join(missing)} needed: the group table, the photographs and the '
-                        'release pictures; or name the run of scripts/k-SALSA.py that holds all '
-                        'three with --run')
+        raise UserError(
+            f'{", ".join(missing)} needed: the group table, the photographs and the '
+            'release pictures; or name the run of scripts/k-SALSA.py that holds all '
+            'three with --run'
+        )
     return given
 
 
-def read_known_release(files: ReleaseFiles, tables: Sequence[str], kind: str, size: int,
-                       flags: Sequence[str]) -> KnownRelease:
+def read_known_release(
+    files: ReleaseFiles, tables: Sequence[str], kind: str, size: int, flags: Sequence[str]
+) -> KnownRelease:
     """Photographs, pictures, groups and people of a release.
 
     tables: names that the group table may have in its folder. People are the patients of the
@@ -89,13 +96,17 @@ def read_known_release(files: ReleaseFiles, tables: Sequence[str], kind: str, si
         log.warning('%s knows no patients: every photograph counts as a person of its own', path)
     own = {i: c for c, group in enumerate(groups) for i in group.members}
     table = merge_identical(table.subset([n for n, i in enumerate(table.ids) if i in own]))
-    return KnownRelease(load_pictures([[p] for p in table.paths], size),
-                        load_pictures([[p] for p in pictures], size),
-                        np.array([own[i] for i in table.ids]), table.patients or table.ids)
+    return KnownRelease(
+        load_pictures([[p] for p in table.paths], size),
+        load_pictures([[p] for p in pictures], size),
+        np.array([own[i] for i in table.ids]),
+        table.patients or table.ids,
+    )
 
 
-def pair_results(scores: np.ndarray, group_of: np.ndarray, people: Sequence, topk: int, *,
-                 seed: int) -> tuple[dict, dict]:
+def pair_results(
+    scores: np.ndarray, group_of: np.ndarray, people: Sequence, topk: int, *, seed: int
+) -> tuple[dict, dict]:
     """Results of scores [C, n] against targets 0..C-1 for photographs of all groups, and curves.
 
     `membership` asks whether a person stands behind any target picture (a photograph's best score
@@ -109,14 +120,29 @@ def pair_results(scores: np.ndarray, group_of: np.ndarray, people: Sequence, top
     strange = ~np.isin(who, who[known])
     best = scores.max(0)
     shown = np.broadcast_to(who, same.shape)
-    found = {'precision_at_k': precision_at_k(scores, same, topk), 'topk': topk,
-             'chance_precision': float(same.mean()),
-             'n_targets': n_targets, 'n_photographs': scores.shape[1],
-             'n_neither': int((~known & ~strange).sum()),
-             'membership': attack_metrics(best[known], best[strange], seed=seed,
-                                          member_people=who[known],
-                                          other_people=who[strange]),
-             'pairs': attack_metrics(scores[same], scores[~same], seed=seed,
-                                     member_people=shown[same], other_people=shown[~same])}
-    return found, {'in the release at all': (best[known], best[strange]),
-                   'behind a given picture': (scores[same], scores[~same])}
+    found = {
+        'precision_at_k': precision_at_k(scores, same, topk),
+        'topk': topk,
+        'chance_precision': float(same.mean()),
+        'n_targets': n_targets,
+        'n_photographs': scores.shape[1],
+        'n_neither': int((~known & ~strange).sum()),
+        'membership': attack_metrics(
+            best[known],
+            best[strange],
+            seed=seed,
+            member_people=who[known],
+            other_people=who[strange],
+        ),
+        'pairs': attack_metrics(
+            scores[same],
+            scores[~same],
+            seed=seed,
+            member_people=shown[same],
+            other_people=shown[~same],
+        ),
+    }
+    return found, {
+        'in the release at all': (best[known], best[strange]),
+        'behind a given picture': (scores[same], scores[~same]),
+    }

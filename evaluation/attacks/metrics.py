@@ -2,6 +2,7 @@
 
 Scores are higher for members. An attack that learns nothing has an AUC of 0.5.
 """
+
 import numpy as np
 
 from evaluation.bootstrap import People, draw_weights, percentiles, rate_interval, unit_numbers
@@ -13,9 +14,16 @@ FPRS = {'tpr_at_1pct_fpr': 0.01, 'tpr_at_0.1pct_fpr': 0.001}
 MIN_PEOPLE = 4
 
 
-def attack_metrics(member: np.ndarray, other: np.ndarray, *, member_people: People = None,
-                   other_people: People = None, n_bootstrap: int = 500, seed: int = 0,
-                   level: float = 0.95) -> dict:
+def attack_metrics(
+    member: np.ndarray,
+    other: np.ndarray,
+    *,
+    member_people: People = None,
+    other_people: People = None,
+    n_bootstrap: int = 500,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict:
     """Summary of an attack's scores: member [m] and other [n], higher meaning member.
 
     member_people, other_people: the person behind each score (None: each its own), who may stand
@@ -29,11 +37,13 @@ def attack_metrics(member: np.ndarray, other: np.ndarray, *, member_people: Peop
     """
     member, other = (np.asarray(s, dtype=np.float64) for s in (member, other))
     people = _joint_people(member_people, other_people, len(member), len(other))
-    sides = people[:len(member)], people[len(member):]
+    sides = people[: len(member)], people[len(member) :]
     counts = [len(np.unique(s)) for s in sides]
     if min(counts) < MIN_PEOPLE:
-        raise UserError(f'{counts[0]} members and {counts[1]} others are too few to measure '
-                        f'an attack; at least {MIN_PEOPLE} people of each are needed')
+        raise UserError(
+            f'{counts[0]} members and {counts[1]} others are too few to measure '
+            f'an attack; at least {MIN_PEOPLE} people of each are needed'
+        )
     rng = numpy_generator(seed, 'attack metrics')
     right = _cross_fitted(member, other, _halves(*sides, rng))
     side = np.repeat([True, False], [len(member), len(other)])
@@ -42,14 +52,20 @@ def attack_metrics(member: np.ndarray, other: np.ndarray, *, member_people: Peop
     for weights in draw_weights(people, len(people), n_bootstrap, rng):
         aucs.append(weighted_auc(side, score, weights))
         accuracies.append(_balanced(right, side, weights))
-    found = {'n_members': len(member), 'n_others': len(other), 'n_member_people': counts[0],
-             'n_other_people': counts[1],
-             'auc': _interval(auc(member, other), aucs, level),
-             'balanced_accuracy': _interval(_balanced(right, side, np.ones((1, len(side))))[0],
-                                            accuracies, level)}
+    found = {
+        'n_members': len(member),
+        'n_others': len(other),
+        'n_member_people': counts[0],
+        'n_other_people': counts[1],
+        'auc': _interval(auc(member, other), aucs, level),
+        'balanced_accuracy': _interval(
+            _balanced(right, side, np.ones((1, len(side))))[0], accuracies, level
+        ),
+    }
     for name, fpr in FPRS.items():
         found[name] = _tpr_at(member, other, fpr, sides[0], level) | {
-            'resolved': counts[1] * fpr >= 1}
+            'resolved': counts[1] * fpr >= 1
+        }
     return found
 
 
@@ -68,8 +84,15 @@ def _interval(value, draws, level):
 
 def _balanced(right, side, weights):
     """Mean share of right answers on the two sides, per weighting [b]."""
-    shares = [np.divide((weights * on) @ right, weights @ on, where=weights @ on > 0,
-                        out=np.full(len(weights), np.nan)) for on in (side, ~side)]
+    shares = [
+        np.divide(
+            (weights * on) @ right,
+            weights @ on,
+            where=weights @ on > 0,
+            out=np.full(len(weights), np.nan),
+        )
+        for on in (side, ~side)
+    ]
     return (shares[0] + shares[1]) / 2
 
 
@@ -100,7 +123,7 @@ def _cross_fitted(member, other, half):
 def _tpr_at(member, other, fpr, people, level):
     """TPR at the lowest threshold that at most floor(fpr * n) others reach."""
     allowed = int(np.floor(fpr * len(other)))
-    limit = np.sort(other)[::-1][allowed]    # the first other that must stay below
+    limit = np.sort(other)[::-1][allowed]  # the first other that must stay below
     hits = member > limit
     low, high = rate_interval(hits, people, level)
     return {'value': float(hits.mean()), 'low': low, 'high': high}
@@ -123,8 +146,7 @@ def reidentification_rates(ranks: np.ndarray, n_release: int, *, people: People 
     binomial intervals.
     """
     ranks = np.asarray(ranks)
-    found = {'n_probes': len(ranks), 'n_release': n_release,
-             'median_rank': float(np.median(ranks))}
+    found = {'n_probes': len(ranks), 'n_release': n_release, 'median_rank': float(np.median(ranks))}
     for top in (1, 5):
         found[f'rank_{top}'] = float((ranks <= top).mean())
         found[f'rank_{top}_low'], found[f'rank_{top}_high'] = rate_interval(ranks <= top, people)

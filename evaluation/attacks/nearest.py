@@ -4,6 +4,7 @@ Pictures are uint8 [n, 3, S, S]; `embed` turns them into features [n, F].
 Sources: GAN-Leaks (Chen et al. 2020) for the calibration by reference people; the attacker has
 the release, and photographs of the person in question and of people who are surely not in it.
 """
+
 from collections.abc import Callable
 
 import numpy as np
@@ -24,8 +25,9 @@ def nearest_distances(queries: np.ndarray, pool: np.ndarray) -> np.ndarray:
     return np.concatenate(list(parts))
 
 
-def nearest_attack(members: np.ndarray, nonmembers: np.ndarray, reference: np.ndarray,
-                   embed: Embed) -> Scorer:
+def nearest_attack(
+    members: np.ndarray, nonmembers: np.ndarray, reference: np.ndarray, embed: Embed
+) -> Scorer:
     """Scores how much nearer the release is to a person than reference people are.
 
     Returns a function release [n] -> scores of members [m] and others [o]:
@@ -40,9 +42,11 @@ def nearest_attack(members: np.ndarray, nonmembers: np.ndarray, reference: np.nd
     def scores(release: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         not_empty(release=release)
         pictures = embed(release)
-        member, other = (far - np.log(nearest_distances(p, pictures) + _SMALL)
-                         for p, far in zip(people, usual))
+        member, other = (
+            far - np.log(nearest_distances(p, pictures) + _SMALL) for p, far in zip(people, usual)
+        )
         return member, other
+
     return scores
 
 
@@ -57,8 +61,9 @@ def pixel(study: Study) -> Scorer:
     return nearest_attack(study.members, study.nonmembers, study.reference, pixels)
 
 
-def reidentification_ranks(probes: np.ndarray, release_of_probe: np.ndarray, release: np.ndarray,
-                           embed: Embed) -> np.ndarray:
+def reidentification_ranks(
+    probes: np.ndarray, release_of_probe: np.ndarray, release: np.ndarray, embed: Embed
+) -> np.ndarray:
     """At which place the picture of the own group comes, by distance to another photograph.
 
     probes [q]: later photographs of members. release_of_probe [q]: index of the picture that
@@ -68,7 +73,7 @@ def reidentification_ranks(probes: np.ndarray, release_of_probe: np.ndarray, rel
     ranks, start = [], 0
     own = np.asarray(release_of_probe)
     for distances in pairwise_distances_chunked(embed(probes), embed(release)):
-        mine = distances[np.arange(len(distances)), own[start:start + len(distances)]]
+        mine = distances[np.arange(len(distances)), own[start : start + len(distances)]]
         ranks.append((distances <= mine[:, None]).sum(1))
         start += len(distances)
     return np.concatenate(ranks)

@@ -6,6 +6,7 @@ classes, other (0) and member (1). It is trained on groups whose members the att
 Shapes: n photographs and C release pictures, uint8 [*, 3, S, S]; group_of [n] is the index of a
 photograph's release picture.
 """
+
 import dataclasses
 import logging
 import math
@@ -60,8 +61,9 @@ class PairNet(nn.Module):
         self.small_stem = image_size < 100
         self.body = build_resnet('resnet18', small_stem=self.small_stem)
         first = self.body.conv1
-        self.body.conv1 = nn.Conv2d(6, 64, first.kernel_size, stride=2, padding=first.padding,
-                                    bias=False)
+        self.body.conv1 = nn.Conv2d(
+            6, 64, first.kernel_size, stride=2, padding=first.padding, bias=False
+        )
         self.drop = nn.Dropout(0.5)
         self.fc = nn.Linear(512, 2)
 
@@ -75,17 +77,22 @@ def build_pair_net(config: PairConfig, *, imagenet_weights: str | Path | None = 
         torch.manual_seed(derive(config.seed, 'pair net'))
         net = PairNet(config.image_size)
     if imagenet_weights is not None:
-        state = load_state(imagenet_weights, what='ImageNet weights',
-                           hint='Take resnet18 from the torchvision model page.')
+        state = load_state(
+            imagenet_weights,
+            what='ImageNet weights',
+            hint='Take resnet18 from the torchvision model page.',
+        )
         own = net.body.state_dict()
         try:
             if describe_resnet(state)[0] != 'resnet18':
                 raise KeyError('another architecture')
-            net.body.load_state_dict({k: own[k] if k.startswith('conv1.') else state[k]
-                                      for k in own})
+            net.body.load_state_dict(
+                {k: own[k] if k.startswith('conv1.') else state[k] for k in own}
+            )
         except (KeyError, IndexError, RuntimeError) as error:
-            raise UserError(f'--imagenet_weights {imagenet_weights}: not a ResNet-18 '
-                            f'({mismatch(error)})') from error
+            raise UserError(
+                f'--imagenet_weights {imagenet_weights}: not a ResNet-18 ({mismatch(error)})'
+            ) from error
     return net
 
 
@@ -102,12 +109,15 @@ def standardisation(photos: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     share = counts / counts.sum(1, keepdims=True)
     mean = share @ values
     std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(1))
-    return (torch.tensor(mean, dtype=torch.float32).reshape(1, 3, 1, 1),
-            torch.tensor(std, dtype=torch.float32).reshape(1, 3, 1, 1))
+    return (
+        torch.tensor(mean, dtype=torch.float32).reshape(1, 3, 1, 1),
+        torch.tensor(std, dtype=torch.float32).reshape(1, 3, 1, 1),
+    )
 
 
-def step_pairs(group_of: np.ndarray, drawn: np.ndarray, pairs: str, rng: np.random.Generator
-               ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def step_pairs(
+    group_of: np.ndarray, drawn: np.ndarray, pairs: str, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One step's pairs: photographs [p], release pictures [p], membership [p].
 
     drawn: indices of the step's photographs. pairs: of PAIRS.
@@ -130,11 +140,20 @@ class PairAttack:
     mean, std [1, 3, 1, 1] standardise both inputs. UserError with fewer than two groups.
     """
 
-    def __init__(self, config: PairConfig, *, mean: Tensor, std: Tensor,
-                 device: torch.device | str, imagenet_weights: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        config: PairConfig,
+        *,
+        mean: Tensor,
+        std: Tensor,
+        device: torch.device | str,
+        imagenet_weights: str | Path | None = None,
+    ) -> None:
         if config.precision not in PRECISIONS or config.pairs not in PAIRS:
-            raise ValueError(f'precision={config.precision!r}, pairs={config.pairs!r}; want one '
-                             f'of {PRECISIONS} and one of {PAIRS}')
+            raise ValueError(
+                f'precision={config.precision!r}, pairs={config.pairs!r}; want one '
+                f'of {PRECISIONS} and one of {PAIRS}'
+            )
         self.config, self.device = config, torch.device(device)
         self.mean, self.std = mean.to(self.device), std.to(self.device)
         self.net = build_pair_net(config, imagenet_weights=imagenet_weights).to(self.device)
@@ -146,8 +165,9 @@ class PairAttack:
         return (x.float().div(127.5).sub(1) - self.mean) / self.std
 
     def _autocast(self):
-        return torch.autocast(self.device.type, dtype=torch.bfloat16,
-                              enabled=self.config.precision == 'bf16')
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == 'bf16'
+        )
 
     def train_epoch(self, photos: np.ndarray, pictures: np.ndarray, group_of: np.ndarray) -> dict:
         """One epoch of n / (k * mult_batch) steps; returns {'epoch', 'loss', 'accuracy'}."""
@@ -165,12 +185,14 @@ class PairAttack:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
             torch.manual_seed(derive(cfg.seed, 'dropout', self.epoch))
             for step in range(steps):
-                rows, shown, same = step_pairs(group_of, order[step * size:][:size], cfg.pairs,
-                                               rng)
+                rows, shown, same = step_pairs(
+                    group_of, order[step * size :][:size], cfg.pairs, rng
+                )
                 truth = send(torch.from_numpy(same), self.device)
                 with self._autocast():
-                    logits = self.net(self._input(photos[rows]),
-                                      self._input(pictures[shown])).float()
+                    logits = self.net(
+                        self._input(photos[rows]), self._input(pictures[shown])
+                    ).float()
                 loss = F.cross_entropy(logits, truth)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -184,27 +206,32 @@ class PairAttack:
         return {'epoch': self.epoch, 'loss': loss, 'accuracy': accuracy}
 
     @torch.no_grad()
-    def scores(self, photos: np.ndarray, pictures: np.ndarray, *, batch_size: int = 256
-               ) -> np.ndarray:
+    def scores(
+        self, photos: np.ndarray, pictures: np.ndarray, *, batch_size: int = 256
+    ) -> np.ndarray:
         """Softmax scores float32 [C, n, 2] of every release picture with every photograph."""
         self.net.eval()
         found = np.empty((len(pictures), len(photos), 2), np.float32)
         # Of the photographs, only one batch is on the device at a time.
         for start in progress(range(0, len(photos), batch_size), desc='scoring', unit='batch'):
-            batch = self._input(photos[start:start + batch_size])
+            batch = self._input(photos[start : start + batch_size])
             for c in range(len(pictures)):
-                picture = self._input(pictures[c:c + 1])
+                picture = self._input(pictures[c : c + 1])
                 with self._autocast():
                     logits = self.net(batch, picture.expand(len(batch), -1, -1, -1)).float()
-                found[c, start:start + len(batch)] = logits.softmax(1).cpu().numpy()
+                found[c, start : start + len(batch)] = logits.softmax(1).cpu().numpy()
         return found
 
     def state(self) -> dict:
         """Everything needed to go on exactly where this epoch ended."""
-        return {'epoch': self.epoch, 'config': dataclasses.asdict(self.config),
-                'net': {k: v.cpu() for k, v in self.net.state_dict().items()},
-                'optimizer': self.optimizer.state_dict(),
-                'mean': self.mean.cpu(), 'std': self.std.cpu()}
+        return {
+            'epoch': self.epoch,
+            'config': dataclasses.asdict(self.config),
+            'net': {k: v.cpu() for k, v in self.net.state_dict().items()},
+            'optimizer': self.optimizer.state_dict(),
+            'mean': self.mean.cpu(),
+            'std': self.std.cpu(),
+        }
 
     def load_state(self, state: dict) -> None:
         """Takes over a `state()` of the same configuration."""
@@ -219,10 +246,12 @@ def load_pair_attack(path: str | Path, device: torch.device | str) -> PairAttack
     if not isinstance(state, dict) or not {'net', 'config', 'mean', 'std'} <= state.keys():
         raise UserError(f'{path} is not a checkpoint of MIA/MIA_train.py')
     try:
-        attack = PairAttack(PairConfig(**state['config']), mean=state['mean'], std=state['std'],
-                            device=device)
+        attack = PairAttack(
+            PairConfig(**state['config']), mean=state['mean'], std=state['std'], device=device
+        )
         attack.net.load_state_dict(state['net'])
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f'{path} is not a checkpoint of MIA/MIA_train.py ({mismatch(error)})'
-                        ) from error
+        raise UserError(
+            f'{path} is not a checkpoint of MIA/MIA_train.py ({mismatch(error)})'
+        ) from error
     return attack

@@ -7,6 +7,7 @@ the largest cosine with any release picture, or how far that cosine stands out f
 
 Shapes: n pictures, F features, G release pictures.
 """
+
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,8 +23,8 @@ from utils.images import from_uint8
 
 GRIDS = (4, 2, 1)
 STYLE_STRIDES = (2, 4, 8)
-REMOVED = (20, 60)               # leading components of the reference population left out
-LEADING = (8, 16, 32, 64, 128)   # or kept alone
+REMOVED = (20, 60)  # leading components of the reference population left out
+LEADING = (8, 16, 32, 64, 128)  # or kept alone
 _BATCH = 16
 _SMALL = 1e-8
 
@@ -31,9 +32,9 @@ _SMALL = 1e-8
 class Reading(NamedTuple):
     """One way to read the release: which features, which components, which score."""
 
-    features: str      # 'grams', 'pooled' or 'all'
-    components: str    # 'beyond 20', 'first 16', ...
-    score: str         # 'cosine' or 'stand-out'
+    features: str  # 'grams', 'pooled' or 'all'
+    components: str  # 'beyond 20', 'first 16', ...
+    score: str  # 'cosine' or 'stand-out'
 
     def __str__(self) -> str:
         return f'{self.features}, {self.components}, {self.score}'
@@ -71,8 +72,9 @@ class _Whitening:
 
     def __init__(self, reference: np.ndarray) -> None:
         self.mean, self.std = reference.mean(0), reference.std(0) + _SMALL
-        _, self.values, self.axes = np.linalg.svd((reference - self.mean) / self.std,
-                                                  full_matrices=False)
+        _, self.values, self.axes = np.linalg.svd(
+            (reference - self.mean) / self.std, full_matrices=False
+        )
 
     def beyond(self, features: np.ndarray, n: int) -> np.ndarray:
         """Unit vectors of standardised features without the first n components."""
@@ -94,8 +96,11 @@ def least_reference() -> int:
     return 2 * REMOVED[0]
 
 
-def projection_cosines(candidates: dict[str, np.ndarray], release: dict[str, np.ndarray],
-                       reference: dict[str, np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
+def projection_cosines(
+    candidates: dict[str, np.ndarray],
+    release: dict[str, np.ndarray],
+    reference: dict[str, np.ndarray],
+) -> dict[tuple[str, str], np.ndarray]:
     """{(features, components): cosines [n, G]} of `attack_features` of the three.
 
     Components that the reference population is too small for are left out. UserError with fewer
@@ -103,8 +108,10 @@ def projection_cosines(candidates: dict[str, np.ndarray], release: dict[str, np.
     """
     size = len(reference['pooled'])
     if size < least_reference():
-        raise UserError(f'{size} reference pictures are too few to whiten features; the '
-                        f'projection attack needs at least {least_reference()}')
+        raise UserError(
+            f'{size} reference pictures are too few to whiten features; the '
+            f'projection attack needs at least {least_reference()}'
+        )
     found = {}
     for name in ('grams', 'pooled', 'all'):
         white = _Whitening(_chosen(reference, name))
@@ -112,15 +119,19 @@ def projection_cosines(candidates: dict[str, np.ndarray], release: dict[str, np.
         if name == 'all':
             views |= {f'first {n}': (white.first, n) for n in LEADING if 2 * n <= size}
         for view, (project, n) in views.items():
-            found[name, view] = (project(_chosen(candidates, name), n)
-                                 @ project(_chosen(release, name), n).T)
+            found[name, view] = (
+                project(_chosen(candidates, name), n) @ project(_chosen(release, name), n).T
+            )
     return found
 
 
 def _chosen(features: dict[str, np.ndarray], name: str) -> np.ndarray:
     """One kind of features, or both side by side."""
-    return np.concatenate([features['grams'], features['pooled']], 1) if name == 'all' \
+    return (
+        np.concatenate([features['grams'], features['pooled']], 1)
+        if name == 'all'
         else features[name]
+    )
 
 
 def stand_out(cosines: np.ndarray) -> np.ndarray:
@@ -153,10 +164,16 @@ class Attacked(NamedTuple):
     scores: tuple[np.ndarray, np.ndarray]
 
 
-def projection_attack(members: dict[str, np.ndarray], others: dict[str, np.ndarray],
-                      release: dict[str, np.ndarray], reference: dict[str, np.ndarray], *,
-                      member_people: Sequence[object], other_people: Sequence[object],
-                      group_of: Sequence[int]) -> Attacked:
+def projection_attack(
+    members: dict[str, np.ndarray],
+    others: dict[str, np.ndarray],
+    release: dict[str, np.ndarray],
+    reference: dict[str, np.ndarray],
+    *,
+    member_people: Sequence[object],
+    other_people: Sequence[object],
+    group_of: Sequence[int],
+) -> Attacked:
     """Attacks a release; the four are `attack_features` by one network.
 
     members [m], whose persons are member_people and whose own pictures have the indices group_of
@@ -171,12 +188,19 @@ def projection_attack(members: dict[str, np.ndarray], others: dict[str, np.ndarr
     for (features, view), cosines in projection_cosines(both, release, reference).items():
         for name, values in (('cosine', cosines.max(1)), ('stand-out', stand_out(cosines))):
             reading = Reading(features, view, name)
-            scores[reading] = (by_person(values[:n], member_people),
-                               by_person(values[n:], other_people))
+            scores[reading] = (
+                by_person(values[:n], member_people),
+                by_person(values[n:], other_people),
+            )
             aucs[reading] = auc(*scores[reading])
         mine = cosines[np.arange(n), own]
         ranks[features, view] = (cosines[:n] >= mine[:, None]).sum(1)
     reading = max(aucs, key=aucs.__getitem__)
     best = max(ranks.values(), key=lambda r: ((r == 1).mean(), (r <= 5).mean()))
-    return Attacked(aucs[reading], reading, aucs,
-                    reidentification_rates(best, len(release['pooled'])), scores[reading])
+    return Attacked(
+        aucs[reading],
+        reading,
+        aucs,
+        reidentification_rates(best, len(release['pooled'])),
+        scores[reading],
+    )

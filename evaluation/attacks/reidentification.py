@@ -1,4 +1,5 @@
 """Re-identification: which release picture does another photograph of a member lead to?"""
+
 from collections.abc import Callable
 
 import numpy as np
@@ -13,13 +14,17 @@ from evaluation.study import Study
 
 
 def _cells(label: str, result: dict | None) -> Cells:
-    return {f're-identified, rank 1 ({label})': '-' if result is None else
-            f'{result["rank_1"]:.3f} (chance {result["chance_rank_1"]:.3f})'}
+    return {
+        f're-identified, rank 1 ({label})': '-'
+        if result is None
+        else f'{result["rank_1"]:.3f} (chance {result["chance_rank_1"]:.3f})'
+    }
 
 
 @judged('reidentification', 'own picture nearest to a later photograph', _cells)
 def reidentification(study: Study, judge: Judge) -> Callable[[Candidate], dict | None]:
     """By pooled features; None without later photographs, and for photographs themselves."""
+
     def run(candidate: Candidate) -> dict | None:
         later = study.population.again
         group = candidate.group_of[study.population.again_of]
@@ -27,8 +32,12 @@ def reidentification(study: Study, judge: Judge) -> Callable[[Candidate], dict |
         if later is None or candidate.photographs or not known.any():
             return None
         ranks = reidentification_ranks(
-            study.again[known], group[known], candidate.pictures,
-            lambda pictures: study.features(judge, pictures)['pooled'])
+            study.again[known],
+            group[known],
+            candidate.pictures,
+            lambda pictures: study.features(judge, pictures)['pooled'],
+        )
         people = np.array(people_of(later))[known]
         return reidentification_rates(ranks, len(candidate.pictures), people=people)
+
     return run

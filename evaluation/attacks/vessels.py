@@ -4,6 +4,7 @@ Vessel maps (multi-scale ridges of the green channel, Sato's filter) are compare
 cross-correlation over all small shifts and a few rotations, which registers two photographs of
 the same eye that differ in gaze. Pictures are uint8 [n, 3, S, S].
 """
+
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +16,8 @@ from evaluation.attacks.nearest import not_empty
 from evaluation.registry import Scorer, attack
 from evaluation.study import Study
 
-ROTATIONS = (-6.0, -3.0, 0.0, 3.0, 6.0)    # degrees that a head tilts between photographs
-MAX_SHIFT = 0.12                           # of the side: how far gaze moves the picture
+ROTATIONS = (-6.0, -3.0, 0.0, 3.0, 6.0)  # degrees that a head tilts between photographs
+MAX_SHIFT = 0.12  # of the side: how far gaze moves the picture
 _BATCH = 64
 
 
@@ -61,20 +62,21 @@ def vessel_maps(pictures: np.ndarray) -> np.ndarray:
     return np.divide(maps, norm, out=np.zeros_like(maps), where=norm > 0).astype(np.float32)
 
 
-def best_correlations(queries: np.ndarray, pool: np.ndarray, *,
-                      device: torch.device | str = 'cpu') -> np.ndarray:
+def best_correlations(
+    queries: np.ndarray, pool: np.ndarray, *, device: torch.device | str = 'cpu'
+) -> np.ndarray:
     """Highest correlation of maps [n, S, S] with maps [m, S, S] over shifts and rotations: [n, m].
 
     Computed with FFTs; zero padding keeps shifts from wrapping round.
     """
     side = queries.shape[-1]
     reach = int(MAX_SHIFT * side)
-    size = next_fast_len(side + reach, real=True)    # wide enough for shifts up to `reach`
+    size = next_fast_len(side + reach, real=True)  # wide enough for shifts up to `reach`
     near = torch.tensor([*range(reach + 1), *range(size - reach, size)], device=device)
     pool = torch.fft.rfft2(torch.from_numpy(pool).to(device), s=(size, size)).conj()
     found = torch.full((len(queries), len(pool)), -1.0, device=device)
     for start in range(0, len(queries), _BATCH):
-        part = torch.from_numpy(queries[start:start + _BATCH]).to(device)
+        part = torch.from_numpy(queries[start : start + _BATCH]).to(device)
         for angle in ROTATIONS:
             spectra = torch.fft.rfft2(_rotated(part, angle), s=(size, size))
             for i, spectrum in enumerate(spectra):
@@ -88,10 +90,14 @@ def best_correlations(queries: np.ndarray, pool: np.ndarray, *,
 def _rotated(maps, degrees):
     """maps [n, S, S] turned about their centre; what comes from outside is 0."""
     angle = np.deg2rad(degrees)
-    grid = torch.tensor([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0]],
-                        dtype=torch.float32, device=maps.device)
-    where = torch.nn.functional.affine_grid(grid.expand(len(maps), 2, 3),
-                                            [len(maps), 1, *maps.shape[1:]], align_corners=False)
+    grid = torch.tensor(
+        [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0]],
+        dtype=torch.float32,
+        device=maps.device,
+    )
+    where = torch.nn.functional.affine_grid(
+        grid.expand(len(maps), 2, 3), [len(maps), 1, *maps.shape[1:]], align_corners=False
+    )
     return torch.nn.functional.grid_sample(maps[:, None], where, align_corners=False)[:, 0]
 
 
@@ -102,8 +108,14 @@ class VesselAttack:
     people the attacker knows not to be. UserError when a set is empty.
     """
 
-    def __init__(self, members: np.ndarray, nonmembers: np.ndarray, reference: np.ndarray, *,
-                 device: torch.device | str = 'cpu') -> None:
+    def __init__(
+        self,
+        members: np.ndarray,
+        nonmembers: np.ndarray,
+        reference: np.ndarray,
+        *,
+        device: torch.device | str = 'cpu',
+    ) -> None:
         self.device = device
         not_empty(members=members, nonmembers=nonmembers, reference=reference)
         self.people = [vessel_maps(p) for p in (members, nonmembers)]
@@ -118,7 +130,6 @@ class VesselAttack:
         not_empty(release=release)
         pool = vessel_maps(release)
         return tuple(self._best(p, pool) - usual for p, usual in zip(self.people, self.usual))
-
 
 
 @attack('vessel', 'vessel maps after registration')

@@ -1,4 +1,5 @@
 """One picture per group of members: the baselines, on the groups of k-SALSA."""
+
 import numpy as np
 
 from evaluation.registry import Candidate, method
@@ -9,8 +10,10 @@ from evaluation.study import Study
 @method('pixel_average', 'mean of the pixels of a group (k-Same)', grouped=True)
 def pixel_average(study: Study, release: Release) -> Candidate:
     """The oldest baseline."""
-    means = [np.rint(study.members[release.group_of == i].mean(0)).astype(np.uint8)
-             for i in range(len(release.names))]
+    means = [
+        np.rint(study.members[release.group_of == i].mean(0)).astype(np.uint8)
+        for i in range(len(release.names))
+    ]
     return of_groups(np.stack(means), release)
 
 

@@ -1,4 +1,5 @@
 """The release itself."""
+
 from evaluation.methods.groups import of_groups
 from evaluation.registry import Candidate, method
 from evaluation.releases import Release

@@ -1,4 +1,5 @@
 """Photographs of members, as they are or inverted: yardstick and positive control."""
+
 import numpy as np
 
 from classification.data import one_hot
@@ -18,21 +19,33 @@ def real(study: Study, release: Release) -> Candidate:
 def real_same_n(study: Study, release: Release) -> Candidate:
     """A draw of the photographs; members outside it are not in this release."""
     draw = numpy_generator(study.seed, 'real_same_n')
-    return _photographs(study, np.sort(draw.choice(len(study.members), len(release.names),
-                                                   replace=False)))
+    return _photographs(
+        study, np.sort(draw.choice(len(study.members), len(release.names), replace=False))
+    )
 
 
 @method('inverted', 'every member photograph inverted, k = 1 (leaks: positive control)')
 def inverted(study: Study, release: Release) -> Candidate:
     """The encoder's reconstructions."""
     members = study.population.members
-    return Candidate(study.pictures(release.reconstructions(members)), members.grades,
-                     one_hot(members.grades), np.arange(len(members)), people=members.patients)
+    return Candidate(
+        study.pictures(release.reconstructions(members)),
+        members.grades,
+        one_hot(members.grades),
+        np.arange(len(members)),
+        people=members.patients,
+    )
 
 
 def _photographs(study: Study, rows: np.ndarray) -> Candidate:
     members = study.population.members.subset(rows)
     group_of = np.full(len(study.members), -1)
     group_of[rows] = np.arange(len(rows))
-    return Candidate(study.members[rows], members.grades, one_hot(members.grades), group_of,
-                     people=members.patients, photographs=True)
+    return Candidate(
+        study.members[rows],
+        members.grades,
+        one_hot(members.grades),
+        group_of,
+        people=members.patients,
+        photographs=True,
+    )

@@ -1,4 +1,5 @@
 """Samples of the generator: negative control, no person stands behind a picture."""
+
 import numpy as np
 import torch
 
@@ -24,8 +25,9 @@ def unconditional(study: Study, release: Release) -> Candidate:
 def _sample(study: Study, n: int) -> np.ndarray:
     """Pictures of the generator, stored noise, no truncation: uint8 [n, 3, S, S]."""
     psp = load_psp(study.settings.file('checkpoint'), study.device)
-    z = torch.randn(n, psp.decoder.style_dim,
-                    generator=torch_generator(study.seed, 'unconditional'))
+    z = torch.randn(
+        n, psp.decoder.style_dim, generator=torch_generator(study.seed, 'unconditional')
+    )
     images = torch.cat([psp.decoder(part.to(study.device)) for part in z.split(16)])
     side = study.grader.settings.image_size
     return to_uint8(torch.nn.functional.adaptive_avg_pool2d(images, side)).cpu().numpy()

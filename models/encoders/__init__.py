@@ -1,4 +1,5 @@
 """Image-to-latent encoders: those of pSp and e4e as published, and small ones."""
+
 import math
 import re
 from pathlib import Path
@@ -19,23 +20,51 @@ from models.encoders.restyle_psp_encoders import BackboneEncoder, ResNetBackbone
 from models.loading import fill, load_state, mismatch, named_tensors
 from utils.errors import UserError
 
-_MAX_SIZE = 4096    # pixels
-ENCODERS = {cls.__name__: cls for cls in (
-    BackboneEncoder, GradualStyleEncoder, ResNetBackboneEncoder, ResNetGradualStyleEncoder,
-    LightEncoder, LiteEncoder)}
+_MAX_SIZE = 4096  # pixels
+ENCODERS = {
+    cls.__name__: cls
+    for cls in (
+        BackboneEncoder,
+        GradualStyleEncoder,
+        ResNetBackboneEncoder,
+        ResNetGradualStyleEncoder,
+        LightEncoder,
+        LiteEncoder,
+    )
+}
 # Those of e4e, and the class whose names and shapes their weights share.
-PROGRESSIVE_ENCODERS = {cls.__name__: cls for cls in (
-    ProgressiveBackboneEncoder, ResNetProgressiveBackboneEncoder, LightProgressiveEncoder,
-    LiteProgressiveEncoder)}
-_TWINS = {'BackboneEncoder': 'ProgressiveBackboneEncoder',
-          'LightEncoder': 'LightProgressiveEncoder', 'LiteEncoder': 'LiteProgressiveEncoder',
-          'ResNetBackboneEncoder': 'ResNetProgressiveBackboneEncoder'}
+PROGRESSIVE_ENCODERS = {
+    cls.__name__: cls
+    for cls in (
+        ProgressiveBackboneEncoder,
+        ResNetProgressiveBackboneEncoder,
+        LightProgressiveEncoder,
+        LiteProgressiveEncoder,
+    )
+}
+_TWINS = {
+    'BackboneEncoder': 'ProgressiveBackboneEncoder',
+    'LightEncoder': 'LightProgressiveEncoder',
+    'LiteEncoder': 'LiteProgressiveEncoder',
+    'ResNetBackboneEncoder': 'ResNetProgressiveBackboneEncoder',
+}
 _CLASSES = ENCODERS | PROGRESSIVE_ENCODERS
 
-__all__ = ['ENCODERS', 'PROGRESSIVE_ENCODERS', 'BackboneEncoder', 'GradualStyleEncoder',
-           'LightEncoder', 'LiteEncoder', 'ResNetBackboneEncoder', 'ResNetGradualStyleEncoder',
-           'build_encoder', 'encoder_from_state', 'init_from_lite0', 'init_from_resnet34',
-           'load_resnet34']
+__all__ = [
+    'ENCODERS',
+    'PROGRESSIVE_ENCODERS',
+    'BackboneEncoder',
+    'GradualStyleEncoder',
+    'LightEncoder',
+    'LiteEncoder',
+    'ResNetBackboneEncoder',
+    'ResNetGradualStyleEncoder',
+    'build_encoder',
+    'encoder_from_state',
+    'init_from_lite0',
+    'init_from_resnet34',
+    'load_resnet34',
+]
 
 
 def build_encoder(name, *, n_styles, input_nc=6, input_size=256, style_dim=512, **options):
@@ -46,13 +75,20 @@ def build_encoder(name, *, n_styles, input_nc=6, input_size=256, style_dim=512, 
     """
     if name not in _CLASSES:
         raise UserError(f'unknown encoder {name!r}; choose one of {", ".join(_CLASSES)}')
-    return _CLASSES[name](n_styles=n_styles, input_nc=input_nc, input_size=input_size,
-                          style_dim=style_dim, **options)
+    return _CLASSES[name](
+        n_styles=n_styles, input_nc=input_nc, input_size=input_size, style_dim=style_dim, **options
+    )
 
 
-def encoder_from_state(state: object, *, n_styles: int, style_dim: int,
-                       input_size: int | None = None, encoder_type: object = None,
-                       source: str | Path = 'encoder weights') -> tuple[nn.Module, int]:
+def encoder_from_state(
+    state: object,
+    *,
+    n_styles: int,
+    style_dim: int,
+    input_size: int | None = None,
+    encoder_type: object = None,
+    source: str | Path = 'encoder weights',
+) -> tuple[nn.Module, int]:
     """(encoder, input_size): class, channels and input side are read from names and shapes.
 
     n_styles, style_dim: what the generator takes; UserError naming `source` when the weights
@@ -69,12 +105,22 @@ def encoder_from_state(state: object, *, n_styles: int, style_dim: int,
             name = encoder_type
         if size > _MAX_SIZE:
             raise ValueError(f'an input side above {_MAX_SIZE} px')
-        encoder = fill(lambda: build_encoder(
-            name, n_styles=n_styles, input_nc=input_nc, input_size=input_size or size,
-            style_dim=style_dim, **options), state)
+        encoder = fill(
+            lambda: build_encoder(
+                name,
+                n_styles=n_styles,
+                input_nc=input_nc,
+                input_size=input_size or size,
+                style_dim=style_dim,
+                **options,
+            ),
+            state,
+        )
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise UserError(f'{source}: the encoder does not fit a generator with {n_styles} styles '
-                        f'of {style_dim} numbers: {mismatch(error)}') from error
+        raise UserError(
+            f'{source}: the encoder does not fit a generator with {n_styles} styles '
+            f'of {style_dim} numbers: {mismatch(error)}'
+        ) from error
     return encoder, input_size or size
 
 
@@ -84,21 +130,23 @@ def _describe(state):
         cells = state['hidden.weight'].shape[1] // NUMBERS_PER_CELL
         return 'LiteEncoder', 6, 32 * math.isqrt(cells), {}
     if 'stem.weight' in state:
-        width, channels = state['stem.weight'].shape[:2]    # channels = 6 * (input side / 32)^2
+        width, channels = state['stem.weight'].shape[:2]  # channels = 6 * (input side / 32)^2
         return 'LightEncoder', 6, 32 * math.isqrt(channels // 6), {'width': width}
     n_convs = sum(bool(re.fullmatch(r'styles\.0\.convs\.\d+\.weight', k)) for k in state)
     pyramid = 'latlayer1.weight' in state
     stem = 'input_layer.0.weight' if 'input_layer.0.weight' in state else 'conv1.weight'
-    name = {('conv1.weight', False): 'ResNetBackboneEncoder',
-            ('conv1.weight', True): 'ResNetGradualStyleEncoder',
-            ('input_layer.0.weight', False): 'BackboneEncoder',
-            ('input_layer.0.weight', True): 'GradualStyleEncoder'}[stem, pyramid]
+    name = {
+        ('conv1.weight', False): 'ResNetBackboneEncoder',
+        ('conv1.weight', True): 'ResNetGradualStyleEncoder',
+        ('input_layer.0.weight', False): 'BackboneEncoder',
+        ('input_layer.0.weight', True): 'GradualStyleEncoder',
+    }[stem, pyramid]
     return name, state[stem].shape[1], 16 * 2 ** min(n_convs, 30), {}
 
 
 def load_resnet34(path: str | Path) -> dict[str, torch.Tensor]:
     """A torchvision ResNet-34 state dict from a file; UserError when it is not one."""
-    hint = 'It is torchvision\'s resnet34 ImageNet file (resnet34-333f7ec4.pth or -b627a593.pth).'
+    hint = "It is torchvision's resnet34 ImageNet file (resnet34-333f7ec4.pth or -b627a593.pth)."
     state = load_state(path, what='ResNet-34 weight file', hint=hint)
     if 'conv1.weight' not in state or 'layer4.2.bn2.running_var' not in state:
         raise UserError(f'{path} does not hold a ResNet-34. {hint}')
@@ -106,9 +154,13 @@ def load_resnet34(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def init_from_resnet34(encoder: nn.Module, state: dict[str, torch.Tensor], *,
-                       generator: torch.Generator | None = None,
-                       source: str | Path = 'the weight file') -> None:
+def init_from_resnet34(
+    encoder: nn.Module,
+    state: dict[str, torch.Tensor],
+    *,
+    generator: torch.Generator | None = None,
+    source: str | Path = 'the weight file',
+) -> None:
     """Copies ImageNet weights into the stem and body of a ResNet-34 encoder.
 
     The stem's channels after the first three see the current reconstruction. They start as
@@ -117,8 +169,10 @@ def init_from_resnet34(encoder: nn.Module, state: dict[str, torch.Tensor], *,
     when the encoder has another body or a tensor does not fit.
     """
     if not isinstance(encoder, (ResNetBackboneEncoder, ResNetGradualStyleEncoder)):
-        raise UserError(f'ResNet-34 weights do not fit {type(encoder).__name__}; use an encoder '
-                        'with a ResNet body, or leave --resnet34_weights out')
+        raise UserError(
+            f'ResNet-34 weights do not fit {type(encoder).__name__}; use an encoder '
+            'with a ResNet body, or leave --resnet34_weights out'
+        )
     flat = {}
     for key, value in state.items():
         if match := re.fullmatch(r'layer([1-4])\.(\d+)\.(.+)', key):

@@ -3,6 +3,7 @@
 Source: Richardson et al. 2021, 'Encoding in Style', section 3. Shapes: N images, L styles,
 D style dimension, S input side.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +16,7 @@ from models.encoders.helpers import (
     body_side,
 )
 
-COARSE_END, MIDDLE_END = 3, 7    # styles 0-2 are coarse, 3-6 middle, the rest fine
+COARSE_END, MIDDLE_END = 3, 7  # styles 0-2 are coarse, 3-6 middle, the rest fine
 
 
 class _PyramidStyles:
@@ -25,9 +26,11 @@ class _PyramidStyles:
         super().__init__(input_nc)
         sides = [body_side(input_size, stride) for stride in (16, 8, 4)]
         self.styles = nn.ModuleList(
-            GradualStyleBlock(BODY_CHANNELS, style_dim,
-                              sides[(i >= COARSE_END) + (i >= MIDDLE_END)])
-            for i in range(n_styles))
+            GradualStyleBlock(
+                BODY_CHANNELS, style_dim, sides[(i >= COARSE_END) + (i >= MIDDLE_END)]
+            )
+            for i in range(n_styles)
+        )
         self.latlayer1 = nn.Conv2d(256, BODY_CHANNELS, 1)
         self.latlayer2 = nn.Conv2d(128, BODY_CHANNELS, 1)
 
@@ -42,13 +45,17 @@ class _PyramidStyles:
         middle = _upsample_add(coarse, self.latlayer1(middle))
         fine = _upsample_add(middle, self.latlayer2(fine))
         levels = (coarse, middle, fine)
-        return torch.stack([style(levels[(i >= COARSE_END) + (i >= MIDDLE_END)])
-                            for i, style in enumerate(self.styles)], 1)
+        return torch.stack(
+            [
+                style(levels[(i >= COARSE_END) + (i >= MIDDLE_END)])
+                for i, style in enumerate(self.styles)
+            ],
+            1,
+        )
 
 
 def _upsample_add(top, lateral):
-    return lateral + F.interpolate(top, size=lateral.shape[2:], mode='bilinear',
-                                   align_corners=True)
+    return lateral + F.interpolate(top, size=lateral.shape[2:], mode='bilinear', align_corners=True)
 
 
 class ResNetGradualStyleEncoder(_PyramidStyles, ResNetTrunk):

@@ -2,6 +2,7 @@
 
 Shapes: N images, C channels, s side of a feature map.
 """
+
 import math
 
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torchvision.models import resnet34
 from models.stylegan2.model import EqualLinear
 
 BODY_CHANNELS = 512
-BODY_STRIDE = 16      # both bodies end at input size / 16, rounded up
+BODY_STRIDE = 16  # both bodies end at input size / 16, rounded up
 
 
 def body_side(input_size, stride=BODY_STRIDE):
@@ -30,8 +31,10 @@ class GradualStyleBlock(nn.Module):
         super().__init__()
         layers = []
         for i in range(max(1, math.ceil(math.log2(side)))):
-            layers += [nn.Conv2d(out_ch if i else in_ch, out_ch, 3, stride=2, padding=1),
-                       nn.LeakyReLU()]
+            layers += [
+                nn.Conv2d(out_ch if i else in_ch, out_ch, 3, stride=2, padding=1),
+                nn.LeakyReLU(),
+            ]
         self.convs = nn.Sequential(*layers)
         self.linear = EqualLinear(out_ch, out_ch)
 
@@ -60,15 +63,17 @@ class BottleneckIRSE(nn.Module):
         if in_ch == out_ch:
             self.shortcut_layer = nn.MaxPool2d(1, stride)
         else:
-            self.shortcut_layer = nn.Sequential(nn.Conv2d(in_ch, out_ch, 1, stride, bias=False),
-                                                nn.BatchNorm2d(out_ch))
+            self.shortcut_layer = nn.Sequential(
+                nn.Conv2d(in_ch, out_ch, 1, stride, bias=False), nn.BatchNorm2d(out_ch)
+            )
         self.res_layer = nn.Sequential(
             nn.BatchNorm2d(in_ch),
             nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False),
             nn.PReLU(out_ch),
             nn.Conv2d(out_ch, out_ch, 3, stride, padding=1, bias=False),
             nn.BatchNorm2d(out_ch),
-            SEModule(out_ch))
+            SEModule(out_ch),
+        )
 
     def forward(self, x):
         return self.res_layer(x) + self.shortcut_layer(x)
@@ -98,12 +103,13 @@ class IRSETrunk(nn.Module):
     """3x3 stem and the 24 units of IR-SE50, `body`; taps as in ResNetTrunk."""
 
     taps = (6, 20, 23)
-    _units = ((64, 3), (128, 4), (256, 14), (512, 3))    # channels, units; the first has stride 2
+    _units = ((64, 3), (128, 4), (256, 14), (512, 3))  # channels, units; the first has stride 2
 
     def __init__(self, input_nc):
         super().__init__()
-        self.input_layer = nn.Sequential(nn.Conv2d(input_nc, 64, 3, padding=1, bias=False),
-                                         nn.BatchNorm2d(64), nn.PReLU(64))
+        self.input_layer = nn.Sequential(
+            nn.Conv2d(input_nc, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64)
+        )
         units, in_ch = [], 64
         for out_ch, count in self._units:
             for i in range(count):

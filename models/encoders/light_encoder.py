@@ -2,16 +2,17 @@
 
 Shapes: N images, L styles, D style dimension, S input side.
 """
+
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-_WIDENING = (1, 1.5, 2, 3)     # channels at 32, 16, 8 and 4 px, in units of `width`
-_BLOCKS = 2                    # residual blocks per resolution
-_SQUEEZE, _HIDDEN = 0.5, 4     # channels before the head and width of the head, likewise
-_START = 32                    # side of the first feature map
+_WIDENING = (1, 1.5, 2, 3)  # channels at 32, 16, 8 and 4 px, in units of `width`
+_BLOCKS = 2  # residual blocks per resolution
+_SQUEEZE, _HIDDEN = 0.5, 4  # channels before the head and width of the head, likewise
+_START = 32  # side of the first feature map
 
 
 class _Block(nn.Module):
@@ -48,11 +49,12 @@ class LightEncoder(nn.Module):
     def __init__(self, *, n_styles, input_nc=6, input_size=256, style_dim=512, width=64):
         super().__init__()
         if input_size % _START:
-            raise ValueError(f'LightEncoder takes input sizes that are multiples of {_START}, '
-                             f'not {input_size}')
+            raise ValueError(
+                f'LightEncoder takes input sizes that are multiples of {_START}, not {input_size}'
+            )
         self.n_styles, self.style_dim = n_styles, style_dim
         self.patch = input_size // _START
-        self.stem = nn.Conv2d(input_nc * self.patch ** 2, width, 3, padding=1)
+        self.stem = nn.Conv2d(input_nc * self.patch**2, width, 3, padding=1)
         squeeze, hidden = int(width * _SQUEEZE), width * _HIDDEN
         blocks, in_ch = [], width
         for stage, out_ch in enumerate(int(width * factor) for factor in _WIDENING):
@@ -68,7 +70,7 @@ class LightEncoder(nn.Module):
                 nn.init.kaiming_normal_(module.weight, a=0.2)
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
-            self.head.weight.mul_(0.1)    # the first guess stays near the average latent
+            self.head.weight.mul_(0.1)  # the first guess stays near the average latent
 
     def forward(self, x):
         """x [N, input_nc, S, S] -> latent offsets [N, L, D]."""

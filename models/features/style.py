@@ -1,4 +1,5 @@
 """Networks of the published local style loss: VGG19's first block, and a fixed filter bank."""
+
 import math
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from models.loading import load_state, mismatch
 from utils.errors import UserError
 
 FILTERS = 'filters'
-_WHERE = ('It is vgg19-dcbb9e9d.pth of download.pytorch.org/models. Give its path with '
-          '--style_weights or as "vgg19" in configs/paths_config.py, or choose --style_weights='
-          'lite0, or the built-in filter bank with --style_weights=filters.')
+_WHERE = (
+    'It is vgg19-dcbb9e9d.pth of download.pytorch.org/models. Give its path with '
+    '--style_weights or as "vgg19" in configs/paths_config.py, or choose --style_weights='
+    'lite0, or the built-in filter bank with --style_weights=filters.'
+)
 
 
 class VGGStyle(nn.Module):
@@ -52,12 +55,12 @@ class FilterBank(nn.Module):
         y, x = torch.meshgrid(*[torch.arange(-radius, radius + 1.0)] * 2, indexing='ij')
         smooth, derivatives = [], []
         for sigma in self._SIGMAS:
-            bell = torch.exp(-(x ** 2 + y ** 2) / (2 * sigma ** 2))
+            bell = torch.exp(-(x**2 + y**2) / (2 * sigma**2))
             smooth.append(bell / bell.sum())
             for i in range(self._DIRECTIONS):
                 angle = math.pi * i / self._DIRECTIONS
                 u = (x * math.cos(angle) + y * math.sin(angle)) / sigma
-                for kernel in (u * bell, (u ** 2 - 1) * bell):
+                for kernel in (u * bell, (u**2 - 1) * bell):
                     kernel = kernel - kernel.mean()
                     derivatives.append(kernel / kernel.abs().sum())
         kernels = torch.stack(smooth + derivatives)[:, None].repeat(3, 1, 1, 1)
@@ -69,12 +72,13 @@ class FilterBank(nn.Module):
         img = img.to(self.kernels.dtype)
         padded = F.pad((img + 1) / 2, [self.radius] * 4, mode='replicate')
         y = F.conv2d(padded, self.kernels, groups=3).unflatten(1, (3, self.n_kernels))
-        edges = y[:, :, self.n_smooth:]
-        return torch.cat([y[:, :, :self.n_smooth], F.relu(edges), F.relu(-edges)], 2).flatten(1, 2)
+        edges = y[:, :, self.n_smooth :]
+        return torch.cat([y[:, :, : self.n_smooth], F.relu(edges), F.relu(-edges)], 2).flatten(1, 2)
 
 
-def load_style_network(path: str | Path, *,
-                       arch: str | None = None) -> VGGStyle | FilterBank | FeatureNetwork:
+def load_style_network(
+    path: str | Path, *, arch: str | None = None
+) -> VGGStyle | FilterBank | FeatureNetwork:
     """The network of the style loss, frozen: a torchvision VGG19 file, 'filters', or 'lite0'.
 
     Also 'lite1', 'lite2', and a file of the timm architecture `arch`. UserError when the file is
@@ -87,9 +91,15 @@ def load_style_network(path: str | Path, *,
     state = load_state(path, what='VGG19 weight file', hint=_WHERE)
     net = VGGStyle()
     try:
-        net.load_state_dict({f'features_{i}.{part}': state[f'features.{i}.{part}']
-                             for i in (0, 2) for part in ('weight', 'bias')})
+        net.load_state_dict(
+            {
+                f'features_{i}.{part}': state[f'features.{i}.{part}']
+                for i in (0, 2)
+                for part in ('weight', 'bias')
+            }
+        )
     except (KeyError, RuntimeError) as error:
-        raise UserError(f'{path} is not a VGG19 weight file of torchvision: '
-                        f'{mismatch(error)}. {_WHERE}') from error
+        raise UserError(
+            f'{path} is not a VGG19 weight file of torchvision: {mismatch(error)}. {_WHERE}'
+        ) from error
     return net

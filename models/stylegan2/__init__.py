@@ -1,4 +1,5 @@
 """StyleGAN2 in the state-dict format of the widespread PyTorch port."""
+
 from models.stylegan2.checkpoint import (
     discriminator_from_state,
     generator_from_state,
@@ -7,5 +8,13 @@ from models.stylegan2.checkpoint import (
 )
 from models.stylegan2.model import Discriminator, Generator, channel_table, truncate
 
-__all__ = ['Discriminator', 'Generator', 'channel_table', 'discriminator_from_state',
-           'generator_from_state', 'load_discriminator', 'load_generator', 'truncate']
+__all__ = [
+    'Discriminator',
+    'Generator',
+    'channel_table',
+    'discriminator_from_state',
+    'generator_from_state',
+    'load_discriminator',
+    'load_generator',
+    'truncate',
+]

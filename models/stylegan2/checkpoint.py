@@ -1,4 +1,5 @@
 """Builds StyleGAN2 networks from weight files; the architecture is read from the shapes."""
+
 from pathlib import Path
 
 import torch
@@ -8,14 +9,17 @@ from models.stylegan2.model import MAX_SIZE, Discriminator, Generator
 from utils.errors import UserError
 from utils.io import load_weights
 
-_REMEDY = ('Train one with scripts/train_stylegan2_ada.py, or convert an NVIDIA .pkl with '
-           'scripts/convert_stylegan2_ada.py.')
-_MAX_MLP = 64    # mapping layers; published networks have 2 to 8
+_REMEDY = (
+    'Train one with scripts/train_stylegan2_ada.py, or convert an NVIDIA .pkl with '
+    'scripts/convert_stylegan2_ada.py.'
+)
+_MAX_MLP = 64  # mapping layers; published networks have 2 to 8
 _ERRORS = (KeyError, IndexError, ValueError, TypeError, RuntimeError, AttributeError)
 
 
-def generator_from_state(state: object, *, source: str | Path = 'generator weights',
-                         remedy: str = _REMEDY) -> Generator:
+def generator_from_state(
+    state: object, *, source: str | Path = 'generator weights', remedy: str = _REMEDY
+) -> Generator:
     """A Generator with the weights of a state dict (size, channels and mapping depth inferred).
 
     Raises UserError naming `source` and the remedy when the keys or shapes are not a generator's.
@@ -31,11 +35,15 @@ def generator_from_state(state: object, *, source: str | Path = 'generator weigh
             raise ValueError(f'more than {MAX_SIZE} px, or than {_MAX_MLP} mapping layers')
         style_dim = state['conv1.conv.modulation.weight'].shape[1]
         # Files of early ports lack the stored noise; fixed maps replace it.
-        return fill(lambda: Generator(max(table), style_dim=style_dim, n_mlp=n_mlp,
-                                      channels=table), state, optional='noises.')
+        return fill(
+            lambda: Generator(max(table), style_dim=style_dim, n_mlp=n_mlp, channels=table),
+            state,
+            optional='noises.',
+        )
     except _ERRORS as error:
-        raise UserError(f'{source}: no StyleGAN2 generator ({mismatch(error)}). {remedy}'
-                        ) from error
+        raise UserError(
+            f'{source}: no StyleGAN2 generator ({mismatch(error)}). {remedy}'
+        ) from error
 
 
 def latent_average(value: object, style_dim: int, *, source: str | Path) -> torch.Tensor | None:
@@ -45,14 +53,19 @@ def latent_average(value: object, style_dim: int, *, source: str | Path) -> torc
     """
     if value is None:
         return None
-    if not isinstance(value, torch.Tensor) or value.numel() != style_dim or \
-            not value.is_floating_point() or not value.isfinite().all():
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.numel() != style_dim
+        or not value.is_floating_point()
+        or not value.isfinite().all()
+    ):
         raise UserError(f'{source}: latent_avg is no mean latent ({style_dim} finite numbers)')
     return value.reshape(style_dim).float()
 
 
-def discriminator_from_state(state: object, *, source: str | Path = 'discriminator weights',
-                             remedy: str = _REMEDY) -> Discriminator:
+def discriminator_from_state(
+    state: object, *, source: str | Path = 'discriminator weights', remedy: str = _REMEDY
+) -> Discriminator:
     """A Discriminator with the weights of a state dict; UserError when it is not one."""
     state = named_tensors(state, source=source, remedy=remedy)
     try:
@@ -65,12 +78,14 @@ def discriminator_from_state(state: object, *, source: str | Path = 'discriminat
             table[size >> i] = state[f'convs.{i}.skip.1.weight'].shape[0]
         return fill(lambda: Discriminator(size, channels=table), state)
     except _ERRORS as error:
-        raise UserError(f'{source}: no StyleGAN2 discriminator ({mismatch(error)}). {remedy}'
-                        ) from error
+        raise UserError(
+            f'{source}: no StyleGAN2 discriminator ({mismatch(error)}). {remedy}'
+        ) from error
 
 
-def load_generator(path: str | Path, device: torch.device | str = 'cpu'
-                   ) -> tuple[Generator, torch.Tensor | None]:
+def load_generator(
+    path: str | Path, device: torch.device | str = 'cpu'
+) -> tuple[Generator, torch.Tensor | None]:
     """Reads `g_ema` and `latent_avg` of a weight file.
 
     Returns (generator, latent_avg): frozen, in eval mode, on `device`; latent_avg is [D] or

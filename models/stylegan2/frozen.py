@@ -7,12 +7,13 @@ sums over positions from sums it needs anyway, and works in place. Activations a
 Shapes: N images, L styles, D style dimension, C channels, H x W positions, R image side.
 Source: Karras et al. 2020, 'Analyzing and Improving the Image Quality of StyleGAN', section 2.
 """
+
 import torch
 import torch.nn.functional as F
 
 from models.stylegan2.op import upfirdn2d
 
-_SLOPE, _GAIN = 0.2, 2 ** 0.5
+_SLOPE, _GAIN = 0.2, 2**0.5
 _LAST = torch.channels_last
 
 
@@ -33,14 +34,17 @@ class FrozenSynthesis:
         with torch.no_grad():
             self.start = generator.input.input.to(dtype).contiguous(memory_format=_LAST)
             noises = generator.noise_maps('stored', 1, self.start.device)
-            self.layers = [_Layer(conv, noise, dtype, wide)
-                           for conv, noise in zip([generator.conv1, *generator.convs], noises)]
+            self.layers = [
+                _Layer(conv, noise, dtype, wide)
+                for conv, noise in zip([generator.conv1, *generator.convs], noises)
+            ]
             self.rgbs = [_ToRGB(rgb, wide) for rgb in [generator.to_rgb1, *generator.to_rgbs]]
 
     def __call__(self, ws):
         if ws.ndim != 3 or tuple(ws.shape[1:]) != (self.n_latent, self.style_dim):
-            raise ValueError(f'ws has shape {tuple(ws.shape)}, want [N, {self.n_latent}, '
-                             f'{self.style_dim}]')
+            raise ValueError(
+                f'ws has shape {tuple(ws.shape)}, want [N, {self.n_latent}, {self.style_dim}]'
+            )
         modulation = []
         for i, layer in enumerate(self.layers):
             style = layer.affine(ws[:, i])
@@ -80,13 +84,15 @@ class _Layer:
             self.kernel = conv.blur.kernel.to(wide)
             self.adjoint_kernel = self.kernel.flip(0, 1)
         self.weight = weight.to(dtype).contiguous(memory_format=_LAST)
-        self.noise = (_GAIN * styled.noise.weight * noise).to(wide)       # [1, 1, H, W]
-        self.bias = (_GAIN * styled.activate.bias).to(wide)               # [C]
-        self.offset = (self.noise + self.bias[:, None, None]).to(dtype).contiguous(
-            memory_format=_LAST)
+        self.noise = (_GAIN * styled.noise.weight * noise).to(wide)  # [1, 1, H, W]
+        self.bias = (_GAIN * styled.activate.bias).to(wide)  # [C]
+        self.offset = (
+            (self.noise + self.bias[:, None, None]).to(dtype).contiguous(memory_format=_LAST)
+        )
         # What `offset` is made of, [2, HW]: the noise times 1, and 1 times the bias.
-        self.sources = torch.stack([self.noise.flatten(), torch.ones_like(self.noise).flatten()]
-                                   ).to(dtype)
+        self.sources = torch.stack(
+            [self.noise.flatten(), torch.ones_like(self.noise).flatten()]
+        ).to(dtype)
 
     def demodulation(self, style):
         """The factor of each output channel, with the gain of the activation, [N, Cout]."""
@@ -123,7 +129,7 @@ class _ToRGB:
 
     def __call__(self, x, style, skip):
         n, _, h, w = x.shape
-        weight = (self.weight * style[:, None]).to(x.dtype)               # [N, 3, Cin]
+        weight = (self.weight * style[:, None]).to(x.dtype)  # [N, 3, Cin]
         # The long matrix comes first: the other order would copy it in bfloat16.
         rgb = (_positions(x) @ weight.mT).mT.reshape(n, 3, h, w).to(style.dtype).add_(self.bias)
         return rgb if skip is None else rgb.add_(upfirdn2d(skip, self.kernel, up=2, pad=(2, 1)))
@@ -167,8 +173,8 @@ class _Synthesis(torch.autograd.Function):
     @staticmethod
     def forward(ctx, net, *modulation):
         n_layers = len(net.layers)
-        styles, factors = modulation[:2 * n_layers:2], modulation[1:2 * n_layers:2]
-        rgb_styles = modulation[2 * n_layers:]
+        styles, factors = modulation[: 2 * n_layers : 2], modulation[1 : 2 * n_layers : 2]
+        rgb_styles = modulation[2 * n_layers :]
         keep = any(ctx.needs_input_grad)
         x = net.start.expand(len(styles[0]), -1, -1, -1)
         maps, image = [x], None
@@ -191,10 +197,10 @@ class _Synthesis(torch.autograd.Function):
         net, n_layers = ctx.net, len(ctx.net.layers)
         saved = ctx.saved_tensors
         split = 2 * n_layers + len(net.rgbs)
-        styles, factors = saved[:2 * n_layers:2], saved[1:2 * n_layers:2]
-        rgb_styles, maps = saved[2 * n_layers:split], saved[split:]
+        styles, factors = saved[: 2 * n_layers : 2], saved[1 : 2 * n_layers : 2]
+        rgb_styles, maps = saved[2 * n_layers : split], saved[split:]
         grads = [None] * split
-        grad_x = None          # of the scaled input of the layer above, [N, C, H, W]
+        grad_x = None  # of the scaled input of the layer above, [N, C, H, W]
         for i in reversed(range(n_layers)):
             layer, x, factor = net.layers[i], maps[i + 1], factors[i]
             # The gradient of x times the demodulation factor, which commutes with the rest.
@@ -204,8 +210,9 @@ class _Synthesis(torch.autograd.Function):
                 product = styles[i + 1] * grads[2 * (i + 1)]
             if i % 2 == 0:
                 rgb, style = net.rgbs[i // 2], rgb_styles[i // 2]
-                grad, grads[2 * n_layers + i // 2] = _rgb_adjoint(rgb, grad_image, grad, x, style,
-                                                                  factor)
+                grad, grads[2 * n_layers + i // 2] = _rgb_adjoint(
+                    rgb, grad_image, grad, x, style, factor
+                )
                 product = product + style * grads[2 * n_layers + i // 2]
                 if i:
                     grad_image = rgb.skip_adjoint(grad_image)
@@ -221,9 +228,9 @@ class _Synthesis(torch.autograd.Function):
 def _rgb_adjoint(rgb, grad_image, grad, x, style, factor):
     """Adds what the RGB layer contributes to `grad` (times factor); also its style's gradient."""
     n, channels, h, w = x.shape
-    colours = grad_image.to(x.dtype).flatten(2)                           # [N, 3, HW]
+    colours = grad_image.to(x.dtype).flatten(2)  # [N, 3, HW]
     grad_style = ((colours @ _positions(x)).to(style.dtype) * rgb.weight).sum(1)
-    weight = (rgb.weight * (style * factor)[:, None]).to(x.dtype)         # [N, 3, C]
+    weight = (rgb.weight * (style * factor)[:, None]).to(x.dtype)  # [N, 3, C]
     if grad is None:
         grad = colours.mT @ weight
     else:

@@ -5,6 +5,7 @@ Parameter names, shapes and arithmetic follow the common PyTorch port, so its we
 with strict=True. Source: Karras et al. 2020, 'Analyzing and Improving the Image Quality of
 StyleGAN', section 2 and appendix B.
 """
+
 import math
 
 import torch
@@ -15,13 +16,15 @@ from models.stylegan2.op import fused_leaky_relu, upfirdn2d
 from models.stylegan2.op.fused_act import SQRT2
 
 MIN_SIZE, MAX_SIZE = 32, 1024
-FP16_CLAMP = 256.0    # keeps float16 activations finite; the published mixed-precision recipe
+FP16_CLAMP = 256.0  # keeps float16 activations finite; the published mixed-precision recipe
 
 
 def channel_table(size, channel_multiplier=2):
     """Channels per resolution {4: C, 8: C, ..., size: C} of the standard networks."""
-    return {r: 512 if r <= 32 else 256 * 64 // r * channel_multiplier
-            for r in (2 ** i for i in range(2, int(math.log2(size)) + 1))}
+    return {
+        r: 512 if r <= 32 else 256 * 64 // r * channel_multiplier
+        for r in (2**i for i in range(2, int(math.log2(size)) + 1))
+    }
 
 
 def truncate(w, mean, psi):
@@ -78,8 +81,7 @@ class EqualLinear(nn.Module):
 
     def forward(self, x):
         if self.activation:
-            return fused_leaky_relu(F.linear(x, self.weight * self.scale),
-                                    self.bias * self.lr_mul)
+            return fused_leaky_relu(F.linear(x, self.weight * self.scale), self.bias * self.lr_mul)
         return F.linear(x, self.weight * self.scale, self.bias * self.lr_mul)
 
 
@@ -89,7 +91,7 @@ class EqualConv2d(nn.Module):
     def __init__(self, in_ch, out_ch, kernel_size, *, stride=1, padding=0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_ch, in_ch, kernel_size, kernel_size))
-        self.scale = 1 / math.sqrt(in_ch * kernel_size ** 2)
+        self.scale = 1 / math.sqrt(in_ch * kernel_size**2)
         self.stride, self.padding = stride, padding
 
     def forward(self, x, *, gain=1.0, bias=None):
@@ -129,16 +131,16 @@ class ModulatedConv2d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(1, out_ch, in_ch, kernel_size, kernel_size))
         self.modulation = EqualLinear(style_dim, in_ch, bias_init=1.0)
-        self.scale = 1 / math.sqrt(in_ch * kernel_size ** 2)
+        self.scale = 1 / math.sqrt(in_ch * kernel_size**2)
         self.padding = kernel_size // 2
         self.demodulate, self.upsample = demodulate, upsample
         if upsample:
-            self.blur = Blur(gain=4.0)    # zero insertion quarters the mean; the gain restores it
+            self.blur = Blur(gain=4.0)  # zero insertion quarters the mean; the gain restores it
 
     def forward(self, x, w, *, gain=1.0, bias=None):
         """gain: factor of the demodulated map. bias [Cout]: added to it, in the same pass."""
-        style = self.modulation(w)                                     # [N, Cin]
-        weight = self.weight[0] * self.scale                           # [Cout, Cin, k, k]
+        style = self.modulation(w)  # [N, Cin]
+        weight = self.weight[0] * self.scale  # [Cout, Cin, k, k]
         if self.demodulate and x.dtype == torch.float16:
             # Invisible after demodulation, but keeps float16 sums in range: at most the largest
             # input times sqrt(Cin k k), 17,400 of 65,504 for clamped maps of 512 channels.
@@ -151,7 +153,7 @@ class ModulatedConv2d(nn.Module):
         else:
             y = F.conv2d(y, weight.to(x.dtype), padding=self.padding)
         if self.demodulate:
-            power = style.square() @ weight.square().sum((2, 3)).T     # [N, Cout]
+            power = style.square() @ weight.square().sum((2, 3)).T  # [N, Cout]
             factor = (torch.rsqrt(power + 1e-8) * gain).to(x.dtype)[:, :, None, None]
             y = y * factor if bias is None else torch.addcmul(bias[:, None, None], y, factor)
         return y
@@ -179,7 +181,7 @@ class StyledConv(nn.Module):
 
     def forward(self, x, w, noise):
         gain = self.activate.gain
-        if x.is_cuda:    # the activation kernel adds the bias
+        if x.is_cuda:  # the activation kernel adds the bias
             return self.activate(self.noise(self.conv(x, w, gain=gain), noise, gain=gain))
         x = self.conv(x, w, gain=gain, bias=self.activate.scaled_bias(x.dtype))
         return self.activate(self.noise(x, noise, gain=gain), add_bias=False)
@@ -220,8 +222,9 @@ class Generator(nn.Module):
     `channel_multiplier`. Raises ValueError for sizes or tables that do not fit.
     """
 
-    def __init__(self, size, *, style_dim=512, n_mlp=8, channel_multiplier=2, channels=None,
-                 lr_mlp=0.01):
+    def __init__(
+        self, size, *, style_dim=512, n_mlp=8, channel_multiplier=2, channels=None, lr_mlp=0.01
+    ):
         super().__init__()
         _check_size(size)
         self.size, self.style_dim, self.n_mlp = size, style_dim, n_mlp
@@ -229,11 +232,15 @@ class Generator(nn.Module):
         log_size = int(math.log2(size))
         self.n_latent = 2 * log_size - 2
         self.n_noise = 2 * log_size - 3
-        self.low_precision = None    # (dtype, lowest resolution computed in it)
+        self.low_precision = None  # (dtype, lowest resolution computed in it)
 
-        self.style = nn.Sequential(PixelNorm(), *[
-            EqualLinear(style_dim, style_dim, lr_mul=lr_mlp, activation=True)
-            for _ in range(n_mlp)])
+        self.style = nn.Sequential(
+            PixelNorm(),
+            *[
+                EqualLinear(style_dim, style_dim, lr_mul=lr_mlp, activation=True)
+                for _ in range(n_mlp)
+            ],
+        )
         self.input = ConstantInput(self.channels[4])
         self.conv1 = StyledConv(self.channels[4], self.channels[4], style_dim)
         self.to_rgb1 = ToRGB(self.channels[4], style_dim, upsample=False)
@@ -262,8 +269,9 @@ class Generator(nn.Module):
         if mode == 'stored':
             return stored
         if mode == 'random':
-            return [torch.randn(n, 1, *s.shape[2:], device=device, generator=generator)
-                    for s in stored]
+            return [
+                torch.randn(n, 1, *s.shape[2:], device=device, generator=generator) for s in stored
+            ]
         if mode == 'none':
             return [None] * self.n_noise
         raise ValueError(f'noise={mode!r}, want stored, random, none or a list of maps')
@@ -275,23 +283,33 @@ class Generator(nn.Module):
         `n_noise` tensors [N or 1, 1, r, r]. generator: torch.Generator for 'random'.
         """
         if ws.ndim != 3 or tuple(ws.shape[1:]) != (self.n_latent, self.style_dim):
-            raise ValueError(f'ws has shape {tuple(ws.shape)}, want [N, {self.n_latent}, '
-                             f'{self.style_dim}]')
+            raise ValueError(
+                f'ws has shape {tuple(ws.shape)}, want [N, {self.n_latent}, {self.style_dim}]'
+            )
         if isinstance(noise, str):
             noise = self.noise_maps(noise, ws.shape[0], ws.device, generator)
         x = self.input.input.expand(ws.shape[0], -1, -1, -1)
         x = self.conv1(x, ws[:, 0], noise[0])
         rgb = self.to_rgb1(x, ws[:, 1])
         for j, to_rgb in enumerate(self.to_rgbs):
-            if self.low_precision is not None and 8 * 2 ** j >= self.low_precision[1]:
+            if self.low_precision is not None and 8 * 2**j >= self.low_precision[1]:
                 x = x.to(dtype=self.low_precision[0], memory_format=torch.channels_last)
             x = self.convs[2 * j](x, ws[:, 2 * j + 1], noise[2 * j + 1])
             x = self.convs[2 * j + 1](x, ws[:, 2 * j + 2], noise[2 * j + 2])
             rgb = to_rgb(x, ws[:, 2 * j + 3], rgb)
         return rgb
 
-    def forward(self, z, *, truncation=1.0, truncation_latent=None, z2=None, mix_at=None,
-                noise='stored', generator=None):
+    def forward(
+        self,
+        z,
+        *,
+        truncation=1.0,
+        truncation_latent=None,
+        z2=None,
+        mix_at=None,
+        noise='stored',
+        generator=None,
+    ):
         """z [N, D] -> images [N, 3, size, size].
 
         truncation: psi, applied on all layers when below 1 and then needing
@@ -329,9 +347,15 @@ class ConvLayer(nn.Sequential):
 
     def __init__(self, in_ch, out_ch, kernel_size, *, downsample=False, activate=True, gain=1.0):
         layers = [Blur()] if downsample else []
-        layers.append(EqualConv2d(in_ch, out_ch, kernel_size,
-                                  stride=2 if downsample and kernel_size > 1 else 1,
-                                  padding=0 if downsample else kernel_size // 2))
+        layers.append(
+            EqualConv2d(
+                in_ch,
+                out_ch,
+                kernel_size,
+                stride=2 if downsample and kernel_size > 1 else 1,
+                padding=0 if downsample else kernel_size // 2,
+            )
+        )
         if activate:
             layers.append(FusedLeakyReLU(out_ch, SQRT2 * gain))
         super().__init__(*layers)
@@ -347,7 +371,7 @@ class ConvLayer(nn.Sequential):
             x = self[0](x, pad=(2, 2))
         if not activate:
             return convolve(x, gain=self.gain)
-        if x.is_cuda:    # the activation kernel adds the bias
+        if x.is_cuda:  # the activation kernel adds the bias
             return self[-1](convolve(x, gain=self[-1].gain))
         x = convolve(x, gain=self[-1].gain, bias=self[-1].scaled_bias(x.dtype))
         return self[-1](x, add_bias=False)
@@ -359,7 +383,7 @@ class ResBlock(nn.Module):
     def __init__(self, in_ch, out_ch):
         super().__init__()
         self.conv1 = ConvLayer(in_ch, in_ch, 3)
-        half = math.sqrt(0.5)    # keeps the variance of the sum
+        half = math.sqrt(0.5)  # keeps the variance of the sum
         self.conv2 = ConvLayer(in_ch, out_ch, 3, downsample=True, gain=half)
         self.skip = ConvLayer(in_ch, out_ch, 1, downsample=True, activate=False, gain=half)
 
@@ -379,28 +403,33 @@ class Discriminator(nn.Module):
         _check_size(size)
         self.size, self.mbstd_group = size, mbstd_group
         self.channels = _check_channels(size, channels or channel_table(size, channel_multiplier))
-        self.low_precision = None    # (dtype, lowest resolution computed in it)
+        self.low_precision = None  # (dtype, lowest resolution computed in it)
         table = list(self.channels.items())[::-1]
         blocks = [ConvLayer(3, table[0][1], 1)]
         blocks += [ResBlock(a[1], b[1]) for a, b in zip(table, table[1:])]
         self.convs = nn.Sequential(*blocks)
         c4 = self.channels[4]
         self.final_conv = ConvLayer(c4 + 1, c4, 3)
-        self.final_linear = nn.Sequential(EqualLinear(c4 * 16, c4, activation=True),
-                                          EqualLinear(c4, 1))
+        self.final_linear = nn.Sequential(
+            EqualLinear(c4 * 16, c4, activation=True), EqualLinear(c4, 1)
+        )
 
     def forward(self, x):
         """Images [N, 3, size, size] in [-1, 1] -> logits [N, 1]."""
         if x.ndim != 4 or tuple(x.shape[1:]) != (3, self.size, self.size):
-            raise ValueError(f'images have shape {tuple(x.shape)}, want [N, 3, {self.size}, '
-                             f'{self.size}]')
+            raise ValueError(
+                f'images have shape {tuple(x.shape)}, want [N, 3, {self.size}, {self.size}]'
+            )
         full = x.dtype
         for i, block in enumerate(self.convs):
             if self.low_precision is not None:
                 resolution = self.size if i == 0 else self.size >> (i - 1)
                 low = resolution >= self.low_precision[1]
-                x = (x.to(dtype=self.low_precision[0], memory_format=torch.channels_last) if low
-                     else x.to(full))
+                x = (
+                    x.to(dtype=self.low_precision[0], memory_format=torch.channels_last)
+                    if low
+                    else x.to(full)
+                )
             x = block(x)
         x = self.final_conv(self._append_stddev(x.to(full)))
         return self.final_linear(x.flatten(1))
@@ -409,7 +438,7 @@ class Discriminator(nn.Module):
         n, c, h, w = x.shape
         group = max(g for g in range(1, min(n, self.mbstd_group) + 1) if n % g == 0)
         y = x.reshape(group, n // group, c, h, w)
-        std = (y.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))    # [N / group]
+        std = (y.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # [N / group]
         return torch.cat([x, std.repeat(group)[:, None, None, None].expand(n, 1, h, w)], 1)
 
 

@@ -8,6 +8,7 @@ plain containers, and refuses every other name that a pickle asks for. A network
 Key map: the weights need no transposes, flips or scales, only added unit dimensions; the stored
 FIR kernels of the two upsampling places are 4 times NVIDIA's, which apply that gain at run time.
 """
+
 import collections
 import dataclasses
 import io
@@ -32,10 +33,12 @@ from utils.torch_files import BrokenFile, check_pickle, check_tensors, read_torc
 
 log = logging.getLogger(__name__)
 
-_ADVICE = 'Only unconditional RGB StyleGAN2 networks (generator "skip", discriminator "resnet", ' \
-          'z and w of one width) can be converted.'
+_ADVICE = (
+    'Only unconditional RGB StyleGAN2 networks (generator "skip", discriminator "resnet", '
+    'z and w of one width) can be converted.'
+)
 _MAPPING_LR = 0.01
-_MAX_BYTES = 2 ** 33
+_MAX_BYTES = 2**33
 _MAX_LAYERS = 10_000
 
 
@@ -61,8 +64,7 @@ class _Dtype:
 
 def _scalar(dtype, data):
     """A numpy scalar as a plain Python number."""
-    if not isinstance(dtype, _Dtype) or dtype.code[:1] not in 'biuf' or \
-            not isinstance(data, bytes):
+    if not isinstance(dtype, _Dtype) or dtype.code[:1] not in 'biuf' or not isinstance(data, bytes):
         raise pickle.UnpicklingError('it holds a numpy value that is not a number')
     return np.frombuffer(data, np.dtype(dtype.order + dtype.code))[0].item()
 
@@ -71,7 +73,7 @@ def _tensor(storage, offset, size, stride, *_):
     flat = torch.empty(0, dtype=storage.dtype).set_(storage)
     if not all(isinstance(n, int) for n in size) or math.prod(size) > flat.numel():
         raise pickle.UnpicklingError('it holds a tensor that reaches beyond its data')
-    return flat.as_strided(size, stride, offset)    # raises when out of bounds
+    return flat.as_strided(size, stride, offset)  # raises when out of bounds
 
 
 def _parameter(data, *_):
@@ -111,7 +113,8 @@ class _Reader(pickle.Unpickler):
         if module.startswith('dnnlib.tflib'):
             raise pickle.UnpicklingError(
                 'it is a TensorFlow network; convert it to a PyTorch pickle first, with the '
-                'legacy converter of the software it came from')
+                'legacy converter of the software it came from'
+            )
         raise pickle.UnpicklingError(f'it asks for {module}.{name}, which a network does not need')
 
     def persistent_load(self, pid):
@@ -136,13 +139,16 @@ def read_pickle(path: str | Path) -> dict:
         found = []
         for module in content.values() if isinstance(content, dict) else ():
             if isinstance(module, PickledModule):
-                found += [_part(layer, part) for layer in _walk(module)
-                          for part in ('_parameters', '_buffers')]
+                found += [
+                    _part(layer, part)
+                    for layer in _walk(module)
+                    for part in ('_parameters', '_buffers')
+                ]
         check_tensors(found)
     except BrokenFile as error:
         reason = 'empty' if not data else f'damaged ({error})'
         raise UserError(f'{path} was refused: it is {reason} or cut short') from error
-    except Exception as error:    # random bytes make the reader fail in any way
+    except Exception as error:  # random bytes make the reader fail in any way
         raise UserError(f'{path} was refused: {mismatch(error)}') from error
     if not isinstance(content, dict) or not isinstance(content.get('G_ema'), PickledModule):
         raise UserError(f'{path} is not a StyleGAN2-ADA network pickle: it has no "G_ema" network')
@@ -154,9 +160,13 @@ def tensors(module: PickledModule) -> dict[str, torch.Tensor]:
 
     Buffers count too: layers frozen in training are stored as such.
     """
-    return {f'{prefix}{name}': value.detach().float()
-            for prefix, layer in _named_layers(module) for part in ('_parameters', '_buffers')
-            for name, value in _part(layer, part).items() if isinstance(value, torch.Tensor)}
+    return {
+        f'{prefix}{name}': value.detach().float()
+        for prefix, layer in _named_layers(module)
+        for part in ('_parameters', '_buffers')
+        for name, value in _part(layer, part).items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def _part(module: PickledModule, part: str) -> dict:
@@ -181,8 +191,11 @@ def _named_layers(module: PickledModule) -> Iterator[tuple[str, PickledModule]]:
         if n_layers > _MAX_LAYERS or not isinstance(layer.state, dict):
             raise pickle.UnpicklingError('a network in it has too many layers, or holds itself')
         yield prefix, layer
-        todo += [(f'{prefix}{name}.', child) for name, child in _part(layer, '_modules').items()
-                 if isinstance(child, PickledModule)]
+        todo += [
+            (f'{prefix}{name}.', child)
+            for name, child in _part(layer, '_modules').items()
+            if isinstance(child, PickledModule)
+        ]
 
 
 def _walk(module: PickledModule) -> Iterator[PickledModule]:
@@ -190,7 +203,7 @@ def _walk(module: PickledModule) -> Iterator[PickledModule]:
 
 
 def _resolutions(size):
-    return [2 ** i for i in range(2, int(math.log2(size)) + 1)]
+    return [2**i for i in range(2, int(math.log2(size)) + 1)]
 
 
 def generator_map(size, n_mlp):
@@ -208,48 +221,63 @@ def generator_map(size, n_mlp):
         layers = (0, 1) if i else (1,)
         for k in layers:
             ours, theirs = f'convs.{2 * i - 2 + k}' if i else 'conv1', f'{block}.conv{k}'
-            table += [(f'{ours}.conv.weight', f'{theirs}.weight', 'u0'),
-                      (f'{ours}.conv.modulation.weight', f'{theirs}.affine.weight', '='),
-                      (f'{ours}.conv.modulation.bias', f'{theirs}.affine.bias', '='),
-                      (f'{ours}.noise.weight', f'{theirs}.noise_strength', 'u0'),
-                      (f'{ours}.activate.bias', f'{theirs}.bias', '='),
-                      (f'noises.noise_{2 * i - 1 + k if i else 0}', f'{theirs}.noise_const',
-                       'u00')]
+            table += [
+                (f'{ours}.conv.weight', f'{theirs}.weight', 'u0'),
+                (f'{ours}.conv.modulation.weight', f'{theirs}.affine.weight', '='),
+                (f'{ours}.conv.modulation.bias', f'{theirs}.affine.bias', '='),
+                (f'{ours}.noise.weight', f'{theirs}.noise_strength', 'u0'),
+                (f'{ours}.activate.bias', f'{theirs}.bias', '='),
+                (f'noises.noise_{2 * i - 1 + k if i else 0}', f'{theirs}.noise_const', 'u00'),
+            ]
         ours = f'to_rgbs.{i - 1}' if i else 'to_rgb1'
-        table += [(f'{ours}.conv.weight', f'{block}.torgb.weight', 'u0'),
-                  (f'{ours}.conv.modulation.weight', f'{block}.torgb.affine.weight', '='),
-                  (f'{ours}.conv.modulation.bias', f'{block}.torgb.affine.bias', '='),
-                  (f'{ours}.bias', f'{block}.torgb.bias', 'v3')]
+        table += [
+            (f'{ours}.conv.weight', f'{block}.torgb.weight', 'u0'),
+            (f'{ours}.conv.modulation.weight', f'{block}.torgb.affine.weight', '='),
+            (f'{ours}.conv.modulation.bias', f'{block}.torgb.affine.bias', '='),
+            (f'{ours}.bias', f'{block}.torgb.bias', 'v3'),
+        ]
         if i:
-            table += [(f'convs.{2 * i - 2}.conv.blur.kernel', f'{block}.conv0.resample_filter',
-                       'x4'),
-                      (f'{ours}.upsample.kernel', f'{block}.resample_filter', 'x4')]
+            table += [
+                (f'convs.{2 * i - 2}.conv.blur.kernel', f'{block}.conv0.resample_filter', 'x4'),
+                (f'{ours}.upsample.kernel', f'{block}.resample_filter', 'x4'),
+            ]
     return table
 
 
 def discriminator_map(size):
     """[(this project's key, NVIDIA's key, operation)] of a discriminator."""
-    table = [('convs.0.0.weight', f'b{size}.fromrgb.weight', '='),
-             ('convs.0.1.bias', f'b{size}.fromrgb.bias', '=')]
+    table = [
+        ('convs.0.0.weight', f'b{size}.fromrgb.weight', '='),
+        ('convs.0.1.bias', f'b{size}.fromrgb.bias', '='),
+    ]
     for k, r in enumerate(reversed(_resolutions(size)[1:]), start=1):
         ours, theirs = f'convs.{k}', f'b{r}'
-        table += [(f'{ours}.conv1.0.weight', f'{theirs}.conv0.weight', '='),
-                  (f'{ours}.conv1.1.bias', f'{theirs}.conv0.bias', '='),
-                  (f'{ours}.conv2.1.weight', f'{theirs}.conv1.weight', '='),
-                  (f'{ours}.conv2.2.bias', f'{theirs}.conv1.bias', '='),
-                  (f'{ours}.skip.1.weight', f'{theirs}.skip.weight', '='),
-                  (f'{ours}.conv2.0.kernel', f'{theirs}.conv1.resample_filter', '='),
-                  (f'{ours}.skip.0.kernel', f'{theirs}.skip.resample_filter', '=')]
-    return table + [('final_conv.0.weight', 'b4.conv.weight', '='),
-                    ('final_conv.1.bias', 'b4.conv.bias', '='),
-                    ('final_linear.0.weight', 'b4.fc.weight', '='),
-                    ('final_linear.0.bias', 'b4.fc.bias', '='),
-                    ('final_linear.1.weight', 'b4.out.weight', '='),
-                    ('final_linear.1.bias', 'b4.out.bias', '=')]
+        table += [
+            (f'{ours}.conv1.0.weight', f'{theirs}.conv0.weight', '='),
+            (f'{ours}.conv1.1.bias', f'{theirs}.conv0.bias', '='),
+            (f'{ours}.conv2.1.weight', f'{theirs}.conv1.weight', '='),
+            (f'{ours}.conv2.2.bias', f'{theirs}.conv1.bias', '='),
+            (f'{ours}.skip.1.weight', f'{theirs}.skip.weight', '='),
+            (f'{ours}.conv2.0.kernel', f'{theirs}.conv1.resample_filter', '='),
+            (f'{ours}.skip.0.kernel', f'{theirs}.skip.resample_filter', '='),
+        ]
+    return table + [
+        ('final_conv.0.weight', 'b4.conv.weight', '='),
+        ('final_conv.1.bias', 'b4.conv.bias', '='),
+        ('final_linear.0.weight', 'b4.fc.weight', '='),
+        ('final_linear.0.bias', 'b4.fc.bias', '='),
+        ('final_linear.1.weight', 'b4.out.weight', '='),
+        ('final_linear.1.bias', 'b4.out.bias', '='),
+    ]
 
 
-_OPERATIONS = {'=': lambda t: t, 'u0': lambda t: t[None], 'u00': lambda t: t[None, None],
-               'v3': lambda t: t.view(1, 3, 1, 1), 'x4': lambda t: t * 4}
+_OPERATIONS = {
+    '=': lambda t: t,
+    'u0': lambda t: t[None],
+    'u00': lambda t: t[None, None],
+    'v3': lambda t: t.view(1, 3, 1, 1),
+    'x4': lambda t: t * 4,
+}
 
 
 def _rename(table, found, what):
@@ -260,11 +288,15 @@ def _rename(table, found, what):
 
 
 def _size(found, prefix, what):
-    blocks = {int(k[len(prefix) + 1:].split('.')[0]) for k in found
-              if k.startswith(f'{prefix}b') and k[len(prefix) + 1:].split('.')[0].isdigit()}
+    blocks = {
+        int(k[len(prefix) + 1 :].split('.')[0])
+        for k in found
+        if k.startswith(f'{prefix}b') and k[len(prefix) + 1 :].split('.')[0].isdigit()
+    }
     if not blocks or sorted(blocks) != _resolutions(max(blocks)):
-        raise UserError(f'the {what} has no StyleGAN2 blocks (is it a StyleGAN3 network?). '
-                        f'{_ADVICE}')
+        raise UserError(
+            f'the {what} has no StyleGAN2 blocks (is it a StyleGAN3 network?). {_ADVICE}'
+        )
     return max(blocks)
 
 
@@ -278,12 +310,15 @@ def _check_layers(module, what):
         if not isinstance(activation, str) or not isinstance(classes, (int, NoneType)):
             raise UserError(f'the {what} has settings of unknown kinds. {_ADVICE}')
         if activation not in ('lrelu', 'linear'):
-            raise UserError(f'the {what} uses the activation {activation[:40]!r}; only lrelu can '
-                            'be converted')
+            raise UserError(
+                f'the {what} uses the activation {activation[:40]!r}; only lrelu can be converted'
+            )
     for name, child in tensors(module).items():
         if name.endswith('resample_filter') and tuple(child.shape) != (4, 4):
-            raise UserError(f'the {what} resamples with a filter of shape {tuple(child.shape)}; '
-                            'only 4 x 4 filters can be converted')
+            raise UserError(
+                f'the {what} resamples with a filter of shape {tuple(child.shape)}; '
+                'only 4 x 4 filters can be converted'
+            )
 
 
 def convert_generator(module, what='generator'):
@@ -306,11 +341,14 @@ def convert_generator(module, what='generator'):
     for n in range(n_mlp):
         shape = tuple(state[f'style.{n + 1}.weight'].shape)
         if shape != (w_dim, w_dim):
-            raise UserError(f'the mapping network of the {what} has a layer {shape[1]} -> '
-                            f'{shape[0]} beside w_dim {w_dim}. {_ADVICE}')
+            raise UserError(
+                f'the mapping network of the {what} has a layer {shape[1]} -> '
+                f'{shape[0]} beside w_dim {w_dim}. {_ADVICE}'
+            )
     _check_mapping_rate(module, what)
-    return generator_from_state(state, source=f'the {what}').state_dict(), \
-        found.get('mapping.w_avg')
+    return generator_from_state(state, source=f'the {what}').state_dict(), found.get(
+        'mapping.w_avg'
+    )
 
 
 def _rename_rgb(table, found, colour_key, what):
@@ -328,8 +366,10 @@ def _check_mapping_rate(module, what):
         if not isinstance(rate, (int, float)):
             raise UserError(f'the {what} has settings of unknown kinds. {_ADVICE}')
         if not math.isclose(rate, _MAPPING_LR, rel_tol=1e-6):
-            raise UserError(f'the mapping network of the {what} was trained with the learning '
-                            f'rate multiplier {rate}; only {_MAPPING_LR} can be converted')
+            raise UserError(
+                f'the mapping network of the {what} was trained with the learning '
+                f'rate multiplier {rate}; only {_MAPPING_LR} can be converted'
+            )
 
 
 def convert_discriminator(module, what='discriminator'):
@@ -347,8 +387,10 @@ def convert_discriminator(module, what='discriminator'):
         raise UserError(f'the {what} sees images of {weight.shape[1]} channel(s). {_ADVICE}')
     state = _rename(discriminator_map(size), found, what)
     if state['final_conv.0.weight'].shape[1] != state['final_conv.0.weight'].shape[0] + 1:
-        raise UserError(f'the {what} has no or several minibatch-deviation channels; exactly one '
-                        'can be converted')
+        raise UserError(
+            f'the {what} has no or several minibatch-deviation channels; exactly one '
+            'can be converted'
+        )
     return discriminator_from_state(state, source=f'the {what}').state_dict()
 
 
@@ -359,11 +401,14 @@ def lost_settings(networks):
         for layer in _walk(module):
             clamp, group = layer.state.get('conv_clamp'), layer.state.get('group_size')
             if isinstance(clamp, (int, float)):
-                notes.add(f'activations were clamped to +-{clamp}; the converted networks clamp '
-                          'in half precision only')
+                notes.add(
+                    f'activations were clamped to +-{clamp}; the converted networks clamp '
+                    'in half precision only'
+                )
             if isinstance(group, int) and group != 4:
-                notes.add(f'the discriminator used minibatch groups of {group}; the default here '
-                          'is 4')
+                notes.add(
+                    f'the discriminator used minibatch groups of {group}; the default here is 4'
+                )
     return sorted(notes)
 
 
@@ -377,8 +422,9 @@ def convert(content: dict, *, source: str | Path = 'the pickle') -> dict:
     except UserError as error:
         raise UserError(f'{source}: {error}') from error
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f'{source} holds no StyleGAN2 networks ({mismatch(error)}). {_ADVICE}'
-                        ) from error
+        raise UserError(
+            f'{source} holds no StyleGAN2 networks ({mismatch(error)}). {_ADVICE}'
+        ) from error
 
 
 def _convert(content: dict) -> dict:

@@ -1,4 +1,5 @@
 """Latents for pictures: from seeds, mixed by layer, and on a closed path; and their rendering."""
+
 import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
@@ -11,8 +12,9 @@ NOISE_MODES = {'const': 'stored', 'random': 'random', 'none': 'none'}
 
 def seed_latents(seeds, dim):
     """z [N, dim] of integer seeds; the same numbers as StyleGAN2-ADA draws for them."""
-    return torch.from_numpy(np.stack(
-        [np.random.RandomState(seed).standard_normal(dim) for seed in seeds])).float()
+    return torch.from_numpy(
+        np.stack([np.random.RandomState(seed).standard_normal(dim) for seed in seeds])
+    ).float()
 
 
 @torch.no_grad()
@@ -57,12 +59,16 @@ def render(net, ws, *, noise='const', seeds=None, batch=8):
     so that a picture does not depend on the batch), or 'none'.
     """
     for start in range(0, len(ws), batch):
-        part = ws[start:start + batch]
+        part = ws[start : start + batch]
         maps = NOISE_MODES[noise]
         if noise == 'random':
-            numbers = range(start, start + len(part)) if seeds is None \
-                else seeds[start:start + len(part)]
-            drawn = [net.noise_maps('random', 1, 'cpu', torch_generator(s, 'noise'))
-                     for s in numbers]
+            numbers = (
+                range(start, start + len(part))
+                if seeds is None
+                else seeds[start : start + len(part)]
+            )
+            drawn = [
+                net.noise_maps('random', 1, 'cpu', torch_generator(s, 'noise')) for s in numbers
+            ]
             maps = [torch.cat(level).to(ws.device) for level in zip(*drawn)]
         yield from net.synthesis(part, noise=maps)

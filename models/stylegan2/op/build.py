@@ -4,6 +4,7 @@ The kernels have a plain C interface, so they are built with nvcc alone, kept in
 source, PyTorch version and GPU architecture, and called through ctypes. Each op proves itself on
 small inputs before it is used (op/proof.py). Nothing here runs at import.
 """
+
 import ctypes
 import functools
 import hashlib
@@ -31,9 +32,11 @@ class BuildError(RuntimeError):
 def toolkit_hint() -> str:
     """How to get the compiler that matches PyTorch: a pip command, or which toolkit to install."""
     version = torch.version.cuda or '13'
-    if int(version.split('.')[0]) < 13:    # the wheels before CUDA 13 hold no nvcc
-        return (f'install the CUDA toolkit {version} (of your distribution, or from NVIDIA) and '
-                'set CUDA_HOME to its folder')
+    if int(version.split('.')[0]) < 13:  # the wheels before CUDA 13 hold no nvcc
+        return (
+            f'install the CUDA toolkit {version} (of your distribution, or from NVIDIA) and '
+            'set CUDA_HOME to its folder'
+        )
     return f'pip install "cuda-toolkit[nvcc,cccl,crt]=={version}.*"'
 
 
@@ -47,7 +50,7 @@ def find_nvcc() -> Path:
         if os.environ.get(variable):
             candidates.append(Path(os.environ[variable]) / 'bin' / 'nvcc')
     spec = importlib.util.find_spec('nvidia')
-    for root in (spec.submodule_search_locations if spec else []):
+    for root in spec.submodule_search_locations if spec else []:
         candidates += sorted(Path(root).glob('cu*/bin/nvcc'), reverse=True)
     if shutil.which('nvcc'):
         candidates.append(Path(shutil.which('nvcc')))
@@ -82,20 +85,39 @@ def compile_kernels(architecture: str, folder: Path | None = None) -> Path:
         return library
     nvcc = find_nvcc()
     if not os.environ.get('NVCC_CCBIN') and not shutil.which('g++'):
-        raise BuildError('nvcc needs a C++ compiler (g++), and there is none; install it with your '
-                         "distribution's package manager")
+        raise BuildError(
+            'nvcc needs a C++ compiler (g++), and there is none; install it with your '
+            "distribution's package manager"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     # Processes that race, on machines with a common cache too, build apart and rename.
     with tempfile.TemporaryDirectory(prefix='build-', dir=folder) as work:
         built = Path(work) / 'kernels.so'
         # The runtime is the one PyTorch has loaded, so none is linked in.
         done = subprocess.run(
-            [str(nvcc), '-O3', '-std=c++17', f'-arch={architecture}', '-shared', '-Xcompiler',
-             '-fPIC', '-cudart', 'none', str(SOURCE), '-o', str(built)],
-            capture_output=True, text=True)
+            [
+                str(nvcc),
+                '-O3',
+                '-std=c++17',
+                f'-arch={architecture}',
+                '-shared',
+                '-Xcompiler',
+                '-fPIC',
+                '-cudart',
+                'none',
+                str(SOURCE),
+                '-o',
+                str(built),
+            ],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
-            lines = [line for line in (done.stdout + done.stderr).splitlines()
-                     if re.search(r'\b(error|fatal)\b.*:|not found', line, re.I)]
+            lines = [
+                line
+                for line in (done.stdout + done.stderr).splitlines()
+                if re.search(r'\b(error|fatal)\b.*:|not found', line, re.I)
+            ]
             reason = lines[0].strip() if lines else f'nvcc ended with code {done.returncode}'
             raise BuildError(f'the CUDA ops did not compile ({reason}); {toolkit_hint()}')
         os.replace(built, library)
@@ -119,12 +141,16 @@ def trusted(op: str, device_index: int) -> bool:
     op: 'upfirdn2d' or 'activation'. Tried once per process, op and GPU; a difference is logged.
     """
     from models.stylegan2.op import proof  # which imports the ops
+
     difference = proof.difference(op, torch.device('cuda', device_index))
     if difference is None:
         return True
-    log.warning('using the slower PyTorch path for %s: the kernel differs from it on this GPU '
-                '(%s); please report this with the GPU and the versions of PyTorch and CUDA', op,
-                difference)
+    log.warning(
+        'using the slower PyTorch path for %s: the kernel differs from it on this GPU '
+        '(%s); please report this with the GPU and the versions of PyTorch and CUDA',
+        op,
+        difference,
+    )
     return False
 
 
@@ -136,8 +162,10 @@ def load_kernels(device_index: int) -> ctypes.CDLL:
     except BuildError:
         raise
     except (OSError, RuntimeError) as error:
-        raise BuildError(f'the CUDA ops cannot be kept ({error}); set KSALSA_CACHE to a folder '
-                         'that can be written to') from error
+        raise BuildError(
+            f'the CUDA ops cannot be kept ({error}); set KSALSA_CACHE to a folder '
+            'that can be written to'
+        ) from error
     try:
         return declare(ctypes.CDLL(str(path)))
     except OSError as error:

@@ -1,10 +1,11 @@
 """Bias, leaky ReLU, gain and clamp as one step."""
+
 import torch
 import torch.nn.functional as F
 
 from models.stylegan2.op import build
 
-SQRT2 = 2 ** 0.5
+SQRT2 = 2**0.5
 
 
 def fused_leaky_relu(x, bias=None, *, slope=0.2, gain=SQRT2, clamp=None, impl='auto'):
@@ -43,7 +44,7 @@ class _FusedLeakyReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        y, = ctx.saved_tensors
+        (y,) = ctx.saved_tensors
         grad_x = _FusedLeakyReLUGrad.apply(grad, y, *ctx.arguments)
         grad_bias = None
         if ctx.has_bias and ctx.needs_input_grad[1]:
@@ -62,15 +63,18 @@ class _FusedLeakyReLUGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        y, = ctx.saved_tensors
+        (y,) = ctx.saved_tensors
         return _FusedLeakyReLUGrad.apply(grad, y, *ctx.arguments), None, None, None, None
 
 
 def _launch(x, bias, saved, slope, gain, clamp):
     # The saved output dictates the layout, so that both tensors are walked in the same order.
     like = x if saved is None else saved
-    channels_last = (like.ndim == 4 and not like.is_contiguous()
-                     and like.is_contiguous(memory_format=torch.channels_last))
+    channels_last = (
+        like.ndim == 4
+        and not like.is_contiguous()
+        and like.is_contiguous(memory_format=torch.channels_last)
+    )
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = x.contiguous(memory_format=layout)
     if saved is not None:
@@ -80,9 +84,18 @@ def _launch(x, bias, saved, slope, gain, clamp):
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device(x.device):
         code = build.library(x.device.index).ksalsa_activate(
-            x.data_ptr(), None if bias is None else bias.data_ptr(),
-            None if saved is None else saved.data_ptr(), y.data_ptr(), x.numel(), inner,
-            x.shape[1], slope, gain, -1.0 if clamp is None else clamp, build.DTYPES[x.dtype],
-            torch.cuda.current_stream().cuda_stream)
+            x.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            None if saved is None else saved.data_ptr(),
+            y.data_ptr(),
+            x.numel(),
+            inner,
+            x.shape[1],
+            slope,
+            gain,
+            -1.0 if clamp is None else clamp,
+            build.DTYPES[x.dtype],
+            torch.cuda.current_stream().cuda_stream,
+        )
     build.check(code, 'activation')
     return y

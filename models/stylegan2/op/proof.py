@@ -1,4 +1,5 @@
 """Small trials of the fused kernels against their PyTorch twins, on the GPU they are to run on."""
+
 from collections.abc import Callable
 
 import torch
@@ -26,32 +27,40 @@ def difference(op: str, device: torch.device) -> str | None:
                     found = _compare(function, dtype, layout, device)
                 except RuntimeError as error:
                     return f'{name} in {dtype}: {error}'
-                if not found <= _TOLERANCE[dtype]:    # NaN is a difference, too
+                if not found <= _TOLERANCE[dtype]:  # NaN is a difference, too
                     return f'{name} in {dtype}, relative error {found:.2g}'
     return None
 
 
 def _resamplings() -> dict[str, Callable]:
-    taps = torch.tensor([1., 3., 3., 1.])
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
     usual, unusual = torch.outer(taps, taps) / 64, torch.tensor([[0.5, 0.2, -0.1], [0.1, 0.2, 0.1]])
 
     def call(kernel: Tensor, **options) -> Callable:
         return lambda x, impl: upfirdn2d(x, kernel.to(x.device), impl=impl, **options)
-    return {'blur': call(usual, pad=(2, 1)), 'up 2': call(usual, up=2, pad=(2, 1)),
-            'down 2': call(usual, down=2, pad=(1, 1)),
-            'another filter': call(unusual, up=2, down=3, pad=(2, 3, 1, -1))}
+
+    return {
+        'blur': call(usual, pad=(2, 1)),
+        'up 2': call(usual, up=2, pad=(2, 1)),
+        'down 2': call(usual, down=2, pad=(1, 1)),
+        'another filter': call(unusual, up=2, down=3, pad=(2, 3, 1, -1)),
+    }
 
 
 def _activations() -> dict[str, Callable]:
     def biased(x: Tensor, impl: str) -> Tensor:
         bias = torch.linspace(-0.5, 0.5, x.shape[1], device=x.device).to(x.dtype)
         return fused_leaky_relu(x, bias, impl=impl)
-    return {'bias and activation': biased,
-            'clamp': lambda x, impl: fused_leaky_relu(x, gain=1.0, clamp=1.03, impl=impl)}
+
+    return {
+        'bias and activation': biased,
+        'clamp': lambda x, impl: fused_leaky_relu(x, gain=1.0, clamp=1.03, impl=impl),
+    }
 
 
-def _compare(function: Callable, dtype: torch.dtype, layout: torch.memory_format,
-             device: torch.device) -> float:
+def _compare(
+    function: Callable, dtype: torch.dtype, layout: torch.memory_format, device: torch.device
+) -> float:
     """Largest difference of results and gradients over the largest value."""
     # Values that no rounding brings to a kink, drawn on the CPU: the program's own stream of
     # random numbers is left alone.
@@ -62,6 +71,6 @@ def _compare(function: Callable, dtype: torch.dtype, layout: torch.memory_format
         leaf = x.clone().requires_grad_()
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             y = function(leaf, impl)
-            grad, = torch.autograd.grad(y, leaf, torch.ones_like(y) * 0.7)
+            (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y) * 0.7)
         results.append([y.detach().double(), grad.double()])
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results))

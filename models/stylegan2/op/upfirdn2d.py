@@ -1,4 +1,5 @@
 """Zero-insert, pad, filter, decimate: the resampling step of StyleGAN2."""
+
 import ctypes
 
 import torch
@@ -39,19 +40,25 @@ def full_pad(pad):
 
 def _check(x, kernel, up, down, pad):
     if x.ndim != 4 or kernel.ndim != 2:
-        raise ValueError(f'want x [N, C, H, W] and kernel [kh, kw], got {tuple(x.shape)} and '
-                         f'{tuple(kernel.shape)}')
+        raise ValueError(
+            f'want x [N, C, H, W] and kernel [kh, kw], got {tuple(x.shape)} and '
+            f'{tuple(kernel.shape)}'
+        )
     if up < 1 or down < 1:
         raise ValueError(f'up={up} and down={down} must be 1 or more')
     if min(_output_size(x, kernel, up, 1, pad)) < 1:
-        raise ValueError(f'the padded image {tuple(x.shape)} is smaller than the '
-                         f'{kernel.shape[0]}x{kernel.shape[1]} kernel')
+        raise ValueError(
+            f'the padded image {tuple(x.shape)} is smaller than the '
+            f'{kernel.shape[0]}x{kernel.shape[1]} kernel'
+        )
 
 
 def _output_size(x, kernel, up, down, pad):
     left, right, top, bottom = pad
-    return ((x.shape[2] * up + top + bottom - kernel.shape[0]) // down + 1,
-            (x.shape[3] * up + left + right - kernel.shape[1]) // down + 1)
+    return (
+        (x.shape[2] * up + top + bottom - kernel.shape[0]) // down + 1,
+        (x.shape[3] * up + left + right - kernel.shape[1]) // down + 1,
+    )
 
 
 def _upfirdn2d_ref(x, kernel, up, down, pad):
@@ -64,9 +71,13 @@ def _upfirdn2d_ref(x, kernel, up, down, pad):
         x = F.conv_transpose2d(x, weight, stride=up, groups=x.shape[1])
         x = F.pad(x, (left - kw + 1, right - kw + up, top - kh + 1, bottom - kh + up))
         return x[:, :, ::down, ::down] if down > 1 else x
-    if up > 1:    # in half precision CPUs take ten times as long for a transposed convolution
-        wide = torch.empty((*x.shape[:2], x.shape[2] * up, x.shape[3] * up), dtype=x.dtype,
-                           device=x.device, memory_format=_layout(x)).zero_()
+    if up > 1:  # in half precision CPUs take ten times as long for a transposed convolution
+        wide = torch.empty(
+            (*x.shape[:2], x.shape[2] * up, x.shape[3] * up),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=_layout(x),
+        ).zero_()
         wide[:, :, ::up, ::up] = x
         x = wide
     # conv2d correlates, so the kernel is flipped to give a convolution.
@@ -77,8 +88,11 @@ def _upfirdn2d_ref(x, kernel, up, down, pad):
 
 
 def _layout(x):
-    last = (x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1
-            and not x.is_contiguous())
+    last = (
+        x.is_contiguous(memory_format=torch.channels_last)
+        and x.shape[1] > 1
+        and not x.is_contiguous()
+    )
     return torch.channels_last if last else torch.contiguous_format
 
 
@@ -95,14 +109,22 @@ class _UpFirDn2d(torch.autograd.Function):
         y = compute(x, kernel, up, down, pad)
         left, _, top, _ = pad
         kh, kw = kernel.shape
-        ctx.arguments = (down, up, (kw - 1 - left, x.shape[3] * up - y.shape[3] * down + left - up
-                                    + 1, kh - 1 - top, x.shape[2] * up - y.shape[2] * down + top
-                                    - up + 1), compute)
+        ctx.arguments = (
+            down,
+            up,
+            (
+                kw - 1 - left,
+                x.shape[3] * up - y.shape[3] * down + left - up + 1,
+                kh - 1 - top,
+                x.shape[2] * up - y.shape[2] * down + top - up + 1,
+            ),
+            compute,
+        )
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        kernel, = ctx.saved_tensors
+        (kernel,) = ctx.saved_tensors
         return (_UpFirDn2d.apply(grad, kernel.flip(0, 1), *ctx.arguments), *[None] * 5)
 
 
@@ -110,14 +132,29 @@ def _launch(x, kernel, up, down, pad):
     layout = _layout(x)
     x = x.contiguous(memory_format=layout)
     height, width = _output_size(x, kernel, up, down, pad)
-    y = torch.empty((x.shape[0], x.shape[1], height, width), dtype=x.dtype, device=x.device,
-                    memory_format=layout)
+    y = torch.empty(
+        (x.shape[0], x.shape[1], height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=layout,
+    )
     taps = kernel.to(device=x.device, dtype=torch.float32).contiguous()
-    sizes = (ctypes.c_int64 * 14)(x.shape[0], x.shape[1], x.shape[2], x.shape[3], height, width,
-                                  *x.stride(), *y.stride())
+    sizes = (ctypes.c_int64 * 14)(
+        x.shape[0], x.shape[1], x.shape[2], x.shape[3], height, width, *x.stride(), *y.stride()
+    )
     with torch.cuda.device(x.device):
         code = build.library(x.device.index).ksalsa_upfirdn2d(
-            x.data_ptr(), taps.data_ptr(), y.data_ptr(), sizes, up, down, pad[0], pad[2],
-            *kernel.shape, build.DTYPES[x.dtype], torch.cuda.current_stream().cuda_stream)
+            x.data_ptr(),
+            taps.data_ptr(),
+            y.data_ptr(),
+            sizes,
+            up,
+            down,
+            pad[0],
+            pad[2],
+            *kernel.shape,
+            build.DTYPES[x.dtype],
+            torch.cuda.current_stream().cuda_stream,
+        )
     build.check(code, 'upfirdn2d')
     return y
