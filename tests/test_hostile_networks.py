@@ -222,7 +222,7 @@ def test_content_networks(tmp_path):
         load_psp,
         convert_script.read_port,
     ],
-    ids=str,
+    ids=lambda load: load.__qualname__,
 )
 def test_every_weight_flag_refuses_other_files(load, tmp_path):
     file = tmp_path / 'other.pt'
