@@ -7,7 +7,7 @@
 # each. What has passed is not run again, so an interrupted check goes on where it was. A failure
 # does not stop the others; the exit code is the number of failures (at most 125).
 # PYTHON: the interpreter (default: python3). TOY=1: the smallest sizes, without the tests, to see
-# that every command runs; with PYTHON="python3 tests/pretended_device.py" on no GPU at all.
+# that every command runs; with PYTHON="python3 tests/support/pretended_device.py" on no GPU at all.
 set -u
 
 if [ $# -ne 1 ]; then
@@ -53,7 +53,7 @@ else
     sizes=(256 512) groups=32 train=() encoder=(--batch=8)
     ours=(--steps=20) step=() ops=()
     check gpu nvidia-smi
-    check tests_ops "${python[@]}" -m pytest -q tests/test_cuda_ops.py
+    check tests_ops "${python[@]}" -m pytest -q tests/models/test_cuda_ops.py
     check tests_gpu "${python[@]}" -m pytest -q -m gpu tests
 fi
 

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests' / 'golden'
-sys.path.insert(0, str(ROOT / 'tests'))
 os.environ.setdefault('MPLBACKEND', 'Agg')
 # Background jobs of a shell ignore Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

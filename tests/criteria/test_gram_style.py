@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_optimize import small_engine
+from small_engine import small_engine
 
 from anonymization.optimize import Group, GroupOptimizer, OptimizeConfig, learning_rate
 from criteria.gram_style import StyleTerm

@@ -158,7 +158,7 @@ def test_no_machine_paths(pattern):
         f
         for f in files
         if f.endswith(('.py', '.md', '.yaml', '.toml', '.txt', '.json'))
-        and f != 'tests/test_project.py'
+        and f != 'tests/project/test_project.py'
         and re.search(pattern, (ROOT / f).read_text(encoding='utf-8'))
     ]
     assert not found

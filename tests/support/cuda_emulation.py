@@ -5,7 +5,7 @@ are written out. Fit for kernels without shared memory or communication between 
 the memory model stay unseen. Run as a program it tries random cases against definitions in
 float64, for the sanitizers:
 
-    python tests/cuda_emulation.py KERNELS.so N_CASES SEED
+    python tests/support/cuda_emulation.py KERNELS.so N_CASES SEED
 """
 
 import contextlib

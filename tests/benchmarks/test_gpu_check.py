@@ -47,7 +47,7 @@ def test_the_bandwidth_benchmark_runs_on_a_pretended_gpu() -> None:
     done = subprocess.run(
         [
             sys.executable,
-            'tests/pretended_device.py',
+            'tests/support/pretended_device.py',
             'benchmarks/ops.py',
             '--shapes=1x4x8x8',
             '--repeats=1',

@@ -9,7 +9,7 @@ import pytest
 
 from utils import distributed
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = f"""
 import os, sys

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from test_restyle_training import make_psp
 
@@ -21,7 +20,7 @@ from utils.io import load_weights, save_torch
 # The training is stopped in one folder and gone on with, and runs undisturbed in another.
 PROGRAM = f"""
 import os, signal, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+sys.path[:] = {sys.path!r}
 from conftest import load_script
 from datasets import images_dataset
 from training import coach_restyle_psp, moco, stylegan2_loop

@@ -123,7 +123,7 @@ def test_no_access_outside_of_memory(tmp_path):
         pytest.skip('g++ has no sanitizers')
     library = compile_emulation(tmp_path, sanitize='address,undefined')
     done = subprocess.run(
-        [sys.executable, 'tests/cuda_emulation.py', str(library), '40', '2'],
+        [sys.executable, 'tests/support/cuda_emulation.py', str(library), '40', '2'],
         cwd=ROOT,
         env={
             'PYTHONPATH': str(ROOT),

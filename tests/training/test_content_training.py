@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, relative_error
+from conftest import relative_error
 from PIL import Image
 
 from datasets.table import read_table
@@ -297,7 +297,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
     program = tmp_path / 'run.py'
     program.write_text(f"""
 import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+sys.path[:] = {sys.path!r}
 from test_content_training import two_steps
 from utils import distributed
 distributed.init('cpu')

@@ -12,7 +12,7 @@ twins and count as one operation each.
 
 As a program it runs a script, with small matrices for its measure of speed, and fails on faults:
 
-    PYTHONPATH=. python tests/pretended_device.py SCRIPT ARGUMENTS
+    PYTHONPATH=. python tests/support/pretended_device.py SCRIPT ARGUMENTS
 
 Not seen: speed, memory, races, pinned memory changed too early, cuDNN's own refusals.
 """
@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_flatten
 
 from models.stylegan2.op import build
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CUDA, CPU = torch.device('cuda', 0), torch.device('cpu')
 _real_device = torch._C.TensorBase.device.__get__
 # These take a 0-d tensor of the CPU beside tensors of the GPU, as a number.
