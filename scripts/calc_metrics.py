@@ -25,14 +25,8 @@ from collections import Counter
 
 import numpy as np
 
-from evaluation.fidelity import (
-    compare_pictures,
-    fidelity,
-    load_feature_network,
-    picture_names,
-    read_pictures,
-    scaled,
-)
+from evaluation.features import load_feature_network, picture_names, read_pictures
+from evaluation.fidelity import compare_pictures, fidelity, scaled
 from evaluation.judges import load_judges, networks_of
 from evaluation.probe import pooled_features
 from evaluation.spectra import high_frequency_ratio, sharpness

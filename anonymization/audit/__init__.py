@@ -21,6 +21,7 @@ from anonymization.audit.checks import Audit, Check, Findings, report_dict, repo
 from anonymization.audit.copies import plot_distances
 from anonymization.audit.files import Fault, Tree, parse_json, read_regular, scan
 from anonymization.audit.pictures import Picture, check_form, check_made, look_at
+from anonymization.audit.records import Run, read_run
 from anonymization.release import LABELS, MANIFEST, METADATA, OLDER_FORMATS, PAGES, render_pages
 from datasets.table import Table
 from utils.errors import UserError
@@ -56,7 +57,7 @@ def audit_release(
     _check_version(release)
     if private is None or source_table is None:
         return _audit_alone(release)
-    run = derive.read_run(Path(private), source_table)
+    run = read_run(Path(private), source_table)
     latents = recompute.read_latents(run)
     audit = _audit_derived(release, run, latents)
     if recompute_n != 0:
@@ -83,7 +84,7 @@ def _check_version(release: Path) -> None:
 # -- with the records of the run ------------------------------------------------------------
 
 
-def _audit_derived(release: Path, run: derive.Run, latents: np.ndarray) -> Audit:
+def _audit_derived(release: Path, run: Run, latents: np.ndarray) -> Audit:
     audit = Audit(facts={'k': run.k, 'pictures': len(run.names)})
     names = sorted(run.names.values())
     size = run.facts['image_size']
@@ -103,7 +104,7 @@ def _audit_derived(release: Path, run: derive.Run, latents: np.ndarray) -> Audit
     return audit
 
 
-def _check_content(release: Path, run: derive.Run, pictures: list[Picture]) -> Check:
+def _check_content(release: Path, run: Run, pictures: list[Picture]) -> Check:
     """Every page byte for byte, as it follows from groups, photographs and run record."""
     found = Findings(CONTENT)
     derive.check_networks(run, found)

@@ -26,7 +26,7 @@ from scipy.sparse import csr_matrix
 from scipy.stats import rankdata
 
 from anonymization.audit.checks import Audit, Check, Findings
-from anonymization.audit.derive import Run
+from anonymization.audit.records import Run
 from utils.errors import UserError
 from utils.images import load_rgb
 from utils.logs import progress

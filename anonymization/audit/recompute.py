@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from anonymization.audit.checks import Check, Findings
-from anonymization.audit.derive import Run
 from anonymization.audit.files import MAX_PICTURE, Fault, read_regular
 from anonymization.audit.png import decode
+from anonymization.audit.records import Run
 from anonymization.optimize import ACTIVATIONS, matmul_precision
 from models.psp import PSP, load_psp
 from models.stylegan2.frozen import FrozenSynthesis

@@ -17,7 +17,15 @@ from release_fixture import Spoiled, arguments, save_networks, save_photographs
 from release_tampering import FACTS, FILES, PATIENT, TEXTS
 
 from anonymization import audit as auditing
-from anonymization.audit import audit_release, copies, derive, pictures, recompute, report_dict
+from anonymization.audit import (
+    audit_release,
+    copies,
+    derive,
+    pictures,
+    recompute,
+    records,
+    report_dict,
+)
 from anonymization.audit.checks import report_text
 from anonymization.release import OLDER_FORMATS, GroupFacts, grade_diversity, png_encoder
 from datasets.phantoms.dataset import make_dataset
@@ -334,8 +342,8 @@ def test_identical_photographs_are_found_in_the_files(spoiled, tmp_path):
 
 
 def test_people_and_diversity():
-    assert derive._people(None, ['a', 'b', 'a']) == [0, 1, 0]
-    joined = derive._people(['p', 'q', 'r', 'p', 's'], ['a', 'b', 'b', 'c', 'd'])
+    assert records.people_of(None, ['a', 'b', 'a']) == [0, 1, 0]
+    joined = records.people_of(['p', 'q', 'r', 'p', 's'], ['a', 'b', 'b', 'c', 'd'])
     assert joined[0] == joined[3] != joined[1] == joined[2] and len(set(joined)) == 3
     found = derive.diversity([(5, 0, 0, 0, 0), (0, 0, 0, 0, 5), (3, 2, 0, 0, 0)])
     assert found['homogeneous'] == round(2 / 3, 6) and found['l_min'] == 1

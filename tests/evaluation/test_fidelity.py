@@ -16,15 +16,13 @@ from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from datasets.archive import ArchiveWriter, ImageArchive
 from datasets.phantoms import render_phantom
+from evaluation.features import InceptionNetwork, extract_features, read_pictures
 from evaluation.fidelity import (
-    InceptionNetwork,
-    extract_features,
     feature_statistics,
     fidelity,
     frechet_distance,
     kernel_distance,
     neighbourhood_scores,
-    read_pictures,
     training_metric,
 )
 from evaluation.spectra import radial_spectrum, sharpness

@@ -15,7 +15,7 @@ from classification.grader import build_grader
 from classification.settings import Settings
 from criteria.lpips_loss import LPIPSLoss
 from evaluation.attacks.pairs import PairConfig, build_pair_net, load_pair_attack
-from evaluation.fidelity import InceptionNetwork
+from evaluation.features import InceptionNetwork
 from models.encoders import build_encoder, encoder_from_state, load_resnet34
 from models.features.content import (
     content_checkpoint,

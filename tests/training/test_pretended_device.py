@@ -23,7 +23,7 @@ from classification.settings import Settings
 from classification.train import train_grader
 from evaluation.attacks.pairs import PairAttack, PairConfig, standardisation
 from evaluation.attacks.vessels import best_correlations
-from evaluation.fidelity import extract_features
+from evaluation.features import extract_features
 from models.encoders import build_encoder
 from models.features.content import ContentNetwork, content_network_from_state
 from models.features.pretrained import load_feature_network
