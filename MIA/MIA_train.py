@@ -14,6 +14,8 @@ seen.
 import sys
 from pathlib import Path
 
+from jaxtyping import UInt8
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
@@ -101,7 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def begin(
-    opts: argparse.Namespace, photos: np.ndarray, pictures: np.ndarray, run_dir: Path
+    opts: argparse.Namespace,
+    photos: UInt8[np.ndarray, 'n 3 S S'],
+    pictures: UInt8[np.ndarray, 'C 3 S S'],
+    run_dir: Path,
 ) -> bool:
     """Opens the run folder, or enters that of an interrupted run of the same training (True)."""
     inputs = {

@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from classification.settings import Settings
@@ -26,7 +27,7 @@ def draw_parameters(
     contrast_first (bool), angle (degrees, counter-clockwise), and shift [n, 2] (whole px, x, y).
     """
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
+    def uniform(low: float, high: float, *shape: int) -> Float[Tensor, ' n *shape']:
         return torch.rand(n, *shape, generator=generator) * (high - low) + low
 
     most = settings.translation * size
@@ -41,7 +42,9 @@ def draw_parameters(
     }
 
 
-def apply_parameters(img: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+def apply_parameters(
+    img: Float[Tensor, 'n 3 S S'], parameters: dict[str, Tensor]
+) -> Float[Tensor, 'n 3 S S']:
     """Augments [n, 3, S, S] in [0, 1]: mirror, colour, rotate, then shift; empty pixels are 0.
 
     Nearest neighbour, as published. What the rotation pushes out of the frame stays lost when
@@ -64,22 +67,24 @@ def apply_parameters(img: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     return moved * inside.unsqueeze(1)
 
 
-def augment(img: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+def augment(
+    img: Float[Tensor, 'n 3 S S'], settings: Settings, generator: torch.Generator
+) -> Float[Tensor, 'n 3 S S']:
     """Randomly augments [n, 3, S, S] in [0, 1]; `generator` is a CPU torch.Generator."""
     return apply_parameters(img, draw_parameters(len(img), img.shape[-1], settings, generator))
 
 
-def _colour(img, p):
+def _colour(img: Float[Tensor, 'n 3 S S'], p: dict[str, Tensor]) -> Float[Tensor, 'n 3 S S']:
     first = p['contrast_first'].view(-1, 1, 1, 1)
     img = torch.where(first, _contrast(img, p), _brightness(img, p))
     return torch.where(first, _brightness(img, p), _contrast(img, p))
 
 
-def _brightness(img, p):
+def _brightness(img: Float[Tensor, 'n 3 S S'], p: dict[str, Tensor]) -> Float[Tensor, 'n 3 S S']:
     return (img * p['brightness'].view(-1, 1, 1, 1)).clamp(0, 1)
 
 
-def _contrast(img, p):
+def _contrast(img: Float[Tensor, 'n 3 S S'], p: dict[str, Tensor]) -> Float[Tensor, 'n 3 S S']:
     factor = p['contrast'].view(-1, 1, 1, 1)
     luma = (img * p['luma'].view(1, 3, 1, 1)).sum(1, keepdim=True)
     middle = luma.mean((2, 3), keepdim=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float, Int, Num
 
 from datasets.groups import Group, group_pictures, read_groups
 from datasets.people import merge_identical, shown_elsewhere
@@ -45,7 +46,7 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.names)
 
-    def targets(self, kind: str) -> np.ndarray:
+    def targets(self, kind: str) -> Num[np.ndarray, ' n *C']:
         """What to train against: grades [n] ('majority') or shares [n, C] ('soft')."""
         if kind == 'soft' and self.shares is None:
             raise UserError(
@@ -55,7 +56,7 @@ class TrainingSet:
         return self.labels if self.shares is None or kind != 'soft' else self.shares
 
 
-def one_hot(labels: np.ndarray) -> np.ndarray:
+def one_hot(labels: Int[np.ndarray, ' n']) -> Float[np.ndarray, 'n C']:
     """Grades [n] -> shares [n, C]."""
     return np.eye(N_CLASSES)[labels]
 
@@ -130,7 +131,9 @@ def graded_groups(path: str | Path, grades: Mapping[str, int]) -> list[Group]:
     return groups
 
 
-def _group_labels(groups, grades):
+def _group_labels(
+    groups: Sequence[Group], grades: Sequence[int] | Mapping[str, int]
+) -> tuple[Int[np.ndarray, ' n'], Float[np.ndarray, 'n C']]:
     counts = np.zeros((len(groups), N_CLASSES))
     for row, group in zip(counts, groups):
         np.add.at(row, [grades[m] for m in group.members], 1)
@@ -186,12 +189,12 @@ def random_average_set(table: Table, size: int, *, seed: int = 0) -> TrainingSet
 
 
 def split_validation(
-    labels: Sequence[int] | np.ndarray,
+    labels: Sequence[int] | Int[np.ndarray, ' n'],
     *,
     fraction: float,
     seed: int,
     groups: Sequence | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int[np.ndarray, ' a'], Int[np.ndarray, ' b']]:
     """(training indices, validation indices), sorted: every grade's share, whole patients only.
 
     groups: patient of each picture; all pictures of a patient land on the same side, which

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int, UInt8
 
 from classification.data import TrainingSet, split_validation
 from classification.grader import metric_options
@@ -30,9 +31,9 @@ _RESULT = 'result.json'
 
 def run_seeds(
     data: TrainingSet,
-    pictures: np.ndarray,
+    pictures: UInt8[np.ndarray, 'n 3 S S'],
     test: Table,
-    test_pictures: np.ndarray,
+    test_pictures: UInt8[np.ndarray, 'm 3 T T'],
     *,
     config: Config,
     out_dir: Path,
@@ -99,7 +100,7 @@ def summarise_seeds(records: Sequence[dict], part: str) -> dict[str, dict | None
     }
 
 
-def _drawn(n, n_draw, seed):
+def _drawn(n: int, n_draw: int | None, seed: int) -> Int[np.ndarray, ' r']:
     """All n rows, or `n_draw` of them drawn by the seed, sorted."""
     if n_draw is None:
         return np.arange(n)
@@ -107,7 +108,19 @@ def _drawn(n, n_draw, seed):
     return np.sort(draw.choice(n, n_draw, replace=False))
 
 
-def _run_seed(seed, rows, folder, data, pictures, test, test_pictures, *, config, device, stopped):
+def _run_seed(
+    seed: int,
+    rows: Int[np.ndarray, ' r'],
+    folder: Path,
+    data: TrainingSet,
+    pictures: UInt8[np.ndarray, 'n 3 S S'],
+    test: Table,
+    test_pictures: UInt8[np.ndarray, 'm 3 T T'],
+    *,
+    config: Config,
+    device: torch.device,
+    stopped: Callable[[], bool],
+) -> dict | None:
     settings = config.settings
     groups = None if data.groups is None else [data.groups[i] for i in rows]
     train, val = split_validation(
@@ -115,7 +128,7 @@ def _run_seed(seed, rows, folder, data, pictures, test, test_pictures, *, config
     )
     train, val = rows[train], rows[val]
 
-    def report(record):
+    def report(record: dict) -> None:
         log.info(
             'seed %d  epoch %d/%d  %s',
             seed,
@@ -144,12 +157,13 @@ def _run_seed(seed, rows, folder, data, pictures, test, test_pictures, *, config
     )
     if result is None:
         return None
+    best_epoch = result.best_epoch or len(result.history)
     record = {
         'seed': seed,
         'n_train': len(train),
         'n_validation': len(val),
-        'best_epoch': result.best_epoch,
-        'validation_kappa': result.history[result.best_epoch - 1]['kappa'],
+        'best_epoch': best_epoch,
+        'validation_kappa': result.history[best_epoch - 1]['kappa'],
         'channel_mean': result.mean.tolist(),
         'channel_std': result.std.tolist(),
     }
@@ -168,7 +182,7 @@ def _run_seed(seed, rows, folder, data, pictures, test, test_pictures, *, config
     return record
 
 
-def _draw(records, test, config, out_dir):
+def _draw(records: Sequence[dict], test: Table, config: Config, out_dir: Path) -> None:
     settings = config.settings
     binary = settings.target == 'binary' and config.grader == 'network'
     threshold = settings.positive_from if binary else REFERABLE_FROM

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int, Num, UInt8
 from torch import Tensor, nn
 
 from classification.metrics import grading_metrics
@@ -45,8 +46,8 @@ class GraderResult:
         self,
         net: nn.Module,
         settings: Settings,
-        mean: Tensor,
-        std: Tensor,
+        mean: Float[Tensor, ' 3'],
+        std: Float[Tensor, ' 3'],
         *,
         device: torch.device,
         history: Sequence[dict] = (),
@@ -66,12 +67,22 @@ class GraderResult:
         self.net.load_state_dict(state)
         return self
 
-    def predict(self, images: np.ndarray | Tensor, *, batch_size: int = 128) -> Prediction:
+    def predict(
+        self,
+        images: UInt8[np.ndarray, 'n 3 S S'] | UInt8[Tensor, 'n 3 S S'],
+        *,
+        batch_size: int = 128,
+    ) -> Prediction:
         """Grades uint8 pictures [n, 3, S, S] of any side S."""
         return interpret(self.raw_outputs(images, batch_size=batch_size), self.settings)
 
     @torch.no_grad()
-    def raw_outputs(self, images: np.ndarray | Tensor, *, batch_size: int = 128) -> Tensor:
+    def raw_outputs(
+        self,
+        images: UInt8[np.ndarray, 'n 3 S S'] | UInt8[Tensor, 'n 3 S S'],
+        *,
+        batch_size: int = 128,
+    ) -> Float[Tensor, 'n C']:
         """The network's outputs [n, C or 1] (logits, or the grade), on the CPU."""
         self.net.eval()
         raw = []
@@ -88,7 +99,11 @@ class GraderResult:
             raw.append(forward(self.net, batch, self.mean, self.std, self.settings).cpu())
         return torch.cat(raw)
 
-    def evaluate(self, images: np.ndarray | Tensor, labels: Sequence[int] | np.ndarray) -> dict:
+    def evaluate(
+        self,
+        images: UInt8[np.ndarray, 'n 3 S S'] | UInt8[Tensor, 'n 3 S S'],
+        labels: Sequence[int] | Int[np.ndarray, ' n'],
+    ) -> dict:
         """`grading_metrics` of the predictions on grades [n]."""
         found = self.predict(images)
         return grading_metrics(labels, found.grades, found.score, **metric_options(self.settings))
@@ -103,7 +118,7 @@ def metric_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def interpret(raw: Tensor, settings: Settings) -> Prediction:
+def interpret(raw: Float[Tensor, 'n C'], settings: Settings) -> Prediction:
     """Network outputs [n, C or 1] -> Prediction.
 
     Regression: the grade is the value rounded at i - 0.5 and clipped (published).
@@ -122,7 +137,9 @@ def interpret(raw: Tensor, settings: Settings) -> Prediction:
     return Prediction(outputs.numpy(), grades.long().numpy(), score.numpy())
 
 
-def training_targets(targets: Sequence | np.ndarray, settings: Settings) -> Tensor:
+def training_targets(
+    targets: Sequence | Num[np.ndarray, ' n *C'], settings: Settings
+) -> Float[Tensor, 'n K']:
     """Grades [n] or shares [n, C] -> float tensor [n, 1] (regression, binary) or [n, C].
 
     Shares stay soft: their mean grade, their weight at and above positive_from, or themselves.
@@ -139,7 +156,9 @@ def training_targets(targets: Sequence | np.ndarray, settings: Settings) -> Tens
     return torch.from_numpy(shares).float()
 
 
-def loss_function(raw: Tensor, targets: Tensor, settings: Settings) -> Tensor:
+def loss_function(
+    raw: Float[Tensor, 'n C'], targets: Float[Tensor, 'n C'], settings: Settings
+) -> Float[Tensor, '']:
     """Mean loss of outputs against `training_targets`."""
     if settings.target == 'regression':
         return F.mse_loss(raw, targets)
@@ -221,7 +240,9 @@ def _timm_grader(
     return net
 
 
-def channel_statistics(images: np.ndarray) -> tuple[Tensor, Tensor]:
+def channel_statistics(
+    images: UInt8[np.ndarray, 'n 3 S S'],
+) -> tuple[Float[Tensor, ' 3'], Float[Tensor, ' 3']]:
     """Mean and standard deviation of each colour channel in [0, 1], two tensors [3]."""
     total, square, count = np.zeros(3), np.zeros(3), 0
     for start in range(0, len(images), 256):
@@ -234,14 +255,22 @@ def channel_statistics(images: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
 
 
-def unit_range(images: np.ndarray | Tensor, device: torch.device) -> Tensor:
+def unit_range(
+    images: UInt8[np.ndarray, 'n 3 S S'] | UInt8[Tensor, 'n 3 S S'], device: torch.device
+) -> Float32[Tensor, 'n 3 S S']:
     """uint8 [B, 3, S, S] -> float32 in [0, 1] on the device."""
     if not torch.is_tensor(images):
         images = torch.from_numpy(np.ascontiguousarray(images))
     return send(images, device).float() / 255
 
 
-def forward(net: nn.Module, batch: Tensor, mean: Tensor, std: Tensor, settings: Settings) -> Tensor:
+def forward(
+    net: nn.Module,
+    batch: Float[Tensor, 'n 3 S S'],
+    mean: Float[Tensor, '*c'],
+    std: Float[Tensor, '*c'],
+    settings: Settings,
+) -> Float32[Tensor, 'n C']:
     """Float32 outputs of pictures in [0, 1]."""
     batch = (batch - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
     batch = batch.contiguous(memory_format=torch.channels_last)

@@ -3,6 +3,7 @@
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 from classification.data import (
     TrainingSet,
@@ -32,7 +33,7 @@ def required(opts: argparse.Namespace, *names: str) -> None:
 def source_table(opts: argparse.Namespace, *, ids_only: bool = False) -> Table:
     """The table of --labels_train; its files too, unless they are only good to have (ids_only)."""
 
-    def read(**how):
+    def read(**how: Any) -> Table:
         return read_table(
             opts.labels_train,
             opts.train_images_path,

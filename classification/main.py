@@ -19,6 +19,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from jaxtyping import UInt8
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import logging
@@ -196,7 +198,10 @@ def initial_weights(config: Config) -> str:
 
 
 def record_of(
-    opts: argparse.Namespace, config: Config, training: np.ndarray, test: np.ndarray
+    opts: argparse.Namespace,
+    config: Config,
+    training: UInt8[np.ndarray, 'n 3 S S'],
+    test: UInt8[np.ndarray, 'm 3 T T'],
 ) -> dict:
     """The run record: settings, and digests of tables, pictures and weights."""
     inputs = {name: getattr(opts, name) for name in ('labels_train', 'labels_test', 'df')}

@@ -7,6 +7,7 @@ weightings of the photographs at once.
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Int, Num
 
 from evaluation.bootstrap import People, draw_weights, percentiles
 from evaluation.scores import REFERABLE_FROM, quadratic_kappa, weighted_auc
@@ -17,7 +18,7 @@ Numbers = Sequence[float] | np.ndarray
 
 
 def check_test_labels(
-    labels: Sequence[int] | np.ndarray, *, positive_from: int = REFERABLE_FROM
+    labels: Sequence[int] | Int[np.ndarray, ' n'], *, positive_from: int = REFERABLE_FROM
 ) -> None:
     """UserError when grades [n] cannot be scored: all alike, or on one side of the threshold."""
     found = sorted({int(v) for v in labels})
@@ -59,7 +60,14 @@ def grading_metrics(
     return {'n': len(labels), **values, 'confusion': confusion[0].astype(int).tolist()}
 
 
-def _weighted_scores(labels, predicted, score, weights, n_classes, positive_from):
+def _weighted_scores(
+    labels: Numbers,
+    predicted: Numbers,
+    score: Numbers,
+    weights: Num[np.ndarray, 'b n'],
+    n_classes: int,
+    positive_from: int | None,
+) -> tuple[dict[str, Float[np.ndarray, ' b']], Num[np.ndarray, 'b C C']]:
     """Scores {name: [b]} and confusion [b, C, C] with photograph i counted weights[b, i] times."""
     labels, predicted = np.asarray(labels), np.asarray(predicted)
     score = np.asarray(score, dtype=np.float64)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Num
 from matplotlib.figure import Figure
 
 from utils.io import atomic_path
@@ -14,7 +15,11 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def plot_confusion(
-    confusion: np.ndarray, path: Path, *, names: list[str] | None = None, title: str = ''
+    confusion: Num[np.ndarray, 'C C'],
+    path: Path,
+    *,
+    names: list[str] | None = None,
+    title: str = '',
 ) -> None:
     """A confusion matrix [C, C] (row: truth) with counts, coloured by the share of its row."""
     confusion = np.asarray(confusion)

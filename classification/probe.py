@@ -5,6 +5,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from jaxtyping import Int, UInt8
 
 from classification.data import TrainingSet, one_hot
 from classification.metrics import bootstrap_intervals, grading_metrics
@@ -27,9 +28,9 @@ class ProbeGrader:
     def __init__(
         self,
         data: TrainingSet,
-        pictures: np.ndarray,
+        pictures: UInt8[np.ndarray, 'n 3 S S'],
         test: Table,
-        test_pictures: np.ndarray,
+        test_pictures: UInt8[np.ndarray, 'm 3 T T'],
         *,
         config: Config,
         device: torch.device,
@@ -53,7 +54,7 @@ class ProbeGrader:
     def _features(self) -> list[np.ndarray]:
         return [pooled_features(self._judge.network, p, device=self.device) for p in self._pictures]
 
-    def record(self, seed: int, rows: np.ndarray) -> dict:
+    def record(self, seed: int, rows: Int[np.ndarray, ' r']) -> dict:
         """Scores of a probe on the training pictures `rows`, like a network's record.
 
         The seed divides the people for the cross-validation.

@@ -179,7 +179,7 @@ def load_config(path: str | Path, **overrides: Any) -> Config:
     return Config(settings=settings, **{k: v for k, v in values.items() if k not in grader_names})
 
 
-def _typed(path, name, value, default):
+def _typed(path: str | Path, name: str, value: object, default: object) -> Any:
     """`value` in the type of the entry's default; UserError when it does not fit."""
     if name in ('mean', 'std', 'seeds'):
         if value is None and name != 'seeds':

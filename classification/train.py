@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from jaxtyping import Float, Int, Num, UInt8
+from torch import Tensor, nn
 
 from classification.augment import augment
 from classification.grader import (
@@ -41,7 +42,9 @@ from utils.transfer import send
 log = logging.getLogger(__name__)
 
 
-def _epoch_order(classes: np.ndarray, settings: Settings, seed: int, epoch: int) -> np.ndarray:
+def _epoch_order(
+    classes: Int[np.ndarray, ' n'], settings: Settings, seed: int, epoch: int
+) -> Int[np.ndarray, ' m']:
     """Indices of one epoch's pictures in training order, several rounds of small sets."""
     rng = numpy_generator(seed, 'epoch', epoch)
     n = len(classes)
@@ -54,8 +57,8 @@ def _epoch_order(classes: np.ndarray, settings: Settings, seed: int, epoch: int)
 
 
 def _fingerprint(
-    images: np.ndarray,
-    targets: Tensor,
+    images: UInt8[np.ndarray, 'n 3 S S'],
+    targets: Float[Tensor, 'n C'],
     settings: Settings,
     seed: int,
     imagenet_weights: str | Path | None,
@@ -83,10 +86,10 @@ class GraderTraining:
 
     def __init__(
         self,
-        images: np.ndarray | Tensor,
-        targets: np.ndarray,
-        val_images: np.ndarray | None,
-        val_labels: np.ndarray | None,
+        images: UInt8[np.ndarray, 'n 3 S S'] | UInt8[Tensor, 'n 3 S S'],
+        targets: Num[np.ndarray, ' n *C'],
+        val_images: UInt8[np.ndarray, 'm 3 S S'] | None,
+        val_labels: Int[np.ndarray, ' m'] | None,
         *,
         settings: Settings,
         seed: int,
@@ -148,7 +151,7 @@ class GraderTraining:
             raw = self.grader.raw_outputs(self.validation[0])
             if not raw.isfinite().all():
                 raise _diverged(epoch)
-            record |= _validation_scores(raw, self.validation[1], settings)
+            record |= _validation_scores(raw, np.asarray(self.validation[1]), settings)
             rank = [record['kappa'], -record['val_loss']]
         self.history.append(record)
         better = rank is not None and (self.best['rank'] is None or rank > self.best['rank'])
@@ -218,10 +221,10 @@ class GraderTraining:
 
 
 def train_grader(
-    train_images: np.ndarray | Tensor,
-    train_targets: np.ndarray,
-    val_images: np.ndarray | None = None,
-    val_labels: np.ndarray | None = None,
+    train_images: UInt8[np.ndarray, 'n 3 S S'] | UInt8[Tensor, 'n 3 S S'],
+    train_targets: Num[np.ndarray, ' n *C'],
+    val_images: UInt8[np.ndarray, 'm 3 S S'] | None = None,
+    val_labels: Int[np.ndarray, ' m'] | None = None,
     *,
     settings: Settings | None = None,
     seed: int = 0,
@@ -266,17 +269,19 @@ def train_grader(
     return training.result()
 
 
-def _cpu_state(net):
+def _cpu_state(net: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
 
 
-def _diverged(epoch):
+def _diverged(epoch: int) -> UserError:
     return UserError(
         f'training diverged in epoch {epoch + 1}; lower learning_rate in the configuration'
     )
 
 
-def _validation_scores(raw, labels, settings):
+def _validation_scores(
+    raw: Float[Tensor, 'n C'], labels: Int[np.ndarray, ' n'], settings: Settings
+) -> dict[str, float]:
     loss = loss_function(raw, training_targets(labels, settings), settings)
     found = interpret(raw, settings)
     values = grading_metrics(labels, found.grades, found.score, **metric_options(settings))

@@ -5,11 +5,13 @@ give --train_path and --test_path), or add an entry. Source and target are the s
 encoder learns to draw what it sees.
 """
 
+from typing import Any
+
 from configs.paths_config import dataset_paths
 from configs.transforms_config import EncodeTransforms
 
 
-def _entry(train, test):
+def _entry(train: str, test: str) -> dict[str, Any]:
     return {
         'transforms': EncodeTransforms(),
         'train_source_root': dataset_paths[train],

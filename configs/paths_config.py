@@ -11,7 +11,7 @@ from pathlib import Path
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 
-def _set(name, default=None):
+def _set(name: str, default: str | None = None) -> str | None:
     value = os.environ.get(f'KSALSA_{name.upper()}') or default
     return None if value is None else str(PROJECT_ROOT / Path(value).expanduser())
 

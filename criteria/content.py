@@ -1,9 +1,12 @@
 """The content loss (paper, loss L_c)."""
 
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 
-def content_loss(features: Tensor, mean_targets: Tensor) -> Tensor:
+def content_loss(
+    features: Float[Tensor, 'G F'], mean_targets: Float[Tensor, 'G F']
+) -> Float32[Tensor, ' G']:
     """1 - mean_i <phi(y), phi_i> of each group, [G].
 
     features: unit vectors of the synthetic images [G, F]; mean_targets: the members' unit

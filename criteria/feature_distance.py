@@ -1,6 +1,7 @@
 """A perceptual distance on a pretrained feature network, in the manner of LPIPS, uncalibrated."""
 
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.features.pretrained import FeatureNetwork
@@ -17,12 +18,14 @@ class FeatureDistance(nn.Module):
         # A ViT has one stride, and that is none of the others.
         self.strides = tuple(s for s in _STRIDES if s in network.strides) or network.strides[:1]
 
-    def features(self, img: Tensor) -> list[Tensor]:
+    def features(self, img: Float[Tensor, 'N 3 H W']) -> list[Float[Tensor, 'N _ _ _']]:
         """Pictures [N, 3, H, W] in [-1, 1] -> maps of unit length over channels, one a stride."""
         maps = self.network.maps(img, self.strides)
         return [F.normalize(maps[s].float(), dim=1) for s in self.strides]
 
-    def distance(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
+    def distance(
+        self, features: list[Float[Tensor, 'N _ _ _']], targets: list[Float[Tensor, 'N _ _ _']]
+    ) -> Float[Tensor, ' N']:
         """The distance of each pair of pictures, [N] in [0, 2], from their `features`."""
         parts = [1 - (a * b).sum(1).mean((1, 2)) for a, b in zip(features, targets)]
         return sum(parts) / len(parts)

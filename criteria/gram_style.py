@@ -8,10 +8,11 @@ picture depends on its members through a mean alone.
 Shapes: G groups, K members, P patches, C feature channels, S side of the pictures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from criteria.local_style import local_style_loss, patch_grams
@@ -74,7 +75,9 @@ class StyleTerm:
                 f'of {self.net.name}'
             )
 
-    def maps(self, img: Tensor, also: Sequence[int] = ()) -> dict[int, Tensor]:
+    def maps(
+        self, img: Float[Tensor, 'N 3 S S'], also: Sequence[int] = ()
+    ) -> dict[int, Float[Tensor, 'N _ _ _']]:
         """{stride: maps [N, C, h, w]} of pictures [N, 3, S, S] in [-1, 1].
 
         also: further strides of a FeatureNetwork, for others to use.
@@ -83,13 +86,15 @@ class StyleTerm:
             return self.net.maps(img, {*self.strides, *also})
         return {1: self.net.features(img)}
 
-    def grams(self, maps: dict[int, Tensor]) -> list[Tensor]:
+    def grams(self, maps: Mapping[int, Float[Tensor, 'N _ _ _']]) -> list[Float[Tensor, 'N _ _ _']]:
         """Gram matrices [N, P, C, C] of each stride, sums over the positions of a patch."""
         return [patch_grams(maps[s], self.n_crop) for s in self.strides]
 
     @torch.no_grad()
     def targets(
-        self, members: Sequence[Sequence[Tensor]], weights: Sequence[Tensor]
+        self,
+        members: Sequence[Sequence[Float[Tensor, '_ _ _ _']]],
+        weights: Sequence[Float[Tensor, ' _']],
     ) -> StyleTargets:
         """Targets of groups from the members' `grams`; weights: [K] of each group, of sum 1."""
         n_strides, most = len(self.strides), max(len(w) for w in weights)
@@ -112,7 +117,9 @@ class StyleTerm:
             scales.append(self._scale(target, padded))
         return StyleTargets(found, padded, scales)
 
-    def _scale(self, target: Tensor, weights: Tensor) -> Tensor:
+    def _scale(
+        self, target: Float[Tensor, 'G *k P C C'], weights: Float[Tensor, 'G K']
+    ) -> Float[Tensor, ' G']:
         """1, or 1 over the mean squared norm of a group's target matrices, [G]."""
         if not self.relative:
             return torch.ones(len(target), device=target.device)
@@ -121,7 +128,9 @@ class StyleTerm:
             size = (size * weights).sum(1)
         return 1 / size.clamp_min(1e-12)
 
-    def loss(self, maps: dict[int, Tensor], targets: StyleTargets) -> Tensor:
+    def loss(
+        self, maps: Mapping[int, Float[Tensor, 'G _ _ _']], targets: StyleTargets
+    ) -> Float[Tensor, ' G']:
         """The loss of each group's picture, [G], from its `maps`: a sum over the strides."""
         total = torch.zeros_like(targets.scales[0])
         for grams, wanted, scale in zip(self.grams(maps), targets.grams, targets.scales):

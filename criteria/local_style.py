@@ -5,10 +5,11 @@ Shapes: G groups, K members, P patches, C feature channels.
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 
-def patch_grams(features: Tensor, n_crop: int) -> Tensor:
+def patch_grams(features: Float[Tensor, 'N C H W'], n_crop: int) -> Float32[Tensor, 'N P C C']:
     """Gram matrices of the n_crop x n_crop grid of patches, row by row.
 
     features [N, C, H, W] -> [N, P, C, C] float32, F F^T over the positions of a patch, not
@@ -25,7 +26,11 @@ def patch_grams(features: Tensor, n_crop: int) -> Tensor:
     return x @ x.mT
 
 
-def local_style_loss(grams: Tensor, member_grams: Tensor, weights: Tensor) -> Tensor:
+def local_style_loss(
+    grams: Float[Tensor, 'G P C C'],
+    member_grams: Float[Tensor, 'G K P C C'],
+    weights: Float[Tensor, 'G K'],
+) -> Float[Tensor, ' G']:
     """Mean over members and their patches of ||Gram_y[q] - Gram_member||_F^2, per group, [G].
 
     grams [G, P, C, C] of the synthetic images; member_grams [G, K, P, C, C]; weights [G, K],

@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.loading import load_state, mismatch
@@ -47,11 +48,13 @@ class LPIPSLoss(nn.Module):
             ) from error
         self.eval().requires_grad_(False)
 
-    def features(self, img: Tensor) -> list[Tensor]:
+    def features(self, img: Float[Tensor, 'N 3 H W']) -> list[Float[Tensor, 'N _ _ _']]:
         """Pictures [N, 3, H, W] in [-1, 1] -> five channel-normalised feature maps."""
         return [self.normalise(f) for f in self.net.net(self.net.scaling_layer(img))]
 
-    def distance(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
+    def distance(
+        self, features: list[Float[Tensor, 'N _ _ _']], targets: list[Float[Tensor, 'N _ _ _']]
+    ) -> Float[Tensor, ' N']:
         """LPIPS of each pair of pictures, [N], from their `features`."""
         return sum(
             lin((a - b).square()).mean((2, 3))[:, 0]

@@ -7,6 +7,7 @@ with all that was observed of them. Shapes: n observations, b draws.
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Num
 from scipy.stats import beta
 
 from utils.seeds import numpy_generator
@@ -16,7 +17,7 @@ _WEIGHTS_AT_ONCE = 1_000_000
 People = Sequence | np.ndarray | None
 
 
-def unit_numbers(people: People, n: int) -> np.ndarray:
+def unit_numbers(people: People, n: int) -> Int[np.ndarray, ' n']:
     """Numbers [n] from 0 of the unit of each observation; None makes each a unit of its own."""
     if people is None:
         return np.arange(n)
@@ -27,7 +28,7 @@ def unit_numbers(people: People, n: int) -> np.ndarray:
 
 def draw_weights(
     people: People, n: int, n_draws: int, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
+) -> Iterator[Num[np.ndarray, 'b n']]:
     """How often each of n observations counts in `n_draws` draws of whole people.
 
     people [n]: the person behind each observation (None: each its own). Yields blocks of draws
@@ -40,14 +41,14 @@ def draw_weights(
         yield part[:, unit].astype(np.float64)
 
 
-def percentiles(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+def percentiles(draws: Float[np.ndarray, ' b'], level: float = 0.95) -> tuple[float, float]:
     """The middle `level` of the draws; those in which a score is undefined (NaN) do not count."""
     low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def rate_interval(
-    hits: Sequence[bool] | np.ndarray, people: People = None, level: float = 0.95
+    hits: Sequence[bool] | Bool[np.ndarray, ' n'], people: People = None, level: float = 0.95
 ) -> tuple[float, float]:
     """Exact binomial interval of the share of `hits` [n], for people with several observations.
 
@@ -71,8 +72,8 @@ def rate_interval(
 
 
 def ratio_of_means(
-    release: np.ndarray,
-    photographs: np.ndarray,
+    release: Num[np.ndarray, ' n'],
+    photographs: Num[np.ndarray, ' m'],
     *,
     people: People = None,
     n_bootstrap: int = 1000,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +66,9 @@ def compare(study: Study, methods: list[Method], measures: list[Measure]) -> lis
             }
             own = folder_of(folder, m.name, depends)
 
-            def compute(m=m, own=own, name=name, candidate=candidate):
+            def compute(
+                m: Measure = m, own: Path = own, name: str = name, candidate: Candidate = candidate
+            ) -> dict[str, Any]:
                 log.info('%s: %s', name, m.title)
                 if m.name not in prepared:  # when first needed, not when all is cached
                     prepared[m.name] = m.prepare(study)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Int, Shaped
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
@@ -17,8 +18,11 @@ from evaluation.scores import REFERABLE_FROM, auc, quadratic_kappa
 
 
 def nearest_neighbours(
-    features: np.ndarray, *, groups: np.ndarray | None = None, block: int = 2048
-) -> np.ndarray:
+    features: Float[np.ndarray, 'n F'],
+    *,
+    groups: Shaped[np.ndarray, ' n'] | None = None,
+    block: int = 2048,
+) -> Int[np.ndarray, ' n']:
     """Index of each row's most similar other row, [n]; -1 when there is none.
 
     groups [n]: neighbours of the row's own group do not count.
@@ -36,7 +40,7 @@ def nearest_neighbours(
     return found
 
 
-def chance_to_share(values: np.ndarray) -> float:
+def chance_to_share(values: Shaped[np.ndarray, ' n']) -> float:
     """Probability that a randomly drawn other row has the row's own value."""
     _, counts = np.unique(values, return_counts=True)
     n = counts.sum()
@@ -44,9 +48,9 @@ def chance_to_share(values: np.ndarray) -> float:
 
 
 def neighbour_quality(
-    features: np.ndarray,
+    features: Float[np.ndarray, 'n F'],
     *,
-    labels: np.ndarray | None = None,
+    labels: Int[np.ndarray, ' n'] | None = None,
     patients: Sequence[str] | None = None,
     eyes: Sequence[str] | None = None,
 ) -> dict:
@@ -77,10 +81,12 @@ def neighbour_quality(
     return result
 
 
-def _chance_among_others(labels, groups):
+def _chance_among_others(
+    labels: Shaped[np.ndarray, ' n'], groups: Shaped[np.ndarray, ' n']
+) -> float:
     """Probability that a random image of another patient has the row's grade."""
 
-    def ordered_pairs(*keys):
+    def ordered_pairs(*keys: Shaped[np.ndarray, ' n']) -> int:
         counts = np.unique(np.stack(keys), axis=1, return_counts=True)[1]
         return (counts**2).sum()
 
@@ -89,8 +95,8 @@ def _chance_among_others(labels, groups):
 
 
 def linear_probe(
-    features: np.ndarray,
-    labels: np.ndarray,
+    features: Float[np.ndarray, 'n F'],
+    labels: Int[np.ndarray, ' n'],
     *,
     patients: Sequence[str] | None = None,
     folds: int = 5,
@@ -141,9 +147,9 @@ def linear_probe(
 
 
 def feature_quality(
-    features: np.ndarray,
+    features: Float[np.ndarray, 'n F'],
     *,
-    labels: np.ndarray | None = None,
+    labels: Int[np.ndarray, ' n'] | None = None,
     patients: Sequence[str] | None = None,
     eyes: Sequence[str] | None = None,
     seed: int = 0,

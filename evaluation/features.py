@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, Float64, UInt8
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from datasets.archive import FileStore
-from models.features.content import load_content_network
+from models.features.content import ContentNetwork, load_content_network
 from models.loading import load_state, mismatch
 from utils.errors import UserError, listing
 from utils.images import CONTACT_SHEET, from_uint8, to_uint8
@@ -38,7 +39,7 @@ class InceptionNetwork(nn.Module):
     feature_dim = 2048
     name = 'inception'
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         super().__init__()
         state = load_state(path, what='Inception weights', hint=_WHERE)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -59,12 +60,20 @@ class InceptionNetwork(nn.Module):
                 ) from error
 
     @torch.no_grad()
-    def features(self, img):
+    def features(self, img: Float[Tensor, 'n 3 299 299']) -> Float32[Tensor, 'n 2048']:
         """Pictures [n, 3, 299, 299] in [-1, 1] -> pool features [n, 2048], float32."""
         return self.net(to_uint8(img))[0].float()
 
 
-def load_feature_network(*, content_weights=None, inception_weights=None, metric):
+Network = ContentNetwork | InceptionNetwork
+
+
+def load_feature_network(
+    *,
+    content_weights: str | Path | None = None,
+    inception_weights: str | Path | None = None,
+    metric: str,
+) -> Network:
     """The network a metric name needs; UserError naming the flag when its file is not given."""
     if metric.endswith('_fundus'):
         if content_weights is None:
@@ -73,13 +82,19 @@ def load_feature_network(*, content_weights=None, inception_weights=None, metric
                 '--metric_network when training a generator); make one with '
                 'scripts/train_content_encoder.py'
             )
-        return load_content_network(content_weights)
+        network = load_content_network(content_weights)
+        if not isinstance(network, ContentNetwork):
+            raise UserError(
+                f'{metric} needs a content encoder file, not {content_weights}, whose features '
+                'are compared by --metrics=features'
+            )
+        return network
     if inception_weights is None:
         raise UserError(f'{metric} needs the Inception weights. {_WHERE}')
     return InceptionNetwork(inception_weights)
 
 
-def picture_names(path):
+def picture_names(path: str | Path) -> tuple[FileStore, list[str]]:
     """(FileStore, image names) of a folder or ZIP; contact sheets of generate.py do not count.
 
     UserError when there is none.
@@ -91,7 +106,9 @@ def picture_names(path):
     return store, names
 
 
-def read_pictures(path, size, *, threads=4):
+def read_pictures(
+    path: str | Path, size: int, *, threads: int = 4
+) -> UInt8[np.ndarray, 'n 3 {size} {size}']:
     """All images of a folder (searched recursively) or ZIP, uint8 [n, 3, size, size].
 
     Antialiased bicubic, aspect ratio not kept; in the order of their names. UserError that lists
@@ -100,7 +117,7 @@ def read_pictures(path, size, *, threads=4):
     store, names = picture_names(path)
     pictures = np.empty((len(names), 3, size, size), np.uint8)
 
-    def read(i):
+    def read(i: int) -> str | None:
         try:
             image = store.image(names[i])
         except UserError as error:
@@ -126,7 +143,9 @@ def read_pictures(path, size, *, threads=4):
     return pictures
 
 
-def resize_pictures(pictures, size):
+def resize_pictures(
+    pictures: UInt8[Tensor, 'n 3 H W'], size: int
+) -> UInt8[Tensor, 'n 3 {size} {size}']:
     """uint8 [n, 3, H, W] -> uint8 [n, 3, size, size], antialiased bicubic."""
     if tuple(pictures.shape[-2:]) == (size, size):
         return pictures
@@ -137,7 +156,13 @@ def resize_pictures(pictures, size):
 
 
 @torch.no_grad()
-def extract_features(network, pictures, *, device='cpu', batch_size=32):
+def extract_features(
+    network: Network,
+    pictures: UInt8[np.ndarray, 'n 3 H W'] | UInt8[Tensor, 'n 3 H W'],
+    *,
+    device: torch.device | str = 'cpu',
+    batch_size: int = 32,
+) -> Float64[np.ndarray, 'n d']:
     """Features of uint8 pictures [n, 3, H, W] of any size: float64 numpy [n, d].
 
     Each picture is resized and seen on its own, so neither the order nor the batch size matters

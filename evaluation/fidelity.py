@@ -8,15 +8,19 @@ Shapes: n_r real and n_f synthetic pictures, feature dimension d.
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float64, Int, Num, Shaped, UInt8
+from torch import Tensor
 
 from datasets.archive import ImageArchive
 from evaluation.bootstrap import People, draw_weights, unit_numbers
-from evaluation.features import extract_features, load_feature_network, read_pictures
+from evaluation.features import Network, extract_features, load_feature_network, read_pictures
+from models.stylegan2 import Generator
 from utils.errors import UserError
 from utils.images import to_uint8
 from utils.io import save_npy, sha256_bytes
@@ -30,18 +34,25 @@ DC_NEIGHBOURS = 5  # Naeem et al. 2020
 N_SPLITS = 5
 
 
-def scaled(features: np.ndarray) -> np.ndarray:
+def scaled(features: Float[np.ndarray, 'n d']) -> Float[np.ndarray, 'n d']:
     """Unit vectors [n, d] of a feature network at mean square 1 per dimension, as KID wants."""
     return features * np.sqrt(features.shape[1])
 
 
-def feature_statistics(features):
+def feature_statistics(
+    features: Float[np.ndarray, 'n d'],
+) -> tuple[Float64[np.ndarray, ' d'], Float64[np.ndarray, 'd d']]:
     """Mean [d] and covariance [d, d] (n - 1) of features [n, d], float64."""
     features = np.asarray(features, dtype=np.float64)
     return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
-def frechet_distance(mu1, cov1, mu2, cov2):
+def frechet_distance(
+    mu1: Float[np.ndarray, ' d'],
+    cov1: Float[np.ndarray, 'd d'],
+    mu2: Float[np.ndarray, ' d'],
+    cov2: Float[np.ndarray, 'd d'],
+) -> float:
     """Squared Fréchet distance of two Gaussians (Heusel et al. 2017).
 
     |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the last trace from the eigenvalues of the
@@ -55,7 +66,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     return float(np.sum((mu1 - mu2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * shared)
 
 
-def _distance_of_samples(real, fake):
+def _distance_of_samples(real: Float[np.ndarray, 'n d'], fake: Float[np.ndarray, 'm d']) -> float:
     """`frechet_distance` of the statistics of two samples, the faster way round.
 
     With centred rows X, Y the trace of (C1 C2)^(1/2) is the sum of the singular values of X Y^T,
@@ -70,20 +81,25 @@ def _distance_of_samples(real, fake):
     return float(shift + np.sum(x**2) + np.sum(y**2) - 2 * shared)
 
 
-def _kernel(a, b):
+def _kernel(a: Float[np.ndarray, 'n d'], b: Float[np.ndarray, 'm d']) -> Float[np.ndarray, 'n m']:
     """The polynomial kernel of KID (Bińkowski et al. 2018)."""
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def kernel_distance(real, fake):
+def kernel_distance(real: Float[np.ndarray, 'n d'], fake: Float[np.ndarray, 'm d']) -> float:
     """KID on given features: unbiased squared maximum mean discrepancy, cubic kernel."""
     return float(_kernel_distances(real, fake, np.ones((1, len(real))), np.ones((1, len(fake))))[0])
 
 
-def _kernel_distances(real, fake, weights_real, weights_fake):
+def _kernel_distances(
+    real: Float[np.ndarray, 'n d'],
+    fake: Float[np.ndarray, 'm d'],
+    weights_real: Num[np.ndarray, 'b n'],
+    weights_fake: Num[np.ndarray, 'b m'],
+) -> Float[np.ndarray, ' b']:
     """Unbiased MMD^2 with rows counted [b, n] times; a row is never paired with itself."""
 
-    def within(x, w):
+    def within(x: Float[np.ndarray, 'n d'], w: Num[np.ndarray, 'b n']) -> Float[np.ndarray, ' b']:
         kernel = _kernel(x, x)
         pairs = np.einsum('bi,ij,bj->b', w, kernel, w, optimize=True) - (w**2) @ kernel.diagonal()
         return pairs / (w.sum(1) ** 2 - (w**2).sum(1))
@@ -95,13 +111,17 @@ def _kernel_distances(real, fake, weights_real, weights_fake):
     return within(real, weights_real) + within(fake, weights_fake) - 2 * between
 
 
-def _distances(a, b):
+def _distances(
+    a: Float[np.ndarray, 'n d'], b: Float[np.ndarray, 'm d']
+) -> Float[np.ndarray, 'n m']:
     return torch.cdist(
         torch.from_numpy(a), torch.from_numpy(b), compute_mode='donot_use_mm_for_euclid_dist'
     ).numpy()
 
 
-def neighbourhood_scores(real, fake):
+def neighbourhood_scores(
+    real: Float[np.ndarray, 'n d'], fake: Float[np.ndarray, 'm d']
+) -> dict[str, Float[np.ndarray, ' _']]:
     """Per-picture terms of precision, recall, density and coverage.
 
     Returns {'precision': [n_f], 'recall': [n_r], 'density': [n_f], 'coverage': [n_r]}; a score is
@@ -125,14 +145,21 @@ def neighbourhood_scores(real, fake):
     }
 
 
-def _canonical(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _canonical(
+    features: Float[np.ndarray, 'n d'],
+) -> tuple[Float[np.ndarray, 'n d'], Int[np.ndarray, ' n']]:
     """Rows in an order that depends on their values only, and that order."""
     features = np.asarray(features, dtype=np.float64)
     order = np.lexsort(features[:, :8].T[::-1])
     return features[order], order
 
 
-def _interval(value, draws, level, most=None):
+def _interval(
+    value: float,
+    draws: Sequence[float] | Float[np.ndarray, ' b'],
+    level: float,
+    most: float | None = None,
+) -> dict[str, float]:
     """Bootstrap interval around `value`, within 0 to `most` where a `most` is given.
 
     Resampling repeats pictures, which shifts Fréchet distances upward; the spread of the draws
@@ -146,8 +173,8 @@ def _interval(value, draws, level, most=None):
 
 
 def fidelity(
-    real_features: np.ndarray,
-    fake_features: np.ndarray,
+    real_features: Float[np.ndarray, 'n d'],
+    fake_features: Float[np.ndarray, 'm d'],
     *,
     real_people: People = None,
     n_bootstrap: int = 100,
@@ -215,7 +242,9 @@ def fidelity(
     return result
 
 
-def _real_split(real, people, n_fake, seed):
+def _real_split(
+    real: Float[np.ndarray, 'n d'], people: Shaped[np.ndarray, ' n'] | None, n_fake: int, seed: int
+) -> dict[str, float] | None:
     """Mean statistics of random real-against-real splits at the synthetic sample's size.
 
     Nobody is on both sides: who is in the sample is left out of the reference.
@@ -240,7 +269,7 @@ def _real_split(real, people, n_fake, seed):
     }
 
 
-def check_metric_names(names):
+def check_metric_names(names: Iterable[str]) -> None:
     """UserError that lists unknown metric names."""
     unknown = [n for n in names if n not in METRICS]
     if unknown:
@@ -251,13 +280,13 @@ def check_metric_names(names):
 
 
 def _real_features(
-    network: torch.nn.Module,
+    network: Network,
     dataset: ImageArchive,
     folder: Path | None,
     *,
     device: torch.device,
     batch_size: int,
-) -> np.ndarray:
+) -> Float[np.ndarray, 'n d']:
     """Features [n, d] of the archive's pictures, kept in `folder` under their content's name."""
     path = None
     if folder is not None:
@@ -311,10 +340,10 @@ def training_metric(
         )
         for name, kind in kinds.items()
     }
-    real = {}
+    real: dict[str, np.ndarray] = {}
 
     @torch.no_grad()
-    def generate(generator, device):
+    def generate(generator: Generator, device: torch.device | str) -> UInt8[Tensor, 'n 3 S S']:
         z = torch.randn(
             n_images, generator.style_dim, generator=torch_generator(seed, 'metric images')
         )
@@ -323,7 +352,7 @@ def training_metric(
         )
 
     def metric(
-        generator: torch.nn.Module, device: torch.device, folder: Path | None = None
+        generator: Generator, device: torch.device, folder: Path | None = None
     ) -> dict[str, float]:
         pictures = generate(generator, device)
         fake = {}
@@ -344,7 +373,16 @@ def training_metric(
     return metric
 
 
-def compare_pictures(real, fake, network, *, n_bootstrap=100, seed=0, device='cpu', batch_size=32):
+def compare_pictures(
+    real: str | Path,
+    fake: str | Path,
+    network: Network,
+    *,
+    n_bootstrap: int = 100,
+    seed: int = 0,
+    device: torch.device | str = 'cpu',
+    batch_size: int = 32,
+) -> dict[str, Any]:
     """`fidelity` of two folders or ZIPs of pictures under one network."""
     features = [
         extract_features(

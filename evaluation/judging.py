@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Num
 
 from evaluation.attacks.metrics import attack_metrics
 from evaluation.judges import Judge
@@ -68,7 +69,7 @@ def judged_attack(
                     for label, (member, other, more) in found.items()
                 }
                 best = max(metrics, key=lambda label: metrics[label]['auc']['value'])
-                for side, scores in zip(SIDES, found[best]):
+                for side, scores in zip(SIDES, found[best][:2]):
                     save_npy(folder / f'{side}.npy', scores)
                 return {**metrics[best], 'judge': best, 'by_judge': metrics}
 
@@ -90,7 +91,7 @@ def _judges_of(study: Study) -> dict[str, Any]:
     return {'judges': [[j.label, j.network.digest] for j in study.judges]}
 
 
-def best_of_people(scores: np.ndarray, people: list[str]) -> np.ndarray:
+def best_of_people(scores: Num[np.ndarray, ' n'], people: list[str]) -> Num[np.ndarray, ' p']:
     """The largest score of each person's photographs, in the order of their names."""
     unit = np.unique(np.asarray(people, dtype=str), return_inverse=True)[1]
     best = np.full(unit.max() + 1, -np.inf)
@@ -98,7 +99,9 @@ def best_of_people(scores: np.ndarray, people: list[str]) -> np.ndarray:
     return best
 
 
-def sides(study: Study, candidate: Candidate) -> tuple[np.ndarray, list[str], list[str]]:
+def sides(
+    study: Study, candidate: Candidate
+) -> tuple[Bool[np.ndarray, ' m'], list[str], list[str]]:
     """Which members count [m], the people of those, and the people of the non-members."""
     known, population = candidate.in_release, study.population
     people = np.array(people_of(population.members)), np.array(people_of(population.others))

@@ -1,8 +1,10 @@
 """ROC curves as PNG files."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Num
 from matplotlib.figure import Figure
 
 from evaluation.scores import auc, roc
@@ -10,7 +12,7 @@ from utils.io import atomic_path
 
 
 def plot_roc(
-    curves: dict[str, tuple[np.ndarray, np.ndarray]],
+    curves: Mapping[str, tuple[Num[np.ndarray, ' _'], Num[np.ndarray, ' _']]],
     path: Path,
     *,
     title: str = '',

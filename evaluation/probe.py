@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Float64, Int, Int64, Num, UInt8
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
@@ -43,11 +44,11 @@ _TINY = 1e-9
 @torch.no_grad()
 def pooled_features(
     network: FeatureNetwork,
-    pictures: np.ndarray,
+    pictures: UInt8[np.ndarray, 'n 3 S S'],
     *,
     device: torch.device | str = 'cpu',
     batch_size: int = 32,
-) -> np.ndarray:
+) -> Float32[np.ndarray, 'n F']:
     """Unit vectors float32 [n, F] of uint8 pictures [n, 3, S, S], S at least 64 px (UserError)."""
     network = network.to(device)
     parts = [
@@ -79,7 +80,7 @@ class Probe(NamedTuple):
     strength: float
     grade_strength: float
 
-    def score(self, features: np.ndarray) -> np.ndarray:
+    def score(self, features: Float[np.ndarray, 'n F']) -> Float64[np.ndarray, ' n']:
         """How far pictures [n, F] look referable, float64 [n].
 
         A probability (logistic) or an estimate of the referable share that may leave 0 to 1
@@ -88,18 +89,18 @@ class Probe(NamedTuple):
         raw = self._standard(features) @ self.weights + self.intercept
         return 1 / (1 + np.exp(-raw)) if self.kind == 'logistic' else raw
 
-    def grades(self, features: np.ndarray) -> np.ndarray:
+    def grades(self, features: Float[np.ndarray, 'n F']) -> Int64[np.ndarray, ' n']:
         """Grades int64 [n], 0 to C - 1."""
         raw = self._standard(features) @ self.grade_weights + self.grade_intercept
         return np.searchsorted(self.thresholds, raw, side='right').astype(np.int64)
 
-    def _standard(self, features):
+    def _standard(self, features: Float[np.ndarray, 'n F']) -> Float64[np.ndarray, 'n F']:
         return (np.asarray(features, np.float64) - self.mean) / self.scale
 
 
 def fit_probe(
-    features: np.ndarray,
-    shares: np.ndarray,
+    features: Float[np.ndarray, 'n F'],
+    shares: Num[np.ndarray, 'n C'],
     *,
     people: People = None,
     kind: str = 'logistic',
@@ -146,7 +147,9 @@ def fit_probe(
     )
 
 
-def _folds(people: People, n: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _folds(
+    people: People, n: int, seed: int
+) -> Iterator[tuple[Int[np.ndarray, ' _'], Int[np.ndarray, ' _']]]:
     unit = unit_numbers(people, n)
     count = int(unit.max()) + 1
     if count < 2:
@@ -155,7 +158,9 @@ def _folds(people: People, n: int, seed: int) -> Iterator[tuple[np.ndarray, np.n
     return split.split(np.empty(n), groups=unit)
 
 
-def _logistic(x: np.ndarray, target: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
+def _logistic(
+    x: Float[np.ndarray, 'n F'], target: Float[np.ndarray, ' n'], strength: float
+) -> tuple[Float[np.ndarray, ' F'], float]:
     """Weights and intercept of a logistic regression on shares, both sides weighing alike."""
     rows = [np.flatnonzero(part > _TINY) for part in (target, 1 - target)]
     parts = [target[rows[0]], (1 - target)[rows[1]]]
@@ -167,7 +172,9 @@ def _logistic(x: np.ndarray, target: np.ndarray, strength: float) -> tuple[np.nd
     return model.coef_[0], float(model.intercept_[0])
 
 
-def _ridge(x: np.ndarray, target: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
+def _ridge(
+    x: Float[np.ndarray, 'n F'], target: Float[np.ndarray, ' n'], strength: float
+) -> tuple[Float[np.ndarray, ' F'], float]:
     model = Ridge(alpha=strength).fit(x, target)
     return model.coef_, float(model.intercept_)
 
@@ -177,8 +184,12 @@ _MODELS: dict[str, _Model] = {'logistic': _logistic, 'ridge': _ridge}
 
 
 def _unseen(
-    model: _Model, strength: float, x: np.ndarray, target: np.ndarray, folds: list
-) -> np.ndarray:
+    model: _Model,
+    strength: float,
+    x: Float[np.ndarray, 'n F'],
+    target: Float[np.ndarray, ' n'],
+    folds: list,
+) -> Float[np.ndarray, ' n']:
     """Linear predictions [n], each by a model that saw none of the person."""
     found = np.full(len(x), np.nan)
     for train, test in folds:
@@ -190,7 +201,11 @@ def _unseen(
 
 
 def _chosen(
-    model: _Model, strengths: np.ndarray, x: np.ndarray, target: np.ndarray, folds: list
+    model: _Model,
+    strengths: Float[np.ndarray, ' s'],
+    x: Float[np.ndarray, 'n F'],
+    target: Float[np.ndarray, ' n'],
+    folds: list,
 ) -> float:
     """The strength with the least loss on unseen people; the strictest of equals."""
     losses = []
@@ -223,8 +238,8 @@ class Reading(NamedTuple):
 
 
 def read_release(
-    score: np.ndarray,
-    share: np.ndarray,
+    score: Float[np.ndarray, ' n'],
+    share: Num[np.ndarray, ' n'],
     *,
     n_bootstrap: int = 1000,
     seed: int = 0,
@@ -258,7 +273,9 @@ def read_release(
     )
 
 
-def _moments(score: np.ndarray, share: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _moments(
+    score: Float[np.ndarray, ' n'], share: Num[np.ndarray, ' n'], weights: Num[np.ndarray, 'b n']
+) -> Float[np.ndarray, '3 b']:
     """Correlation, slope and shift per weighting: [3, b]."""
     weights = weights / weights.sum(1, keepdims=True)
     means = weights @ score, weights @ share

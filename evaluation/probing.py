@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Int, UInt8
 
 from classification.data import one_hot
 from classification.metrics import bootstrap_intervals, grading_metrics
@@ -92,7 +93,7 @@ def photograph_probe(study: Study, judge: Judge) -> Probe:
     )
 
 
-def graded(study: Study, pictures: np.ndarray) -> np.ndarray:
+def graded(study: Study, pictures: UInt8[np.ndarray, 'n 3 S S']) -> Int[np.ndarray, ' n']:
     """Grades [n] of pictures by the `photograph_probe` of the first judge."""
     judge = study.judges[0]
     return photograph_probe(study, judge).grades(study.features(judge, pictures)['pooled'])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from evaluation.attacks.metrics import attack_metrics
 from evaluation.cache import digest
@@ -44,7 +45,7 @@ class Candidate:
     k: int = 0
 
     @property
-    def in_release(self) -> np.ndarray:
+    def in_release(self) -> Bool[np.ndarray, ' m']:
         """Members whom attacks can find [m]: who stand behind a picture; all, if none does."""
         known = self.group_of >= 0
         return known if known.any() else ~known
@@ -117,13 +118,13 @@ def method(
 
 
 def measure(
-    name: str, title: str, cells: Callable[[Any], Cells], **details
+    name: str, title: str, cells: Callable[[Any], Cells], **details: Any
 ) -> Callable[[Callable[[Study], Run]], Measure]:
     """Makes a Measure of a function study -> ((candidate, folder) -> result)."""
     return lambda prepare: Measure(name, title, prepare, cells, **details)
 
 
-def attack(name: str, title: str, **details) -> Callable[[Callable[[Study], Scorer]], Measure]:
+def attack(name: str, title: str, **details: Any) -> Callable[[Callable[[Study], Scorer]], Measure]:
     """Makes a membership attack, a Measure, of a function study -> scorer.
 
     scorer(pictures [n]) -> scores of `study.members` [m] and of `study.nonmembers` [o], higher

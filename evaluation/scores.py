@@ -4,11 +4,14 @@ Shapes: n scored things, of which some are on the positive side; b weightings of
 """
 
 import numpy as np
+from jaxtyping import Bool, Float, Num
 
 REFERABLE_FROM = 2  # referable diabetic retinopathy: moderate (grade 2) and worse
 
 
-def weighted_auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def weighted_auc(
+    positive: Bool[np.ndarray, ' n'], score: Num[np.ndarray, ' n'], weights: Num[np.ndarray, 'b n']
+) -> Float[np.ndarray, ' b']:
     """Area under the ROC curve per weighting [b], ties counted half; NaN with one side only.
 
     positive: bool [n]; score: float [n]; weights [b, n]: how often each thing counts, 0 or more.
@@ -24,7 +27,7 @@ def weighted_auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -
     return np.divide((pos * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
 
 
-def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+def auc(positive: Num[np.ndarray, ' n'], negative: Num[np.ndarray, ' m']) -> float:
     """Probability that a positive scores above a negative, ties counted half."""
     side = np.repeat([True, False], [len(positive), len(negative)])
     return float(
@@ -34,7 +37,9 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     )
 
 
-def roc(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def roc(
+    positive: Num[np.ndarray, ' n'], negative: Num[np.ndarray, ' m']
+) -> tuple[Float[np.ndarray, ' t'], Float[np.ndarray, ' t']]:
     """(false positive rates, true positive rates) over all thresholds, from (0, 0) to (1, 1)."""
     cuts = np.unique(np.concatenate([positive, negative]))[::-1]
     fpr, tpr = (
@@ -44,7 +49,7 @@ def roc(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.concatenate([[0.0], fpr]), np.concatenate([[0.0], tpr])
 
 
-def quadratic_kappa(confusion: np.ndarray) -> np.ndarray:
+def quadratic_kappa(confusion: Num[np.ndarray, 'b C C']) -> Float[np.ndarray, ' b']:
     """Quadratic weighted kappa of confusion matrices [b, C, C], [b]; 0 where it is undefined.
 
     Row: truth.

@@ -5,6 +5,8 @@ Pictures are uint8 [n, 3, S, S].
 
 import numpy as np
 import torch
+from jaxtyping import Float64, Num, UInt8
+from torch import Tensor
 
 from evaluation.bootstrap import ratio_of_means
 
@@ -14,7 +16,9 @@ _GREEN = (0.0, 1.0, 0.0)  # where vessels and lesions have their contrast
 _BATCH = 256
 
 
-def _power(pictures: np.ndarray | torch.Tensor, colours: tuple[float, ...]) -> torch.Tensor:
+def _power(
+    pictures: UInt8[np.ndarray, 'n 3 S S'] | UInt8[Tensor, 'n 3 S S'], colours: tuple[float, ...]
+) -> Float64[Tensor, 'n S S']:
     """Power spectra, float64 [n, S, S], of a weighted sum of the channels.
 
     A Hann window keeps the frame's edges out of the spectrum.
@@ -27,13 +31,15 @@ def _power(pictures: np.ndarray | torch.Tensor, colours: tuple[float, ...]) -> t
     return torch.fft.fft2(values).abs().square()
 
 
-def _radius(size: int) -> torch.Tensor:
+def _radius(size: int) -> Num[Tensor, '{size} {size}']:
     """Distance of every frequency from 0, [S, S], in whole cycles per side."""
     frequency = torch.fft.fftfreq(size, dtype=torch.float64) * size
     return (frequency[:, None] ** 2 + frequency**2).sqrt()
 
 
-def radial_spectrum(pictures: np.ndarray | torch.Tensor) -> np.ndarray:
+def radial_spectrum(
+    pictures: UInt8[np.ndarray, 'n 3 S S'] | UInt8[Tensor, 'n 3 S S'],
+) -> Float64[np.ndarray, ' r']:
     """Mean power of the luminance at 0, 1, 2 ... whole cycles per side, float64 [S // 2]."""
     size = pictures.shape[-1]
     radius = _radius(size).round().long().flatten()
@@ -47,7 +53,9 @@ def radial_spectrum(pictures: np.ndarray | torch.Tensor) -> np.ndarray:
     return (total / count)[: size // 2].numpy()
 
 
-def sharpness(real_pictures: np.ndarray, fake_pictures: np.ndarray) -> dict:
+def sharpness(
+    real_pictures: UInt8[np.ndarray, 'n 3 S S'], fake_pictures: UInt8[np.ndarray, 'm 3 S S']
+) -> dict:
     """Compares radial power spectra of pictures of one size.
 
     high_frequency_ratio: power of the synthetic over that of the real pictures in the upper half
@@ -71,7 +79,9 @@ def sharpness(real_pictures: np.ndarray, fake_pictures: np.ndarray) -> dict:
     }
 
 
-def high_frequency_power(pictures: np.ndarray | torch.Tensor) -> np.ndarray:
+def high_frequency_power(
+    pictures: UInt8[np.ndarray, 'n 3 S S'] | UInt8[Tensor, 'n 3 S S'],
+) -> Float64[np.ndarray, ' n']:
     """Power of the green channel above 0.4 of the Nyquist frequency, float64 [n].
 
     Of the central half (side S // 2), which shows retina and neither rim nor corners.
@@ -89,7 +99,11 @@ def high_frequency_power(pictures: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 def high_frequency_ratio(
-    photographs: np.ndarray, release: np.ndarray, *, people: list[str] | None = None, seed: int = 0
+    photographs: UInt8[np.ndarray, 'n 3 S S'],
+    release: UInt8[np.ndarray, 'm 3 S S'],
+    *,
+    people: list[str] | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
     """`high_frequency_power` of a release over that of photographs: {value, low, high}.
 

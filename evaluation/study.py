@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 
 from classification.metrics import check_test_labels
 from classification.settings import Config, find_config, load_config
@@ -42,33 +43,33 @@ class Study:
     device: torch.device
     seed: int
 
-    def pictures(self, paths: list[Path]) -> np.ndarray:
+    def pictures(self, paths: list[Path]) -> UInt8[np.ndarray, 'n 3 S S']:
         """Picture files at the grader's size."""
         return load_pictures([[p] for p in paths], self.grader.settings.image_size)
 
     @functools.cached_property
-    def members(self) -> np.ndarray:
+    def members(self) -> UInt8[np.ndarray, 'n 3 S S']:
         """Photographs that the releases are made of."""
         return self.pictures(self.population.members.paths)
 
     @functools.cached_property
-    def others(self) -> np.ndarray:
+    def others(self) -> UInt8[np.ndarray, 'n 3 S S']:
         """Photographs of people who are in no release."""
         return self.pictures(self.population.others.paths)
 
     @functools.cached_property
-    def again(self) -> np.ndarray:
+    def again(self) -> UInt8[np.ndarray, 'n 3 S S']:
         """Later photographs of members' eyes; none where there are no visits."""
         table = self.population.again
         return self.pictures([] if table is None else table.paths)
 
     @property
-    def nonmembers(self) -> np.ndarray:
+    def nonmembers(self) -> UInt8[np.ndarray, 'n 3 S S']:
         """Photographs of the half of the others that attacks must tell from members."""
         return self.others[self.population.nonmember]
 
     @property
-    def reference(self) -> np.ndarray:
+    def reference(self) -> UInt8[np.ndarray, 'n 3 S S']:
         """Photographs of the other half, whom attackers know not to be members."""
         return self.others[~self.population.nonmember]
 
@@ -84,7 +85,9 @@ class Study:
     def _seen(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
         return {}
 
-    def features(self, judge: Judge, pictures: np.ndarray) -> dict[str, np.ndarray]:
+    def features(
+        self, judge: Judge, pictures: UInt8[np.ndarray, 'n 3 S S']
+    ) -> dict[str, Float[np.ndarray, 'n _']]:
         """`attack_features` of pictures ('pooled' [n, F] among them), computed once."""
         key = judge.network.digest, digest(pictures)
         if key not in self._seen:

@@ -6,7 +6,7 @@ from typing import Any
 from classification.data import TrainingSet
 from classification.experiment import run_seeds
 from evaluation.cache import folder_of
-from evaluation.registry import Candidate, measure, spread
+from evaluation.registry import Candidate, Run, measure, spread
 from evaluation.study import Study
 from models.features.pretrained import weight_file
 from utils.io import sha256_file
@@ -29,7 +29,7 @@ def _score(result: dict) -> tuple[float, float | None]:
     score=_score,
     depends=lambda study: _configuration(study),
 )
-def utility(study: Study):
+def utility(study: Study) -> Run:
     """Scores of graders trained on a candidate, over the seeds."""
     return lambda candidate, folder: train_graders(study, candidate)
 

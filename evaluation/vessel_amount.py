@@ -10,6 +10,7 @@ Pictures are uint8 [n, 3, S, S].
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from skimage.filters import apply_hysteresis_threshold
 from skimage.morphology import skeletonize
 
@@ -26,7 +27,7 @@ class VesselAmount(NamedTuple):
     length: np.ndarray
 
 
-def vessel_amount(pictures: np.ndarray) -> VesselAmount:
+def vessel_amount(pictures: UInt8[np.ndarray, 'n 3 S S']) -> VesselAmount:
     """Area and total length of the vessels of each picture; 0 where there is no field of view."""
     ridges = vessel_ridges(pictures)
     maps = np.stack([apply_hysteresis_threshold(r, WEAK, STRONG) for r in ridges.strength])
@@ -37,7 +38,11 @@ def vessel_amount(pictures: np.ndarray) -> VesselAmount:
 
 
 def vessel_ratios(
-    photographs: np.ndarray, release: np.ndarray, *, people: list[str] | None = None, seed: int = 0
+    photographs: UInt8[np.ndarray, 'n 3 S S'],
+    release: UInt8[np.ndarray, 'm 3 S S'],
+    *,
+    people: list[str] | None = None,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """{'area', 'length'}: mean of a release over mean of photographs, each {value, low, high}.
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -32,13 +33,13 @@ class ScaleHead(nn.Module):
         self.mix = spectral_norm(nn.Conv2d(channels, channels, 3, padding=1))
         self.logits = spectral_norm(nn.Conv2d(channels, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, 'N C h h']) -> Float[Tensor, 'N K']:
         for conv in [*self.down, self.mix]:
             x = F.leaky_relu(_convolve(conv, x), _SLOPE)
         return _convolve(self.logits, x).float().flatten(1)
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def _convolve(conv: nn.Conv2d, x: Float[Tensor, 'N C h w']) -> Float[Tensor, 'N K H W']:
     """The convolution in the dtype of `x`; weights and their norm stay float32."""
     return F.conv2d(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype), conv.stride, conv.padding)
 
@@ -119,7 +120,7 @@ class ProjectedDiscriminator(nn.Module):
                 _ = module.weight  # computing it in training mode moves the iteration
                 module.eval()
 
-    def mixed(self, x: Tensor) -> dict[int, Tensor]:
+    def mixed(self, x: Float[Tensor, 'N 3 R R']) -> dict[int, Float[Tensor, 'N C h w']]:
         """Pictures [N, 3, R, R] in [-1, 1] -> {stride: [N, channels, R / stride, R / stride]}."""
         maps = self._features[0].maps(x, STRIDES)
         found: dict[int, Tensor] = {}
@@ -129,14 +130,16 @@ class ProjectedDiscriminator(nn.Module):
             above = found[stride] = _mix(self.across_scales[str(stride)], y)
         return found
 
-    def _join(self, stride: int, x: Tensor, above: Tensor | None) -> Tensor:
+    def _join(
+        self, stride: int, x: Float[Tensor, 'N K h w'], above: Float[Tensor, 'N C s t'] | None
+    ) -> Float[Tensor, 'N C h w']:
         """The features x of a scale, mixed, plus the mixed map of the next coarser one."""
         y = _mix(self.across_channels[str(stride)], x)
         if above is not None:
             y = y + F.interpolate(above, size=y.shape[2:], mode='bilinear', align_corners=False)
         return y
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, 'N 3 R R']) -> Float[Tensor, 'N K']:
         """Pictures [N, 3, R, R] in [-1, 1] -> logits [N, K], all heads side by side.
 
         UserError when the pictures are too small for the feature network.
@@ -145,5 +148,5 @@ class ProjectedDiscriminator(nn.Module):
         return torch.cat([self.heads[str(s)](mixed[s]) for s in STRIDES], 1)
 
 
-def _mix(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def _mix(conv: nn.Conv2d, x: Float[Tensor, 'N C h w']) -> Float[Tensor, 'N K h w']:
     return F.conv2d(x, conv.weight.to(x.dtype), padding=conv.padding)

@@ -7,12 +7,14 @@ Source: Alaluf et al. 2021, 'ReStyle', section 3.
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from models.encoders import encoder_from_state
 from models.loading import named_tensors
@@ -33,14 +35,48 @@ class Inversion(NamedTuple):
     iterations: torch.Tensor | None  # [n_iters, N, L, D] latents after each iteration
 
 
-class PSP(nn.Module):
+@runtime_checkable
+class Inverter(Protocol):
+    """What `invert` and `refine` need: a start, a step of the encoder, a picture of latents."""
+
+    input_size: int
+    latent_avg: Float[Tensor, 'L D']
+    training: bool
+
+    def step(
+        self, x: Float[Tensor, 'N 3 S S'], y: Float[Tensor, 'N 3 S S'], ws: Float[Tensor, 'N L D']
+    ) -> Float[Tensor, 'N L D']:
+        """One refinement: photographs x and reconstructions y [N, 3, S, S] -> new ws [N, L, D]."""
+
+    def decode(self, ws: Float[Tensor, 'N L D']) -> Float[Tensor, 'N 3 R R']:
+        """ws [N, L, D] -> [N, 3, R, R], with stored noise."""
+
+    def pool(self, img: Float[Tensor, 'N 3 R R']) -> Float[Tensor, 'N 3 S S']:
+        """[N, 3, R, R] -> [N, 3, S, S], the mean over each cell (published face_pool)."""
+        return shrink(img, self.input_size)
+
+    @torch.no_grad()
+    def average_image(self) -> Float[Tensor, '3 S S']:
+        """The picture of latent_avg as the encoder sees it, [3, S, S]."""
+        return self.pool(self.decode(self.latent_avg[None]))[0]
+
+
+class PSP(nn.Module, Inverter):
     """An encoder that refines latents and the generator that draws them.
 
     latent_avg: [L, D], or [D] for all layers; where refinement starts. It moves with the module
     but is not part of its state dict, whose keys are those of published checkpoints.
     """
 
-    def __init__(self, encoder, decoder, latent_avg, input_size=256):
+    latent_avg: Float[Tensor, 'L D']
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: Generator,
+        latent_avg: Float[Tensor, '*L D'],
+        input_size: int = 256,
+    ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.input_size = encoder, decoder, input_size
         self.register_buffer(
@@ -49,25 +85,20 @@ class PSP(nn.Module):
             persistent=False,
         )
 
-    def pool(self, img):
-        """[N, 3, R, R] -> [N, 3, S, S], the mean over each cell (published face_pool)."""
-        return shrink(img, self.input_size)
-
-    def decode(self, ws, *, noise='stored'):
+    def decode(
+        self, ws: Float[Tensor, 'N L D'], *, noise: str | Sequence[Tensor | None] = 'stored'
+    ) -> Float[Tensor, 'N 3 R R']:
         """ws [N, L, D] -> [N, 3, R, R]; `noise` as in Generator.synthesis."""
         return self.decoder.synthesis(ws, noise=noise)
 
-    @torch.no_grad()
-    def average_image(self):
-        """The picture of latent_avg as the encoder sees it, [3, S, S]."""
-        return self.pool(self.decode(self.latent_avg[None]))[0]
-
-    def step(self, x, y, ws):
-        """One refinement: photographs x and reconstructions y [N, 3, S, S] -> new ws [N, L, D]."""
+    def step(
+        self, x: Float[Tensor, 'N 3 S S'], y: Float[Tensor, 'N 3 S S'], ws: Float[Tensor, 'N L D']
+    ) -> Float[Tensor, 'N L D']:
+        """As Inverter.step."""
         return self.encoder(torch.cat([x, y], 1)) + ws
 
 
-class FrozenPSP:
+class FrozenPSP(Inverter):
     """A PSP whose weights do not change: the same results for `invert` and `refine`, sooner.
 
     Takes the present weights of `psp`, on its device. dtype: of the activations of both networks,
@@ -77,27 +108,28 @@ class FrozenPSP:
 
     training = False
 
-    def __init__(self, psp, dtype=torch.float32):
+    def __init__(self, psp: PSP, dtype: torch.dtype = torch.float32) -> None:
         self.input_size, self.latent_avg, self.dtype = psp.input_size, psp.latent_avg, dtype
         encoder = psp.encoder if dtype == torch.float32 else copy.deepcopy(psp.encoder).to(dtype)
         self.encoder = encoder.to(memory_format=torch.channels_last)
         self.synthesis = FrozenSynthesis(psp.decoder, dtype=dtype)
 
-    pool = PSP.pool
-    average_image = PSP.average_image
-
-    def decode(self, ws):
+    def decode(self, ws: Float[Tensor, 'N L D']) -> Float[Tensor, 'N 3 R R']:
         """ws [N, L, D] -> [N, 3, R, R], with stored noise."""
         return self.synthesis(ws)
 
-    def step(self, x, y, ws):
-        """As PSP.step."""
+    def step(
+        self, x: Float[Tensor, 'N 3 S S'], y: Float[Tensor, 'N 3 S S'], ws: Float[Tensor, 'N L D']
+    ) -> Float[Tensor, 'N L D']:
+        """As Inverter.step."""
         pair = torch.cat([x, y], 1).to(dtype=self.dtype, memory_format=torch.channels_last)
         return self.encoder(pair).float() + ws
 
 
 @torch.no_grad()
-def invert(psp, x, *, n_iters=5, keep_iterations=False):
+def invert(
+    psp: Inverter, x: Float[Tensor, 'N 3 S S'], *, n_iters: int = 5, keep_iterations: bool = False
+) -> Inversion:
     """Finds latents of photographs x [N, 3, S, S] by `n_iters` refinements.
 
     Starts from the average latent and its picture; stored noise. `psp`: a PSP in eval mode, or a
@@ -120,7 +152,14 @@ def invert(psp, x, *, n_iters=5, keep_iterations=False):
     return Inversion(ws, y, torch.stack(kept) if keep_iterations else None)
 
 
-def refine(psp, x, ws, *, n_steps, lr=0.02):
+def refine(
+    psp: Inverter,
+    x: Float[Tensor, 'N 3 S S'],
+    ws: Float[Tensor, 'N L D'],
+    *,
+    n_steps: int,
+    lr: float = 0.02,
+) -> tuple[Float[Tensor, 'N L D'], Float[Tensor, ' N']]:
     """Goes on from latents ws [N, L, D] by gradient descent on the pixels of x [N, 3, S, S].
 
     Adam, cosine learning rate, mean squared error; every image for itself. Returns the latents
@@ -199,7 +238,7 @@ def psp_from_checkpoint(checkpoint: object, *, source: str | Path = 'checkpoint'
     return PSP(encoder, decoder, latent_avg, input_size)
 
 
-def _start(latent_avg: object, decoder: Generator, source: str | Path) -> torch.Tensor:
+def _start(latent_avg: object, decoder: Generator, source: str | Path) -> Float[Tensor, '*L D']:
     """The latents refinement starts from: those of the file, [L, D] or [D], or the mean ones."""
     if latent_avg is None:
         return decoder.mean_latent()

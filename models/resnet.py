@@ -1,12 +1,15 @@
 """ResNets without a classifier, as feature networks (torchvision's own, so its key names)."""
 
+from collections.abc import Mapping
+
 import torchvision
-from torch import nn
+from torch import Tensor, nn
+from torchvision.models import ResNet
 
 ARCHS = ('resnet18', 'resnet34', 'resnet50')
 
 
-def build_resnet(arch, *, small_stem=False):
+def build_resnet(arch: str, *, small_stem: bool = False) -> ResNet:
     """An untrained ResNet: images [N, 3, H, W] -> features [N, F] (F = 512, or 2048 of resnet50).
 
     small_stem: for pictures below about 100 px, the 7x7 convolution and the max-pool become one
@@ -22,7 +25,7 @@ def build_resnet(arch, *, small_stem=False):
     return net
 
 
-def describe_resnet(state):
+def describe_resnet(state: Mapping[str, Tensor]) -> tuple[str, bool]:
     """(arch, small_stem) of a ResNet state dict; KeyError when it is none of ARCHS."""
     if state['layer1.0.conv2.weight'].shape[0] != 64:
         raise KeyError('layer1 is not 64 channels wide')

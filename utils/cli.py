@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -13,24 +14,28 @@ from utils import distributed
 from utils.errors import UserError
 from utils.precision import full_precision
 
+# What flags are added to: a parser, or a group of one.
+Group = TypeVar('Group', bound=argparse._ActionsContainer)
+Number = TypeVar('Number', int, float)
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and keeps the line breaks of the examples."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.required or isinstance(action.default, bool):
             return action.help
         return super()._get_help_string(action)
 
 
-def parser(description, epilog=None):
+def parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """An ArgumentParser that shows defaults and takes no abbreviated flags."""
     return argparse.ArgumentParser(
         description=description, epilog=epilog, allow_abbrev=False, formatter_class=_HelpFormatter
     )
 
 
-def add_common(p):
+def add_common(p: Group) -> Group:
     """Adds --device and --seed to a parser (or argument group) and returns it."""
     p.add_argument(
         '--device',
@@ -42,8 +47,10 @@ def add_common(p):
     return p
 
 
-def _number(convert, accept, wanted):
-    def parse(text):
+def _number(
+    convert: Callable[[str], Number], accept: Callable[[Number], bool], wanted: str
+) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
         try:
             value = convert(text)
         except ValueError:
@@ -73,7 +80,7 @@ def auto_or(convert: Callable[[str], float]) -> Callable[[str], float | str]:
     return parse
 
 
-def boolean(text):
+def boolean(text: str | bool) -> bool:
     """Reads true/false, yes/no, 1/0 (published flags such as `--mirror=1`)."""
     value = {
         '1': True,
@@ -126,12 +133,12 @@ _FILE_ERRORS = (
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a limit set for the process
 
 
-def _terminate(number, frame):
+def _terminate(number: int, frame: object) -> NoReturn:
     # As an exception, so that temporary files are removed on the way out.
     raise SystemExit(128 + number)
 
 
-def run(main):
+def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main()` and exits with its code; user errors become one line on stderr (exit 2)."""
     logging.captureWarnings(True)
     signal.signal(signal.SIGTERM, _terminate)

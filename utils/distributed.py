@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
 
 from utils.errors import UserError
 
@@ -92,7 +94,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_mean(tensor: Shaped[Tensor, '*s']) -> Shaped[Tensor, '*s']:
     """Averages `tensor` over the processes in place and returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -100,7 +102,7 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: Shaped[Tensor, '*s']) -> Shaped[Tensor, '*s']:
     """Sums `tensor` over the processes in place and returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -116,7 +118,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
     )
 
 
-def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+def all_gather(tensor: Shaped[Tensor, ' N *s']) -> Shaped[Tensor, ' M *s']:
     """The tensors [N, ...] of all processes, of one shape, one after the other in rank order."""
     if not dist.is_initialized():
         return tensor

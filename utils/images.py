@@ -9,7 +9,9 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from utils.errors import UserError
 from utils.io import atomic_path
@@ -21,17 +23,17 @@ _FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'PPM', 'WEBP')
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.ppm', '.webp')
 
 
-def to_uint8(img):
+def to_uint8(img: Float[Tensor, '*N H W']) -> UInt8[Tensor, '*N H W']:
     """Float [..., H, W] in [-1, 1] -> uint8, rounded and clamped."""
     return img.detach().float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def from_uint8(u8):
+def from_uint8(u8: UInt8[Tensor, '*N']) -> Float32[Tensor, '*N']:
     """uint8 in [0, 255] -> float32 in [-1, 1]."""
     return u8.float().div(127.5).sub(1)
 
 
-def as_rgb(image):
+def as_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image -> RGB: EXIF orientation applied, 16-bit scaled to 8, alpha over black."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I') or image.mode == 'F':
@@ -83,14 +85,14 @@ def load_rgb(path: str | Path) -> Image.Image:
         return as_rgb(image)
 
 
-def resize(image, size):
+def resize(image: Image.Image, size: int) -> Image.Image:
     """PIL picture -> `size` x `size`, antialiased bilinear, aspect ratio not kept (published)."""
     if image.size == (size, size):
         return image
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
-def shrink(img: torch.Tensor, side: int) -> torch.Tensor:
+def shrink(img: Float[Tensor, 'N C H W'], side: int) -> Float[Tensor, 'N C {side} {side}']:
     """[N, C, H, W] -> [N, C, side, side], the mean over each cell.
 
     Where cells are equal, by an operation whose gradient has a deterministic form on GPUs.
@@ -100,22 +102,22 @@ def shrink(img: torch.Tensor, side: int) -> torch.Tensor:
     return F.adaptive_avg_pool2d(img, side)
 
 
-def pil_to_tensor(image):
+def pil_to_tensor(image: Image.Image) -> Float32[Tensor, '3 H W']:
     """PIL RGB -> float32 [3, H, W] in [-1, 1]."""
     return from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
-def tensor_to_pil(img):
+def tensor_to_pil(img: Float[Tensor, '3 H W']) -> Image.Image:
     """Float [3, H, W] in [-1, 1] -> PIL RGB."""
     return Image.fromarray(to_uint8(img).permute(1, 2, 0).cpu().numpy())
 
 
-def load_tensor(path, size):
+def load_tensor(path: str | Path, size: int) -> Float32[Tensor, '3 {size} {size}']:
     """Reads a picture as float32 [3, size, size] in [-1, 1]."""
     return pil_to_tensor(resize(load_rgb(path), size))
 
 
-def save_png(img, path):
+def save_png(img: Image.Image | Float[Tensor, '3 H W'], path: str | Path) -> None:
     """Writes a PIL picture, or a float [3, H, W] tensor in [-1, 1], as a PNG without metadata.
 
     The bytes depend on the pixels alone.
@@ -127,7 +129,9 @@ def save_png(img, path):
         clean.save(temp, format='PNG')
 
 
-def grid(imgs, n_cols, pad=2, fill=-1.0):
+def grid(
+    imgs: Float[Tensor, 'N C H W'], n_cols: int, pad: int = 2, fill: float = -1.0
+) -> Float[Tensor, 'C h w']:
     """Lays out [N, C, H, W] as one [C, rows*(H+pad)+pad, cols*(W+pad)+pad] picture."""
     n, c, h, w = imgs.shape
     n_rows = -(-n // n_cols)
@@ -165,7 +169,7 @@ def png_names(names: Sequence[str]) -> list[str]:
     return found
 
 
-def find_images(folder):
+def find_images(folder: str | Path) -> list[Path]:
     """All image files below `folder`, sorted; UserError when there is no folder or no image."""
     folder = Path(folder)
     if not folder.is_dir():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from utils.errors import UserError
@@ -66,18 +67,18 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(mode=0o777 & folder.parent.stat().st_mode, exist_ok=True)
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     with atomic_path(path) as temp:
         temp.write_text(text, encoding='utf-8', newline='\n')
 
 
-def write_json(path, obj):
+def write_json(path: str | Path, obj: object) -> None:
     """Writes indented JSON with a trailing newline, atomically."""
     write_text(path, json.dumps(obj, indent=2) + '\n')
 
 
-def write_csv(path, frame):
+def write_csv(path: str | Path, frame: pd.DataFrame) -> None:
     """Writes a pandas DataFrame without its index, `\\n` line ends, atomically."""
     write_text(path, frame.to_csv(index=False, lineterminator='\n'))
 
@@ -92,7 +93,7 @@ def save_torch(path: str | Path, obj: object) -> None:
         temp.write_bytes(buffer.getbuffer())
 
 
-def save_npy(path, array):
+def save_npy(path: str | Path, array: np.ndarray) -> None:
     """np.save, atomically (the name is kept as given)."""
     with atomic_path(path) as temp, open(temp, 'wb') as file:
         np.save(file, array)
@@ -185,7 +186,7 @@ def remove_sealed(path: str | Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def sha256_file(path):
+def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
@@ -202,6 +203,6 @@ def digest_files(names: Sequence[str], paths: Sequence[Path]) -> str:
     return sha256_bytes('\n'.join(rows).encode())[:16]
 
 
-def sha256_bytes(data):
+def sha256_bytes(data: bytes | memoryview) -> str:
     """Hex SHA-256 of a bytes object."""
     return hashlib.sha256(data).hexdigest()

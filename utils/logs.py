@@ -3,14 +3,16 @@
 import json
 import logging
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from utils.io import write_text
 
 
-def setup_logging(log_file=None, level=logging.INFO):
+def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO) -> None:
     """Sends log records to stderr and, when given, appends them to `log_file`."""
     handlers = [logging.StreamHandler(sys.stderr)]
     if log_file is not None:
@@ -25,7 +27,9 @@ def setup_logging(log_file=None, level=logging.INFO):
     )
 
 
-def progress(iterable=None, *, total=None, desc='', unit='it'):
+def progress(
+    iterable: Iterable | None = None, *, total: int | None = None, desc: str = '', unit: str = 'it'
+) -> tqdm:
     """A tqdm bar on stderr, shown only when stderr is a terminal."""
     return tqdm(
         iterable,
@@ -45,7 +49,9 @@ class ScalarLog:
     same file as an uninterrupted one.
     """
 
-    def __init__(self, run_dir, *, resume_step=None, tensorboard=True):
+    def __init__(
+        self, run_dir: str | Path, *, resume_step: int | None = None, tensorboard: bool = True
+    ) -> None:
         self.path = Path(run_dir) / 'stats.jsonl'
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is not None and self.path.exists():
@@ -58,7 +64,7 @@ class ScalarLog:
             purge = None if resume_step is None else resume_step + 1
             self._board = SummaryWriter(str(Path(run_dir) / 'logs'), purge_step=purge)
 
-    def log(self, step, values):
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Records a dict of numbers (or JSON-able values) at integer `step`."""
         with open(self.path, 'a', encoding='utf-8') as file:
             file.write(json.dumps({'step': step, **values}) + '\n')
@@ -67,12 +73,12 @@ class ScalarLog:
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, step)
 
-    def close(self):
+    def close(self) -> None:
         if self._board is not None:
             self._board.close()
 
 
-def read_jsonl(path):
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """All complete records of a JSON-lines file; a torn last line (a killed run) is ignored."""
     records = []
     for line in Path(path).read_text(encoding='utf-8').splitlines():

@@ -4,8 +4,10 @@ import json
 import logging
 import platform
 import subprocess
+from collections.abc import Container, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
@@ -22,7 +24,7 @@ _LOCK_NAME = '.lock'
 _held = {}  # the locks of this process, by path
 
 
-def versions():
+def versions() -> dict[str, str | None]:
     """Versions of what shapes the numbers, and the commit of the code when it is a checkout."""
     found = {'python': platform.python_version()}
     for name in ('torch', 'torchvision', 'numpy', 'pillow', 'k-salsa'):
@@ -35,8 +37,8 @@ def versions():
     return found
 
 
-def _commit():
-    def git(*arguments):
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
         return subprocess.run(
             ['git', '-C', str(PROJECT_ROOT), *arguments],
             capture_output=True,
@@ -54,14 +56,26 @@ def _commit():
         return None
 
 
-def run_record(options, *, inputs=None, seed=None):
+def run_record(
+    options: Mapping[str, Any],
+    *,
+    inputs: Mapping[str, str | Path | None] | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
     """A JSON-able record: options, seed, versions, and name -> SHA-256 of each input file."""
     hashes = {name: sha256_file(path) for name, path in (inputs or {}).items() if path is not None}
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
     return {'options': plain, 'seed': seed, 'inputs': hashes, 'versions': versions()}
 
 
-def start_run(run_dir, record, *, resume=False, free_options=(), resume_flag=None):
+def start_run(
+    run_dir: str | Path,
+    record: dict[str, Any],
+    *,
+    resume: bool = False,
+    free_options: Container[str] = (),
+    resume_flag: str | None = None,
+) -> bool:
     """Creates `run_dir` with the record, or checks that a resumed run means the same thing.
 
     A folder that already holds a record is only entered with `resume=True`, and only when
@@ -124,7 +138,9 @@ def hold_run(run_dir: str | Path) -> None:
     remove_leftovers(Path(run_dir))
 
 
-def add_continuation(run_dir, flags, **details):
+def add_continuation(
+    run_dir: str | Path, flags: Mapping[str, Any] | Sequence[str], **details: Any
+) -> None:
     """Adds flags, details and versions of a resumed run to the record in `run_dir`."""
     path = Path(run_dir) / RECORD_NAME
     record = read_record(run_dir)
@@ -151,7 +167,9 @@ def read_record(run_dir: str | Path) -> dict:
     return record
 
 
-def _differences(old, new, free_options):
+def _differences(
+    old: dict[str, Any], new: dict[str, Any], free_options: Container[str]
+) -> list[str]:
     found = []
     for part in ('options', 'inputs'):
         before, after = old.get(part) or {}, json.loads(json.dumps(new.get(part) or {}))

@@ -39,7 +39,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
-    def restore():
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -76,7 +76,7 @@ def run_launcher(command: Sequence[str]) -> int:
     """
     received = []
 
-    def forward(number, frame):
+    def forward(number: int, frame: object) -> None:
         received.append(number)
         for target in psutil.Process(process.pid).children() or [process]:
             with contextlib.suppress(psutil.NoSuchProcess):

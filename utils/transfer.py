@@ -1,10 +1,11 @@
 """Copies to a GPU that the host does not wait for."""
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 
-def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+def send(tensor: Shaped[Tensor, '*s'], device: torch.device | str) -> Shaped[Tensor, '*s']:
     """A CPU tensor on `device`; on its way to a GPU the host goes on.
 
     A copy from ordinary memory would wait for the GPU to finish what it has been given.

@@ -10,6 +10,7 @@ photograph's release picture, -1 for none.
 import warnings
 
 import numpy as np
+from jaxtyping import Float, Float64, Int
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, GroupKFold
@@ -30,7 +31,7 @@ class FeaturePairs:
     UserError with fewer than 8 reference pictures.
     """
 
-    def __init__(self, reference: np.ndarray, *, seed: int = 0) -> None:
+    def __init__(self, reference: Float[np.ndarray, 'r F'], *, seed: int = 0) -> None:
         if len(reference) < 8:
             raise UserError(
                 f'{len(reference)} reference pictures are too few for the pair '
@@ -42,13 +43,18 @@ class FeaturePairs:
         n = min(COMPONENTS, len(reference) // 2)
         self.axes = axes[:n] / (values[:n, None] / np.sqrt(len(reference)) + _SMALL)
 
-    def _agreement(self, photographs: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    def _agreement(
+        self, photographs: Float[np.ndarray, 'p F'], pictures: Float[np.ndarray, 'p F']
+    ) -> Float[np.ndarray, 'p c']:
         """What the regression sees of pairs [p, F]: products and squared differences [p, 2 c]."""
         a, b = ((x - self.mean) @ self.axes.T for x in (photographs, pictures))
         return np.concatenate([a * b, (a - b) ** 2], 1)
 
     def fit(
-        self, photographs: np.ndarray, pictures: np.ndarray, group_of: np.ndarray
+        self,
+        photographs: Float[np.ndarray, 'n F'],
+        pictures: Float[np.ndarray, 'C F'],
+        group_of: Int[np.ndarray, ' n'],
     ) -> 'FeaturePairs':
         """Trains on known groups; returns self. UserError with fewer than 4 of them."""
         groups = np.unique(group_of)
@@ -78,7 +84,9 @@ class FeaturePairs:
         self.model = search.best_estimator_
         return self
 
-    def scores(self, photographs: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    def scores(
+        self, photographs: Float[np.ndarray, 'n F'], pictures: Float[np.ndarray, 'C F']
+    ) -> Float64[np.ndarray, 'n C']:
         """Log odds float64 [n, C] that a photograph belongs to a picture."""
         return np.stack(
             [
@@ -92,16 +100,16 @@ class FeaturePairs:
 
 
 def pair_membership(
-    members: np.ndarray,
-    others: np.ndarray,
-    pictures: np.ndarray,
-    group_of: np.ndarray,
-    reference: np.ndarray,
+    members: Float[np.ndarray, 'm F'],
+    others: Float[np.ndarray, 'o F'],
+    pictures: Float[np.ndarray, 'C F'],
+    group_of: Int[np.ndarray, ' m'],
+    reference: Float[np.ndarray, 'r F'],
     *,
     member_people: list,
     other_people: list,
     seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Float[np.ndarray, ' m'], Float[np.ndarray, ' o']]:
     """Scores of members [m] and others [o]: is a person behind any picture the attacker targets?
 
     Trained on half of the groups, without people who stand behind a target as well, and scored

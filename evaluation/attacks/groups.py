@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from datasets.groups import find_group_table, group_pictures, read_groups
 from datasets.people import merge_identical
@@ -105,7 +106,12 @@ def read_known_release(
 
 
 def pair_results(
-    scores: np.ndarray, group_of: np.ndarray, people: Sequence, topk: int, *, seed: int
+    scores: Float[np.ndarray, 'C n'],
+    group_of: Int[np.ndarray, ' n'],
+    people: Sequence,
+    topk: int,
+    *,
+    seed: int,
 ) -> tuple[dict, dict]:
     """Results of scores [C, n] against targets 0..C-1 for photographs of all groups, and curves.
 

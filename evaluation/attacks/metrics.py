@@ -3,7 +3,10 @@
 Scores are higher for members. An attack that learns nothing has an AUC of 0.5.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from jaxtyping import Bool, Float, Int, Num, Shaped
 
 from evaluation.bootstrap import People, draw_weights, percentiles, rate_interval, unit_numbers
 from evaluation.scores import auc, weighted_auc
@@ -15,8 +18,8 @@ MIN_PEOPLE = 4
 
 
 def attack_metrics(
-    member: np.ndarray,
-    other: np.ndarray,
+    member: Num[np.ndarray, ' m'],
+    other: Num[np.ndarray, ' n'],
     *,
     member_people: People = None,
     other_people: People = None,
@@ -69,20 +72,26 @@ def attack_metrics(
     return found
 
 
-def _joint_people(member_people, other_people, n_members, n_others):
+def _joint_people(
+    member_people: People, other_people: People, n_members: int, n_others: int
+) -> Int[np.ndarray, ' p']:
     """Person numbers [m + n]; people without names are different from each other."""
-    names = []
+    names: list[str] = []
     for side, given, n in (('m', member_people, n_members), ('o', other_people, n_others)):
         names += [f'{side} {i}' for i in range(n)] if given is None else map(str, given)
     return unit_numbers(names, n_members + n_others)
 
 
-def _interval(value, draws, level):
+def _interval(
+    value: float, draws: Sequence[Float[np.ndarray, ' _']], level: float
+) -> dict[str, float]:
     low, high = percentiles(np.concatenate(draws), level)
     return {'value': float(value), 'low': low, 'high': high}
 
 
-def _balanced(right, side, weights):
+def _balanced(
+    right: Num[np.ndarray, ' p'], side: Shaped[np.ndarray, ' p'], weights: Num[np.ndarray, 'b p']
+) -> Float[np.ndarray, ' b']:
     """Mean share of right answers on the two sides, per weighting [b]."""
     shares = [
         np.divide(
@@ -96,7 +105,11 @@ def _balanced(right, side, weights):
     return (shares[0] + shares[1]) / 2
 
 
-def _halves(member_people, other_people, rng):
+def _halves(
+    member_people: Int[np.ndarray, ' m'],
+    other_people: Int[np.ndarray, ' n'],
+    rng: np.random.Generator,
+) -> Int[np.ndarray, ' p']:
     """0 or 1 for every score [m + n]: half of the people of each side, each person in one."""
     people = np.concatenate([member_people, other_people])
     half = np.full(people.max() + 1, -1)
@@ -106,7 +119,9 @@ def _halves(member_people, other_people, rng):
     return half[people]
 
 
-def _cross_fitted(member, other, half):
+def _cross_fitted(
+    member: Num[np.ndarray, ' m'], other: Num[np.ndarray, ' n'], half: Int[np.ndarray, ' p']
+) -> Float[np.ndarray, ' p']:
     """1.0 where a score [m + n] is told right by the threshold chosen on the other half."""
     score = np.concatenate([member, other])
     side = np.arange(len(score)) < len(member)
@@ -120,7 +135,13 @@ def _cross_fitted(member, other, half):
     return right
 
 
-def _tpr_at(member, other, fpr, people, level):
+def _tpr_at(
+    member: Num[np.ndarray, ' m'],
+    other: Num[np.ndarray, ' n'],
+    fpr: float,
+    people: People,
+    level: float,
+) -> dict[str, float]:
     """TPR at the lowest threshold that at most floor(fpr * n) others reach."""
     allowed = int(np.floor(fpr * len(other)))
     limit = np.sort(other)[::-1][allowed]  # the first other that must stay below
@@ -129,7 +150,9 @@ def _tpr_at(member, other, fpr, people, level):
     return {'value': float(hits.mean()), 'low': low, 'high': high}
 
 
-def precision_at_k(scores: np.ndarray, same: np.ndarray, topk: int) -> float:
+def precision_at_k(
+    scores: Float[np.ndarray, 'C n'], same: Bool[np.ndarray, 'C n'], topk: int
+) -> float:
     """The published number: share of the `topk` best-scored photographs that are members.
 
     scores [C, n]: of photograph n for release picture C. same [C, n]: true membership. Ties are
@@ -139,7 +162,9 @@ def precision_at_k(scores: np.ndarray, same: np.ndarray, topk: int) -> float:
     return float(np.take_along_axis(np.asarray(same), order, 1).mean())
 
 
-def reidentification_rates(ranks: np.ndarray, n_release: int, *, people: People = None) -> dict:
+def reidentification_rates(
+    ranks: Int[np.ndarray, ' q'], n_release: int, *, people: People = None
+) -> dict:
     """Rates of finding the own group's picture first, and among the first five, with chance.
 
     ranks [q]: 1 is the best. people [q]: whose photograph each is (None: each its own). Exact

@@ -8,6 +8,7 @@ the release, and photographs of the person in question and of people who are sur
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Float, Int, Shaped, UInt8
 from sklearn.metrics import pairwise_distances_chunked
 
 from evaluation.registry import Scorer, attack
@@ -19,7 +20,9 @@ Embed = Callable[[np.ndarray], np.ndarray]
 _SMALL = 1e-12
 
 
-def nearest_distances(queries: np.ndarray, pool: np.ndarray) -> np.ndarray:
+def nearest_distances(
+    queries: Float[np.ndarray, 'n F'], pool: Float[np.ndarray, 'm F']
+) -> Float[np.ndarray, ' n']:
     """Euclidean distance of every query [n, F] to the nearest of pool [m, F]."""
     parts = pairwise_distances_chunked(queries, pool, reduce_func=lambda d, _: d.min(1))
     return np.concatenate(list(parts))
@@ -39,7 +42,9 @@ def nearest_attack(
     people, pool = [embed(p) for p in (members, nonmembers)], embed(reference)
     usual = [np.log(nearest_distances(p, pool) + _SMALL) for p in people]
 
-    def scores(release: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def scores(
+        release: Shaped[np.ndarray, ' n *s'],
+    ) -> tuple[Float[np.ndarray, ' m'], Float[np.ndarray, ' o']]:
         not_empty(release=release)
         pictures = embed(release)
         member, other = (
@@ -50,7 +55,7 @@ def nearest_attack(
     return scores
 
 
-def pixels(pictures: np.ndarray) -> np.ndarray:
+def pixels(pictures: UInt8[np.ndarray, 'n 3 S S']) -> Float[np.ndarray, 'n P']:
     """uint8 [n, 3, S, S] -> [n, 3 S S] in [0, 1]."""
     return pictures.reshape(len(pictures), -1).astype(np.float32) / 255
 
@@ -62,8 +67,11 @@ def pixel(study: Study) -> Scorer:
 
 
 def reidentification_ranks(
-    probes: np.ndarray, release_of_probe: np.ndarray, release: np.ndarray, embed: Embed
-) -> np.ndarray:
+    probes: Shaped[np.ndarray, ' q *s'],
+    release_of_probe: Int[np.ndarray, ' q'],
+    release: Shaped[np.ndarray, ' n *s'],
+    embed: Embed,
+) -> Int[np.ndarray, ' q']:
     """At which place the picture of the own group comes, by distance to another photograph.
 
     probes [q]: later photographs of members. release_of_probe [q]: index of the picture that

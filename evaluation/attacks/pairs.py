@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int, Num, UInt8
 from torch import Tensor, nn
 
 from models.loading import load_state, mismatch
@@ -67,7 +68,9 @@ class PairNet(nn.Module):
         self.drop = nn.Dropout(0.5)
         self.fc = nn.Linear(512, 2)
 
-    def forward(self, photos: Tensor, pictures: Tensor) -> Tensor:
+    def forward(
+        self, photos: Float[Tensor, 'n 3 S S'], pictures: Float[Tensor, 'n 3 S S']
+    ) -> Float[Tensor, 'n 2']:
         return self.fc(self.drop(self.body(torch.cat([photos, pictures], 1))))
 
 
@@ -96,7 +99,9 @@ def build_pair_net(config: PairConfig, *, imagenet_weights: str | Path | None = 
     return net
 
 
-def standardisation(photos: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def standardisation(
+    photos: UInt8[np.ndarray, 'n 3 S S'],
+) -> tuple[Float[Tensor, '1 3 1 1'], Float[Tensor, '1 3 1 1']]:
     """Channel mean and standard deviation of photographs: two tensors [1, 3, 1, 1] in [-1, 1].
 
     photos: uint8 [n, 3, S, S]. Counted by value, photograph by photograph: exact, and in the
@@ -116,8 +121,11 @@ def standardisation(photos: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def step_pairs(
-    group_of: np.ndarray, drawn: np.ndarray, pairs: str, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    group_of: Int[np.ndarray, ' n'],
+    drawn: Int[np.ndarray, ' d'],
+    pairs: str,
+    rng: np.random.Generator,
+) -> tuple[Int[np.ndarray, ' p'], Int[np.ndarray, ' p'], Num[np.ndarray, ' p']]:
     """One step's pairs: photographs [p], release pictures [p], membership [p].
 
     drawn: indices of the step's photographs. pairs: of PAIRS.
@@ -144,8 +152,8 @@ class PairAttack:
         self,
         config: PairConfig,
         *,
-        mean: Tensor,
-        std: Tensor,
+        mean: Float[Tensor, '1 3 1 1'],
+        std: Float[Tensor, '1 3 1 1'],
         device: torch.device | str,
         imagenet_weights: str | Path | None = None,
     ) -> None:
@@ -160,16 +168,21 @@ class PairAttack:
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr)
         self.epoch = 0
 
-    def _input(self, pictures):
+    def _input(self, pictures: UInt8[np.ndarray, 'n 3 S S']) -> Float[Tensor, 'n 3 S S']:
         x = send(torch.from_numpy(np.ascontiguousarray(pictures)), self.device)
         return (x.float().div(127.5).sub(1) - self.mean) / self.std
 
-    def _autocast(self):
+    def _autocast(self) -> torch.autocast:
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == 'bf16'
         )
 
-    def train_epoch(self, photos: np.ndarray, pictures: np.ndarray, group_of: np.ndarray) -> dict:
+    def train_epoch(
+        self,
+        photos: UInt8[np.ndarray, 'n 3 S S'],
+        pictures: UInt8[np.ndarray, 'C 3 S S'],
+        group_of: Int[np.ndarray, ' n'],
+    ) -> dict:
         """One epoch of n / (k * mult_batch) steps; returns {'epoch', 'loss', 'accuracy'}."""
         if len(np.unique(group_of)) < 2:
             raise UserError('the attack needs at least two groups to train on')
@@ -207,8 +220,12 @@ class PairAttack:
 
     @torch.no_grad()
     def scores(
-        self, photos: np.ndarray, pictures: np.ndarray, *, batch_size: int = 256
-    ) -> np.ndarray:
+        self,
+        photos: UInt8[np.ndarray, 'n 3 S S'],
+        pictures: UInt8[np.ndarray, 'C 3 S S'],
+        *,
+        batch_size: int = 256,
+    ) -> Float32[np.ndarray, 'C n 2']:
         """Softmax scores float32 [C, n, 2] of every release picture with every photograph."""
         self.net.eval()
         found = np.empty((len(pictures), len(photos), 2), np.float32)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Num, UInt8
 from torch import Tensor
 
 from criteria.local_style import patch_grams
@@ -41,7 +42,9 @@ class Reading(NamedTuple):
 
 
 @torch.no_grad()
-def attack_features(net: FeatureNetwork, pictures: np.ndarray) -> dict[str, np.ndarray]:
+def attack_features(
+    net: FeatureNetwork, pictures: UInt8[np.ndarray, 'n 3 S S']
+) -> dict[str, Float32[np.ndarray, 'n _']]:
     """{'grams': float32 [n, F1], 'pooled': float32 [n, F2]} of pictures uint8 [n, 3, S, S].
 
     Gram matrices (upper triangles, per position) of the maps of strides 2, 4 and 8 on 4 x 4,
@@ -59,7 +62,7 @@ def attack_features(net: FeatureNetwork, pictures: np.ndarray) -> dict[str, np.n
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def _triangles(maps: Tensor, n_crop: int) -> Tensor:
+def _triangles(maps: Float[Tensor, 'n C h w'], n_crop: int) -> Float[Tensor, 'n F']:
     """Upper triangles of the patches' Gram matrices over their positions, flat."""
     n_crop = min(n_crop, *maps.shape[-2:])
     grams = patch_grams(maps, n_crop) / (maps.shape[-2] // n_crop * (maps.shape[-1] // n_crop))
@@ -70,24 +73,24 @@ def _triangles(maps: Tensor, n_crop: int) -> Tensor:
 class _Whitening:
     """Mean, standard deviations and leading principal components of reference features [n, F]."""
 
-    def __init__(self, reference: np.ndarray) -> None:
+    def __init__(self, reference: Float[np.ndarray, 'r F']) -> None:
         self.mean, self.std = reference.mean(0), reference.std(0) + _SMALL
         _, self.values, self.axes = np.linalg.svd(
             (reference - self.mean) / self.std, full_matrices=False
         )
 
-    def beyond(self, features: np.ndarray, n: int) -> np.ndarray:
+    def beyond(self, features: Float[np.ndarray, 'n F'], n: int) -> Float[np.ndarray, 'n F']:
         """Unit vectors of standardised features without the first n components."""
         x = (features - self.mean) / self.std
         return _unit(x - (x @ self.axes[:n].T) @ self.axes[:n])
 
-    def first(self, features: np.ndarray, n: int) -> np.ndarray:
+    def first(self, features: Float[np.ndarray, 'n F'], n: int) -> Float[np.ndarray, 'n _']:
         """Unit vectors of the first n components, each scaled to the same variance."""
         x = (features - self.mean) / self.std
         return _unit(x @ self.axes[:n].T / (self.values[:n] + _SMALL))
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
+def _unit(x: Float[np.ndarray, 'n F']) -> Float[np.ndarray, 'n F']:
     return x / (np.linalg.norm(x, axis=1, keepdims=True) + _SMALL)
 
 
@@ -97,10 +100,10 @@ def least_reference() -> int:
 
 
 def projection_cosines(
-    candidates: dict[str, np.ndarray],
-    release: dict[str, np.ndarray],
-    reference: dict[str, np.ndarray],
-) -> dict[tuple[str, str], np.ndarray]:
+    candidates: dict[str, Float[np.ndarray, 'n _']],
+    release: dict[str, Float[np.ndarray, 'G _']],
+    reference: dict[str, Float[np.ndarray, 'r _']],
+) -> dict[tuple[str, str], Float[np.ndarray, 'n G']]:
     """{(features, components): cosines [n, G]} of `attack_features` of the three.
 
     Components that the reference population is too small for are left out. UserError with fewer
@@ -125,7 +128,7 @@ def projection_cosines(
     return found
 
 
-def _chosen(features: dict[str, np.ndarray], name: str) -> np.ndarray:
+def _chosen(features: dict[str, Float[np.ndarray, 'n _']], name: str) -> Float[np.ndarray, 'n F']:
     """One kind of features, or both side by side."""
     return (
         np.concatenate([features['grams'], features['pooled']], 1)
@@ -134,14 +137,14 @@ def _chosen(features: dict[str, np.ndarray], name: str) -> np.ndarray:
     )
 
 
-def stand_out(cosines: np.ndarray) -> np.ndarray:
+def stand_out(cosines: Float[np.ndarray, 'n G']) -> Float[np.ndarray, ' n']:
     """How far the largest of each row [n, G] is from the mean of the others, in their spread."""
     ordered = np.sort(cosines, axis=1)
     rest = ordered[:, :-1]
     return (ordered[:, -1] - rest.mean(1)) / (rest.std(1) + _SMALL)
 
 
-def by_person(scores: np.ndarray, people: Sequence[object]) -> np.ndarray:
+def by_person(scores: Num[np.ndarray, ' n'], people: Sequence[object]) -> Num[np.ndarray, ' p']:
     """The largest score of each person's photographs, in order of first appearance."""
     best: dict[object, float] = {}
     for person, score in zip(people, scores, strict=True):
@@ -165,10 +168,10 @@ class Attacked(NamedTuple):
 
 
 def projection_attack(
-    members: dict[str, np.ndarray],
-    others: dict[str, np.ndarray],
-    release: dict[str, np.ndarray],
-    reference: dict[str, np.ndarray],
+    members: dict[str, Float[np.ndarray, 'm _']],
+    others: dict[str, Float[np.ndarray, 'n _']],
+    release: dict[str, Float[np.ndarray, 'G _']],
+    reference: dict[str, Float[np.ndarray, 'r _']],
     *,
     member_people: Sequence[object],
     other_people: Sequence[object],

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, UInt8
 from scipy.fft import next_fast_len
 from skimage.filters import gaussian, sato
+from torch import Tensor
 
 from evaluation.attacks.nearest import not_empty
 from evaluation.registry import Scorer, attack
@@ -30,7 +32,7 @@ class Ridges(NamedTuple):
     field: np.ndarray
 
 
-def vessel_ridges(pictures: np.ndarray) -> Ridges:
+def vessel_ridges(pictures: UInt8[np.ndarray, 'n 3 S S']) -> Ridges:
     """Ridges of the green channel of uint8 pictures [n, 3, S, S], black outside the eye."""
     side = pictures.shape[-1]
     shape = (len(pictures), *pictures.shape[2:])
@@ -51,7 +53,7 @@ def vessel_ridges(pictures: np.ndarray) -> Ridges:
     return found
 
 
-def vessel_maps(pictures: np.ndarray) -> np.ndarray:
+def vessel_maps(pictures: UInt8[np.ndarray, 'n 3 S S']) -> Float32[np.ndarray, 'n S S']:
     """Vessel strength, float32 [n, S, S], each with mean 0 and unit norm.
 
     A picture without any structure gives zeros.
@@ -63,8 +65,11 @@ def vessel_maps(pictures: np.ndarray) -> np.ndarray:
 
 
 def best_correlations(
-    queries: np.ndarray, pool: np.ndarray, *, device: torch.device | str = 'cpu'
-) -> np.ndarray:
+    queries: Float[np.ndarray, 'n S S'],
+    pool: Float[np.ndarray, 'm S S'],
+    *,
+    device: torch.device | str = 'cpu',
+) -> Float[np.ndarray, 'n m']:
     """Highest correlation of maps [n, S, S] with maps [m, S, S] over shifts and rotations: [n, m].
 
     Computed with FFTs; zero padding keeps shifts from wrapping round.
@@ -87,7 +92,7 @@ def best_correlations(
     return found.cpu().numpy()
 
 
-def _rotated(maps, degrees):
+def _rotated(maps: Float[Tensor, 'n S S'], degrees: float) -> Float[Tensor, 'n S S']:
     """maps [n, S, S] turned about their centre; what comes from outside is 0."""
     angle = np.deg2rad(degrees)
     grid = torch.tensor(
@@ -110,9 +115,9 @@ class VesselAttack:
 
     def __init__(
         self,
-        members: np.ndarray,
-        nonmembers: np.ndarray,
-        reference: np.ndarray,
+        members: UInt8[np.ndarray, 'm 3 S S'],
+        nonmembers: UInt8[np.ndarray, 'n 3 S S'],
+        reference: UInt8[np.ndarray, 'r 3 S S'],
         *,
         device: torch.device | str = 'cpu',
     ) -> None:
@@ -122,10 +127,14 @@ class VesselAttack:
         reference = vessel_maps(reference)
         self.usual = [self._best(p, reference) for p in self.people]
 
-    def _best(self, people, pool):
+    def _best(
+        self, people: Float[np.ndarray, 'n S S'], pool: Float[np.ndarray, 'm S S']
+    ) -> Float[np.ndarray, ' n']:
         return best_correlations(people, pool, device=self.device).max(1)
 
-    def scores(self, release: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def scores(
+        self, release: UInt8[np.ndarray, 'c 3 S S']
+    ) -> tuple[Float[np.ndarray, ' m'], Float[np.ndarray, ' n']]:
         """Of members [m] and others [n]: best match in the release minus that in the reference."""
         not_empty(release=release)
         pool = vessel_maps(release)

@@ -1,6 +1,7 @@
 """One picture per group of members: the baselines, on the groups of k-SALSA."""
 
 import numpy as np
+from jaxtyping import UInt8
 
 from evaluation.registry import Candidate, method
 from evaluation.releases import Release
@@ -23,6 +24,6 @@ def centroid(study: Study, release: Release) -> Candidate:
     return of_groups(study.pictures(release.centroids()), release)
 
 
-def of_groups(pictures: np.ndarray, release: Release) -> Candidate:
+def of_groups(pictures: UInt8[np.ndarray, 'n 3 S S'], release: Release) -> Candidate:
     """Pictures [n], one per group, with what a release tells of the groups."""
     return Candidate(pictures, release.labels, release.shares, release.group_of)

@@ -1,6 +1,7 @@
 """Photographs of members, as they are or inverted: yardstick and positive control."""
 
 import numpy as np
+from jaxtyping import Shaped
 
 from classification.data import one_hot
 from evaluation.registry import Candidate, method
@@ -37,7 +38,7 @@ def inverted(study: Study, release: Release) -> Candidate:
     )
 
 
-def _photographs(study: Study, rows: np.ndarray) -> Candidate:
+def _photographs(study: Study, rows: Shaped[np.ndarray, ' r']) -> Candidate:
     members = study.population.members.subset(rows)
     group_of = np.full(len(study.members), -1)
     group_of[rows] = np.arange(len(rows))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 
 from classification.data import one_hot
 from evaluation.probing import graded
@@ -22,7 +23,7 @@ def unconditional(study: Study, release: Release) -> Candidate:
 
 
 @torch.no_grad()
-def _sample(study: Study, n: int) -> np.ndarray:
+def _sample(study: Study, n: int) -> UInt8[np.ndarray, '{n} 3 S S']:
     """Pictures of the generator, stored noise, no truncation: uint8 [n, 3, S, S]."""
     psp = load_psp(study.settings.file('checkpoint'), study.device)
     z = torch.randn(

@@ -2,10 +2,12 @@
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.encoders.fpn_encoders import GradualStyleEncoder, ResNetGradualStyleEncoder
 from models.encoders.light_encoder import LightEncoder
@@ -67,7 +69,15 @@ __all__ = [
 ]
 
 
-def build_encoder(name, *, n_styles, input_nc=6, input_size=256, style_dim=512, **options):
+def build_encoder(
+    name: str,
+    *,
+    n_styles: int,
+    input_nc: int = 6,
+    input_size: int = 256,
+    style_dim: int = 512,
+    **options: Any,
+) -> nn.Module:
     """An untrained encoder of class `name` for [N, input_nc, input_size, input_size] inputs.
 
     options: further arguments of the class (`width` of LightEncoder). Raises UserError for an
@@ -124,7 +134,7 @@ def encoder_from_state(
     return encoder, input_size or size
 
 
-def _describe(state):
+def _describe(state: Mapping[str, Tensor]) -> tuple[str, int, int, dict[str, int]]:
     """Class name, input channels, input side and further options of an encoder's state dict."""
     if 'body.conv_stem.weight' in state:
         cells = state['hidden.weight'].shape[1] // NUMBERS_PER_CELL

@@ -6,7 +6,8 @@ D style dimension, S input side.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from models.encoders.helpers import (
     BODY_CHANNELS,
@@ -22,7 +23,9 @@ COARSE_END, MIDDLE_END = 3, 7  # styles 0-2 are coarse, 3-6 middle, the rest fin
 class _PyramidStyles:
     """Adds a two-step top-down pyramid and its style heads to a trunk."""
 
-    def __init__(self, *, n_styles, input_nc=6, input_size=256, style_dim=512):
+    def __init__(
+        self, *, n_styles: int, input_nc: int = 6, input_size: int = 256, style_dim: int = 512
+    ) -> None:
         super().__init__(input_nc)
         sides = [body_side(input_size, stride) for stride in (16, 8, 4)]
         self.styles = nn.ModuleList(
@@ -34,7 +37,7 @@ class _PyramidStyles:
         self.latlayer1 = nn.Conv2d(256, BODY_CHANNELS, 1)
         self.latlayer2 = nn.Conv2d(128, BODY_CHANNELS, 1)
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, 'N C S S']) -> Float[Tensor, 'N L D']:
         """x [N, input_nc, S, S] -> latent offsets [N, L, D]."""
         x, tapped = self.stem(x), []
         for i, block in enumerate(self.body):
@@ -54,7 +57,9 @@ class _PyramidStyles:
         )
 
 
-def _upsample_add(top, lateral):
+def _upsample_add(
+    top: Float[Tensor, 'N C s t'], lateral: Float[Tensor, 'N C h w']
+) -> Float[Tensor, 'N C h w']:
     return lateral + F.interpolate(top, size=lateral.shape[2:], mode='bilinear', align_corners=True)
 
 

@@ -6,7 +6,8 @@ Shapes: N images, C channels, s side of a feature map.
 import math
 
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torchvision.models import resnet34
 
 from models.stylegan2.model import EqualLinear
@@ -15,7 +16,7 @@ BODY_CHANNELS = 512
 BODY_STRIDE = 16  # both bodies end at input size / 16, rounded up
 
 
-def body_side(input_size, stride=BODY_STRIDE):
+def body_side(input_size: int, stride: int = BODY_STRIDE) -> int:
     """Side of a body's feature map; every halving rounds up."""
     return -(-input_size // stride)
 
@@ -27,7 +28,7 @@ class GradualStyleBlock(nn.Module):
     et al. 2021, 'Encoding in Style', section 3).
     """
 
-    def __init__(self, in_ch, out_ch, side):
+    def __init__(self, in_ch: int, out_ch: int, side: int) -> None:
         super().__init__()
         layers = []
         for i in range(max(1, math.ceil(math.log2(side)))):
@@ -38,19 +39,19 @@ class GradualStyleBlock(nn.Module):
         self.convs = nn.Sequential(*layers)
         self.linear = EqualLinear(out_ch, out_ch)
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, 'N C s s']) -> Float[Tensor, 'N D']:
         return self.linear(self.convs(x).flatten(1))
 
 
 class SEModule(nn.Module):
     """Squeeze and excitation with a reduction of 16."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.fc1 = nn.Conv2d(channels, channels // 16, 1, bias=False)
         self.fc2 = nn.Conv2d(channels // 16, channels, 1, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, 'N C h w']) -> Float[Tensor, 'N C h w']:
         gate = F.relu(self.fc1(x.mean((2, 3), keepdim=True)))
         return x * self.fc2(gate).sigmoid()
 
@@ -58,7 +59,7 @@ class SEModule(nn.Module):
 class BottleneckIRSE(nn.Module):
     """Residual unit of the improved-residual, squeeze-and-excite ResNet (ArcFace, section 3.2)."""
 
-    def __init__(self, in_ch, out_ch, stride):
+    def __init__(self, in_ch: int, out_ch: int, stride: int) -> None:
         super().__init__()
         if in_ch == out_ch:
             self.shortcut_layer = nn.MaxPool2d(1, stride)
@@ -75,7 +76,7 @@ class BottleneckIRSE(nn.Module):
             SEModule(out_ch),
         )
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, 'N C h w']) -> Float[Tensor, 'N K s t']:
         return self.res_layer(x) + self.shortcut_layer(x)
 
 
@@ -87,7 +88,7 @@ class ResNetTrunk(nn.Module):
 
     taps = (6, 12, 15)
 
-    def __init__(self, input_nc):
+    def __init__(self, input_nc: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(input_nc, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -95,7 +96,7 @@ class ResNetTrunk(nn.Module):
         net = resnet34(weights=None)
         self.body = nn.Sequential(*net.layer1, *net.layer2, *net.layer3, *net.layer4)
 
-    def stem(self, x):
+    def stem(self, x: Float[Tensor, 'N C S S']) -> Float[Tensor, 'N 64 s s']:
         return self.relu(self.bn1(self.conv1(x)))
 
 
@@ -105,7 +106,7 @@ class IRSETrunk(nn.Module):
     taps = (6, 20, 23)
     _units = ((64, 3), (128, 4), (256, 14), (512, 3))  # channels, units; the first has stride 2
 
-    def __init__(self, input_nc):
+    def __init__(self, input_nc: int) -> None:
         super().__init__()
         self.input_layer = nn.Sequential(
             nn.Conv2d(input_nc, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64)
@@ -117,5 +118,5 @@ class IRSETrunk(nn.Module):
                 in_ch = out_ch
         self.body = nn.Sequential(*units)
 
-    def stem(self, x):
+    def stem(self, x: Float[Tensor, 'N C S S']) -> Float[Tensor, 'N 64 S S']:
         return self.input_layer(x)

@@ -7,7 +7,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 _WIDENING = (1, 1.5, 2, 3)  # channels at 32, 16, 8 and 4 px, in units of `width`
 _BLOCKS = 2  # residual blocks per resolution
@@ -22,7 +23,7 @@ class _Block(nn.Module):
     statistics, training and inference compute the same function for any batch size.
     """
 
-    def __init__(self, in_ch, out_ch, stride):
+    def __init__(self, in_ch: int, out_ch: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_ch, out_ch, 3, stride, padding=1)
         self.conv2 = nn.Conv2d(out_ch, out_ch, 3, padding=1)
@@ -30,7 +31,7 @@ class _Block(nn.Module):
         self.stride = stride
         self.gain = 1 / math.sqrt(_BLOCKS * len(_WIDENING))
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, 'N C h w']) -> Float[Tensor, 'N K s t']:
         y = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, 0.2)), 0.2))
         if self.stride > 1:
             x = F.avg_pool2d(x, self.stride)
@@ -46,7 +47,15 @@ class LightEncoder(nn.Module):
     width: channels of the first feature map, an even number.
     """
 
-    def __init__(self, *, n_styles, input_nc=6, input_size=256, style_dim=512, width=64):
+    def __init__(
+        self,
+        *,
+        n_styles: int,
+        input_nc: int = 6,
+        input_size: int = 256,
+        style_dim: int = 512,
+        width: int = 64,
+    ) -> None:
         super().__init__()
         if input_size % _START:
             raise ValueError(
@@ -72,7 +81,7 @@ class LightEncoder(nn.Module):
         with torch.no_grad():
             self.head.weight.mul_(0.1)  # the first guess stays near the average latent
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, 'N C S S']) -> Float[Tensor, 'N L D']:
         """x [N, input_nc, S, S] -> latent offsets [N, L, D]."""
         x = self.body(self.stem(F.pixel_unshuffle(x, self.patch)))
         x = F.leaky_relu(self.squeeze(F.leaky_relu(x, 0.2)), 0.2)

@@ -5,6 +5,7 @@ Shapes: N images, L styles, D style dimension, S input side.
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.features.pretrained import load_feature_network
@@ -57,7 +58,7 @@ class LiteEncoder(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, 'N C S S']) -> Float[Tensor, 'N L D']:
         """x [N, input_nc, S, S] -> latent offsets [N, L, D]."""
         parts = [
             F.avg_pool2d(squeeze(maps), reduce).flatten(1)

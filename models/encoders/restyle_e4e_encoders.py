@@ -5,7 +5,10 @@ the form ReStyle gave it. Their weights have the names and shapes of the pSp enc
 from. Shapes: N images, L styles, D style dimension, S input side.
 """
 
+from typing import Any
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from models.encoders.light_encoder import LightEncoder
@@ -13,7 +16,7 @@ from models.encoders.lite_encoder import LiteEncoder
 from models.encoders.restyle_psp_encoders import BackboneEncoder, ResNetBackboneEncoder
 
 
-def from_first(styles: Tensor, stage: int | None) -> Tensor:
+def from_first(styles: Float[Tensor, 'N L D'], stage: int | None) -> Float[Tensor, 'N L D']:
     """Predictions [N, L, D] of the first style and the deltas -> latents [N, L, D].
 
     Deltas after `stage` are left out (None: none are).
@@ -33,13 +36,13 @@ class _Progressive:
 
     stage: int | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, 'N C S S']) -> Float[Tensor, 'N L D']:
         """x [N, input_nc, S, S] -> latent offsets [N, L, D]."""
         return from_first(super().forward(x), self.stage)
 
 
 class _ProgressiveBackbone(_Progressive):
-    def __init__(self, **options) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         with torch.no_grad():
             for style in self.styles[1:]:
@@ -55,7 +58,7 @@ class ResNetProgressiveBackboneEncoder(_ProgressiveBackbone, ResNetBackboneEncod
 
 
 class _ProgressiveHead(_Progressive):
-    def __init__(self, **options) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         with torch.no_grad():
             self.head.weight[self.style_dim :].zero_()

@@ -5,7 +5,8 @@ S input side.
 """
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from models.encoders.helpers import (
     BODY_CHANNELS,
@@ -19,14 +20,16 @@ from models.encoders.helpers import (
 class _BackboneStyles:
     """Adds the style heads of the simplified encoder to a trunk."""
 
-    def __init__(self, *, n_styles, input_nc=6, input_size=256, style_dim=512):
+    def __init__(
+        self, *, n_styles: int, input_nc: int = 6, input_size: int = 256, style_dim: int = 512
+    ) -> None:
         super().__init__(input_nc)
         side = body_side(input_size)
         self.styles = nn.ModuleList(
             GradualStyleBlock(BODY_CHANNELS, style_dim, side) for _ in range(n_styles)
         )
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, 'N C S S']) -> Float[Tensor, 'N L D']:
         """x [N, input_nc, S, S] -> latent offsets [N, L, D]."""
         x = self.body(self.stem(x))
         return torch.stack([style(x) for style in self.styles], 1)

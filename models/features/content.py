@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float, Float32
+from torch import Tensor, nn
+from torchvision.models import ResNet
 
 from models.features.pretrained import WHEELS, FeatureNetwork, load_feature_network
 from models.loading import mismatch, named_tensors
@@ -35,17 +37,17 @@ class ContentNetwork(nn.Module):
 
     of_photographs = False  # content targets: features of members' reconstructions (published)
 
-    def __init__(self, net, *, input_size, resize, name):
+    def __init__(self, net: ResNet, *, input_size: int, resize: str, name: str) -> None:
         super().__init__()
         self.net, self.input_size, self.resize, self.name = net, input_size, resize, name
         self.feature_dim = net.feature_dim
         self.eval().requires_grad_(False)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> 'ContentNetwork':
         """Stays in eval mode: the features are a fixed yardstick."""
         return super().train(False)
 
-    def features(self, img):
+    def features(self, img: Float[Tensor, 'N 3 H W']) -> Float32[Tensor, 'N F']:
         """Pictures [N, 3, H, W] in [-1, 1] -> unit vectors [N, F], float32.
 
         No ImageNet normalisation, as published.
@@ -118,7 +120,9 @@ def load_content_network(
     return content_network_from_state(checkpoint, source=path)
 
 
-def content_checkpoint(net, *, arch, input_size, small_stem):
+def content_checkpoint(
+    net: nn.Module, *, arch: str, input_size: int, small_stem: bool
+) -> dict[str, Any]:
     """The file of a content encoder: {format, arch, state_dict, input_size, small_stem}."""
     state = {k: v.detach().cpu() for k, v in net.state_dict().items() if not k.startswith('fc.')}
     return {

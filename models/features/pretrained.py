@@ -8,12 +8,13 @@ import importlib.util
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from utils.errors import UserError
@@ -104,7 +105,9 @@ class FeatureNetwork(nn.Module):
         """Stays in eval mode: the features are a fixed yardstick."""
         return super().train(False)
 
-    def maps(self, x: Tensor, strides: Iterable[int] = (2, 4, 8)) -> dict[int, Tensor]:
+    def maps(
+        self, x: Float[Tensor, 'n 3 H W'], strides: Iterable[int] = (2, 4, 8)
+    ) -> dict[int, Float[Tensor, 'n C h w']]:
         """{stride: [n, C, h, w]}, in the network's dtype; differentiable in x.
 
         h and w are those of the enlarged picture over the stride. UserError when the pictures
@@ -125,11 +128,11 @@ class FeatureNetwork(nn.Module):
         )
         return dict(zip(strides, found))
 
-    def pooled(self, x: Tensor) -> Tensor:
+    def pooled(self, x: Float[Tensor, 'n 3 H W']) -> Float32[Tensor, 'n F']:
         """Unit vectors [n, n_features], float32: see `pool`. UserError when x is too small."""
         return self.pool(self.maps(x, self.pooled_strides))
 
-    def pool(self, maps: dict[int, Tensor]) -> Tensor:
+    def pool(self, maps: Mapping[int, Float[Tensor, 'n C h w']]) -> Float32[Tensor, 'n F']:
         """Unit vectors [n, n_features] of maps of all strides of 4 and more.
 
         Means and standard deviations of each channel over the positions; every stride is scaled
@@ -157,7 +160,7 @@ class FeatureNetwork(nn.Module):
         """The side of the maps of a stride, of pictures of `side` px."""
         return -(-max(side, WORKING_SIDE) // stride)
 
-    def _prepare(self, x: Tensor) -> Tensor:
+    def _prepare(self, x: Float[Tensor, 'n 3 H W']) -> Float[Tensor, 'n 3 h w']:
         """Enlarged and normalised pictures in the dtype of the weights."""
         side = min(x.shape[-2:])
         self.check_side(side)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from models.features.pretrained import WHEELS, FeatureNetwork, load_feature_network
 from models.loading import load_state, mismatch
@@ -24,13 +25,13 @@ class VGGStyle(nn.Module):
 
     name = 'vgg19-relu1_2'
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.features_0 = nn.Conv2d(3, 64, 3, padding=1)
         self.features_2 = nn.Conv2d(64, 64, 3, padding=1)
         self.eval().requires_grad_(False)
 
-    def features(self, img):
+    def features(self, img: Float[Tensor, 'N 3 H W']) -> Float[Tensor, 'N 64 H W']:
         """[N, 3, H, W] in [-1, 1], not normalised (published) -> [N, 64, H, W], >= 0."""
         img = img.to(dtype=self.features_0.weight.dtype, memory_format=torch.channels_last)
         return F.relu(self.features_2(F.relu(self.features_0(img))))
@@ -49,7 +50,7 @@ class FilterBank(nn.Module):
     _SIGMAS = (1.0, 2.0)
     _DIRECTIONS = 4
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         radius = math.ceil(3 * max(self._SIGMAS))
         y, x = torch.meshgrid(*[torch.arange(-radius, radius + 1.0)] * 2, indexing='ij')
@@ -67,7 +68,7 @@ class FilterBank(nn.Module):
         self.n_smooth, self.n_kernels, self.radius = len(smooth), len(kernels) // 3, radius
         self.register_buffer('kernels', kernels, persistent=False)
 
-    def features(self, img):
+    def features(self, img: Float[Tensor, 'N 3 H W']) -> Float[Tensor, 'N 102 H W']:
         """[N, 3, H, W] in [-1, 1] -> [N, 102, H, W], >= 0."""
         img = img.to(self.kernels.dtype)
         padded = F.pad((img + 1) / 2, [self.radius] * 4, mode='replicate')

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch
+from jaxtyping import Float32
+from torch import Tensor
 
 from models.loading import fill, mismatch, named_tensors
 from models.stylegan2.model import MAX_SIZE, Discriminator, Generator
@@ -46,7 +48,9 @@ def generator_from_state(
         ) from error
 
 
-def latent_average(value: object, style_dim: int, *, source: str | Path) -> torch.Tensor | None:
+def latent_average(
+    value: object, style_dim: int, *, source: str | Path
+) -> Float32[Tensor, ' D'] | None:
     """The mean latent [style_dim], float32, of a file's `latent_avg`; None for None.
 
     UserError naming `source` for anything but so many finite numbers.
@@ -85,7 +89,7 @@ def discriminator_from_state(
 
 def load_generator(
     path: str | Path, device: torch.device | str = 'cpu'
-) -> tuple[Generator, torch.Tensor | None]:
+) -> tuple[Generator, Float32[Tensor, ' D'] | None]:
     """Reads `g_ema` and `latent_avg` of a weight file.
 
     Returns (generator, latent_avg): frozen, in eval mode, on `device`; latent_avg is [D] or

@@ -8,9 +8,14 @@ Shapes: N images, L styles, D style dimension, C channels, H x W positions, R im
 Source: Karras et al. 2020, 'Analyzing and Improving the Image Quality of StyleGAN', section 2.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
+from models.stylegan2.model import EqualLinear, Generator, StyledConv, ToRGB
 from models.stylegan2.op import upfirdn2d
 
 _SLOPE, _GAIN = 0.2, 2**0.5
@@ -26,7 +31,7 @@ class FrozenSynthesis:
     derivatives with respect to ws only.
     """
 
-    def __init__(self, generator, *, dtype=torch.float32):
+    def __init__(self, generator: Generator, *, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
         self.size, self.n_latent = generator.size, generator.n_latent
         self.style_dim = generator.style_dim
@@ -40,7 +45,7 @@ class FrozenSynthesis:
             ]
             self.rgbs = [_ToRGB(rgb, wide) for rgb in [generator.to_rgb1, *generator.to_rgbs]]
 
-    def __call__(self, ws):
+    def __call__(self, ws: Float[Tensor, 'N L D']) -> Float[Tensor, 'N 3 R R']:
         if ws.ndim != 3 or tuple(ws.shape[1:]) != (self.n_latent, self.style_dim):
             raise ValueError(
                 f'ws has shape {tuple(ws.shape)}, want [N, {self.n_latent}, {self.style_dim}]'
@@ -57,11 +62,11 @@ class FrozenSynthesis:
 class _Affine:
     """The style of a layer: w [N, D] -> [N, Cin]."""
 
-    def __init__(self, linear, dtype):
+    def __init__(self, linear: EqualLinear, dtype: torch.dtype) -> None:
         self.weight = (linear.weight * linear.scale).to(dtype)
         self.bias = (linear.bias * linear.lr_mul).to(dtype)
 
-    def __call__(self, w):
+    def __call__(self, w: Float[Tensor, 'N D']) -> Float[Tensor, 'N C']:
         return F.linear(w, self.weight, self.bias)
 
 
@@ -73,7 +78,13 @@ class _Layer:
     weights, for the demodulation.
     """
 
-    def __init__(self, styled, noise, dtype, wide):
+    def __init__(
+        self,
+        styled: StyledConv,
+        noise: Float[Tensor, '1 1 H W'],
+        dtype: torch.dtype,
+        wide: torch.dtype,
+    ) -> None:
         conv = styled.conv
         weight = (conv.weight[0] * conv.scale).to(wide)
         self.upsample = conv.upsample
@@ -94,22 +105,22 @@ class _Layer:
             [self.noise.flatten(), torch.ones_like(self.noise).flatten()]
         ).to(dtype)
 
-    def demodulation(self, style):
+    def demodulation(self, style: Float[Tensor, 'N C']) -> Float[Tensor, 'N K']:
         """The factor of each output channel, with the gain of the activation, [N, Cout]."""
         return torch.rsqrt(style.square() @ self.power + 1e-8) * _GAIN
 
-    def convolve(self, x):
+    def convolve(self, x: Float[Tensor, 'N C h w']) -> Float[Tensor, 'N K H W']:
         if not self.upsample:
             return F.conv2d(x, self.weight, padding=1)
         return _filter(F.conv_transpose2d(x, self.weight, stride=2), self.kernel, 1)
 
-    def convolve_adjoint(self, grad):
+    def convolve_adjoint(self, grad: Float[Tensor, 'N K H W']) -> Float[Tensor, 'N C h w']:
         """What `convolve` does to gradients: [N, Cout, ...] -> [N, Cin, ...]."""
         if not self.upsample:
             return F.conv_transpose2d(grad, self.weight, padding=1)
         return F.conv2d(_filter(grad, self.adjoint_kernel, 2), self.weight, stride=2)
 
-    def offset_product(self, grad):
+    def offset_product(self, grad: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N C']:
         """Sum over positions of grad * offset, [N, C], without the product."""
         sums = self.sources.expand(len(grad), -1, -1) @ _positions(grad)  # [N, 2, C]
         return sums[:, 0].to(self.bias.dtype) + self.bias * sums[:, 1].to(self.bias.dtype)
@@ -118,7 +129,7 @@ class _Layer:
 class _ToRGB:
     """A 1x1 convolution to RGB, without demodulation. weight [3, Cin], bias [1, 3, 1, 1]."""
 
-    def __init__(self, to_rgb, wide):
+    def __init__(self, to_rgb: ToRGB, wide: torch.dtype) -> None:
         self.affine = _Affine(to_rgb.conv.modulation, wide)
         self.weight = (to_rgb.conv.weight[0, :, :, 0, 0] * to_rgb.conv.scale).to(wide)
         self.bias = to_rgb.bias.detach().to(wide)
@@ -127,24 +138,31 @@ class _ToRGB:
             self.kernel = to_rgb.upsample.kernel.to(wide)
             self.adjoint_kernel = self.kernel.flip(0, 1)
 
-    def __call__(self, x, style, skip):
+    def __call__(
+        self,
+        x: Float[Tensor, 'N C H W'],
+        style: Float[Tensor, 'N C'],
+        skip: Float[Tensor, 'N 3 h w'] | None,
+    ) -> Float[Tensor, 'N 3 H W']:
         n, _, h, w = x.shape
         weight = (self.weight * style[:, None]).to(x.dtype)  # [N, 3, Cin]
         # The long matrix comes first: the other order would copy it in bfloat16.
         rgb = (_positions(x) @ weight.mT).mT.reshape(n, 3, h, w).to(style.dtype).add_(self.bias)
         return rgb if skip is None else rgb.add_(upfirdn2d(skip, self.kernel, up=2, pad=(2, 1)))
 
-    def skip_adjoint(self, grad):
+    def skip_adjoint(self, grad: Float[Tensor, 'N 3 H W']) -> Float[Tensor, 'N 3 h w']:
         """The gradient of the RGB image of half the size."""
         return upfirdn2d(grad, self.adjoint_kernel, down=2, pad=(1, 1))
 
 
-def _positions(x):
+def _positions(x: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N P C']:
     """Channels-last [N, C, H, W] as [N, HW, C], a view."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _filter(x, kernel, pad):
+def _filter(
+    x: Float[Tensor, 'N C H W'], kernel: Float[Tensor, '4 4'], pad: int
+) -> Float[Tensor, 'N C h w']:
     """Filters every channel with `kernel` [4, 4] (true convolution), zero padding on all sides."""
     if x.is_cuda:
         return upfirdn2d(x, kernel, pad=(pad, pad))
@@ -153,12 +171,14 @@ def _filter(x, kernel, pad):
     return F.conv2d(x, weight, padding=pad, groups=channels)
 
 
-def _sum_of_product(a, b):
+def _sum_of_product(
+    a: Float[Tensor, 'N C H W'], b: Float[Tensor, 'N C H W']
+) -> Float[Tensor, 'N C']:
     """Sum over positions of a * b, [N, C]."""
     return (a * b).sum((2, 3))
 
 
-def _columns(factor, like):
+def _columns(factor: Float[Tensor, 'N C'], like: Tensor) -> Float[Tensor, 'N C 1 1']:
     """[N, C] -> [N, C, 1, 1] in the type of `like`."""
     return factor.to(like.dtype)[:, :, None, None]
 
@@ -171,7 +191,9 @@ class _Synthesis(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, net, *modulation):
+    def forward(
+        ctx: Any, net: FrozenSynthesis, *modulation: Float[Tensor, 'N _']
+    ) -> Float[Tensor, 'N 3 R R']:
         n_layers = len(net.layers)
         styles, factors = modulation[: 2 * n_layers : 2], modulation[1 : 2 * n_layers : 2]
         rgb_styles = modulation[2 * n_layers :]
@@ -193,7 +215,7 @@ class _Synthesis(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_image):
+    def backward(ctx: Any, grad_image: Float[Tensor, 'N 3 R R']) -> tuple[Tensor | None, ...]:
         net, n_layers = ctx.net, len(ctx.net.layers)
         saved = ctx.saved_tensors
         split = 2 * n_layers + len(net.rgbs)
@@ -225,7 +247,14 @@ class _Synthesis(torch.autograd.Function):
         return None, *grads
 
 
-def _rgb_adjoint(rgb, grad_image, grad, x, style, factor):
+def _rgb_adjoint(
+    rgb: _ToRGB,
+    grad_image: Float[Tensor, 'N 3 H W'],
+    grad: Float[Tensor, 'N C H W'] | None,
+    x: Float[Tensor, 'N C H W'],
+    style: Float[Tensor, 'N C'],
+    factor: Float[Tensor, 'N C'],
+) -> tuple[Float[Tensor, 'N C H W'], Float[Tensor, 'N C']]:
     """Adds what the RGB layer contributes to `grad` (times factor); also its style's gradient."""
     n, channels, h, w = x.shape
     colours = grad_image.to(x.dtype).flatten(2)  # [N, 3, HW]

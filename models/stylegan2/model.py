@@ -7,10 +7,13 @@ StyleGAN', section 2 and appendix B.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from models.stylegan2.op import fused_leaky_relu, upfirdn2d
 from models.stylegan2.op.fused_act import SQRT2
@@ -19,7 +22,7 @@ MIN_SIZE, MAX_SIZE = 32, 1024
 FP16_CLAMP = 256.0  # keeps float16 activations finite; the published mixed-precision recipe
 
 
-def channel_table(size, channel_multiplier=2):
+def channel_table(size: int, channel_multiplier: float = 2) -> dict[int, int]:
     """Channels per resolution {4: C, 8: C, ..., size: C} of the standard networks."""
     return {
         r: 512 if r <= 32 else 256 * 64 // r * channel_multiplier
@@ -27,23 +30,25 @@ def channel_table(size, channel_multiplier=2):
     }
 
 
-def truncate(w, mean, psi):
+def truncate(
+    w: Float[Tensor, '*N D'], mean: Float[Tensor, '*L D'], psi: float
+) -> Float[Tensor, '*N D']:
     """Moves `w` [..., D] towards `mean` [D] or [L, D]: mean + psi * (w - mean)."""
     return mean + psi * (w - mean)
 
 
-def _fir_kernel(gain=1.0):
+def _fir_kernel(gain: float = 1.0) -> Float[Tensor, '4 4']:
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
     kernel = taps[:, None] * taps[None, :]
     return kernel * (gain / kernel.sum())
 
 
-def _check_size(size):
+def _check_size(size: int) -> None:
     if size & (size - 1) or not MIN_SIZE <= size <= MAX_SIZE:
         raise ValueError(f'size {size} is not a power of two from {MIN_SIZE} to {MAX_SIZE}')
 
 
-def _check_channels(size, channels):
+def _check_channels(size: int, channels: Mapping[int, int]) -> dict[int, int]:
     wanted = list(channel_table(size))
     if sorted(channels) != wanted:
         raise ValueError(f'channel table has resolutions {sorted(channels)}, want {wanted}')
@@ -53,25 +58,33 @@ def _check_channels(size, channels):
 class PixelNorm(nn.Module):
     """Scales [N, D] to unit mean square."""
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, 'N D']) -> Float[Tensor, 'N D']:
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
 
 
 class Blur(nn.Module):
     """Holds a FIR kernel [4, 4] in the state dict; `gain` is its sum."""
 
-    def __init__(self, gain=1.0):
+    def __init__(self, gain: float = 1.0) -> None:
         super().__init__()
         self.register_buffer('kernel', _fir_kernel(gain))
 
-    def forward(self, x, **resampling):
+    def forward(self, x: Float[Tensor, 'N C H W'], **resampling: Any) -> Float[Tensor, 'N C h w']:
         return upfirdn2d(x, self.kernel, **resampling)
 
 
 class EqualLinear(nn.Module):
     """Linear layer whose weight is scaled at run time (equalised learning rate)."""
 
-    def __init__(self, in_dim, out_dim, *, bias_init=0.0, lr_mul=1.0, activation=False):
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        bias_init: float = 0.0,
+        lr_mul: float = 1.0,
+        activation: bool = False,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_dim, in_dim) / lr_mul)
         self.bias = nn.Parameter(torch.full((out_dim,), float(bias_init)))
@@ -79,7 +92,7 @@ class EqualLinear(nn.Module):
         self.lr_mul = lr_mul
         self.activation = activation
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, 'N C']) -> Float[Tensor, 'N K']:
         if self.activation:
             return fused_leaky_relu(F.linear(x, self.weight * self.scale), self.bias * self.lr_mul)
         return F.linear(x, self.weight * self.scale, self.bias * self.lr_mul)
@@ -88,13 +101,21 @@ class EqualLinear(nn.Module):
 class EqualConv2d(nn.Module):
     """Convolution with run-time weight scaling; its bias, if any, belongs to the activation."""
 
-    def __init__(self, in_ch, out_ch, kernel_size, *, stride=1, padding=0):
+    def __init__(
+        self, in_ch: int, out_ch: int, kernel_size: int, *, stride: int = 1, padding: int = 0
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_ch, in_ch, kernel_size, kernel_size))
         self.scale = 1 / math.sqrt(in_ch * kernel_size**2)
         self.stride, self.padding = stride, padding
 
-    def forward(self, x, *, gain=1.0, bias=None):
+    def forward(
+        self,
+        x: Float[Tensor, 'N C H W'],
+        *,
+        gain: float = 1.0,
+        bias: Float[Tensor, ' K'] | None = None,
+    ) -> Float[Tensor, 'N K h w']:
         weight = (self.weight * (self.scale * gain)).to(x.dtype)
         return F.conv2d(x, weight, bias, stride=self.stride, padding=self.padding)
 
@@ -106,15 +127,17 @@ class FusedLeakyReLU(nn.Module):
     as the caller wishes) in passes over the map it makes anyway: x then comes with the gain in.
     """
 
-    def __init__(self, channels, gain=SQRT2):
+    def __init__(self, channels: int, gain: float = SQRT2) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
         self.gain = gain
 
-    def scaled_bias(self, dtype):
+    def scaled_bias(self, dtype: torch.dtype) -> Float[Tensor, ' C']:
         return (self.bias * self.gain).to(dtype)
 
-    def forward(self, x, *, add_bias=True):
+    def forward(
+        self, x: Float[Tensor, 'N C H W'], *, add_bias: bool = True
+    ) -> Float[Tensor, 'N C H W']:
         clamp = FP16_CLAMP * self.gain / SQRT2 if x.dtype == torch.float16 else None
         bias = self.bias * self.gain if add_bias else None
         return fused_leaky_relu(x, bias, gain=1.0, clamp=clamp)
@@ -127,7 +150,16 @@ class ModulatedConv2d(nn.Module):
     per-sample weights of the paper (section 2.2, equations 1 to 3).
     """
 
-    def __init__(self, in_ch, out_ch, kernel_size, style_dim, *, demodulate=True, upsample=False):
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int,
+        kernel_size: int,
+        style_dim: int,
+        *,
+        demodulate: bool = True,
+        upsample: bool = False,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(1, out_ch, in_ch, kernel_size, kernel_size))
         self.modulation = EqualLinear(style_dim, in_ch, bias_init=1.0)
@@ -137,7 +169,14 @@ class ModulatedConv2d(nn.Module):
         if upsample:
             self.blur = Blur(gain=4.0)  # zero insertion quarters the mean; the gain restores it
 
-    def forward(self, x, w, *, gain=1.0, bias=None):
+    def forward(
+        self,
+        x: Float[Tensor, 'N C H W'],
+        w: Float[Tensor, 'N D'],
+        *,
+        gain: float = 1.0,
+        bias: Float[Tensor, ' K'] | None = None,
+    ) -> Float[Tensor, 'N K h w']:
         """gain: factor of the demodulated map. bias [Cout]: added to it, in the same pass."""
         style = self.modulation(w)  # [N, Cin]
         weight = self.weight[0] * self.scale  # [Cout, Cin, k, k]
@@ -162,24 +201,35 @@ class ModulatedConv2d(nn.Module):
 class NoiseInjection(nn.Module):
     """Adds a learned multiple of single-channel noise."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x, noise, *, gain=1.0):
+    def forward(
+        self,
+        x: Float[Tensor, 'N C H W'],
+        noise: Float[Tensor, '#N 1 H W'] | None,
+        *,
+        gain: float = 1.0,
+    ) -> Float[Tensor, 'N C H W']:
         return x if noise is None else x + (self.weight * gain * noise).to(x.dtype)
 
 
 class StyledConv(nn.Module):
     """Modulated 3x3 convolution, noise, bias and activation."""
 
-    def __init__(self, in_ch, out_ch, style_dim, *, upsample=False):
+    def __init__(self, in_ch: int, out_ch: int, style_dim: int, *, upsample: bool = False) -> None:
         super().__init__()
         self.conv = ModulatedConv2d(in_ch, out_ch, 3, style_dim, upsample=upsample)
         self.noise = NoiseInjection()
         self.activate = FusedLeakyReLU(out_ch)
 
-    def forward(self, x, w, noise):
+    def forward(
+        self,
+        x: Float[Tensor, 'N C h w'],
+        w: Float[Tensor, 'N D'],
+        noise: Float[Tensor, '#N 1 H W'] | None,
+    ) -> Float[Tensor, 'N K H W']:
         gain = self.activate.gain
         if x.is_cuda:  # the activation kernel adds the bias
             return self.activate(self.noise(self.conv(x, w, gain=gain), noise, gain=gain))
@@ -190,14 +240,19 @@ class StyledConv(nn.Module):
 class ToRGB(nn.Module):
     """1x1 modulated convolution to RGB, added to the upsampled RGB of the block before."""
 
-    def __init__(self, in_ch, style_dim, *, upsample=True):
+    def __init__(self, in_ch: int, style_dim: int, *, upsample: bool = True) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
         self.conv = ModulatedConv2d(in_ch, 3, 1, style_dim, demodulate=False)
         if upsample:
             self.upsample = Blur(gain=4.0)
 
-    def forward(self, x, w, skip=None):
+    def forward(
+        self,
+        x: Float[Tensor, 'N C H W'],
+        w: Float[Tensor, 'N D'],
+        skip: Float[Tensor, 'N 3 h w'] | None = None,
+    ) -> Float[Tensor, 'N 3 H W']:
         rgb = self.conv(x, w)
         if x.dtype == torch.float16:
             rgb = rgb.clamp(-FP16_CLAMP, FP16_CLAMP)
@@ -210,7 +265,7 @@ class ToRGB(nn.Module):
 class ConstantInput(nn.Module):
     """The learned 4x4 constant the synthesis starts from."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
 
@@ -223,8 +278,15 @@ class Generator(nn.Module):
     """
 
     def __init__(
-        self, size, *, style_dim=512, n_mlp=8, channel_multiplier=2, channels=None, lr_mlp=0.01
-    ):
+        self,
+        size: int,
+        *,
+        style_dim: int = 512,
+        n_mlp: int = 8,
+        channel_multiplier: float = 2,
+        channels: Mapping[int, int] | None = None,
+        lr_mlp: float = 0.01,
+    ) -> None:
         super().__init__()
         _check_size(size)
         self.size, self.style_dim, self.n_mlp = size, style_dim, n_mlp
@@ -255,15 +317,21 @@ class Generator(nn.Module):
             r = 4 * 2 ** ((i + 1) // 2)
             self.noises.register_buffer(f'noise_{i}', torch.randn(1, 1, r, r))
 
-    def mapping(self, z):
+    def mapping(self, z: Float[Tensor, 'N D']) -> Float[Tensor, 'N D']:
         """z [N, D] from N(0, I) -> w [N, D]."""
         return self.style(z)
 
-    def broadcast(self, w):
+    def broadcast(self, w: Float[Tensor, 'N D']) -> Float[Tensor, 'N L D']:
         """w [N, D] -> ws [N, L, D]."""
         return w[:, None].expand(-1, self.n_latent, -1)
 
-    def noise_maps(self, mode, n, device, generator=None):
+    def noise_maps(
+        self,
+        mode: str,
+        n: int,
+        device: torch.device | str,
+        generator: torch.Generator | None = None,
+    ) -> list[Tensor] | list[None]:
         """Noise for one synthesis: 'stored' buffers, fresh 'random' [n, 1, r, r], or 'none'."""
         stored = [getattr(self.noises, f'noise_{i}') for i in range(self.n_noise)]
         if mode == 'stored':
@@ -276,7 +344,13 @@ class Generator(nn.Module):
             return [None] * self.n_noise
         raise ValueError(f'noise={mode!r}, want stored, random, none or a list of maps')
 
-    def synthesis(self, ws, *, noise='stored', generator=None):
+    def synthesis(
+        self,
+        ws: Float[Tensor, 'N L D'],
+        *,
+        noise: str | Sequence[Tensor | None] = 'stored',
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, 'N 3 R R']:
         """ws [N, L, D] -> images [N, 3, size, size], nominal range [-1, 1], not clamped.
 
         noise: 'stored' (the same maps for every image), 'random', 'none', or a list of
@@ -301,15 +375,15 @@ class Generator(nn.Module):
 
     def forward(
         self,
-        z,
+        z: Float[Tensor, 'N D'],
         *,
-        truncation=1.0,
-        truncation_latent=None,
-        z2=None,
-        mix_at=None,
-        noise='stored',
-        generator=None,
-    ):
+        truncation: float = 1.0,
+        truncation_latent: Float[Tensor, ' D'] | None = None,
+        z2: Float[Tensor, 'N D'] | None = None,
+        mix_at: int | None = None,
+        noise: str | Sequence[Tensor | None] = 'stored',
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, 'N 3 R R']:
         """z [N, D] -> images [N, 3, size, size].
 
         truncation: psi, applied on all layers when below 1 and then needing
@@ -328,7 +402,9 @@ class Generator(nn.Module):
         return self.synthesis(ws[0], noise=noise, generator=generator)
 
     @torch.no_grad()
-    def mean_latent(self, n=100_000, *, seed=0, batch=10_000):
+    def mean_latent(
+        self, n: int = 100000, *, seed: int = 0, batch: int = 10000
+    ) -> Float[Tensor, ' D']:
         """Mean of w over n draws of z, [D]."""
         device = self.input.input.device
         draw = torch.Generator().manual_seed(seed)
@@ -345,7 +421,16 @@ class ConvLayer(nn.Sequential):
     gain: a further factor of the output.
     """
 
-    def __init__(self, in_ch, out_ch, kernel_size, *, downsample=False, activate=True, gain=1.0):
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int,
+        kernel_size: int,
+        *,
+        downsample: bool = False,
+        activate: bool = True,
+        gain: float = 1.0,
+    ) -> None:
         layers = [Blur()] if downsample else []
         layers.append(
             EqualConv2d(
@@ -361,7 +446,7 @@ class ConvLayer(nn.Sequential):
         super().__init__(*layers)
         self.kernel_size, self.gain = kernel_size, gain
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N K h w']:
         blur, activate = isinstance(self[0], Blur), isinstance(self[-1], FusedLeakyReLU)
         convolve = self[1] if blur else self[0]
         if blur and self.kernel_size == 1:
@@ -380,14 +465,14 @@ class ConvLayer(nn.Sequential):
 class ResBlock(nn.Module):
     """Residual block of the discriminator; halves the resolution."""
 
-    def __init__(self, in_ch, out_ch):
+    def __init__(self, in_ch: int, out_ch: int) -> None:
         super().__init__()
         self.conv1 = ConvLayer(in_ch, in_ch, 3)
         half = math.sqrt(0.5)  # keeps the variance of the sum
         self.conv2 = ConvLayer(in_ch, out_ch, 3, downsample=True, gain=half)
         self.skip = ConvLayer(in_ch, out_ch, 1, downsample=True, activate=False, gain=half)
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N K h w']:
         return self.conv2(self.conv1(x)) + self.skip(x)
 
 
@@ -398,7 +483,14 @@ class Discriminator(nn.Module):
     batch not above it is used, so any batch size works.
     """
 
-    def __init__(self, size, *, channel_multiplier=2, channels=None, mbstd_group=4):
+    def __init__(
+        self,
+        size: int,
+        *,
+        channel_multiplier: float = 2,
+        channels: Mapping[int, int] | None = None,
+        mbstd_group: int = 4,
+    ) -> None:
         super().__init__()
         _check_size(size)
         self.size, self.mbstd_group = size, mbstd_group
@@ -414,7 +506,7 @@ class Discriminator(nn.Module):
             EqualLinear(c4 * 16, c4, activation=True), EqualLinear(c4, 1)
         )
 
-    def forward(self, x):
+    def forward(self, x: Float[Tensor, 'N 3 R R']) -> Float[Tensor, 'N 1']:
         """Images [N, 3, size, size] in [-1, 1] -> logits [N, 1]."""
         if x.ndim != 4 or tuple(x.shape[1:]) != (3, self.size, self.size):
             raise ValueError(
@@ -434,7 +526,7 @@ class Discriminator(nn.Module):
         x = self.final_conv(self._append_stddev(x.to(full)))
         return self.final_linear(x.flatten(1))
 
-    def _append_stddev(self, x):
+    def _append_stddev(self, x: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N C+1 H W']:
         n, c, h, w = x.shape
         group = max(g for g in range(1, min(n, self.mbstd_group) + 1) if n % g == 0)
         y = x.reshape(group, n // group, c, h, w)
@@ -442,7 +534,9 @@ class Discriminator(nn.Module):
         return torch.cat([x, std.repeat(group)[:, None, None, None].expand(n, 1, h, w)], 1)
 
 
-def set_low_precision(net, dtype, n_resolutions=4):
+def set_low_precision(
+    net: Generator | Discriminator, dtype: torch.dtype | None, n_resolutions: int = 4
+) -> Generator | Discriminator:
     """Computes the `n_resolutions` highest resolutions (never below 8) of G or D in `dtype`.
 
     dtype: torch.float16, torch.bfloat16, or None for full precision. Parameters stay float32.

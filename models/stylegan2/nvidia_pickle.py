@@ -15,12 +15,15 @@ import io
 import logging
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from jaxtyping import Float32
+from torch import Tensor
 
 from models.loading import mismatch
 from models.stylegan2.checkpoint import (
@@ -41,6 +44,8 @@ _MAPPING_LR = 0.01
 _MAX_BYTES = 2**33
 _MAX_LAYERS = 10_000
 
+Entry = tuple[str, str, str]  # this project's key, NVIDIA's key, operation
+
 
 @dataclasses.dataclass
 class PickledModule:
@@ -53,34 +58,36 @@ class PickledModule:
 class _Dtype:
     """Stands for a numpy dtype while reading; only what a number needs."""
 
-    def __init__(self, code, *_):
+    def __init__(self, code: object, *_: object) -> None:
         if not isinstance(code, str):
             raise pickle.UnpicklingError('it holds a numpy type without a name')
         self.code, self.order = code, '='
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         self.order = {'<': '<', '>': '>', '|': '|'}.get(state[1], '=')
 
 
-def _scalar(dtype, data):
+def _scalar(dtype: object, data: object) -> float:
     """A numpy scalar as a plain Python number."""
     if not isinstance(dtype, _Dtype) or dtype.code[:1] not in 'biuf' or not isinstance(data, bytes):
         raise pickle.UnpicklingError('it holds a numpy value that is not a number')
     return np.frombuffer(data, np.dtype(dtype.order + dtype.code))[0].item()
 
 
-def _tensor(storage, offset, size, stride, *_):
+def _tensor(
+    storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *_: object
+) -> Tensor:
     flat = torch.empty(0, dtype=storage.dtype).set_(storage)
     if not all(isinstance(n, int) for n in size) or math.prod(size) > flat.numel():
         raise pickle.UnpicklingError('it holds a tensor that reaches beyond its data')
     return flat.as_strided(size, stride, offset)  # raises when out of bounds
 
 
-def _parameter(data, *_):
+def _parameter(data: object, *_: object) -> object:
     return data
 
 
-def _module(meta):
+def _module(meta: object) -> PickledModule:
     # Nothing is printed or turned into text before its type is known: that may never end.
     if not isinstance(meta, dict) or meta.get('type') != 'class':
         raise pickle.UnpicklingError('it holds a stored function or module, not a class')
@@ -105,7 +112,7 @@ _ALLOWED = {
 
 
 class _Reader(pickle.Unpickler):
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if name == 'EasyDict' and module.split('.')[0] == 'dnnlib':
             return dict
         if (module, name) in _ALLOWED:
@@ -117,7 +124,7 @@ class _Reader(pickle.Unpickler):
             )
         raise pickle.UnpicklingError(f'it asks for {module}.{name}, which a network does not need')
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: object) -> NoReturn:
         raise pickle.UnpicklingError('it is no network pickle; it refers to data outside itself')
 
 
@@ -202,11 +209,11 @@ def _walk(module: PickledModule) -> Iterator[PickledModule]:
     return (layer for _, layer in _named_layers(module))
 
 
-def _resolutions(size):
+def _resolutions(size: int) -> list[int]:
     return [2**i for i in range(2, int(math.log2(size)) + 1)]
 
 
-def generator_map(size, n_mlp):
+def generator_map(size: int, n_mlp: int) -> list[Entry]:
     """[(this project's key, NVIDIA's key, operation)] of a generator.
 
     Operations: '=' as it is, 'u0' one leading unit dimension, 'u00' two, 'v3' to [1, 3, 1, 1],
@@ -244,7 +251,7 @@ def generator_map(size, n_mlp):
     return table
 
 
-def discriminator_map(size):
+def discriminator_map(size: int) -> list[Entry]:
     """[(this project's key, NVIDIA's key, operation)] of a discriminator."""
     table = [
         ('convs.0.0.weight', f'b{size}.fromrgb.weight', '='),
@@ -280,14 +287,14 @@ _OPERATIONS = {
 }
 
 
-def _rename(table, found, what):
+def _rename(table: Sequence[Entry], found: dict[str, Tensor], what: str) -> dict[str, Tensor]:
     missing = [theirs for _, theirs, _ in table if theirs not in found]
     if missing:
         raise UserError(f'the {what} has no {missing[0]}: its architecture differs. {_ADVICE}')
     return {ours: _OPERATIONS[op](found[theirs]) for ours, theirs, op in table}
 
 
-def _size(found, prefix, what):
+def _size(found: Iterable[str], prefix: str, what: str) -> int:
     blocks = {
         int(k[len(prefix) + 1 :].split('.')[0])
         for k in found
@@ -300,7 +307,7 @@ def _size(found, prefix, what):
     return max(blocks)
 
 
-def _check_layers(module, what):
+def _check_layers(module: PickledModule, what: str) -> None:
     """UserError for settings that the shapes do not show."""
     for layer in _walk(module):
         classes = layer.state.get('c_dim')
@@ -321,7 +328,9 @@ def _check_layers(module, what):
             )
 
 
-def convert_generator(module, what='generator'):
+def convert_generator(
+    module: PickledModule, what: str = 'generator'
+) -> tuple[dict[str, Tensor], Float32[Tensor, ' D'] | None]:
     """PickledModule -> (state dict in this project's keys, w_avg [D] or None).
 
     Size, channels and mapping depth come from the shapes. UserError for what cannot be
@@ -351,14 +360,16 @@ def convert_generator(module, what='generator'):
     )
 
 
-def _rename_rgb(table, found, colour_key, what):
+def _rename_rgb(
+    table: Sequence[Entry], found: dict[str, Tensor], colour_key: str, what: str
+) -> dict[str, Tensor]:
     colours = found.get(colour_key)
     if colours is not None and colours.shape[0] != 3:
         raise UserError(f'the {what} makes images of {colours.shape[0]} channel(s). {_ADVICE}')
     return _rename(table, found, what)
 
 
-def _check_mapping_rate(module, what):
+def _check_mapping_rate(module: PickledModule, what: str) -> None:
     """The run-time scale of the mapping layers is not stored in a state dict, so it must be the
     one this project's generator applies."""
     for layer in _walk(_part(module, '_modules')['mapping']):
@@ -372,7 +383,7 @@ def _check_mapping_rate(module, what):
             )
 
 
-def convert_discriminator(module, what='discriminator'):
+def convert_discriminator(module: PickledModule, what: str = 'discriminator') -> dict[str, Tensor]:
     """PickledModule -> state dict in this project's keys; UserError as in convert_generator."""
     _check_layers(module, what)
     found = tensors(module)
@@ -394,7 +405,7 @@ def convert_discriminator(module, what='discriminator'):
     return discriminator_from_state(state, source=f'the {what}').state_dict()
 
 
-def lost_settings(networks):
+def lost_settings(networks: Iterable[PickledModule]) -> list[str]:
     """Settings of the pickle that the weights do not carry, as sentences for the user."""
     notes = set()
     for module in networks:

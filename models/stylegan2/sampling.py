@@ -1,8 +1,12 @@
 """Latents for pictures: from seeds, mixed by layer, and on a closed path; and their rendering."""
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import numpy as np
 import torch
+from jaxtyping import Float, Float32
 from scipy.interpolate import CubicSpline
+from torch import Tensor
 
 from models.stylegan2.model import Generator, truncate
 from utils.seeds import torch_generator
@@ -10,7 +14,7 @@ from utils.seeds import torch_generator
 NOISE_MODES = {'const': 'stored', 'random': 'random', 'none': 'none'}
 
 
-def seed_latents(seeds, dim):
+def seed_latents(seeds: Iterable[int], dim: int) -> Float32[Tensor, 'N D']:
     """z [N, dim] of integer seeds; the same numbers as StyleGAN2-ADA draws for them."""
     return torch.from_numpy(
         np.stack([np.random.RandomState(seed).standard_normal(dim) for seed in seeds])
@@ -18,7 +22,13 @@ def seed_latents(seeds, dim):
 
 
 @torch.no_grad()
-def seed_styles(net, seeds, *, psi=1.0, latent_avg=None):
+def seed_styles(
+    net: Generator,
+    seeds: Iterable[int],
+    *,
+    psi: float = 1.0,
+    latent_avg: Float[Tensor, ' D'] | None = None,
+) -> Float[Tensor, 'N L D']:
     """ws [N, L, D] of integer seeds, truncated towards `latent_avg` [D] when psi is not 1."""
     w = net.mapping(seed_latents(seeds, net.style_dim).to(net.input.input.device))
     if psi != 1:
@@ -33,14 +43,16 @@ def latent_spread(net: Generator, n: int = 1000) -> float:
     return float(net.mapping(z).std(0).mean())
 
 
-def mix_styles(coarse, donor, layers):
+def mix_styles(
+    coarse: Float[Tensor, 'N L D'], donor: Float[Tensor, 'N L D'], layers: Sequence[int] | slice
+) -> Float[Tensor, 'N L D']:
     """ws [N, L, D] of `coarse` with the layers in `layers` taken from `donor` [N, L, D]."""
     mixed = coarse.clone()
     mixed[:, layers] = donor[:, layers]
     return mixed
 
 
-def loop_styles(ws, n_between):
+def loop_styles(ws: Float[Tensor, 'K L D'], n_between: int) -> Float[Tensor, 'M L D']:
     """A smooth closed path through ws [K, L, D] (K >= 2): [K * n_between, L, D].
 
     Every n_between-th frame is one of the given points; a periodic cubic spline joins them.
@@ -52,7 +64,14 @@ def loop_styles(ws, n_between):
 
 
 @torch.no_grad()
-def render(net, ws, *, noise='const', seeds=None, batch=8):
+def render(
+    net: Generator,
+    ws: Float[Tensor, 'N L D'],
+    *,
+    noise: str = 'const',
+    seeds: Sequence[int] | None = None,
+    batch: int = 8,
+) -> Iterator[Float[Tensor, '3 R R']]:
     """Yields images [3, R, R] of ws [N, L, D], computed `batch` at a time.
 
     noise: 'const' (the stored maps), 'random' (drawn from `seeds[i]`, by default i, for image i,

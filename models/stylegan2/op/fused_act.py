@@ -1,14 +1,26 @@
 """Bias, leaky ReLU, gain and clamp as one step."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from models.stylegan2.op import build
 
 SQRT2 = 2**0.5
 
 
-def fused_leaky_relu(x, bias=None, *, slope=0.2, gain=SQRT2, clamp=None, impl='auto'):
+def fused_leaky_relu(
+    x: Float[Tensor, 'N C *s'],
+    bias: Float[Tensor, ' C'] | None = None,
+    *,
+    slope: float = 0.2,
+    gain: float = SQRT2,
+    clamp: float | None = None,
+    impl: str = 'auto',
+) -> Float[Tensor, 'N C *s']:
     """gain * leaky_relu(x + bias, slope), clamped to [-clamp, clamp] when given.
 
     x: [N, C, ...], any float dtype and layout. bias: [C] or None. impl: 'ref', the PyTorch
@@ -25,7 +37,13 @@ def fused_leaky_relu(x, bias=None, *, slope=0.2, gain=SQRT2, clamp=None, impl='a
     return _fused_leaky_relu_ref(x, bias, slope, gain, clamp)
 
 
-def _fused_leaky_relu_ref(x, bias, slope, gain, clamp):
+def _fused_leaky_relu_ref(
+    x: Float[Tensor, 'N C *s'],
+    bias: Float[Tensor, ' C'] | None,
+    slope: float,
+    gain: float,
+    clamp: float | None,
+) -> Float[Tensor, 'N C *s']:
     if bias is not None:
         x = x + bias.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2))
     x = F.leaky_relu(x, slope)
@@ -36,14 +54,21 @@ def _fused_leaky_relu_ref(x, bias, slope, gain, clamp):
 
 class _FusedLeakyReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, slope, gain, clamp):
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, 'N C *s'],
+        bias: Float[Tensor, ' C'] | None,
+        slope: float,
+        gain: float,
+        clamp: float | None,
+    ) -> Float[Tensor, 'N C *s']:
         y = _launch(x, bias, None, slope, gain, clamp)
         ctx.save_for_backward(y)
         ctx.arguments, ctx.has_bias = (slope, gain, clamp), bias is not None
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Float[Tensor, 'N C *s']) -> tuple[Tensor | None, ...]:
         (y,) = ctx.saved_tensors
         grad_x = _FusedLeakyReLUGrad.apply(grad, y, *ctx.arguments)
         grad_bias = None
@@ -56,18 +81,30 @@ class _FusedLeakyReLUGrad(torch.autograd.Function):
     """Linear in the gradient and constant between the kinks, so it is its own derivative."""
 
     @staticmethod
-    def forward(ctx, grad, y, *arguments):
+    def forward(
+        ctx: Any,
+        grad: Float[Tensor, 'N C *s'],
+        y: Float[Tensor, 'N C *s'],
+        *arguments: float | None,
+    ) -> Float[Tensor, 'N C *s']:
         ctx.save_for_backward(y)
         ctx.arguments = arguments
         return _launch(grad, None, y, *arguments)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Float[Tensor, 'N C *s']) -> tuple[Tensor | None, ...]:
         (y,) = ctx.saved_tensors
         return _FusedLeakyReLUGrad.apply(grad, y, *ctx.arguments), None, None, None, None
 
 
-def _launch(x, bias, saved, slope, gain, clamp):
+def _launch(
+    x: Float[Tensor, 'N C *s'],
+    bias: Float[Tensor, ' C'] | None,
+    saved: Float[Tensor, 'N C *s'] | None,
+    slope: float,
+    gain: float,
+    clamp: float | None,
+) -> Float[Tensor, 'N C *s']:
     # The saved output dictates the layout, so that both tensors are walked in the same order.
     like = x if saved is None else saved
     channels_last = (

@@ -1,8 +1,10 @@
 """Small trials of the fused kernels against their PyTorch twins, on the GPU they are to run on."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from models.stylegan2.op.fused_act import fused_leaky_relu
@@ -36,7 +38,7 @@ def _resamplings() -> dict[str, Callable]:
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
     usual, unusual = torch.outer(taps, taps) / 64, torch.tensor([[0.5, 0.2, -0.1], [0.1, 0.2, 0.1]])
 
-    def call(kernel: Tensor, **options) -> Callable:
+    def call(kernel: Tensor, **options: Any) -> Callable:
         return lambda x, impl: upfirdn2d(x, kernel.to(x.device), impl=impl, **options)
 
     return {
@@ -48,7 +50,7 @@ def _resamplings() -> dict[str, Callable]:
 
 
 def _activations() -> dict[str, Callable]:
-    def biased(x: Tensor, impl: str) -> Tensor:
+    def biased(x: Float[Tensor, 'N C *s'], impl: str) -> Float[Tensor, 'N C *s']:
         bias = torch.linspace(-0.5, 0.5, x.shape[1], device=x.device).to(x.dtype)
         return fused_leaky_relu(x, bias, impl=impl)
 

@@ -1,14 +1,28 @@
 """Zero-insert, pad, filter, decimate: the resampling step of StyleGAN2."""
 
 import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from models.stylegan2.op import build
 
+Pad = tuple[int, int, int, int]  # left, right, top, bottom
 
-def upfirdn2d(x, kernel, *, up=1, down=1, pad=(0, 0), impl='auto'):
+
+def upfirdn2d(
+    x: Float[Tensor, 'N C H W'],
+    kernel: Float[Tensor, 'kh kw'],
+    *,
+    up: int = 1,
+    down: int = 1,
+    pad: Sequence[int] = (0, 0),
+    impl: str = 'auto',
+) -> Float[Tensor, 'N C h w']:
     """Upsamples by zero insertion, pads, applies a FIR filter, keeps every `down`-th sample.
 
     x: [N, C, H, W], any float dtype and layout. kernel: [kh, kw], used as a true convolution
@@ -28,7 +42,7 @@ def upfirdn2d(x, kernel, *, up=1, down=1, pad=(0, 0), impl='auto'):
     return _UpFirDn2d.apply(x, kernel, up, down, pad, compute)
 
 
-def full_pad(pad):
+def full_pad(pad: Sequence[int]) -> Pad:
     """(before, after) or (left, right, top, bottom) -> (left, right, top, bottom)."""
     pad = tuple(int(p) for p in pad)
     if len(pad) == 2:
@@ -38,7 +52,7 @@ def full_pad(pad):
     return pad
 
 
-def _check(x, kernel, up, down, pad):
+def _check(x: Tensor, kernel: Tensor, up: int, down: int, pad: Pad) -> None:
     if x.ndim != 4 or kernel.ndim != 2:
         raise ValueError(
             f'want x [N, C, H, W] and kernel [kh, kw], got {tuple(x.shape)} and '
@@ -53,7 +67,9 @@ def _check(x, kernel, up, down, pad):
         )
 
 
-def _output_size(x, kernel, up, down, pad):
+def _output_size(
+    x: Float[Tensor, 'N C H W'], kernel: Float[Tensor, 'kh kw'], up: int, down: int, pad: Pad
+) -> tuple[int, int]:
     left, right, top, bottom = pad
     return (
         (x.shape[2] * up + top + bottom - kernel.shape[0]) // down + 1,
@@ -61,7 +77,9 @@ def _output_size(x, kernel, up, down, pad):
     )
 
 
-def _upfirdn2d_ref(x, kernel, up, down, pad):
+def _upfirdn2d_ref(
+    x: Float[Tensor, 'N C H W'], kernel: Float[Tensor, 'kh kw'], up: int, down: int, pad: Pad
+) -> Float[Tensor, 'N C h w']:
     kh, kw = kernel.shape
     left, right, top, bottom = pad
     weight = kernel.to(x.dtype)[None, None].expand(x.shape[1], 1, kh, kw)
@@ -87,7 +105,7 @@ def _upfirdn2d_ref(x, kernel, up, down, pad):
     return F.conv2d(F.pad(x, pad), weight, stride=down, groups=x.shape[1])
 
 
-def _layout(x):
+def _layout(x: Float[Tensor, 'N C H W']) -> torch.memory_format:
     last = (
         x.is_contiguous(memory_format=torch.channels_last)
         and x.shape[1] > 1
@@ -104,7 +122,15 @@ class _UpFirDn2d(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, kernel, up, down, pad, compute):
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, 'N C H W'],
+        kernel: Float[Tensor, 'kh kw'],
+        up: int,
+        down: int,
+        pad: Pad,
+        compute: Callable[..., Tensor],
+    ) -> Float[Tensor, 'N C h w']:
         ctx.save_for_backward(kernel)
         y = compute(x, kernel, up, down, pad)
         left, _, top, _ = pad
@@ -123,12 +149,14 @@ class _UpFirDn2d(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Float[Tensor, 'N C H W']) -> tuple[Tensor | None, ...]:
         (kernel,) = ctx.saved_tensors
         return (_UpFirDn2d.apply(grad, kernel.flip(0, 1), *ctx.arguments), *[None] * 5)
 
 
-def _launch(x, kernel, up, down, pad):
+def _launch(
+    x: Float[Tensor, 'N C H W'], kernel: Float[Tensor, 'kh kw'], up: int, down: int, pad: Pad
+) -> Float[Tensor, 'N C h w']:
     layout = _layout(x)
     x = x.contiguous(memory_format=layout)
     height, width = _output_size(x, kernel, up, down, pad)
