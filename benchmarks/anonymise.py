@@ -18,12 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import argparse
 import copy
 import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 import torchvision
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
 
 from anonymization.optimize import (
     ACTIVATIONS,
@@ -31,12 +36,13 @@ from anonymization.optimize import (
     Group,
     GroupOptimizer,
     OptimizeConfig,
+    Targets,
     matmul_precision,
 )
 from benchmarks.machine import OperationCount, describe, matrix_rate, synchronize
 from benchmarks.published import PublishedWay, synthesis
 from models.encoders import build_encoder
-from models.features.content import content_network_from_state
+from models.features.content import ContentNetwork, content_network_from_state
 from models.features.style import VGGStyle
 from models.psp import PSP, FrozenPSP, invert
 from models.stylegan2 import Generator
@@ -49,8 +55,11 @@ ENCODER_SIZE = 256
 AGREEMENT = {'fp32': (1e-3, 0.01), 'tf32': (float('inf'), 0.05), 'bf16': (float('inf'), 0.1)}
 FIRST_STEPS = 3
 
+Found = tuple[Tensor, Tensor]  # latents and reconstructions
+Result = TypeVar('Result')
 
-def build_parser():
+
+def build_parser() -> argparse.ArgumentParser:
     lines = __doc__.splitlines()
     p = parser(lines[0], epilog='\n'.join(lines[1:]))
     p.add_argument(
@@ -98,7 +107,7 @@ def build_parser():
     return p
 
 
-def random_networks(size, seed):
+def random_networks(size: int, seed: int) -> tuple[PSP, ContentNetwork, VGGStyle]:
     """(PSP, content network, style network): published sizes, random weights.
 
     Batch statistics are those of random pictures, and latents and generated pictures are scaled
@@ -128,7 +137,7 @@ def random_networks(size, seed):
 
 
 @torch.no_grad()
-def set_statistics(net, x):
+def set_statistics(net: nn.Module, x: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N ...']:
     """Sets the running statistics of batch normalisation to those of x; returns net(x)."""
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -136,7 +145,7 @@ def set_statistics(net, x):
     return net.train()(x)
 
 
-def photographs(n, seed):
+def photographs(n: int, seed: int) -> UInt8[Tensor, 'n 3 S S']:
     """[n, 3, S, S] uint8: coarse coloured shapes and a little grain."""
     draw = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, 3, 8, 8, generator=draw)
@@ -148,10 +157,10 @@ def photographs(n, seed):
 class Clock:
     """Seconds of named phases, after waiting for the device."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, {}
 
-    def time(self, name, function):
+    def time(self, name: str, function: Callable[[], Result]) -> Result:
         synchronize(self.device)
         begin = time.perf_counter()
         result = function()
@@ -160,7 +169,15 @@ class Clock:
         return result
 
 
-def run_published(psp, content, style, photos, config, opts, device):
+def run_published(
+    psp: PSP,
+    content: ContentNetwork,
+    style: VGGStyle,
+    photos: UInt8[Tensor, 'n 3 S S'],
+    config: OptimizeConfig,
+    opts: argparse.Namespace,
+    device: torch.device,
+) -> tuple[dict[str, float], Float[Tensor, 'steps 2'], Found]:
     """(seconds per phase, losses [steps, 2], (latents, reconstructions)) of the first group."""
     way, clock = PublishedWay(psp, content, style, config), Clock(device)
     x = photos[: opts.k].to(device).float().div(127.5).sub(1)
@@ -176,7 +193,16 @@ def run_published(psp, content, style, photos, config, opts, device):
     return clock.seconds, losses, (ws, recon)
 
 
-def run_ours(psp, content, style, photos, config, opts, device, found_before):
+def run_ours(
+    psp: PSP,
+    content: ContentNetwork,
+    style: VGGStyle,
+    photos: UInt8[Tensor, 'n 3 S S'],
+    config: OptimizeConfig,
+    opts: argparse.Namespace,
+    device: torch.device,
+    found_before: Found,
+) -> tuple[dict[str, float], dict[str, float], Float[Tensor, 'steps 2'], Float[Tensor, 'k L D']]:
     """(seconds, operations) per group and phase; losses [steps, 2] and latents of the first.
 
     found_before: (latents, reconstructions) from which the losses are to start.
@@ -217,11 +243,11 @@ def run_ours(psp, content, style, photos, config, opts, device, found_before):
     return share, work, engine.run([same]).losses[:, 0], latents[0]
 
 
-def timed_run(engine, groups, device):
+def timed_run(engine: GroupOptimizer, groups: Sequence[Group], device: torch.device) -> list[float]:
     """Seconds of each step of a batch; the first step's hold the targets too."""
     ticks = [time.perf_counter()]
 
-    def tick(_):
+    def tick(_: int) -> None:
         synchronize(device)
         ticks.append(time.perf_counter())
 
@@ -229,25 +255,31 @@ def timed_run(engine, groups, device):
     return [b - a for a, b in zip(ticks, ticks[1:])]
 
 
-def one_step(engine, start, targets):
+def one_step(engine: GroupOptimizer, start: Float[Tensor, 'G L D'], targets: Targets) -> None:
     ws = start.clone().requires_grad_(True)
     content, style, _ = engine.losses(ws, targets)
     torch.autograd.grad((content + style).sum(), ws)
 
 
-def operations(function):
+def operations(function: Callable[[], object]) -> int:
     with OperationCount() as counter:
         function()
     return counter.total
 
 
-def per_step(seconds):
+def per_step(seconds: Sequence[float]) -> float:
     """Mean seconds of a step, without the first where there are more."""
     kept = seconds[1:] or seconds
     return sum(kept) / len(kept)
 
 
-def print_table(published, ours, work, rate, opts):
+def print_table(
+    published: dict[str, float],
+    ours: dict[str, float],
+    work: dict[str, float],
+    rate: float,
+    opts: argparse.Namespace,
+) -> tuple[float, float]:
     rows = [['phase', 'published, s', 'ours, s', 'ratio', 'floor, s']]
     for phase, old in published.items():
         new = ours.get(phase, 0.0)
@@ -273,14 +305,16 @@ def print_table(published, ours, work, rate, opts):
     return old / new, new / floor
 
 
-def loss_differences(published, ours, config):
+def loss_differences(
+    published: Float[Tensor, 'steps 2'], ours: Float[Tensor, 'steps 2'], config: OptimizeConfig
+) -> Float[Tensor, ' steps']:
     """Relative differences of the total loss at every step."""
     weights = torch.tensor([config.content_weight, config.style_weight])
     old, new = (losses.cpu().float() @ weights for losses in (published, ours))
     return (new - old).abs() / old
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     device = resolve_device(opts.device)
     torch.backends.cudnn.benchmark = True

@@ -15,13 +15,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import argparse
 import platform
 import resource
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float64, Int64
 from scipy.spatial.distance import pdist, squareform
 
 from anonymization.grouping import assign_groups, squared_errors
@@ -35,7 +38,7 @@ DATA = {
 }
 
 
-def draw(name, n, seed=0):
+def draw(name: str, n: int, seed: int = 0) -> Float64[np.ndarray, 'n d']:
     """[n, d] float64 features of a kind of DATA."""
     rng = np.random.default_rng(seed)
     if name == 'gaussian':
@@ -51,7 +54,7 @@ def draw(name, n, seed=0):
     return centres[rng.integers(0, 30, n)] + spread @ rotation
 
 
-def plain_published(features, k):
+def plain_published(features: Float[np.ndarray, 'n d'], k: int) -> Int64[np.ndarray, ' n']:
     """The paper's greedy as published: all distances at once, row sums afresh for every group."""
     distances = squareform(pdist(features))
     np.fill_diagonal(distances, np.nan)
@@ -67,7 +70,7 @@ def plain_published(features, k):
     return labels
 
 
-def machine():
+def machine() -> str:
     name = platform.processor() or platform.machine()
     info = Path('/proc/cpuinfo')
     if info.exists():
@@ -83,7 +86,7 @@ def machine():
     )
 
 
-def table(head, rows):
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     print('| ' + ' | '.join(head) + ' |')
     print('|' + ' --- |' * len(head))
     for row in rows:
@@ -91,7 +94,7 @@ def table(head, rows):
     print()
 
 
-def compare(args):
+def compare(args: argparse.Namespace) -> None:
     """Squared error and seconds of each method, per kind of features."""
     kinds = (
         {args.features: np.load(args.features, mmap_mode='r')}
@@ -127,7 +130,7 @@ def compare(args):
     table(['features', '', 'method', 'SSE', 'SSE/SST %', 'below published greedy %', 's'], rows)
 
 
-def scaling(args):
+def scaling(args: argparse.Namespace) -> None:
     """Seconds against n of the default, the greedy with kept sums, and the greedy as published."""
     times = {'default': {}, 'greedy, O(n d) memory': {}, 'greedy as published': {}}
     rows = []
@@ -164,7 +167,7 @@ def scaling(args):
         plot(times, args.plot)
 
 
-def plot(times, path):
+def plot(times: dict[str, list[tuple[float, float]]], path: str) -> None:
     import matplotlib
 
     matplotlib.use('Agg')
@@ -190,7 +193,7 @@ def plot(times, path):
     figure.savefig(path, dpi=120, metadata={'Software': None})
 
 
-def memory(args):
+def memory(args: argparse.Namespace) -> None:
     """Time and peak memory for features that are read from disk."""
     n, d = args.sizes[-1], 8192
     with tempfile.TemporaryDirectory(dir=args.temp_dir) as folder:
@@ -244,7 +247,7 @@ def memory(args):
     )
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
     mode = p.add_mutually_exclusive_group()
     mode.add_argument('--scaling', action='store_true', help='time against n')
@@ -287,7 +290,7 @@ def build_parser():
     return p
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     args.reduce = args.reduce or 'auto'
     args.device = resolve_device(args.device)

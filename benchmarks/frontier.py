@@ -25,6 +25,8 @@ import time
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from torch import Tensor
 
 from anonymization.grouping import assign_groups
 from anonymization.optimize import PRECISIONS, Group, GroupOptimizer, OptimizeConfig
@@ -146,7 +148,7 @@ def photographs(
     return described(table, {n: opts.out_dir / f'{role}_{n}.npz' for n in (MAKER, JUDGE)}, device)
 
 
-def pictures_of(paths: list[Path]) -> np.ndarray:
+def pictures_of(paths: list[Path]) -> UInt8[np.ndarray, 'n 3 S S']:
     """uint8 [n, 3, S, S]."""
     return np.stack([np.asarray(load_rgb(p)).transpose(2, 0, 1) for p in paths])
 
@@ -166,7 +168,7 @@ def described(table: Table, files: dict[str, Path], device: torch.device) -> Pho
 
 def finished_run(
     folder: Path, cache: Path, device: torch.device
-) -> tuple[Photographs, list[np.ndarray], np.ndarray]:
+) -> tuple[Photographs, list[Int[np.ndarray, ' _']], UInt8[np.ndarray, 'G 3 S S']]:
     """Members, rows of each group, and pictures of a run of the main job."""
     options = json.loads((folder / 'private/options.json').read_text(encoding='utf-8'))['options']
     table = read_table(Path(options['df']), Path(options['data_path']), require_label=True)
@@ -181,7 +183,7 @@ def finished_run(
 
 def latents(
     opts: argparse.Namespace, members: Photographs, psp: PSP, device: torch.device
-) -> torch.Tensor:
+) -> Float[Tensor, 'n L D']:
     """Latents [n, L, D] of the members, found once."""
     path = opts.out_dir / 'latents.npy'
     if not path.exists():
@@ -198,11 +200,11 @@ def latents(
 def groups_of(
     k: int,
     members: Photographs,
-    ws: torch.Tensor,
+    ws: Float[Tensor, 'n L D'],
     n_groups: int | None,
     seed: int,
     device: torch.device,
-) -> list[np.ndarray]:
+) -> list[Int[np.ndarray, ' _']]:
     """Member rows of each group, as the main job groups them; n_groups of them by chance."""
     _, people = np.unique(members.people, return_inverse=True)
     labels = np.asarray(
@@ -217,13 +219,13 @@ def groups_of(
 
 def release(
     row: Row,
-    groups: list[np.ndarray],
+    groups: list[Int[np.ndarray, ' _']],
     members: Photographs,
-    ws: torch.Tensor,
+    ws: Float[Tensor, 'n L D'],
     psp: PSP,
     opts: argparse.Namespace,
     device: torch.device,
-) -> np.ndarray:
+) -> UInt8[np.ndarray, 'G 3 S S']:
     """The groups' pictures, uint8 [G, 3, S, S]."""
     if row.settings is None:
         return np.stack([np.rint(members.pictures[g].mean(0)).astype(np.uint8) for g in groups])
@@ -247,15 +249,17 @@ def release(
     return torch.cat(made).numpy()
 
 
-def one_each(people: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def one_each(
+    people: Shaped[np.ndarray, ' n'], rows: Int[np.ndarray, ' r'], rng: np.random.Generator
+) -> Int[np.ndarray, ' p']:
     """One of the rows of every person, by chance."""
     rows = rng.permutation(rows)
     return rows[np.unique(people[rows], return_index=True)[1]]
 
 
 def measure(
-    pictures: np.ndarray,
-    groups: list[np.ndarray],
+    pictures: UInt8[np.ndarray, 'G 3 S S'],
+    groups: list[Int[np.ndarray, ' _']],
     members: Photographs,
     others: Photographs,
     probe: Probe,
@@ -280,7 +284,7 @@ def measure(
     for name in (MAKER, JUDGE):
         ours = attack_features(load_feature_network(name).to(device), pictures)
 
-        def part(whose: Photographs, rows: np.ndarray, name: str = name) -> dict:
+        def part(whose: Photographs, rows: Shaped[np.ndarray, ' r'], name: str = name) -> dict:
             return {kind: values[rows] for kind, values in whose.features[name].items()}
 
         attacked = projection_attack(
@@ -303,7 +307,7 @@ def measure(
     return found
 
 
-def is_reference(others: Photographs) -> np.ndarray:
+def is_reference(others: Photographs) -> Bool[np.ndarray, ' n']:
     """Which rows show the first half of the people: reference of the attack, and the probe's."""
     people = list(dict.fromkeys(others.people))
     return np.isin(others.people, people[: len(people) // 2])
@@ -344,7 +348,7 @@ def write_sheet(
     opts: argparse.Namespace,
     results: dict[str, dict],
     members: Photographs,
-    groups: list[np.ndarray],
+    groups: list[Int[np.ndarray, ' _']],
 ) -> None:
     """Eight groups of k = 5: members, then every row's picture."""
     rows = [name for name in results if ROWS[name].k == 5]

@@ -13,20 +13,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import argparse
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from anonymization.optimize import ACTIVATIONS, PRECISIONS, matmul_precision
 from benchmarks.machine import describe, matrix_rate, synchronize
 from models.stylegan2.model import channel_table
 from utils.cli import parser, positive_int, power_of_two, resolve_device, run
 
+Layer = Callable[[Tensor], Tensor]
 LAYOUTS = {'NCHW': torch.contiguous_format, 'NHWC': torch.channels_last}
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     lines = __doc__.splitlines()
     p = parser(lines[0], epilog='\n'.join(lines[1:]))
     p.add_argument('--size', type=power_of_two, default=256, metavar='PX', help='image side')
@@ -40,16 +45,18 @@ def build_parser():
     return p
 
 
-def conv(weight):
+def conv(weight: Float[Tensor, 'K C 3 3']) -> Layer:
     return lambda x: F.conv2d(x, weight, padding=1)
 
 
-def blurred(function, kernel):
+def blurred(function: Layer, kernel: Float[Tensor, 'K 1 4 4']) -> Layer:
     """`function`, then the filter with one row and column less."""
     return lambda x: F.conv2d(function(x), kernel, padding=1, groups=len(kernel))
 
 
-def upsampling_ways(c_in, c_out, random):
+def upsampling_ways(
+    c_in: int, c_out: int, random: Callable[[Sequence[int]], Tensor]
+) -> dict[str, Layer]:
     """{name: function of x [N, c_in, H, W] -> [N, c_out, 2H, 2W]}; `random`(shape) -> weights."""
     kernel = random((c_out, 1, 4, 4))
     weight, phases3, phases2 = (
@@ -67,7 +74,7 @@ def upsampling_ways(c_in, c_out, random):
     }
 
 
-def best_ms(function, device, repeats):
+def best_ms(function: Callable[[], object], device: torch.device, repeats: int) -> float:
     best = float('inf')
     for i in range(repeats + 1):
         synchronize(device)
@@ -79,7 +86,9 @@ def best_ms(function, device, repeats):
     return 1000 * best
 
 
-def measure(function, x, device, repeats):
+def measure(
+    function: Layer, x: Float[Tensor, 'N C H W'], device: torch.device, repeats: int
+) -> tuple[float, float]:
     """Milliseconds of forward and of the gradient with respect to x."""
     with torch.no_grad():
         forward = best_ms(lambda: function(x), device, repeats)
@@ -92,7 +101,7 @@ def measure(function, x, device, repeats):
     return forward, backward
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     device, dtype = resolve_device(opts.device), ACTIVATIONS[opts.precision]
     torch.backends.cudnn.benchmark = True
@@ -112,10 +121,18 @@ def main(argv=None):
     return 0
 
 
-def time_layers(table, side, layout, order, dtype, device, repeats):
+def time_layers(
+    table: dict[int, int],
+    side: int,
+    layout: str,
+    order: torch.memory_format,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
+) -> list[list[str]]:
     """Rows of the table for the two convolutions that end at `side`."""
 
-    def random(shape):
+    def random(shape: Sequence[int]) -> Float[Tensor, '...']:
         return torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=order)
 
     c_in, c_out = table[side // 2], table[side]

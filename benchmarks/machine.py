@@ -1,19 +1,20 @@
 """What the benchmarks measure about the machine itself."""
 
 import time
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
     """Waits for a GPU; nothing to wait for on the CPU."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
 
 
-def matrix_rate(device, dtype, n=4096):
+def matrix_rate(device: torch.device, dtype: torch.dtype, n: int = 4096) -> float:
     """Operations per second of an n x n matrix product, best of ten."""
     n = n if device.type == 'cuda' else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -34,11 +35,13 @@ class OperationCount(TorchDispatchMode):
     with and without gradients.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         formula = flop_registry.get(func.overloadpacket)
         if formula is None:
@@ -52,7 +55,7 @@ class OperationCount(TorchDispatchMode):
         return out
 
 
-def describe(device):
+def describe(device: torch.device) -> str:
     """One line: the device and the version of torch."""
     name = (
         torch.cuda.get_device_name(device)

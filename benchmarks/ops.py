@@ -12,12 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from models.stylegan2.op import build, fused_leaky_relu, upfirdn2d
 from utils.cli import parser, positive_int, resolve_device, run
@@ -33,7 +36,7 @@ _CALLS = 20  # on a GPU, between two events
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
     p.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
     p.add_argument(
@@ -80,14 +83,14 @@ def seconds(function: Callable[[], object], device: torch.device, repeats: int) 
     return statistics.median(times)
 
 
-def copy_bandwidth(device, repeats):
+def copy_bandwidth(device: torch.device, repeats: int) -> float:
     """Bytes per second, read plus written, of copying 256 MiB."""
     x = torch.empty(2**26 if device.type == 'cuda' else 2**24, device=device).normal_()
     y = torch.empty_like(x)
     return 2 * x.numel() * 4 / seconds(lambda: y.copy_(x), device, repeats)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     device = resolve_device(opts.device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
@@ -133,7 +136,21 @@ def main(argv=None):
     return 0
 
 
-def measure(op, function, growth, x, kernel, bias, impls, copy, opts, shape, dtype, layout, device):
+def measure(
+    op: str,
+    function: Callable[..., Tensor],
+    growth: float,
+    x: Float[Tensor, 'N C H W'],
+    kernel: Float[Tensor, '4 4'],
+    bias: Float[Tensor, ' C'],
+    impls: Sequence[str],
+    copy: float,
+    opts: argparse.Namespace,
+    shape: str,
+    dtype: str,
+    layout: torch.memory_format,
+    device: torch.device,
+) -> None:
     """Prints the forward and the backward row of one op."""
     traffic = x.numel() * x.element_size() * (1 + growth)
     forward, backward = [], []
@@ -157,7 +174,7 @@ def measure(op, function, growth, x, kernel, bias, impls, copy, opts, shape, dty
     print_row([op, shape, dtype, kind, 'backward', *backward], opts.markdown)
 
 
-def print_row(cells, markdown, head=False):
+def print_row(cells: Sequence[str], markdown: bool, head: bool = False) -> None:
     print('| ' + ' | '.join(cells) + ' |' if markdown else '\t'.join(cells))
     if head and markdown:
         print('|' + '---|' * len(cells))

@@ -12,12 +12,24 @@ import time
 import torch
 import torch.nn.functional as F
 import torchvision
+from jaxtyping import Float
+from torch import Tensor
 
-from anonymization.optimize import learning_rate
+from anonymization.optimize import OptimizeConfig, learning_rate
 from benchmarks.machine import synchronize
+from models.features.content import ContentNetwork
+from models.features.style import VGGStyle
+from models.psp import PSP
+from models.stylegan2.model import Generator, ModulatedConv2d, StyledConv, ToRGB
 
 
-def upfirdn2d_plain(x, kernel, *, up=1, pad=(0, 0)):
+def upfirdn2d_plain(
+    x: Float[Tensor, 'N C H W'],
+    kernel: Float[Tensor, '4 4'],
+    *,
+    up: int = 1,
+    pad: tuple[int, int] = (0, 0),
+) -> Float[Tensor, 'N C h w']:
     """Zero insertion, padding and filtering of [N, C, H, W], one channel at a time."""
     n, c, h, w = x.shape
     x = x.reshape(n * c, h, 1, w, 1)
@@ -27,7 +39,9 @@ def upfirdn2d_plain(x, kernel, *, up=1, pad=(0, 0)):
     return y.reshape(n, c, *y.shape[2:])
 
 
-def modulated_conv(conv, x, w):
+def modulated_conv(
+    conv: ModulatedConv2d, x: Float[Tensor, 'N C H W'], w: Float[Tensor, 'N D']
+) -> Float[Tensor, 'N K h w']:
     """A ModulatedConv2d with one weight per sample, as a grouped convolution."""
     n, c_in, h, width = x.shape
     weight = conv.scale * conv.weight * conv.modulation(w).view(n, 1, c_in, 1, 1)
@@ -45,19 +59,29 @@ def modulated_conv(conv, x, w):
     return y.view(n, c_out, h, width)
 
 
-def styled_conv(layer, x, w, noise):
+def styled_conv(
+    layer: StyledConv,
+    x: Float[Tensor, 'N C H W'],
+    w: Float[Tensor, 'N D'],
+    noise: Float[Tensor, '#N 1 h w'],
+) -> Float[Tensor, 'N K h w']:
     y = modulated_conv(layer.conv, x, w) + layer.noise.weight * noise
     return F.leaky_relu(y + layer.activate.bias.view(1, -1, 1, 1), 0.2) * 2**0.5
 
 
-def to_rgb(layer, x, w, skip=None):
+def to_rgb(
+    layer: ToRGB,
+    x: Float[Tensor, 'N C H W'],
+    w: Float[Tensor, 'N D'],
+    skip: Float[Tensor, 'N 3 h w'] | None = None,
+) -> Float[Tensor, 'N 3 H W']:
     rgb = modulated_conv(layer.conv, x, w) + layer.bias
     if skip is None:
         return rgb
     return rgb + upfirdn2d_plain(skip, layer.upsample.kernel, up=2, pad=(2, 1))
 
 
-def synthesis(generator, ws):
+def synthesis(generator: Generator, ws: Float[Tensor, 'N L D']) -> Float[Tensor, 'N 3 R R']:
     """ws [N, L, D] -> images [N, 3, R, R]."""
     noise = generator.noise_maps('stored', len(ws), ws.device)
     x = generator.input.input.repeat(len(ws), 1, 1, 1)
@@ -77,7 +101,9 @@ class PublishedWay:
     convolutions start a VGG19 that is otherwise random. All stay float32.
     """
 
-    def __init__(self, psp, content_net, style_net, config):
+    def __init__(
+        self, psp: PSP, content_net: ContentNetwork, style_net: VGGStyle, config: OptimizeConfig
+    ) -> None:
         self.psp, self.content_net, self.config = psp, content_net, config
         self.device = psp.latent_avg.device
         vgg = torchvision.models.vgg19(weights=None).features
@@ -86,7 +112,9 @@ class PublishedWay:
         self.vgg = vgg.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def invert(self, x, n_iters=5):
+    def invert(
+        self, x: Float[Tensor, 'k 3 S S'], n_iters: int = 5
+    ) -> tuple[Float[Tensor, 'k L D'], Float[Tensor, 'k 3 S S']]:
         """x [k, 3, S, S] -> latents [k, L, D] and reconstructions [k, 3, S, S]."""
         psp = self.psp
         ws = psp.latent_avg.repeat(len(x), 1, 1)
@@ -96,7 +124,7 @@ class PublishedWay:
             y = psp.pool(synthesis(psp.decoder, ws))
         return ws, y
 
-    def style_features(self, img):
+    def style_features(self, img: Float[Tensor, 'k 3 S S']) -> Float[Tensor, 'k 64 S S']:
         """The second rectified convolution of VGG19, of the sixteen that are computed."""
         kept = []
         for layer in self.vgg:
@@ -105,7 +133,9 @@ class PublishedWay:
                 kept.append(img)
         return kept[1]
 
-    def content_loss(self, y, recon):
+    def content_loss(
+        self, y: Float[Tensor, '1 3 S S'], recon: Float[Tensor, 'k 3 S S']
+    ) -> Float[Tensor, '']:
         """Mean over members of 1 - cosine; features of y, targets and sources every time."""
         k = len(recon)
         features = self.content_features(y.repeat(k, 1, 1, 1))
@@ -118,11 +148,13 @@ class PublishedWay:
             loss = loss + 1 - diff
         return loss / k
 
-    def content_features(self, img):
+    def content_features(self, img: Float[Tensor, 'k 3 S S']) -> Float[Tensor, 'k F']:
         img = F.interpolate(img, size=self.content_net.input_size)
         return F.normalize(self.content_net.net(img), dim=1)
 
-    def style_loss(self, y_features, source_features):
+    def style_loss(
+        self, y_features: Float[Tensor, '1 C S S'], source_features: Float[Tensor, 'k C S S']
+    ) -> Float[Tensor, '']:
         """Every source patch against its most similar patch of y, one pair after the other."""
         grid = self.config.n_crop
         y_grams = [gram(p) for p in patches(y_features[0], grid)]
@@ -139,13 +171,19 @@ class PublishedWay:
             loss = loss + own / grid**2
         return loss / len(source_features)
 
-    def targets(self, x):
+    def targets(self, x: Float[Tensor, 'k 3 S S']) -> Float[Tensor, 'k C S S']:
         """What is computed once for a group: style features of its photographs."""
         self.sources = x
         with torch.no_grad():
             return self.style_features(x)
 
-    def steps(self, ws, recon, source_features, n_steps):
+    def steps(
+        self,
+        ws: Float[Tensor, 'k L D'],
+        recon: Float[Tensor, 'k 3 S S'],
+        source_features: Float[Tensor, 'k C S S'],
+        n_steps: int,
+    ) -> tuple[Float[Tensor, '{n_steps} 2'], list[float]]:
         """Optimises from the mean latent; returns (losses [n_steps, 2], seconds of each step)."""
         cfg = self.config
         w = ws.mean(0, keepdim=True).requires_grad_(True)
@@ -167,7 +205,7 @@ class PublishedWay:
         return torch.tensor(losses), seconds
 
 
-def patches(features, grid):
+def patches(features: Float[Tensor, 'C H W'], grid: int) -> list[Float[Tensor, 'C h w']]:
     """[C, H, W] -> grid^2 patches [C, H // grid, W // grid], row by row."""
     h, w = features.shape[1] // grid, features.shape[2] // grid
     return [
@@ -177,6 +215,6 @@ def patches(features, grid):
     ]
 
 
-def gram(patch):
+def gram(patch: Float[Tensor, 'C h w']) -> Float[Tensor, 'C C']:
     flat = patch.flatten(1)
     return flat @ flat.T

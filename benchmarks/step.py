@@ -12,7 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import argparse
+from collections.abc import Callable, Sequence
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from anonymization.optimize import (
     ACTIVATIONS,
@@ -29,7 +34,7 @@ from criteria.content import content_loss
 from utils.cli import parser, positive_int, power_of_two, resolve_device, run
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     lines = __doc__.splitlines()
     p = parser(lines[0], epilog='\n'.join(lines[1:]))
     p.add_argument(
@@ -50,21 +55,23 @@ def build_parser():
     return p
 
 
-def parts_of_a_step(engine, groups):
+def parts_of_a_step(
+    engine: GroupOptimizer, groups: Sequence[Group]
+) -> dict[str, Callable[[], None]]:
     """{name: function that does this part of a step, with its gradient}."""
     targets = engine.targets(groups)
     start = torch.stack([g.ws.to(engine.device).mean(0) for g in groups])
     with torch.no_grad():
         picture = engine.psp.pool(engine.synthesis(start))
 
-    def gradient(function, x):
+    def gradient(function: Callable[[Tensor], Tensor], x: Float[Tensor, '...']) -> None:
         leaf = x.clone().requires_grad_(True)
         torch.autograd.grad(function(leaf).sum(), leaf)
 
-    def content(y):
+    def content(y: Float[Tensor, 'G 3 S S']) -> Float[Tensor, ' G']:
         return content_loss(engine.content_net.features(y), targets.content)
 
-    def style(y):
+    def style(y: Float[Tensor, 'G 3 S S']) -> Float[Tensor, ' G']:
         return engine.style.loss(engine.style.maps(y), targets.style)
 
     return {
@@ -75,7 +82,7 @@ def parts_of_a_step(engine, groups):
     }
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     device = resolve_device(opts.device)
     torch.backends.cudnn.benchmark = True

@@ -15,11 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import argparse
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 import torchvision
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from benchmarks.machine import OperationCount, describe, matrix_rate, synchronize
 from models.encoders import build_encoder
@@ -39,17 +43,17 @@ ENCODER_SIZE, ENCODER_BATCH = 256, 8
 class RandomImages(torch.utils.data.Dataset):
     """`n` fixed uint8 images."""
 
-    def __init__(self, n, size):
+    def __init__(self, n: int, size: int) -> None:
         self.images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[UInt8[Tensor, '3 S S'], Float[Tensor, ' 0']]:
         return self.images[index], torch.zeros(0)
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     lines = __doc__.splitlines()
     p = parser(lines[0], epilog='\n'.join(lines[1:]))
     p.add_argument(
@@ -84,7 +88,9 @@ def build_parser():
     return p
 
 
-def generator_step(opts, device):
+def generator_step(
+    opts: argparse.Namespace, device: torch.device
+) -> tuple[Callable[[], object], int, int]:
     """(function that takes one step, images per step, steps of a whole round of regularisation)."""
     config = make_config(opts.cfg, opts.size, 1, batch=opts.batch)
     trainer = Trainer(
@@ -99,7 +105,9 @@ def generator_step(opts, device):
     return trainer.step, config.batch, config.d_reg_interval
 
 
-def encoder_step(opts, device):
+def encoder_step(
+    opts: argparse.Namespace, device: torch.device
+) -> tuple[Callable[[], object], int, int]:
     """As generator_step; every step is alike."""
     batch = opts.batch or ENCODER_BATCH
     generator = Generator(opts.size)
@@ -131,7 +139,7 @@ def encoder_step(opts, device):
     return lambda: coach.step(x), batch, 1
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     device = resolve_device(opts.device)
     torch.backends.cudnn.benchmark = True

@@ -5,6 +5,8 @@ Installed, they would overwrite files of packages of the same names, Hugging Fac
 them.
 """
 
+from typing import NoReturn
+
 _REASON = (
     'k-SALSA runs from its checkout and is not installed: its folders would overwrite other '
     'packages (datasets, models, utils, ...). Install what it needs with "make env" or '
@@ -12,11 +14,13 @@ _REASON = (
 )
 
 
-def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+def build_wheel(
+    wheel_directory: str, config_settings: dict | None = None, metadata_directory: str | None = None
+) -> NoReturn:
     raise SystemExit(_REASON)
 
 
-def build_sdist(sdist_directory, config_settings=None):
+def build_sdist(sdist_directory: str, config_settings: dict | None = None) -> NoReturn:
     raise SystemExit(_REASON)
 
 

@@ -18,12 +18,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import argparse
 import contextlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from evaluation.features import load_feature_network, picture_names, read_pictures
 from evaluation.fidelity import compare_pictures, fidelity, scaled
@@ -44,7 +48,7 @@ DETAIL = {'area': 'vessel area', 'length': 'vessel length', 'high_frequencies': 
 LABELS = {'fundus': ('FD-fundus', 'KID-fundus'), 'inception': ('FID', 'KID')}
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
     p.add_argument('real', type=Path, metavar='REAL', help='real pictures')
     p.add_argument('synthetic', type=Path, metavar='SYNTHETIC', help='synthetic pictures')
@@ -97,7 +101,7 @@ def build_parser():
     return add_common(p)
 
 
-def chosen(opts):
+def chosen(opts: argparse.Namespace) -> list[str]:
     """The kinds of statistics to compute."""
     if opts.metrics is None:
         given = {
@@ -113,7 +117,7 @@ def chosen(opts):
     return kinds
 
 
-def picture_side(path, *, one_size):
+def picture_side(path: str | Path, *, one_size: bool) -> int:
     """Shorter side of the first picture of a folder or ZIP.
 
     one_size: UserError when the pictures are not all of one size, as those of a generator or a
@@ -141,7 +145,7 @@ def picture_side(path, *, one_size):
     return min(next(iter(sizes.values())))
 
 
-def table(results):
+def table(results: dict[str, Any]) -> list[list[str]]:
     """Printable rows: statistic, value, interval, real against real."""
     lines = [f'{"statistic":<24}{"value":>10}  {"95 % interval":<22}{"real split":>10}']
     for kind, found in results.items():
@@ -178,7 +182,9 @@ def table(results):
     return '\n'.join(lines)
 
 
-def detail(real: np.ndarray, synthetic: np.ndarray, seed: int) -> dict:
+def detail(
+    real: UInt8[np.ndarray, 'n 3 S S'], synthetic: UInt8[np.ndarray, 'm 3 S S'], seed: int
+) -> dict:
     """Vessels and power at high frequencies, synthetic over real."""
     return {
         **vessel_ratios(real, synthetic, seed=seed),
@@ -186,7 +192,7 @@ def detail(real: np.ndarray, synthetic: np.ndarray, seed: int) -> dict:
     }
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()
     kinds = chosen(opts)

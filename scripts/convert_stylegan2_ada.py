@@ -10,8 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
+from collections.abc import Sequence
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from models.stylegan2 import Generator
 from models.stylegan2.checkpoint import (
     discriminator_from_state,
     generator_from_state,
@@ -33,7 +38,7 @@ EPILOG = """examples:
 """
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__, EPILOG)
     p.add_argument('--source', '--network', required=True, metavar='FILE', help='.pkl or .pt')
     p.add_argument('--dest', required=True, metavar='FILE', help='the .pt file to write')
@@ -53,7 +58,7 @@ def build_parser():
     return cli.add_common(p)
 
 
-def read_port(path):
+def read_port(path: str | Path) -> dict[str, Any]:
     """A .pt file of a PyTorch port -> {'g_ema', 'latent_avg'?, 'g'?, 'd'?}."""
     # Trainer checkpoints carry their command line, a bare attribute holder; nothing else is let in.
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -61,7 +66,7 @@ def read_port(path):
     if not isinstance(content, dict) or 'g_ema' not in content:
         raise UserError(f'{path} has no "g_ema" entry, so it is not a StyleGAN2 generator file')
 
-    def generator(key):
+    def generator(key: str) -> dict[str, Tensor]:
         net = generator_from_state(content[key], source=f'{path} ({key})', remedy=_REMEDY)
         return net.state_dict()
 
@@ -80,7 +85,7 @@ def read_port(path):
 
 
 @torch.no_grad()
-def self_check(weights, device, seed):
+def self_check(weights: dict[str, Any], device: torch.device, seed: int) -> Generator:
     """Runs every converted network; UserError when a value is not finite."""
     net = generator_from_state(weights['g_ema']).to(device).eval()
     draw = torch_generator(seed, 'self-check')
@@ -100,7 +105,7 @@ def self_check(weights, device, seed):
     return net
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging()
     device = cli.resolve_device(args.device)

@@ -5,6 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import argparse
+from collections.abc import Sequence
+
 import pandas as pd
 
 from anonymization.release import check_outside_release
@@ -28,7 +31,7 @@ A report of every source image (kept or left out, and why) is written beside the
 """
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__, EPILOG)
     p.add_argument(
         '--source',
@@ -113,7 +116,7 @@ def build_parser():
     return p
 
 
-def copy_table(source, split, kept, dest):
+def copy_table(source: str | Path, split: str | None, kept: pd.DataFrame, dest: str | Path) -> None:
     """The rows of the table `source` whose images were kept, in a new table."""
     rows = pd.read_csv(source, dtype=str, keep_default_na=False, encoding='utf-8-sig')
     rows.columns = [c.strip() for c in rows.columns]
@@ -122,7 +125,7 @@ def copy_table(source, split, kept, dest):
     write_csv(dest, rows.iloc[: len(kept)][kept.to_numpy()])
 
 
-def check_paths(sources, dest):
+def check_paths(sources: Sequence[str], dest: str | Path) -> None:
     """UserError for a source named twice, and for a --dest that would be read again next time."""
     check_outside_release(dest, '--dest')
     resolved = [Path(s).resolve() for s in sources]
@@ -142,7 +145,7 @@ def check_paths(sources, dest):
         )
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging()
     check_paths(args.source, args.dest)

@@ -15,13 +15,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import argparse
+from collections.abc import Sequence
+
 from utils import cli
 from utils.errors import UserError
 
 WEIGHTS = ROOT / 'pretrained_models' / 'demo'
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
     p.add_argument(
         '--out_dir', type=Path, default=Path('demo_output'), metavar='DIR', help='output folder'
@@ -61,7 +64,7 @@ def call(name, *arguments):
         raise UserError(f'{command[0]} failed with exit code {code}')
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     started = time.monotonic()
     data, run = opts.out_dir / 'phantoms', opts.out_dir / 'run'

@@ -6,8 +6,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from collections.abc import Callable, Iterable, Sequence
+
 import numpy as np
 import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
 
 from models.stylegan2.checkpoint import load_generator
 from models.stylegan2.model import Generator
@@ -31,7 +35,7 @@ the left and the columns' on top; an interpolation is interpolation.webp, .gif, 
 """
 
 
-def number_list(text):
+def number_list(text: str) -> list[int]:
     """'0,3,5-7' -> [0, 3, 5, 6, 7]."""
     numbers = []
     for part in text.split(','):
@@ -46,7 +50,7 @@ def number_list(text):
     return numbers
 
 
-def psi_list(text):
+def psi_list(text: str) -> list[float]:
     """'0.5,1' -> [0.5, 1.0]."""
     try:
         values = [float(part) for part in text.split(',')]
@@ -57,7 +61,7 @@ def psi_list(text):
     return values
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__, EPILOG)
     p.add_argument('--network', required=True, metavar='FILE', help='generator .pt file')
     p.add_argument('--outdir', required=True, metavar='DIR', help='where the pictures go')
@@ -115,7 +119,7 @@ def build_parser():
     return cli.add_common(p)
 
 
-def check_options(args):
+def check_options(args: argparse.Namespace) -> None:
     """UserError for flags that do not go together."""
     mixing = args.rows is not None or args.cols is not None
     kinds = [
@@ -142,7 +146,7 @@ def check_options(args):
         raise UserError('--projected_w latents are rendered as they are; leave --trunc out')
 
 
-def read_latents(path: str, net: Generator) -> torch.Tensor:
+def read_latents(path: str, net: Generator) -> Float32[Tensor, 'N L D']:
     """float32 [N, L, D] of an .npz ("w") or .npy file; UserError when it holds none."""
     try:
         # Mapped: a short file cannot claim an array of any size.
@@ -174,7 +178,7 @@ def read_latents(path: str, net: Generator) -> torch.Tensor:
     return torch.from_numpy(w.reshape(-1, *want).astype(np.float32))
 
 
-def guard(paths, overwrite):
+def guard(paths: Iterable[Path], overwrite: bool) -> None:
     """UserError when one of the pictures exists."""
     existing = [p for p in paths if p.exists()]
     if existing and not overwrite:
@@ -184,7 +188,9 @@ def guard(paths, overwrite):
         )
 
 
-def save_samples(images, names, out, n_cols):
+def save_samples(
+    images: Iterable[Float[Tensor, '3 R R']], names: Sequence[str], out: Path, n_cols: int
+) -> None:
     """Writes every picture and, for up to 400, a contact sheet."""
     kept = []
     for name, image in zip(progress(names, desc='pictures'), images):
@@ -195,7 +201,12 @@ def save_samples(images, names, out, n_cols):
         save_png(grid(torch.stack(kept), n_cols), out / CONTACT_SHEET)
 
 
-def sample(args, net, styles, out):
+def sample(
+    args: argparse.Namespace,
+    net: Generator,
+    styles: Callable[[Sequence[int], float], Tensor],
+    out: Path,
+) -> None:
     """--seeds: one picture per seed and truncation."""
     one = len(args.trunc) == 1
     names = [
@@ -215,7 +226,7 @@ def sample(args, net, styles, out):
     return f'{len(names)} pictures'
 
 
-def project(args, net, device, out):
+def project(args: argparse.Namespace, net: Generator, device: torch.device, out: Path) -> None:
     """--projected_w: one picture per latent."""
     ws = read_latents(args.projected_w, net).to(device)
     names = [f'latent{i:04d}.png' for i in range(len(ws))]
@@ -226,7 +237,12 @@ def project(args, net, device, out):
     return f'{len(names)} pictures'
 
 
-def mix(args, net, styles, out):
+def mix(
+    args: argparse.Namespace,
+    net: Generator,
+    styles: Callable[[Sequence[int], float], Tensor],
+    out: Path,
+) -> None:
     """--rows and --cols: a sheet with the sources on its rim."""
     if max(args.styles) >= net.n_latent:
         raise UserError(f'--styles: this generator has the layers 0-{net.n_latent - 1}')
@@ -256,7 +272,12 @@ def mix(args, net, styles, out):
     return f'a grid of {n_rows} x {n_cols} mixtures'
 
 
-def interpolate(args, net, styles, out):
+def interpolate(
+    args: argparse.Namespace,
+    net: Generator,
+    styles: Callable[[Sequence[int], float], Tensor],
+    out: Path,
+) -> None:
     """--interpolate: numbered frames or one animated file."""
     ws = loop_styles(styles(args.seeds, args.trunc[0]), args.frames)
     # One noise for the whole film: fresh noise per frame would flicker.
@@ -283,7 +304,7 @@ def interpolate(args, net, styles, out):
     return f'{path.name}, {len(ws)} frames,'
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging()
     check_options(args)
@@ -293,7 +314,7 @@ def main(argv=None):
         latent_avg = net.mean_latent(seed=args.seed)
     out = Path(args.outdir)
 
-    def styles(seeds, psi):
+    def styles(seeds: Sequence[int], psi: float) -> Float[Tensor, 'N L D']:
         return seed_styles(net, seeds, psi=psi, latent_avg=latent_avg)
 
     if args.interpolate:

@@ -14,13 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import argparse
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from models.psp import FrozenPSP, invert, load_psp, refine
+from models.psp import FrozenPSP, Inverter, invert, load_psp, refine
 from utils import cli
 from utils.errors import UserError
 from utils.images import check_image_files, find_images, grid, load_tensor, png_names, save_png
@@ -34,7 +38,7 @@ _SHEET_ROWS = 8
 _FREE = ('out_dir', 'device', 'data_path', 'checkpoint_path')
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
     p.add_argument(
         '--checkpoint_path', type=Path, required=True, metavar='FILE', help='ReStyle-pSp checkpoint'
@@ -85,7 +89,9 @@ def build_parser():
     return cli.add_common(p)
 
 
-def encode(psp, paths, work, opts, device):
+def encode(
+    psp: Inverter, paths: Sequence[Path], work: Path, opts: argparse.Namespace, device: torch.device
+) -> tuple[Float[Tensor, 'N L D'], Float[Tensor, 'N T']]:
     """One file per batch in `work`: latents and the error after each refinement."""
     bar = progress(total=len(paths), desc='inversion', unit='img')
     for i in range(0, len(paths), opts.test_batch_size):
@@ -109,7 +115,15 @@ def encode(psp, paths, work, opts, device):
     return torch.cat([f['ws'] for f in files]), torch.cat([f['errors'] for f in files])
 
 
-def improve(psp, paths, ws, errors, work, opts, device):
+def improve(
+    psp: Inverter,
+    paths: Sequence[Path],
+    ws: Float[Tensor, 'N L D'],
+    errors: Float[Tensor, ' N'],
+    work: Path,
+    opts: argparse.Namespace,
+    device: torch.device,
+) -> tuple[Float[Tensor, 'N L D'], Float[Tensor, ' N']]:
     """Refined copies of the latents and errors; rows that were good enough stay as they are."""
     ws, errors = ws.clone(), errors.clone()
     limit = opts.refine_above
@@ -135,12 +149,12 @@ def improve(psp, paths, ws, errors, work, opts, device):
 
 
 @torch.no_grad()
-def draw(psp, ws, device):
+def draw(psp: Inverter, ws: Float[Tensor, 'L D'], device: torch.device) -> Float[Tensor, '3 S S']:
     """The picture of one latent [L, D] at the encoder's size, on the CPU."""
     return psp.pool(psp.decode(ws[None].to(device)))[0].clamp(-1, 1).cpu()
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()
     device = cli.resolve_device(opts.device)

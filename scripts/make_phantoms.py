@@ -13,8 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import logging
+from collections.abc import Sequence
 
+import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from datasets.phantoms import EYES, GRADE_SHARES, MAX_SIZE, MIN_SIZE, make_dataset
 from utils.cli import nonnegative_int, parser, positive_int, run
@@ -28,7 +32,7 @@ log = logging.getLogger(__name__)
 _SHEET_PER_GRADE = 6
 
 
-def grade_shares(text):
+def grade_shares(text: str) -> list[float]:
     """Five numbers, the shares of grades 0 to 4."""
     try:
         shares = [float(v) for v in text.split(',')]
@@ -41,7 +45,7 @@ def grade_shares(text):
     return shares
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
     p.add_argument('--out_dir', required=True, type=Path, metavar='DIR', help='a new folder')
     p.add_argument(
@@ -71,7 +75,7 @@ def build_parser():
     return p
 
 
-def contact_sheet(table, image_dir):
+def contact_sheet(table: pd.DataFrame, image_dir: Path) -> Float[Tensor, '3 H W']:
     """A few pictures of each grade, one row per grade."""
     rows = []
     for _, part in table.groupby('diagnosis'):
@@ -80,7 +84,7 @@ def contact_sheet(table, image_dir):
     return grid(torch.stack(images), _SHEET_PER_GRADE)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()
     if not MIN_SIZE <= opts.size <= MAX_SIZE:
