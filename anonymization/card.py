@@ -144,6 +144,17 @@ def named_in(card: Card, ids: Iterable[str], patients: Iterable[str] | None) -> 
     )
 
 
+def check_names(card: Card, ids: Iterable[str], patients: Iterable[str] | None) -> None:
+    """UserError for a card that names photographs or patients."""
+    if named := named_in(card, ids, patients):
+        raise UserError(
+            listing(
+                '--card names photographs or patients, and is for everyone to read; take them out',
+                named,
+            )
+        )
+
+
 def filled(card: Card) -> dict[str, str]:
     """The fields as pages show them: in [brackets] what is not given, but the version 1.0.0."""
     return {

@@ -1,5 +1,8 @@
 """Group tables (id_code, centers, release_name) and the pictures that stand for the groups."""
 
+import dataclasses
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +13,45 @@ from utils.errors import UserError, listing
 from utils.images import IMAGE_SUFFIXES
 
 _MAX_NUMBER = 10**9  # of a group
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Groups:
+    """Who is grouped with whom: `n` photographs in `C` groups, each with a picture.
+
+    of: int64 [n], the group of each photograph, 0 to C - 1, or -1 for one that was left out.
+    names: [C], release names of the pictures. Files number the groups from 1, with 0 for left out
+    (column `centers`); nothing else does.
+    """
+
+    of: np.ndarray
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @functools.cached_property
+    def members(self) -> list[np.ndarray]:
+        """Rows of each group's photographs, ascending."""
+        order = np.argsort(self.of, kind='stable')
+        starts = np.searchsorted(self.of[order], np.arange(len(self) + 1))
+        return [order[a:b] for a, b in zip(starts[:-1], starts[1:])]
+
+    @property
+    def n_left_out(self) -> int:
+        """Photographs that are in no group."""
+        return int((self.of < 0).sum())
+
+    @classmethod
+    def read(cls, path: str | Path, ids: Sequence[str]) -> 'Groups':
+        """The groups of a run's private groups.csv; UserError when it is not one of these ids."""
+        columns = {'id_code': str, 'release_name': str}
+        table = pd.read_csv(path, dtype=columns, keep_default_na=False)
+        if list(table['id_code']) != list(ids):
+            raise UserError(f'{path} does not belong to the table of this run')
+        of = table['centers'].to_numpy() - 1
+        names = dict(zip(of.tolist(), table['release_name']))
+        return cls(of, tuple(names[c] for c in range(int(of.max()) + 1)))
 
 
 class Group(NamedTuple):

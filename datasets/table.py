@@ -5,17 +5,20 @@ level) and this project's phantoms.
 """
 
 import dataclasses
+import json
 import logging
 import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from utils.errors import UserError, listing
 from utils.images import IMAGE_SUFFIXES, strip_suffix
+from utils.io import sha256_bytes
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +28,15 @@ PATIENT_COLUMNS = ('patient_id', 'patient', 'subject_id', 'subject')
 MAX_GRADE = 4
 _NUMBER = re.compile(r'0*(\d+)(?:\.0+)?')
 _EYEPACS_ID = re.compile(r'(.+)_(left|right)', re.IGNORECASE)
+
+
+class Origin(NamedTuple):
+    """How to read a table again: `read_table` with these arguments."""
+
+    csv: Path | None
+    image_dir: Path | None
+    split: str | None
+    n_images: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Table:
     eyes: list | None = None  # 'left' or 'right'
     visits: list | None = None
     splits: list | None = None
+    origin: Origin | None = None  # of a table as it was read
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -53,6 +66,7 @@ class Table:
         """The rows with the given indices, in that order."""
         keep = [int(i) for i in keep]
         pick = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del pick['origin']
         return Table(
             **{
                 name: None
@@ -66,12 +80,38 @@ class Table:
             }
         )
 
+    def digest(self) -> str:
+        """SHA-256 that changes with ids, grades, patients, eyes, visits and splits."""
+        labels = None if self.labels is None else self.labels.tolist()
+        columns = [self.ids, labels, self.patients, self.eyes, self.visits, self.splits]
+        return sha256_bytes(json.dumps(columns).encode())
 
-def read_table(csv, image_dir=None, *, require_label=False, ids_only=False, split=None):
+    def origin_options(self) -> dict[str, Any]:
+        """Where the table and its photographs are, by flag of scripts/k-SALSA.py; None unknown."""
+        origin = self.origin or Origin(None, None, None, None)
+        folders = {str(p.parent) for p in self.paths}
+        return {
+            'df': origin.csv and str(origin.csv),
+            'data_path': folders.pop() if len(folders) == 1 else None,
+            'split': origin.split,
+            'n_images': origin.n_images,
+        }
+
+
+def read_table(
+    csv: str | Path,
+    image_dir: str | Path | None = None,
+    *,
+    require_label: bool = False,
+    ids_only: bool = False,
+    split: str | None = None,
+    n_images: int | None = None,
+) -> Table:
     """Reads a CSV of image ids with optional grade, patient, eye, visit and split columns.
 
     image_dir: folder of `<id>` with any usual image suffix; None takes `images/` beside the
-    table, or the table's folder. ids_only: do not look for files. split: keep those rows only.
+    table, or the table's folder. ids_only: do not look for files. split: keep those rows only;
+    n_images: keep so many, the first ones.
     Without a patient column, ids of the form `<patient>_left` and `<patient>_right` name it;
     patients that differ in capital letters only are one.
     UserError, listing all bad rows together, for: no table, no id column, empty or duplicate
@@ -91,9 +131,12 @@ def read_table(csv, image_dir=None, *, require_label=False, ids_only=False, spli
     )
     if split is not None:
         table = _only_split(table, split, csv)
+    if n_images is not None:
+        table = table.subset(range(min(n_images, len(table))))
     if not ids_only:
         table = dataclasses.replace(table, paths=_find_files(table.ids, csv, image_dir))
-    return table
+    folder = None if image_dir is None else Path(image_dir)
+    return dataclasses.replace(table, origin=Origin(csv, folder, split, n_images))
 
 
 def _read_csv(csv: Path) -> pd.DataFrame:

@@ -1,23 +1,18 @@
 """k-SALSA runs on the members: the groups that the grouped methods share."""
 
-import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 
+from anonymization import Networks, OptimizeConfig, anonymize
+from anonymization import Settings as Shape
 from datasets.groups import read_groups
-from datasets.table import Table
-from evaluation.cache import cached, digest
+from datasets.table import Table, read_table
 from evaluation.settings import Settings
-from utils.errors import UserError
-from utils.io import sha256_file, write_csv
-from utils.runs import PROJECT_ROOT
-
-log = logging.getLogger(__name__)
+from utils.io import write_csv
 
 N_GRADES = 5
 
@@ -48,18 +43,14 @@ class Release(NamedTuple):
         return [next((f for f in names if f.exists()), names[0]) for names in files]
 
 
-def call(name: str, *arguments: str) -> None:
-    """Runs another script of this project; UserError when it fails."""
-    log.info('%s %s', name, ' '.join(arguments))
-    code = subprocess.run(
-        [sys.executable, str(PROJECT_ROOT / 'scripts' / f'{name}.py'), *arguments], check=False
-    ).returncode
-    if code:
-        raise UserError(f'scripts/{name}.py failed with exit code {code}')
-
-
 def make_release(
-    settings: Settings, members: Table, k: int, out_dir: Path, *, device: str, seed: int
+    settings: Settings,
+    members: Table,
+    k: int,
+    out_dir: Path,
+    *,
+    device: torch.device | str,
+    seed: int,
 ) -> Release:
     """Makes the release of groups of k in out_dir/k<k>, or finds it finished.
 
@@ -69,50 +60,32 @@ def make_release(
     if members.patients:
         columns['patient_id'] = members.patients
     write_csv(out_dir / 'members.csv', pd.DataFrame(columns))
-    run = out_dir / f'k{k}'
-    shaping = {
-        'same_k': k,
-        'style_weight': settings.style_weight,
-        'lr': settings.lr,
-        'content_weight': settings.content_weight,
-        'num_steps': settings.num_steps,
-        'precision': settings.precision,
-        'seed': seed,
-    }
-    flags = {
-        'exp_dir': run,
-        'checkpoint_path': settings.file('checkpoint'),
-        'data_path': members.paths[0].parent,
-        'df': out_dir / 'members.csv',
-        'content_weights': settings.network('content_weights'),
-        'style_weights': settings.network('style_weights'),
-        'device': device,
-        **shaping,
-    }
-
-    def make() -> dict:
-        call(
-            'k-SALSA',
-            '--centroids',
-            '--save_reconstructions',
-            *(f'--{name}={value}' for name, value in flags.items()),
-        )
-        return {'run': run.name}
-
-    stamp = out_dir / f'k{k}.json'
-    if not (run / 'release' / 'manifest.json').exists():
-        stamp.unlink(missing_ok=True)
-    cached(
-        stamp,
-        {
-            **shaping,
-            'table': sha256_file(out_dir / 'members.csv'),
-            'photographs': digest([sha256_file(p) for p in members.paths]),
-            'weights': {n: sha256_file(f) for n, f in settings.weights().items()},
-        },
-        make,
+    style = settings.network('style_weights') if settings.style_weight != 0 else None
+    anonymize(
+        read_table(out_dir / 'members.csv', members.paths[0].parent),
+        Networks(settings.file('checkpoint'), settings.network('content_weights'), style),
+        shaped(settings, k, seed),
+        out_dir / f'k{k}',
+        device=device,
     )
-    return read_release(run, k, members)
+    return read_release(out_dir / f'k{k}', k, members)
+
+
+def shaped(settings: Settings, k: int, seed: int) -> Shape:
+    """What the main job is to do for groups of k."""
+    return Shape(
+        k=k,
+        precision=settings.precision,
+        centroids=True,
+        save_reconstructions=True,
+        seed=seed,
+        optimize=OptimizeConfig(
+            n_steps=settings.num_steps,
+            content_weight=settings.content_weight,
+            style_weight=settings.style_weight,
+            lr=settings.lr,
+        ),
+    )
 
 
 def read_release(run: Path, k: int, members: Table) -> Release:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from jaxtyping import Float, UInt8
 from classification.metrics import check_test_labels
 from classification.settings import Config, find_config, load_config
 from datasets.people import merge_identical
+from datasets.phantoms.dataset import make_dataset
 from datasets.pictures import load_pictures
 from datasets.table import Table, read_table
 from evaluation.attacks.metrics import MIN_PEOPLE
@@ -19,7 +21,7 @@ from evaluation.attacks.projection import attack_features, least_reference
 from evaluation.cache import digest
 from evaluation.judges import Judge, load_judges, networks_of
 from evaluation.population import Population, people_of, populate, roles_of
-from evaluation.releases import Release, call, make_release
+from evaluation.releases import Release, make_release
 from evaluation.settings import Settings
 from evaluation.splits import split_table
 from utils.errors import UserError
@@ -119,7 +121,7 @@ class Study:
                 self.population.members,
                 k,
                 self.folder,
-                device=str(self.device),
+                device=self.device,
                 seed=self.seed,
             )
             for k in self.settings.first_k()
@@ -161,11 +163,8 @@ def _table(settings: Settings, folder: Path) -> Table:
         )
     drawn = folder / 'phantoms'
     if not (drawn / 'labels.csv').exists():
-        call(
-            'make_phantoms',
-            f'--out_dir={drawn}',
-            *(f'--{name}={value}' for name, value in settings.phantoms.items()),
-        )
+        shutil.rmtree(drawn, ignore_errors=True)  # what a killed process had begun
+        make_dataset(drawn, **settings.phantoms)
     return read_table(drawn / 'labels.csv', require_label=True)
 
 

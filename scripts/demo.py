@@ -3,23 +3,25 @@
     python scripts/demo.py --out_dir=demo_output
 
 Draws photographs of eyes that never existed (scripts/make_phantoms.py), groups and averages them
-(scripts/k-SALSA.py), verifies the release (scripts/verify_release.py) and says where all lies. A
-demo that was stopped goes on when started again.
+(what scripts/k-SALSA.py does), shows the verification and says where all lies. A demo that was
+stopped goes on when started again.
 """
 
-import subprocess
+import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import argparse
-from collections.abc import Sequence
-
+from anonymization import Networks, OptimizeConfig, Settings, anonymize
+from anonymization.audit import report_text
+from datasets.table import read_table
+from scripts import make_phantoms
 from utils import cli
-from utils.errors import UserError
+from utils.logs import setup_logging
 
 WEIGHTS = ROOT / 'pretrained_models' / 'demo'
 
@@ -53,53 +55,40 @@ def build_parser() -> argparse.ArgumentParser:
     return cli.add_common(p)
 
 
-def call(name, *arguments):
-    """Runs a script of this folder and shows its command; UserError when it fails."""
-    command = [f'scripts/{name}.py', *map(str, arguments)]
-    print('\n$ python ' + ' '.join(command), flush=True)
-    code = subprocess.run(
-        [sys.executable, str(ROOT / command[0]), *command[1:]], check=False
-    ).returncode
-    if code:
-        raise UserError(f'{command[0]} failed with exit code {code}')
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
+    setup_logging()
     started = time.monotonic()
     data, run = opts.out_dir / 'phantoms', opts.out_dir / 'run'
     if not (data / 'labels.csv').exists():
         # Seed 1 drew the photographs the weights were trained on; these eyes are new.
-        call(
-            'make_phantoms',
-            f'--out_dir={data}',
-            f'--n_patients={opts.n_patients}',
-            '--size=64',
-            f'--seed={opts.seed + 2}',
+        make_phantoms.main(
+            [
+                f'--out_dir={data}',
+                f'--n_patients={opts.n_patients}',
+                '--size=64',
+                f'--seed={opts.seed + 2}',
+            ]
         )
-    call(
-        'k-SALSA',
-        f'--exp_dir={run}',
-        f'--checkpoint_path={WEIGHTS / "restyle.pt"}',
-        '--content_weights=lite0',
-        '--style_weights=lite0',
-        '--style_weight=auto',
-        '--lr=auto',
-        f'--data_path={data / "images"}',
-        f'--df={data / "labels.csv"}',
-        '--data=phantoms',
-        f'--same_k={opts.same_k}',
-        f'--num_steps={opts.num_steps}',
-        f'--device={opts.device}',
-        f'--seed={opts.seed}',
-        '--centroids',
+    release = anonymize(
+        read_table(data / 'labels.csv', data / 'images'),
+        Networks(WEIGHTS / 'restyle.pt', 'lite0', 'lite0'),
+        Settings(
+            k=opts.same_k,
+            centroids=True,
+            seed=opts.seed,
+            data='phantoms',
+            optimize=OptimizeConfig(n_steps=opts.num_steps, style_weight='auto', lr='auto'),
+        ),
+        run,
+        device=cli.resolve_device(opts.device),
     )
-    call('verify_release', run / 'release', '--private', run / 'private')
+    print(report_text(release.audit))
     print(
         f'\nThe job took {(time.monotonic() - started) / 60:.1f} minutes.\n'
         f'  photographs (drawn):     {data / "contact_sheet.png"}\n'
-        f'  release, to be shared:   {run / "release"}\n'
-        f'  report:                  {run / "release" / "report.html"}\n'
+        f'  release, to be shared:   {release.folder}\n'
+        f'  report:                  {release.folder / "report.html"}\n'
         f'  contact sheet (private): {run / "private" / "contact_sheet.png"}'
     )
     return 0

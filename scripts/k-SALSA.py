@@ -19,43 +19,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import json
 import logging
-import os
-import shutil
+from collections.abc import Sequence
 
-from matplotlib.figure import Figure
-from torch import nn
-
-from anonymization.audit import audit_release, plot_distances, report_dict, report_text
+from anonymization import Networks, Settings, anonymize
 from anonymization.card import FIELDS as CARD_FIELDS
-from anonymization.card import Card, named_in, read_card
+from anonymization.card import read_card
 from anonymization.grouping import METHODS, POLICIES, SURPLUS
-from anonymization.optimize import PRECISIONS, STYLE_RATIO, OptimizeConfig, style_term
-from anonymization.photographs import read_digests
-from anonymization.pipeline import Pipeline
-from anonymization.records import FACTS, write_card
-from anonymization.release import MANIFEST, check_outside_release, describe_anew
-from anonymization.settings import Settings
-from anonymization.signature import signature_path
-from anonymization.workers import one_thread
+from anonymization.optimize import PRECISIONS, STYLE_RATIO
+from anonymization.settings import STRATA
 from configs.paths_config import model_paths
 from criteria.gram_style import MODES as STYLE_MODES
 from criteria.gram_style import STRIDES
-from datasets.table import Table, read_table
-from models.features.content import load_content_network
-from models.features.pretrained import FeatureNetwork, weight_file
-from models.features.style import FILTERS, load_style_network
-from models.psp import load_psp
+from datasets.table import read_table
+from models.features.style import FILTERS
 from utils import cli, distributed
-from utils.errors import PrivacyError, UserError, listing
-from utils.io import atomic_path, sha256_file, write_json
 from utils.logs import setup_logging
-from utils.runs import run_record, start_run, versions
 
 log = logging.getLogger(__name__)
 
-STRATA = {'eye': 'eyes', 'label': 'labels', 'visit': 'visits', 'split': 'splits'}
 _NO_EFFECT = (
     'label_path',
     'model_1_checkpoint_path',
@@ -64,23 +46,9 @@ _NO_EFFECT = (
     'factor_ranges',
     'layer_idx',
 )
-# Flags that may differ when a run goes on: they do not change what is computed, or the content of
-# the files they name is compared instead.
-_FREE = (
-    'exp_dir',
-    'checkpoint_path',
-    'data_path',
-    'df',
-    'content_weights',
-    'style_weights',
-    'test_workers',
-    'device',
-    'group_batch',
-    'card',
-)  # networks: their digests
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
     g = p.add_argument_group('required')
     g.add_argument('--exp_dir', type=Path, required=True, metavar='DIR', help='output folder')
@@ -309,282 +277,43 @@ def build_parser():
     return p
 
 
-def check_options(opts: argparse.Namespace) -> Table:
-    """Everything that can be said without opening a weight file."""
-    if opts.same_k < 2:
-        raise UserError("--same_k 1: a group of one is the patient's own picture; use 2 or more")
-    table = read_table(opts.df, opts.data_path, split=opts.split)
-    if opts.n_images:
-        table = table.subset(range(min(opts.n_images, len(table))))
-    people = len(set(table.patients)) if table.patients else len(table)
-    if people < opts.same_k:
-        kind = 'patients' if table.patients else 'images'
-        raise UserError(f'--same_k {opts.same_k}: the table has only {people} {kind}')
-    if not table.patients:
-        log.warning(
-            '%s has no patient column: images are counted, not people; two photographs '
-            'of one person may stand for two',
-            opts.df,
-        )
+def networks_of(opts: argparse.Namespace) -> Networks:
+    """The networks that the flags name, or those of paths_config; no style network without need."""
+    style = opts.style_weights or model_paths['vgg19']
+    if opts.style_weights is None and opts.style_weight == 0:
+        style = None
+    return Networks(
+        opts.checkpoint_path,
+        opts.content_weights or model_paths['moco'],
+        style,
+        opts.content_arch,
+        opts.style_arch,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    opts = build_parser().parse_args(argv)
+    device = distributed.init(cli.resolve_device(opts.device))
+    setup_logging(level=logging.INFO if distributed.is_main() else logging.WARNING)
     for name in _NO_EFFECT:
         if getattr(opts, name) is not None:
             log.warning('--%s has no effect (it had none in the published code)', name)
-    return table
-
-
-def check_card(opts: argparse.Namespace, table: Table) -> Card:
-    """The institution's fields; UserError where they name a photograph or a patient."""
-    card = read_card(opts.card)
-    if named := named_in(card, table.ids, table.patients):
-        raise UserError(
-            listing(
-                f'--card {opts.card} names photographs or patients, and is for '
-                'everyone to read; take them out',
-                named,
-            )
-        )
-    return card
-
-
-def check_folders(opts: argparse.Namespace) -> None:
-    """UserError for an --exp_dir among the photographs, or with a release/ of something else."""
-    check_outside_release(opts.exp_dir, '--exp_dir')
-    exp_dir, photos = opts.exp_dir.resolve(), opts.data_path.resolve()
-    if exp_dir == photos or photos in exp_dir.parents:
-        raise UserError(
-            f'--exp_dir {opts.exp_dir} lies in --data_path {opts.data_path}: results '
-            'would stand among the photographs; choose another folder'
-        )
-    release = opts.exp_dir / 'release'
-    if release.is_dir() and (release / MANIFEST).is_file():
-        return
-    if release.exists() and not (release.is_dir() and not any(release.iterdir())):
-        raise UserError(
-            f'{release} exists and is no finished release (no {MANIFEST}); move it '
-            'away, and the same command makes it anew'
-        )
-
-
-def make_folders(exp_dir: Path, private: Path) -> None:
-    """Makes --exp_dir and its private folder, which only its owner enters."""
-    try:
-        exp_dir.mkdir(parents=True, exist_ok=True)
-        private.mkdir(mode=0o700, exist_ok=True)
-        private.chmod(0o700)
-    except OSError as error:
-        raise UserError(
-            f'--exp_dir {exp_dir} cannot be made ({error.strerror}); choose another folder'
-        ) from error
-
-
-def check_finished(release: Path) -> Card | None:
-    """The card of a published release; UserError when it is not what its manifest says."""
-    try:
-        manifest = json.loads((release / MANIFEST).read_text(encoding='utf-8'))
-        bad = sorted(
-            n
-            for n, digest in manifest['files'].items()
-            if not (release / n).is_file() or sha256_file(release / n) != digest
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        manifest, bad = {}, [MANIFEST]
-    if bad:
-        raise UserError(
-            listing(
-                f'{release} is finished, but {len(bad)} of its files are damaged '
-                'or missing; move it away, and the same command makes it anew',
-                bad,
-            )
-        )
-    return manifest.get('card')
-
-
-def style_path(opts: argparse.Namespace) -> str | Path | None:
-    """What the flag names, or the VGG19 file of paths_config; None for no style at all."""
-    if opts.style_weights is None and opts.style_weight == 0:
-        return None
-    return opts.style_weights or model_paths['vgg19']
-
-
-def network_inputs(opts: argparse.Namespace) -> dict[str, str | Path]:
-    """Weight files by role, for the run record."""
-    files = {
-        'checkpoint': opts.checkpoint_path,
-        'content network': weight_file(opts.content_weights or model_paths['moco']),
-    }
-    if style_path(opts) not in (None, FILTERS):
-        files['style network'] = weight_file(style_path(opts))
-    return files
-
-
-def feature_networks(opts: argparse.Namespace, side: int) -> tuple[nn.Module, nn.Module | None]:
-    """The content and the style network, one object where they are the same; style may be None.
-
-    UserError when a file is none, and when pictures of `side` px are too small for a network.
-    """
-    content = opts.content_weights or model_paths['moco'], opts.content_arch
-    style = style_path(opts), opts.style_arch
-    content_net = load_content_network(content[0], arch=content[1])
-    if isinstance(content_net, FeatureNetwork):
-        content_net.check_side(side)
-    if style[0] is None:
-        return content_net, None
-    same = content == style and isinstance(content_net, FeatureNetwork)
-    style_net = content_net if same else load_style_network(style[0], arch=style[1])
-    style_term(style_net, optimize_config(opts)).check_side(side)
-    return content_net, style_net
-
-
-def network_facts(net: nn.Module | None, file: str | Path | None) -> str:
-    """Name and SHA-256 of a network, for the manifest."""
-    if net is None:
-        return 'none'
-    return net.name + (f' {sha256_file(file)}' if file else '')
-
-
-def optimize_config(opts: argparse.Namespace) -> OptimizeConfig:
-    return OptimizeConfig(
-        n_steps=opts.num_steps,
-        n_crop=opts.num_crop,
-        content_weight=opts.content_weight,
-        style_weight=opts.style_weight,
-        lr=opts.lr,
-        style_mode=opts.style_mode,
-        style_ratio=opts.style_ratio,
-        style_strides=tuple(opts.style_strides),
-    )
-
-
-def publish(staging, release, opts, table):
-    """Verifies the staged release and moves it into place; PrivacyError when it fails."""
-    private = opts.exp_dir / 'private'
-    audit = audit_release(staging, private=private, source_table=table)
-    write_json(private / 'audit.json', report_dict(audit, private=True))
-    if audit.distances is not None:
-        figure = Figure(figsize=(8, 4), layout='constrained')
-        plot_distances(audit, figure.subplots())
-        with atomic_path(private / 'audit_distances.png') as temp:
-            figure.savefig(temp, format='png')
-    log.info('verification:\n%s', report_text(audit))
-    if not audit.passed:
-        raise PrivacyError(
-            f'the release fails its verification and is not published (it is in '
-            f'{staging}): '
-            + '; '.join(f'{c.name}: {c.detail}' for c in audit.checks if not c.passed)
-        )
-    former = private / 'former_release'
-    shutil.rmtree(former, ignore_errors=True)
-    if release.exists():
-        release.rename(former)
-    staging.rename(release)
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def finish(release: Path, opts: argparse.Namespace, table: Table, card: Card) -> None:
-    """Looks at a published release; with another --card its pages are written anew."""
-    there = check_finished(release)
-    if opts.card is None or there == card:
-        log.info('%s is complete; choose another --exp_dir for another run', release)
-        return
-    private = opts.exp_dir / 'private'
-    shutil.rmtree(private / 'staging', ignore_errors=True)
-    describe_anew(release, private / 'staging', card)
-    before = json.loads((private / FACTS).read_text(encoding='utf-8'))['facts'].get('card')
-    write_card(private, card)
-    try:
-        publish(private / 'staging', release, opts, table)
-    except BaseException:
-        write_card(private, before)
-        raise
-    log.info('%s says what --card says; the pictures are the same', release)
-    if signature_path(release).exists():
-        log.warning(
-            '%s was made before and does not fit any more: sign the release again',
-            signature_path(release),
-        )
-
-
-def main(argv=None):
-    opts = build_parser().parse_args(argv)
-    if opts.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read at its first use
-    with one_thread() as threads:
-        return make_release(opts, threads)
-
-
-def make_release(opts: argparse.Namespace, threads: int) -> int:
-    """The whole job; `threads` units of work at a time on a CPU. Returns the exit code."""
-    device = distributed.init(cli.resolve_device(opts.device))
-    setup_logging(level=logging.INFO if distributed.is_main() else logging.WARNING)
-    check_folders(opts)
-    table = check_options(opts)
-    card = check_card(opts, table)
-    digests = distributed.broadcast_object(
-        read_digests(table.paths) if distributed.is_main() else None
-    )
-    files = network_inputs(opts)
-    psp = load_psp(opts.checkpoint_path)
-    content_net, style_net = feature_networks(opts, psp.input_size)
-    private, release = opts.exp_dir / 'private', opts.exp_dir / 'release'
-    if distributed.is_main():
-        make_folders(opts.exp_dir, private)
-        record = run_record(
-            {k: v for k, v in vars(opts).items() if k not in _NO_EFFECT},
-            inputs={**files, 'table': opts.df},
-            seed=opts.seed,
-        )
-        record['inputs']['photographs'] = digests.files
-        start_run(private, record, resume=True, free_options=_FREE)
-    distributed.barrier()
-    if (release / MANIFEST).exists():
-        if distributed.is_main():
-            finish(release, opts, table, card)
-        return 0
-    networks = {
-        'generator and encoder': sha256_file(opts.checkpoint_path),
-        'content': network_facts(content_net, files.get('content network')),
-        'style': network_facts(style_net, files.get('style network')),
-    }
-    pipeline = Pipeline(
-        opts.exp_dir,
+    settings = Settings.from_options(vars(opts))
+    settings.check()
+    table = read_table(opts.df, opts.data_path, split=opts.split, n_images=opts.n_images)
+    release = anonymize(
         table,
-        digests.pixels,
-        psp=psp,
-        content_net=content_net,
-        style_net=style_net,
-        settings=Settings(
-            k=opts.same_k,
-            clustering=opts.clustering,
-            policy=opts.policy,
-            surplus=opts.surplus,
-            strata=tuple(STRATA[s] for s in opts.strata),
-            reduce_dim=opts.reduce_dim,
-            mirror_left=opts.mirror_left,
-            n_iters=opts.n_iters_per_batch,
-            batch_size=opts.test_batch_size,
-            group_batch=opts.group_batch,
-            precision=opts.precision,
-            deterministic=opts.deterministic,
-            optimize=optimize_config(opts),
-            resize_outputs=opts.resize_outputs,
-            soft_labels=opts.soft_labels,
-            centroids=opts.centroids,
-            save_reconstructions=opts.save_reconstructions,
-            seed=opts.seed,
-        ),
+        networks_of(opts),
+        settings,
+        opts.exp_dir,
         device=device,
-        facts={'networks': networks, 'versions': versions(), 'card': card},
         workers=opts.test_workers,
-        threads=threads,
+        card=read_card(opts.card) if opts.card else None,
     )
-    staging = private / 'staging'
-    pipeline.run(staging)
     if distributed.is_main():
-        publish(staging, release, opts, table)
-        shutil.rmtree(private / 'work')
-        log.info('release to share:        %s', release)
-        log.info('report:                  %s', release / 'report.html')
-        log.info('contact sheet (private): %s', private / 'contact_sheet.png')
+        log.info('release to share:        %s', release.folder)
+        log.info('report:                  %s', release.folder / 'report.html')
+        log.info('contact sheet (private): %s', opts.exp_dir / 'private' / 'contact_sheet.png')
     distributed.shutdown()
     return 0
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from matplotlib.figure import Figure
 
 from anonymization.audit import audit_release, plot_distances, report_dict, report_text
+from anonymization.publish import write_audit
 from anonymization.release import check_outside_release
 from anonymization.signature import check_signature, signature_path
 from datasets.table import Table, read_table
@@ -93,10 +94,9 @@ def source_table(opts: argparse.Namespace) -> Table:
             f'{opts.private} is not the private folder of a run (options.json is '
             'missing or damaged)'
         ) from error
-    table = read_table(df, data_path, split=split)
-    if n_images:
-        table = table.subset(range(min(n_images, len(table))))
-    return table
+    if df is None:
+        raise UserError('this run was made without a table file; name one with --df')
+    return read_table(df, data_path, split=split, n_images=n_images)
 
 
 def check_flags(opts: argparse.Namespace) -> None:
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     elif signature_path(opts.release).exists():
         audit.notes.append('there is a signature; --public_key would check it')
     if opts.private is not None:
-        write_json(opts.private / 'audit.json', report_dict(audit, private=True))
+        write_audit(opts.private, opts.release, audit)
     if opts.out is not None:
         write_json(opts.out, report_dict(audit))
         if audit.distances is not None:

@@ -3,8 +3,8 @@
 import datetime
 import importlib
 import os
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -145,6 +145,18 @@ def broadcast_object(obj: T, src: int = 0) -> T:
     box = [obj]
     dist.broadcast_object_list(box, src=src)
     return box[0]
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What `function`, called by process 0 alone, returns: its picklable result, everywhere.
+
+    When it raises, the other processes meet the end of process 0.
+    """
+    if not dist.is_initialized():
+        return function()
+    box = [function() if is_main() else None]
+    dist.broadcast_object_list(box, src=0)
+    return cast(T, box[0])
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -81,3 +81,11 @@ def report_dict(audit: Audit, *, private: bool = False) -> dict[str, Any]:
             del entry['private']
         checks.append(entry)
     return {'passed': audit.passed, 'checks': checks, 'facts': audit.facts, 'notes': audit.notes}
+
+
+def audit_from_dict(found: dict[str, Any]) -> Audit:
+    """The verdict that `report_dict` wrote with its private part, without the distances."""
+    checks = [
+        Check(c['name'], c['passed'], c['detail'], tuple(c['private'])) for c in found['checks']
+    ]
+    return Audit(checks, found['facts'], found['notes'])

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,7 +15,7 @@ from release_fixture import arguments, release_facts, save_networks, save_photog
 
 from anonymization import pipeline
 from anonymization.audit import audit_release, report_text
-from anonymization.card import FIELDS, filled, read_card
+from anonymization.card import FIELDS, check_names, filled, read_card
 from anonymization.release import CROISSANT, README, GroupFacts, describe_anew, write_release
 from anonymization.signature import signature_path
 from datasets.table import read_table
@@ -95,11 +94,11 @@ def test_files_that_are_no_card(tmp_path, text):
 
 def test_a_card_names_nobody(tmp_path):
     (tmp_path / 'c.yaml').write_text('contact: ask person07z. In 2026\n')
-    opts = SimpleNamespace(card=tmp_path / 'c.yaml')
+    card = read_card(tmp_path / 'c.yaml')
     for ids, patients in ((['person07z', '2026'], None), (['2026'], ['person07z'])):
         with pytest.raises(UserError, match='names photographs or patients(.|\n)*person07z$'):
-            k_salsa.check_card(opts, SimpleNamespace(ids=ids, patients=patients))
-    assert k_salsa.check_card(opts, SimpleNamespace(ids=['2026', 'person07'], patients=None))
+            check_names(card, ids, patients)
+    check_names(card, ['2026', 'person07'], None)
 
 
 def test_a_finished_release_gets_another_card(tmp_path, card, monkeypatch, capsys):

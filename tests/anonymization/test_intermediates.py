@@ -12,6 +12,7 @@ from conftest import load_script
 from release_fixture import arguments, save_networks, save_photographs, tree_bytes
 
 from anonymization import pipeline
+from models.psp import load_psp
 from utils.errors import UserError
 from utils.images import load_rgb
 from utils.io import check_intact, has_seal, is_intact, sealing
@@ -135,7 +136,7 @@ def test_records_tell_the_release(stopped):
     latents = np.load(private / 'group_latents.npy')
     assert list(pictures) == [groups.release_name[c + 1] for c in range(len(groups))]
     assert latents.shape == (len(groups), 8, 16) and latents.dtype == np.float32
-    psp = pipeline.FrozenPSP(k_salsa.load_psp(stopped / 'psp.pt'))
+    psp = pipeline.FrozenPSP(load_psp(stopped / 'psp.pt'))
     for name, w in zip(pictures, torch.from_numpy(latents)):
         u8 = np.asarray(load_rgb(release / f'images/{name}.png'))
         assert hashlib.sha256(u8.tobytes()).hexdigest() == pictures[name]['pixels']

@@ -1,0 +1,186 @@
+"""The whole job as one function: from a table of photographs to a verified release."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from anonymization.audit import Audit
+from anonymization.card import Card, check_names, read_card
+from anonymization.networks import Networks
+from anonymization.photographs import read_digests
+from anonymization.pipeline import GROUP_TABLE, Pipeline
+from anonymization.publish import check_place, finished, publish
+from anonymization.release import MANIFEST, check_outside_release
+from anonymization.settings import Settings
+from anonymization.workers import one_thread
+from datasets.groups import Groups
+from datasets.table import Table
+from utils import distributed
+from utils.errors import UserError
+from utils.runs import run_record, start_run, versions
+
+log = logging.getLogger(__name__)
+
+# Options that may differ when a run goes on: they do not change what is computed, or the content
+# of the files they name is compared instead.
+_FREE = (
+    'exp_dir',
+    'checkpoint_path',
+    'data_path',
+    'df',
+    'content_weights',
+    'style_weights',
+    'test_workers',
+    'device',
+    'group_batch',
+    'card',
+    'data',
+)
+
+
+class Release(NamedTuple):
+    """A published release: its folder, what the audit found, and who is in which group."""
+
+    folder: Path
+    audit: Audit
+    groups: Groups
+
+
+def anonymize(
+    table: Table,
+    networks: Networks,
+    settings: Settings,
+    run_folder: str | Path,
+    *,
+    device: torch.device | str = 'cpu',
+    workers: int = 2,
+    card: Card | None = None,
+) -> Release:
+    """Makes a k-anonymous release of the photographs of `table`, or goes on making it.
+
+    In `run_folder`: release/, which may be shared, and private/, which may not. A release is
+    there only if it has passed its audit. The same call goes on where a run stopped, and returns
+    a finished release in seconds; a run of other photographs, settings or networks is refused.
+    Works alone or as one of the processes of torchrun, each of which calls it.
+
+    device: for the networks. workers: loading processes. card: the institution's fields
+    (`anonymization.card.read_card`); another one than before rewrites the pages of a finished
+    release, None leaves them as they are.
+
+    Raises UserError for bad input, before heavy work where it can be seen; PrivacyError when a
+    promise would be broken, and nothing is published.
+    """
+    if settings.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read at its first use
+    run_folder = Path(run_folder)
+    settings.check()
+    _check_folders(run_folder, table)
+    _check_table(table, settings, card)
+    with one_thread() as threads:
+        _compute(table, networks, settings, run_folder, device, workers, card, threads)
+    audit = distributed.from_main(lambda: _publish(run_folder, table, card))
+    groups = Groups.read(run_folder / 'private' / GROUP_TABLE, table.ids)
+    return Release(run_folder / 'release', audit, groups)
+
+
+def _compute(
+    table: Table,
+    networks: Networks,
+    settings: Settings,
+    run_folder: Path,
+    device: torch.device | str,
+    workers: int,
+    card: Card | None,
+    threads: int,
+) -> None:
+    """All stages up to the staged release, or none where a release is published."""
+    digests = distributed.from_main(lambda: read_digests(table.paths))
+    loaded = networks.load(settings.optimize)
+    private = run_folder / 'private'
+    if distributed.is_main():
+        _make_folders(run_folder, private)
+        options = {
+            'exp_dir': run_folder,
+            **settings.options(),
+            **networks.options(),
+            **table.origin_options(),
+            'device': str(device),
+        }
+        record = run_record(options, inputs=networks.files(), seed=settings.seed)
+        record['inputs'] |= {'table': table.digest(), 'photographs': digests.files}
+        start_run(private, record, resume=True, free_options=_FREE)
+    distributed.barrier()
+    if (run_folder / 'release' / MANIFEST).exists():
+        return
+    pipeline = Pipeline(
+        run_folder,
+        table,
+        digests.pixels,
+        psp=loaded.psp,
+        content_net=loaded.content,
+        style_net=loaded.style,
+        settings=settings,
+        device=device,
+        facts=_facts(networks.facts(loaded), card),
+        workers=workers,
+        threads=threads,
+    )
+    pipeline.run(private / 'staging')
+
+
+def _publish(run_folder: Path, table: Table, card: Card | None) -> Audit:
+    """The verified release in its place, whether it has just been made or was there."""
+    private, release = run_folder / 'private', run_folder / 'release'
+    if (release / MANIFEST).exists():
+        return finished(release, private, table, card)
+    audit = publish(private / 'staging', release, private, table)
+    shutil.rmtree(private / 'work')
+    return audit
+
+
+def _facts(networks: dict[str, str], card: Card | None) -> dict[str, Any]:
+    return {'networks': networks, 'versions': versions(), 'card': card or read_card(None)}
+
+
+def _check_folders(run_folder: Path, table: Table) -> None:
+    """UserError for a run folder among the photographs, in a release, or with a strange release."""
+    check_outside_release(run_folder, '--exp_dir')
+    place = run_folder.resolve()
+    for photos in sorted({p.parent.resolve() for p in table.paths}):
+        if place == photos or photos in place.parents:
+            raise UserError(
+                f'--exp_dir {run_folder} lies in --data_path {photos}: results would stand '
+                'among the photographs; choose another folder'
+            )
+    check_place(run_folder)
+
+
+def _check_table(table: Table, settings: Settings, card: Card | None) -> None:
+    """UserError for too few people, and a card that names one of them."""
+    people = len(set(table.patients)) if table.patients else len(table)
+    if people < settings.k:
+        kind = 'patients' if table.patients else 'images'
+        raise UserError(f'--same_k {settings.k}: the table has only {people} {kind}')
+    if not table.patients:
+        log.warning(
+            'the table has no patient column: images are counted, not people; two photographs '
+            'of one person may stand for two'
+        )
+    if card:
+        check_names(card, table.ids, table.patients)
+
+
+def _make_folders(run_folder: Path, private: Path) -> None:
+    """Makes the run folder and its private folder, which only its owner enters."""
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        private.mkdir(mode=0o700, exist_ok=True)
+        private.chmod(0o700)
+    except OSError as error:
+        raise UserError(
+            f'--exp_dir {run_folder} cannot be made ({error.strerror}); choose another folder'
+        ) from error
