@@ -13,7 +13,7 @@ from conftest import ROOT, load_script
 from PIL import Image
 from release_fixture import arguments, release_facts, save_networks, save_photographs, tree_bytes
 
-from anonymization import pipeline
+from anonymization import pipeline, publish
 from anonymization.audit import audit_release, report_text
 from anonymization.card import FIELDS, check_names, filled, read_card
 from anonymization.release import CROISSANT, README, GroupFacts, describe_anew, write_release
@@ -123,7 +123,7 @@ def test_a_finished_release_gets_another_card(tmp_path, card, monkeypatch, capsy
     assert not {'staging', 'former_release'} & {p.name for p in private.iterdir()}
     records = tree_bytes(private)
     assert k_salsa.main(command) == 0 and tree_bytes(release) == after
-    monkeypatch.setattr(k_salsa, 'publish', lambda *_: 1 / 0)
+    monkeypatch.setattr(publish, 'publish', lambda *_: 1 / 0)
     card.write_text('creator: me\n')
     with pytest.raises(ZeroDivisionError):
         k_salsa.main(command)
