@@ -16,7 +16,7 @@ ALLOWED = {
     'criteria': {'models', 'utils'},
     'training': {'models', 'criteria', 'datasets', 'utils'},
     'anonymization': {'models', 'criteria', 'datasets', 'utils'},
-    'evaluation': {'models', 'criteria', 'datasets', 'classification', 'utils'},
+    'evaluation': {'models', 'criteria', 'datasets', 'anonymization', 'classification', 'utils'},
     'scripts': {
         'configs',
         'models',
