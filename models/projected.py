@@ -139,10 +139,11 @@ class ProjectedDiscriminator(nn.Module):
             y = y + F.interpolate(above, size=y.shape[2:], mode='bilinear', align_corners=False)
         return y
 
-    def forward(self, x: Float[Tensor, 'N 3 R R']) -> Float[Tensor, 'N K']:
+    def forward(self, x: Float[Tensor, 'N 3 R R'], *, parts: int = 1) -> Float[Tensor, 'N K']:
         """Pictures [N, 3, R, R] in [-1, 1] -> logits [N, K], all heads side by side.
 
-        UserError when the pictures are too small for the feature network.
+        parts: as of Discriminator; pictures are judged one by one here. UserError when they are
+        too small for the feature network.
         """
         mixed = self.mixed(x)
         return torch.cat([self.heads[str(s)](mixed[s]) for s in STRIDES], 1)

@@ -204,10 +204,15 @@ class Trainer:
             ws = torch.cat([ws[:, :cut], self.g.broadcast(self.g.mapping(z2))[:, cut:]], 1)
         return ws
 
-    def _judge(self, images: torch.Tensor, draw: Draws) -> torch.Tensor:
+    def _judge(self, draw: Draws, *batches: torch.Tensor) -> torch.Tensor:
+        """Scores of batches [n, 3, R, R] of one size, one after the other, in one pass.
+
+        Each is augmented and judged by itself.
+        """
         if self.pipe is not None:
-            images = self.pipe(images, self.ada.p, generator=draw.host, pixel_generator=draw.images)
-        return self.d(images)
+            draws = {'generator': draw.host, 'pixel_generator': draw.images}
+            batches = tuple(self.pipe(images, self.ada.p, **draws) for images in batches)
+        return self.d(torch.cat(batches), parts=len(batches))
 
     def _count_signs(self, logits: torch.Tensor) -> None:
         """Notes the signs of scores of photographs; those that are not finite do not count."""
@@ -228,7 +233,7 @@ class Trainer:
             fake = self.g.synthesis(
                 self._latents(draw, cfg.batch_gpu), noise=self.noise, generator=draw.images
             )
-            loss = self.loss.generator(self._judge(fake, draw)).mean()
+            loss = self.loss.generator(self._judge(draw, fake)).mean()
             record('loss_g', loss)
             (loss / self.rounds).backward()
         self._update(self.g_optim)
@@ -253,9 +258,9 @@ class Trainer:
                 fake = self.g.synthesis(
                     self._latents(draw, cfg.batch_gpu), noise=self.noise, generator=draw.images
                 )
-            loss_fake = self.loss.fake(self._judge(fake, draw)).mean()
             reals.append(self._next_reals())
-            logits = self._judge(reals[-1], draw)
+            logits_fake, logits = self._judge(draw, fake, reals[-1]).chunk(2)
+            loss_fake = self.loss.fake(logits_fake).mean()
             loss_real = self.loss.real(logits).mean()
             self._count_signs(logits)
             record('loss_d', loss_fake + loss_real)
@@ -265,7 +270,7 @@ class Trainer:
         if cfg.gamma and self.n_steps % cfg.d_reg_interval == 0:
             for draw, real in zip(self._passes('d_reg'), reals):
                 real = real.detach().requires_grad_()
-                logits = self._judge(real, draw)
+                logits = self._judge(draw, real)
                 self._count_signs(logits)
                 # The gradient is taken at the image before augmentation (ADA, section 2).
                 (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)

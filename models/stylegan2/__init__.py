@@ -6,7 +6,8 @@ from models.stylegan2.checkpoint import (
     load_discriminator,
     load_generator,
 )
-from models.stylegan2.model import Discriminator, Generator, channel_table, truncate
+from models.stylegan2.discriminator import Discriminator
+from models.stylegan2.model import Generator, channel_table, truncate
 
 __all__ = [
     'Discriminator',

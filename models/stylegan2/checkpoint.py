@@ -7,7 +7,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from models.loading import fill, mismatch, named_tensors
-from models.stylegan2.model import MAX_SIZE, Discriminator, Generator
+from models.stylegan2.discriminator import Discriminator
+from models.stylegan2.model import MAX_SIZE, Generator
 from utils.errors import UserError
 from utils.io import load_weights
 

@@ -1,4 +1,4 @@
-"""StyleGAN2 generator ('skip') and discriminator ('resnet').
+"""StyleGAN2 generator ('skip'), and what it shares with the discriminator.
 
 Shapes: N images, L style layers (n_latent), D style dimension, C channels, R resolution.
 Parameter names, shapes and arithmetic follow the common PyTorch port, so its weight files load
@@ -43,12 +43,14 @@ def _fir_kernel(gain: float = 1.0) -> Float[Tensor, '4 4']:
     return kernel * (gain / kernel.sum())
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
+    """ValueError for sides of pictures there are no networks for."""
     if size & (size - 1) or not MIN_SIZE <= size <= MAX_SIZE:
         raise ValueError(f'size {size} is not a power of two from {MIN_SIZE} to {MAX_SIZE}')
 
 
-def _check_channels(size: int, channels: Mapping[int, int]) -> dict[int, int]:
+def check_channels(size: int, channels: Mapping[int, int]) -> dict[int, int]:
+    """The table {resolution: channels} of a network of `size`; ValueError when it does not fit."""
     wanted = list(channel_table(size))
     if sorted(channels) != wanted:
         raise ValueError(f'channel table has resolutions {sorted(channels)}, want {wanted}')
@@ -93,38 +95,17 @@ class EqualLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x: Float[Tensor, 'N C']) -> Float[Tensor, 'N K']:
+        bias = self.bias if self.lr_mul == 1 else self.bias * self.lr_mul
         if self.activation:
-            return fused_leaky_relu(F.linear(x, self.weight * self.scale), self.bias * self.lr_mul)
-        return F.linear(x, self.weight * self.scale, self.bias * self.lr_mul)
-
-
-class EqualConv2d(nn.Module):
-    """Convolution with run-time weight scaling; its bias, if any, belongs to the activation."""
-
-    def __init__(
-        self, in_ch: int, out_ch: int, kernel_size: int, *, stride: int = 1, padding: int = 0
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_ch, in_ch, kernel_size, kernel_size))
-        self.scale = 1 / math.sqrt(in_ch * kernel_size**2)
-        self.stride, self.padding = stride, padding
-
-    def forward(
-        self,
-        x: Float[Tensor, 'N C H W'],
-        *,
-        gain: float = 1.0,
-        bias: Float[Tensor, ' K'] | None = None,
-    ) -> Float[Tensor, 'N K h w']:
-        weight = (self.weight * (self.scale * gain)).to(x.dtype)
-        return F.conv2d(x, weight, bias, stride=self.stride, padding=self.padding)
+            return fused_leaky_relu(F.linear(x, self.weight * self.scale), bias)
+        return F.linear(x, self.weight * self.scale, bias)
 
 
 class FusedLeakyReLU(nn.Module):
     """Bias [C] and leaky ReLU, times `gain`.
 
-    The activation is homogeneous, so the layer before it can carry the gain (and add the bias,
-    as the caller wishes) in passes over the map it makes anyway: x then comes with the gain in.
+    The activation is homogeneous, so the layer before it can add the bias and carry the gain in
+    passes over the map it makes anyway (`after`); the kernel for GPUs does all in one pass.
     """
 
     def __init__(self, channels: int, gain: float = SQRT2) -> None:
@@ -135,12 +116,15 @@ class FusedLeakyReLU(nn.Module):
     def scaled_bias(self, dtype: torch.dtype) -> Float[Tensor, ' C']:
         return (self.bias * self.gain).to(dtype)
 
-    def forward(
-        self, x: Float[Tensor, 'N C H W'], *, add_bias: bool = True
-    ) -> Float[Tensor, 'N C H W']:
-        clamp = FP16_CLAMP * self.gain / SQRT2 if x.dtype == torch.float16 else None
-        bias = self.bias * self.gain if add_bias else None
-        return fused_leaky_relu(x, bias, gain=1.0, clamp=clamp)
+    def _clamp(self, x: Tensor) -> float | None:
+        return FP16_CLAMP * self.gain / SQRT2 if x.dtype == torch.float16 else None
+
+    def forward(self, x: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N C H W']:
+        return fused_leaky_relu(x, self.bias, gain=self.gain, clamp=self._clamp(x))
+
+    def after(self, x: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N C H W']:
+        """The rest, for x with the scaled bias and the gain in it."""
+        return fused_leaky_relu(x, gain=1.0, clamp=self._clamp(x))
 
 
 class ModulatedConv2d(nn.Module):
@@ -179,12 +163,16 @@ class ModulatedConv2d(nn.Module):
     ) -> Float[Tensor, 'N K h w']:
         """gain: factor of the demodulated map. bias [Cout]: added to it, in the same pass."""
         style = self.modulation(w)  # [N, Cin]
-        weight = self.weight[0] * self.scale  # [Cout, Cin, k, k]
+        scale = self.scale
         if self.demodulate and x.dtype == torch.float16:
-            # Invisible after demodulation, but keeps float16 sums in range: at most the largest
-            # input times sqrt(Cin k k), 17,400 of 65,504 for clamped maps of 512 channels.
-            weight = weight * (self.scale / weight.abs().amax((1, 2, 3), keepdim=True))
-            style = style / style.abs().amax(1, keepdim=True)
+            # Invisible after demodulation (to derivatives too, so these factors are constants),
+            # but keeps float16 sums in range: at most the largest input times sqrt(Cin k k),
+            # 17,400 of 65,504 for clamped maps of 512 channels.
+            with torch.no_grad():
+                scale = self.scale / self.weight[0].abs().amax((1, 2, 3), keepdim=True)
+                largest = style.abs().amax(1, keepdim=True)
+            style = style / largest
+        weight = self.weight[0] * scale  # [Cout, Cin, k, k]
         y = x * style.to(x.dtype)[:, :, None, None]
         if self.upsample:
             y = F.conv_transpose2d(y, weight.to(x.dtype).transpose(0, 1), stride=2)
@@ -193,7 +181,8 @@ class ModulatedConv2d(nn.Module):
             y = F.conv2d(y, weight.to(x.dtype), padding=self.padding)
         if self.demodulate:
             power = style.square() @ weight.square().sum((2, 3)).T  # [N, Cout]
-            factor = (torch.rsqrt(power + 1e-8) * gain).to(x.dtype)[:, :, None, None]
+            factor = torch.rsqrt(power + 1e-8)
+            factor = (factor if gain == 1 else factor * gain).to(x.dtype)[:, :, None, None]
             y = y * factor if bias is None else torch.addcmul(bias[:, None, None], y, factor)
         return y
 
@@ -212,7 +201,8 @@ class NoiseInjection(nn.Module):
         *,
         gain: float = 1.0,
     ) -> Float[Tensor, 'N C H W']:
-        return x if noise is None else x + (self.weight * gain * noise).to(x.dtype)
+        strength = self.weight if gain == 1 else self.weight * gain
+        return x if noise is None else x + (strength * noise).to(x.dtype)
 
 
 class StyledConv(nn.Module):
@@ -230,11 +220,11 @@ class StyledConv(nn.Module):
         w: Float[Tensor, 'N D'],
         noise: Float[Tensor, '#N 1 H W'] | None,
     ) -> Float[Tensor, 'N K H W']:
+        if x.is_cuda:
+            return self.activate(self.noise(self.conv(x, w), noise))
         gain = self.activate.gain
-        if x.is_cuda:  # the activation kernel adds the bias
-            return self.activate(self.noise(self.conv(x, w, gain=gain), noise, gain=gain))
         x = self.conv(x, w, gain=gain, bias=self.activate.scaled_bias(x.dtype))
-        return self.activate(self.noise(x, noise, gain=gain), add_bias=False)
+        return self.activate.after(self.noise(x, noise, gain=gain))
 
 
 class ToRGB(nn.Module):
@@ -288,9 +278,9 @@ class Generator(nn.Module):
         lr_mlp: float = 0.01,
     ) -> None:
         super().__init__()
-        _check_size(size)
+        check_size(size)
         self.size, self.style_dim, self.n_mlp = size, style_dim, n_mlp
-        self.channels = _check_channels(size, channels or channel_table(size, channel_multiplier))
+        self.channels = check_channels(size, channels or channel_table(size, channel_multiplier))
         log_size = int(math.log2(size))
         self.n_latent = 2 * log_size - 2
         self.n_noise = 2 * log_size - 3
@@ -415,128 +405,9 @@ class Generator(nn.Module):
         return (total / n).float().to(device)
 
 
-class ConvLayer(nn.Sequential):
-    """[blur,] convolution [, bias + leaky ReLU] under the child numbers of the weight format.
-
-    gain: a further factor of the output.
-    """
-
-    def __init__(
-        self,
-        in_ch: int,
-        out_ch: int,
-        kernel_size: int,
-        *,
-        downsample: bool = False,
-        activate: bool = True,
-        gain: float = 1.0,
-    ) -> None:
-        layers = [Blur()] if downsample else []
-        layers.append(
-            EqualConv2d(
-                in_ch,
-                out_ch,
-                kernel_size,
-                stride=2 if downsample and kernel_size > 1 else 1,
-                padding=0 if downsample else kernel_size // 2,
-            )
-        )
-        if activate:
-            layers.append(FusedLeakyReLU(out_ch, SQRT2 * gain))
-        super().__init__(*layers)
-        self.kernel_size, self.gain = kernel_size, gain
-
-    def forward(self, x: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N K h w']:
-        blur, activate = isinstance(self[0], Blur), isinstance(self[-1], FusedLeakyReLU)
-        convolve = self[1] if blur else self[0]
-        if blur and self.kernel_size == 1:
-            # Decimated before the 1x1 convolution, which commutes with it, not after.
-            x = self[0](x, down=2, pad=(1, 1))
-        elif blur:
-            x = self[0](x, pad=(2, 2))
-        if not activate:
-            return convolve(x, gain=self.gain)
-        if x.is_cuda:  # the activation kernel adds the bias
-            return self[-1](convolve(x, gain=self[-1].gain))
-        x = convolve(x, gain=self[-1].gain, bias=self[-1].scaled_bias(x.dtype))
-        return self[-1](x, add_bias=False)
-
-
-class ResBlock(nn.Module):
-    """Residual block of the discriminator; halves the resolution."""
-
-    def __init__(self, in_ch: int, out_ch: int) -> None:
-        super().__init__()
-        self.conv1 = ConvLayer(in_ch, in_ch, 3)
-        half = math.sqrt(0.5)  # keeps the variance of the sum
-        self.conv2 = ConvLayer(in_ch, out_ch, 3, downsample=True, gain=half)
-        self.skip = ConvLayer(in_ch, out_ch, 1, downsample=True, activate=False, gain=half)
-
-    def forward(self, x: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N K h w']:
-        return self.conv2(self.conv1(x)) + self.skip(x)
-
-
-class Discriminator(nn.Module):
-    """StyleGAN2 discriminator; channel arguments as in Generator.
-
-    mbstd_group: group size of the minibatch standard deviation; the largest divisor of the
-    batch not above it is used, so any batch size works.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        *,
-        channel_multiplier: float = 2,
-        channels: Mapping[int, int] | None = None,
-        mbstd_group: int = 4,
-    ) -> None:
-        super().__init__()
-        _check_size(size)
-        self.size, self.mbstd_group = size, mbstd_group
-        self.channels = _check_channels(size, channels or channel_table(size, channel_multiplier))
-        self.low_precision = None  # (dtype, lowest resolution computed in it)
-        table = list(self.channels.items())[::-1]
-        blocks = [ConvLayer(3, table[0][1], 1)]
-        blocks += [ResBlock(a[1], b[1]) for a, b in zip(table, table[1:])]
-        self.convs = nn.Sequential(*blocks)
-        c4 = self.channels[4]
-        self.final_conv = ConvLayer(c4 + 1, c4, 3)
-        self.final_linear = nn.Sequential(
-            EqualLinear(c4 * 16, c4, activation=True), EqualLinear(c4, 1)
-        )
-
-    def forward(self, x: Float[Tensor, 'N 3 R R']) -> Float[Tensor, 'N 1']:
-        """Images [N, 3, size, size] in [-1, 1] -> logits [N, 1]."""
-        if x.ndim != 4 or tuple(x.shape[1:]) != (3, self.size, self.size):
-            raise ValueError(
-                f'images have shape {tuple(x.shape)}, want [N, 3, {self.size}, {self.size}]'
-            )
-        full = x.dtype
-        for i, block in enumerate(self.convs):
-            if self.low_precision is not None:
-                resolution = self.size if i == 0 else self.size >> (i - 1)
-                low = resolution >= self.low_precision[1]
-                x = (
-                    x.to(dtype=self.low_precision[0], memory_format=torch.channels_last)
-                    if low
-                    else x.to(full)
-                )
-            x = block(x)
-        x = self.final_conv(self._append_stddev(x.to(full)))
-        return self.final_linear(x.flatten(1))
-
-    def _append_stddev(self, x: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N C+1 H W']:
-        n, c, h, w = x.shape
-        group = max(g for g in range(1, min(n, self.mbstd_group) + 1) if n % g == 0)
-        y = x.reshape(group, n // group, c, h, w)
-        std = (y.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # [N / group]
-        return torch.cat([x, std.repeat(group)[:, None, None, None].expand(n, 1, h, w)], 1)
-
-
 def set_low_precision(
-    net: Generator | Discriminator, dtype: torch.dtype | None, n_resolutions: int = 4
-) -> Generator | Discriminator:
+    net: nn.Module, dtype: torch.dtype | None, n_resolutions: int = 4
+) -> nn.Module:
     """Computes the `n_resolutions` highest resolutions (never below 8) of G or D in `dtype`.
 
     dtype: torch.float16, torch.bfloat16, or None for full precision. Parameters stay float32.

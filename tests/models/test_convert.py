@@ -22,9 +22,14 @@ from nvidia_layout import (
     write_pickle,
 )
 
-from models.stylegan2 import Generator, discriminator_from_state, generator_from_state
+from models.stylegan2 import (
+    Discriminator,
+    Generator,
+    discriminator_from_state,
+    generator_from_state,
+    truncate,
+)
 from models.stylegan2.checkpoint import load_discriminator, load_generator
-from models.stylegan2.model import Discriminator, truncate
 from models.stylegan2.nvidia_pickle import (
     convert,
     discriminator_map,

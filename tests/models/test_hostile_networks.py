@@ -27,12 +27,12 @@ from models.features.style import load_style_network
 from models.psp import PSP, load_psp, psp_checkpoint
 from models.resnet import build_resnet
 from models.stylegan2 import (
+    Discriminator,
     Generator,
     discriminator_from_state,
     generator_from_state,
     load_generator,
 )
-from models.stylegan2.model import Discriminator
 from models.stylegan2.nvidia_pickle import convert, read_pickle
 from training.stylegan2_resume import read_start
 from utils.errors import UserError

@@ -260,3 +260,25 @@ def test_modulated_convolution_keeps_the_range_of_float16(upsample: bool) -> Non
     y.float().clamp(-FP16_CLAMP, FP16_CLAMP).square().mean().backward()
     assert y.isfinite().all()
     assert all(v.grad.isfinite().all() for v in (x, *conv.parameters()))
+
+
+def test_batches_are_judged_apart_in_one_pass():
+    torch.manual_seed(0)
+    net, x = Discriminator(32, channels=SMALL, mbstd_group=2), torch.randn(8, 3, 32, 32)
+    apart = torch.cat([net(part) for part in x.chunk(2)])
+    assert torch.allclose(net(x, parts=2), apart, atol=1e-5)
+    assert not torch.allclose(net(x), apart, atol=1e-3)
+
+
+def test_the_range_of_float16_changes_no_derivative():
+    torch.manual_seed(0)
+    conv = ModulatedConv2d(8, 8, 3, 16)
+    x, w, weights = torch.randn(2, 8, 6, 6), torch.randn(2, 16), torch.randn(2, 8, 6, 6)
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        y = conv(x.to(dtype), w).float()
+        found.append(
+            torch.autograd.grad((y * weights).sum(), [conv.weight, conv.modulation.weight])
+        )
+    for full, half in zip(*found):
+        assert (half - full).norm() < 0.01 * full.norm()

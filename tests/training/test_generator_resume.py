@@ -178,8 +178,8 @@ class Spoilt(Trainer):
 
     bad: range = range(0)
 
-    def _judge(self, images: torch.Tensor, draw: Draws) -> torch.Tensor:
-        logits = super()._judge(images, draw)
+    def _judge(self, draw: Draws, *batches: torch.Tensor) -> torch.Tensor:
+        logits = super()._judge(draw, *batches)
         return logits * (float('nan') if self.n_steps in self.bad else 1)
 
 

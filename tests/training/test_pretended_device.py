@@ -43,13 +43,13 @@ from training.stylegan2_config import make_config
 from training.stylegan2_loop import Trainer, sample_grid
 
 BUDGETS = {  # (host waits, operations)
-    'generator': (0, 1360),
-    'generator, all penalties': (0, 3220),
-    'generator bf16': (0, 1560),
-    'generator bf16, all penalties': (0, 3540),
-    'generator fp16': (0, 1850),
-    'generator fp16, all penalties': (0, 4360),
-    'projected': (0, 2530),
+    'generator': (0, 1060),
+    'generator, all penalties': (0, 2790),
+    'generator bf16': (0, 1215),
+    'generator bf16, all penalties': (0, 3070),
+    'generator fp16': (0, 1330),
+    'generator fp16, all penalties': (0, 3280),
+    'projected': (0, 1965),
     'encoder': (0, 1550),
     'encoder bf16': (0, 1930),
     'encoder fp16': (1, 2370),
