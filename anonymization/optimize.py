@@ -14,11 +14,12 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from criteria.content import content_loss
 from criteria.gram_style import STRIDES, StyleTargets, StyleTerm
@@ -74,7 +75,7 @@ class Group(NamedTuple):
     content: torch.Tensor
     shares: torch.Tensor | None = None
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
+    def mean(self, values: Float[Tensor, ' k *s']) -> Float[Tensor, '*s']:
         """Mean over the members of values [k, ...]."""
         if self.shares is None:
             return values.mean(0)
@@ -100,7 +101,7 @@ class Result(NamedTuple):
     centroid: torch.Tensor
 
 
-def equal_shares(people: Sequence[Hashable]) -> torch.Tensor | None:
+def equal_shares(people: Sequence[Hashable]) -> Float[Tensor, ' k'] | None:
     """Shares [k] of a group's images by which people count the same; None when all have one.
 
     people: who is on each image.
@@ -111,7 +112,7 @@ def equal_shares(people: Sequence[Hashable]) -> torch.Tensor | None:
     return torch.tensor([1 / (images[p] * len(images)) for p in people], dtype=torch.float64)
 
 
-def learning_rate(step, n_steps, lr=0.1):
+def learning_rate(step: int, n_steps: int, lr: float = 0.1) -> float:
     """Ramp up over the first 5 % and cosine down over the last 25 % (0 at step 0)."""
     t = step / n_steps
     down = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / 0.25))
@@ -119,7 +120,7 @@ def learning_rate(step, n_steps, lr=0.1):
 
 
 @contextlib.contextmanager
-def matmul_precision(precision):
+def matmul_precision(precision: str) -> Iterator[None]:
     """TF32 on for 'tf32' and 'bf16', off for 'fp32', and back as it was afterwards."""
     matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision != 'fp32'
@@ -195,8 +196,8 @@ class GroupOptimizer:
         return Targets(content, self.style.targets(grams, weights))
 
     def losses(
-        self, ws: torch.Tensor, targets: Targets
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, ws: Float[Tensor, 'G L D'], targets: Targets
+    ) -> tuple[Float[Tensor, ' G'], Float[Tensor, ' G'], Float[Tensor, 'G 3 R R']]:
         """(L_c [G], L_s [G], pictures [G, 3, R, R]) of latents ws [G, L, D]."""
         image = self.synthesis(ws)
         y = self.psp.pool(image)
@@ -219,7 +220,7 @@ class GroupOptimizer:
             return _AUTO_RATE * latent_spread(self.psp.decoder)
         return self.config.lr
 
-    def style_weights(self, start: torch.Tensor, targets: Targets) -> torch.Tensor:
+    def style_weights(self, start: Float[Tensor, 'G L D'], targets: Targets) -> Float[Tensor, ' G']:
         """The weight of each group's style loss, [G], for latents `start` [G, L, D].
 
         'auto': the style gradient of the latents is style_ratio of the content gradient there.
@@ -235,7 +236,9 @@ class GroupOptimizer:
             norms.append(gradient.flatten(1).norm(dim=1))
         return cfg.content_weight * cfg.style_ratio * norms[0] / norms[1].clamp_min(1e-12)
 
-    def run(self, groups, *, on_step=None):
+    def run(
+        self, groups: Sequence[Group], *, on_step: Callable[[int], None] | None = None
+    ) -> Result:
         """Optimises a list of Group together; returns a Result on the CPU.
 
         on_step: called with the number of groups after each step. UserError when a loss is not
@@ -274,7 +277,7 @@ class GroupOptimizer:
         return Result(ws.detach().cpu(), image.float().cpu(), history, centroid.float().cpu())
 
 
-def group_memory(psp, style_channels, precision):
+def group_memory(psp: PSP, style_channels: int, precision: str) -> int:
     """Rough bytes one group needs during a step: maps kept for the gradient and working copies."""
     item = 2 if precision == 'bf16' else 4
     maps = [channels * side**2 for side, channels in psp.decoder.channels.items()]
@@ -282,6 +285,8 @@ def group_memory(psp, style_channels, precision):
     return (2 * sum(maps) + 6 * max(maps) + features) * item
 
 
-def batch_that_fits(psp, style_channels, precision, free_bytes, *, most):
+def batch_that_fits(
+    psp: PSP, style_channels: int, precision: str, free_bytes: int, *, most: int
+) -> int:
     """How many groups to optimise together within `free_bytes`, at least 1, at most `most`."""
     return int(max(1, min(most, 0.7 * free_bytes // group_memory(psp, style_channels, precision))))

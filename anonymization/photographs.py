@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool, UInt8
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.table import Table
@@ -28,7 +30,7 @@ class Photographs(Dataset):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, i: int) -> torch.Tensor:
+    def __getitem__(self, i: int) -> UInt8[Tensor, '3 S S']:
         picture = resize(load_rgb(self.table.paths[i]), self.size)
         u8 = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         if self.mirror_left and self.table.eyes[i] == 'left':
@@ -36,7 +38,7 @@ class Photographs(Dataset):
         return u8
 
 
-def copies(digests: Sequence[str], ids: Sequence[str]) -> np.ndarray:
+def copies(digests: Sequence[str], ids: Sequence[str]) -> Bool[np.ndarray, ' n']:
     """bool [n]: photographs with the digest of another one whose id comes first by alphabet."""
     kept: dict[str, str] = {}
     for digest, name in zip(digests, ids):

@@ -16,11 +16,13 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from anonymization.grouping import assign_groups
@@ -135,7 +137,7 @@ class Pipeline:
                 'the next; leave it out, or use --device cpu'
             )
 
-    def _strata(self):
+    def _strata(self) -> list[str] | None:
         if not self.settings.strata:
             return None
         columns = []
@@ -148,14 +150,14 @@ class Pipeline:
 
     # -- 1: inversion -----------------------------------------------------------------------
 
-    def _chunks(self):
+    def _chunks(self) -> list[range]:
         size = self.settings.batch_size
         return [range(i, min(i + size, len(self.table))) for i in range(0, len(self.table), size)]
 
-    def _chunk_file(self, i):
+    def _chunk_file(self, i: int) -> Path:
         return self.work / f'inversion_{i:06d}.pt'
 
-    def invert(self) -> tuple[np.ndarray, np.ndarray]:
+    def invert(self) -> tuple[Float[np.ndarray, 'n L D'], Float[np.ndarray, 'n F']]:
         """Latents of all photographs [n, L, D], content features [n, F] of their pictures.
 
         Both as memory-mapped files in private/, computed once.
@@ -213,7 +215,7 @@ class Pipeline:
         bar.close()
 
     def _invert_batch(
-        self, psp: FrozenPSP, net: ContentNetwork | FeatureNetwork, u8: torch.Tensor
+        self, psp: FrozenPSP, net: ContentNetwork | FeatureNetwork, u8: UInt8[Tensor, 'N 3 S S']
     ) -> dict[str, torch.Tensor]:
         """Of photographs uint8 [N, 3, S, S]: ws, recon, content features, error [N], on the CPU."""
         x = u8.to(self.device).float().div(127.5).sub(1)
@@ -250,7 +252,7 @@ class Pipeline:
 
     # -- 2: grouping ------------------------------------------------------------------------
 
-    def group(self, latents: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    def group(self, latents: Float[np.ndarray, 'n L D']) -> tuple[Int[np.ndarray, ' n'], list[str]]:
         """Group numbers [n] (1 to C; 0: left out), checked again from the written table.
 
         Also the release names of groups 1 to C.
@@ -273,7 +275,7 @@ class Pipeline:
         names = {int(c): n for c, n in zip(table['centers'], table['release_name']) if c}
         return labels, [names[c] for c in range(1, len(names) + 1)]
 
-    def _assign(self, latents: np.ndarray) -> np.ndarray:
+    def _assign(self, latents: Float[np.ndarray, 'n L D']) -> Int[np.ndarray, ' n']:
         s = self.settings
         latents = latents.reshape(len(latents), -1)
         rows = np.flatnonzero(~self.copies)
@@ -303,7 +305,7 @@ class Pipeline:
         labels[rows] = found.labels
         return labels
 
-    def _check(self, labels):
+    def _check(self, labels: Int[np.ndarray, ' n']) -> None:
         check_groups(
             labels,
             self.settings.k,
@@ -312,7 +314,7 @@ class Pipeline:
             policy=self.settings.policy,
         )
 
-    def _write_groups(self, path: Path, labels: np.ndarray) -> None:
+    def _write_groups(self, path: Path, labels: Int[np.ndarray, ' n']) -> None:
         self._check(labels)
         sizes = np.bincount(labels)
         secret = '\n'.join(f'{i} {c}' for i, c in zip(self.table.ids, labels)).encode()
@@ -331,7 +333,7 @@ class Pipeline:
 
     # -- 3: optimisation --------------------------------------------------------------------
 
-    def _batch_file(self, i):
+    def _batch_file(self, i: int) -> Path:
         return self.work / f'groups_{i:06d}.pt'
 
     def _sources(self) -> str:
@@ -340,7 +342,10 @@ class Pipeline:
         return sha256_bytes('\n'.join(sha256_file(f) for f in files).encode())
 
     def optimise(
-        self, latents: np.ndarray, content: np.ndarray, labels: np.ndarray
+        self,
+        latents: Float[np.ndarray, 'n L D'],
+        content: Float[np.ndarray, 'n F'],
+        labels: Int[np.ndarray, ' n'],
     ) -> list[GroupResult]:
         """Runs every batch of groups that has no result yet; returns results on process 0."""
         n_groups = int(labels.max())
@@ -439,7 +444,12 @@ class Pipeline:
             log.warning('going on with %d groups at a time, as this run began', recorded)
         return recorded
 
-    def _group(self, members: np.ndarray, latents: np.ndarray, content: np.ndarray) -> Group:
+    def _group(
+        self,
+        members: Int[np.ndarray, ' k'],
+        latents: Float[np.ndarray, 'n L D'],
+        content: Float[np.ndarray, 'n F'],
+    ) -> Group:
         return Group(
             torch.from_numpy(np.array(latents[members])),
             torch.stack([self.photos[int(i)] for i in members]),
@@ -447,7 +457,7 @@ class Pipeline:
             equal_shares([self.people[i] for i in members]),
         )
 
-    def _output(self, image):
+    def _output(self, image: Float[Tensor, 'G 3 R R']) -> Float[Tensor, 'G 3 S S']:
         if self.settings.resize_outputs:
             return self.psp.pool(image)
         return image
@@ -455,7 +465,11 @@ class Pipeline:
     # -- 4: what leaves, and what stays -----------------------------------------------------
 
     def write(
-        self, labels: np.ndarray, names: list[str], results: list[GroupResult], staging: Path
+        self,
+        labels: Int[np.ndarray, ' n'],
+        names: list[str],
+        results: list[GroupResult],
+        staging: Path,
     ) -> dict:
         """Writes the release into the new folder `staging`, and the private records."""
         if len(results) != len(names):
@@ -479,14 +493,14 @@ class Pipeline:
         write_contact_sheet(self.private / 'contact_sheet.png', labels, results, self.photos)
         return manifest
 
-    def _facts(self, labels, number, name):
+    def _facts(self, labels: Int[np.ndarray, ' n'], number: int, name: str) -> GroupFacts:
         rows = np.flatnonzero(labels == number)
         grades = None
         if self.table.labels is not None:
             grades = tuple(np.bincount(self.table.labels[rows], minlength=N_GRADES).tolist())
         return GroupFacts(name, len(rows), len({self.people[i] for i in rows}), grades)
 
-    def _manifest_facts(self, labels, size):
+    def _manifest_facts(self, labels: Int[np.ndarray, ' n'], size: int) -> dict[str, Any]:
         s = self.settings
         settings = {
             'n_iters': s.n_iters,
@@ -531,6 +545,6 @@ def _load_intact(path: Path, what: str, context: str = '') -> dict:
     return load_weights(path, what=what)
 
 
-def _sizes(labels):
+def _sizes(labels: Int[np.ndarray, ' n']) -> str:
     sizes, counts = np.unique(np.bincount(labels)[1:], return_counts=True)
     return ', '.join(f'{s} images ({c}x)' for s, c in zip(sizes, counts))

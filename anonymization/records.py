@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int, UInt8
 from PIL import Image
+from torch import Tensor
 
 from anonymization.card import Card
 from anonymization.photographs import Photographs
@@ -43,12 +45,12 @@ class GroupResult(NamedTuple):
     pixels: str
 
 
-def pixel_digest(u8: torch.Tensor) -> str:
+def pixel_digest(u8: UInt8[Tensor, '3 R R']) -> str:
     """SHA-256 of a picture uint8 [3, R, R] as RGB bytes [R, R, 3]."""
     return hashlib.sha256(u8.permute(1, 2, 0).contiguous().numpy().tobytes()).hexdigest()
 
 
-def to_picture(u8: torch.Tensor) -> Image.Image:
+def to_picture(u8: UInt8[Tensor, '3 R R']) -> Image.Image:
     """uint8 [3, R, R] -> PIL RGB."""
     return Image.fromarray(u8.permute(1, 2, 0).numpy())
 
@@ -79,7 +81,7 @@ def write_card(private: Path, card: Card) -> None:
 
 
 def write_contact_sheet(
-    path: Path, labels: np.ndarray, results: Sequence[GroupResult], photos: Photographs
+    path: Path, labels: Int[np.ndarray, ' n'], results: Sequence[GroupResult], photos: Photographs
 ) -> None:
     """Rows of members, centroid, k-SALSA image. Shows photographs: private.
 

@@ -7,6 +7,7 @@ nothing but what can be derived again. Needs the package `cryptography`.
 
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from anonymization.audit.checks import Check, Findings
@@ -135,7 +136,7 @@ def _manifest(release: Path) -> bytes:
         raise UserError(f'{release / MANIFEST} {fault}; it is what is signed') from fault
 
 
-def _cryptography():
+def _cryptography() -> tuple[ModuleType, ModuleType]:
     try:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519

@@ -12,13 +12,15 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from jaxtyping import Float32, UInt8
 from PIL import Image
+from torch import Tensor
 
 from utils.errors import UserError, listing
 from utils.images import IMAGE_SUFFIXES, as_rgb, decode_reason, open_image
@@ -32,7 +34,7 @@ _MAX_CLASSES = 10_000
 class FileStore:
     """The files of a folder or a ZIP by relative name with '/'; picklable, safe across forks."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._zip = None
         self._pid = None
@@ -54,7 +56,7 @@ class FileStore:
         else:
             raise UserError(f'no such folder or ZIP archive: {self.path}')
 
-    def _open_zip(self):
+    def _open_zip(self) -> zipfile.ZipFile:
         # A handle inherited through a fork shares its file offset with the parent.
         if self._zip is None or self._pid != os.getpid():
             self._zip, self._pid = zipfile.ZipFile(self.path), os.getpid()
@@ -71,7 +73,7 @@ class FileStore:
             raise ValueError(f'{size >> 20} MiB, more than the {_MAX_FILE >> 20} MiB that are read')
         return self._open_zip().open(name) if self.is_zip else open(self.path / name, 'rb')
 
-    def image_names(self):
+    def image_names(self) -> list[str]:
         """Names that end like an image file, sorted; resource forks of macOS archives left out."""
         return [
             n
@@ -113,11 +115,11 @@ class FileStore:
                 f'...]}} or {{"labels": null}} ({str(error)[:200]})'
             ) from error
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_zip': None, '_pid': None}
 
 
-def encode_labels(labels: Sequence[object]) -> np.ndarray:
+def encode_labels(labels: Sequence[object]) -> Float32[np.ndarray, 'n d']:
     """Class numbers -> one-hot float32 [n, max+1]; lists of floats -> float32 [n, d].
 
     UserError when they are neither, or are mixed, or beyond 10,000 classes.
@@ -152,7 +154,16 @@ class ImageArchive(torch.utils.data.Dataset):
     damaged, not square, not a power of two wide, or of another size than the majority.
     """
 
-    def __init__(self, path, *, labels=False, mirror=False, subset=None, seed=0, cache=False):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        labels: bool = False,
+        mirror: bool = False,
+        subset: int | None = None,
+        seed: int = 0,
+        cache: bool = False,
+    ) -> None:
         self.store = FileStore(path)
         self.names = self.store.image_names()
         if not self.names:
@@ -195,7 +206,7 @@ class ImageArchive(torch.utils.data.Dataset):
             )
         return common[0]
 
-    def _read_labels(self):
+    def _read_labels(self) -> Float32[np.ndarray, 'n d']:
         labels = self.store.labels()
         if labels is None:
             raise UserError(
@@ -213,10 +224,10 @@ class ImageArchive(torch.utils.data.Dataset):
         except UserError as error:
             raise UserError(f'{self.store.path}: {error}') from error
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names) * (2 if self.mirror else 1)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[UInt8[Tensor, '3 H W'], Float32[Tensor, ' d']]:
         """(uint8 [3, H, W], float32 [label_dim]) of item i."""
         if not 0 <= i < len(self):
             raise IndexError(i)
@@ -230,11 +241,11 @@ class ImageArchive(torch.utils.data.Dataset):
             self._digest = self.store.digest(self.names)
         return self._digest
 
-    def images(self, indices):
+    def images(self, indices: Iterable[int]) -> UInt8[Tensor, 'n 3 H W']:
         """uint8 [n, 3, H, W] of several items."""
         return torch.stack([self[int(i)][0] for i in indices])
 
-    def _decode(self, i):
+    def _decode(self, i: int) -> UInt8[Tensor, '3 H W']:
         if self._cache is not None and i in self._cache:
             return self._cache[i]
         pixels = np.array(self.store.image(self.names[i]))
@@ -253,7 +264,7 @@ class ArchiveWriter:
     killed process left of the same `dest` is removed: it holds photographs.
     """
 
-    def __init__(self, dest):
+    def __init__(self, dest: str | Path) -> None:
         self.dest = Path(dest)
         self.is_zip = self.dest.suffix.lower() == '.zip'
         if self.dest.exists() and (
@@ -262,7 +273,7 @@ class ArchiveWriter:
             raise UserError(f'--dest {self.dest} already exists; remove it or choose another name')
         self._labels = []
 
-    def __enter__(self):
+    def __enter__(self) -> 'ArchiveWriter':
         self.dest.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.dest.parent, self.dest.stem)
         if self.is_zip:
@@ -277,7 +288,7 @@ class ArchiveWriter:
             self._folder = self._claim.__enter__()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         failed = error[0] is not None
         if not failed:
             complete = self._labels and all(v is not None for _, v in self._labels)
@@ -296,7 +307,7 @@ class ArchiveWriter:
             os.replace(self._folder, self.dest)
         self._claim.__exit__(None, None, None)
 
-    def _write(self, name, data):
+    def _write(self, name: str, data: bytes) -> None:
         if self.is_zip:
             # A fixed time stamp: the same images give the same bytes.
             self._zip.writestr(zipfile.ZipInfo(name), data)
@@ -305,7 +316,7 @@ class ArchiveWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
 
-    def add(self, image, label=None, *, name=None):
+    def add(self, image: Image.Image, label: object = None, *, name: str | None = None) -> str:
         """Appends a PIL picture (uncompressed PNG) and returns its name in the archive.
 
         name: in place of the next number.

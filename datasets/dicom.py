@@ -9,10 +9,12 @@ Source: DICOM PS3.3 C.7.6.3 (Image Pixel), C.8.17.1 (Ophthalmic Photography).
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Num
 from PIL import Image
 
 from datasets.dicom_decode import decode_pixels
@@ -197,7 +199,7 @@ def _palette_bits(dataset: 'Dataset') -> int:
     return int(dataset.RedPaletteColorLookupTableDescriptor[2])
 
 
-def _to_rgb(values: np.ndarray, bits: int, path: Path) -> Image.Image:
+def _to_rgb(values: Num[np.ndarray, 'H W *c'], bits: int, path: Path) -> Image.Image:
     """Samples [H, W] or [H, W, 3] of `bits` bits -> PIL RGB."""
     if values.ndim == 2:
         values = np.repeat(values[..., None], 3, 2)
@@ -208,7 +210,7 @@ def _to_rgb(values: np.ndarray, bits: int, path: Path) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(np.clip(values, 0, 255).astype(np.uint8)))
 
 
-def _pydicom():
+def _pydicom() -> ModuleType:
     try:
         import pydicom  # optional: only those who have DICOM files need it
     except ImportError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Num
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -20,7 +21,7 @@ _BYTES = 4 << 30  # of memory in that process
 _SURVIVE = ('pydicom', 'pillow', 'pylibjpeg')  # pydicom's names of decoders that raise
 
 
-def decode_pixels(path: Path, dataset: 'Dataset') -> np.ndarray:
+def decode_pixels(path: Path, dataset: 'Dataset') -> Num[np.ndarray, 'H W *c']:
     """Samples [H, W] or [H, W, 3] of `dataset`, which was read from `path`.
 
     Raises what the decoders raise, in any form; RuntimeError when the process of its own failed.
@@ -40,7 +41,7 @@ def decode_pixels(path: Path, dataset: 'Dataset') -> np.ndarray:
     return _decode_apart(path) if 'gdcm' in plugins else pixel_array(dataset)
 
 
-def _decode_apart(path: Path) -> np.ndarray:
+def _decode_apart(path: Path) -> Num[np.ndarray, 'H W *c']:
     command = [sys.executable, '-m', 'datasets.dicom_decode', str(Path(path).resolve())]
     done = subprocess.run(
         command, cwd=Path(__file__).resolve().parents[1], capture_output=True, timeout=_SECONDS

@@ -9,8 +9,10 @@ extent of the bright pixels.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float, Num, UInt8
 from PIL import Image
 from scipy import ndimage
 
@@ -50,7 +52,7 @@ class Fov:
     white_margin: bool = False
 
 
-def check_frame(values):
+def check_frame(values: Num[np.ndarray, 'H W']) -> None:
     """Raises UnusableFrame for a near-black or flat [H, W] array of channel maxima (0-255)."""
     low, high, top = np.percentile(values, (1, 95, 99))
     if high < _NEAR_BLACK:
@@ -59,7 +61,7 @@ def check_frame(values):
         raise UnusableFrame('blank frame (one flat colour)')
 
 
-def find_fov(image):
+def find_fov(image: Image.Image) -> Fov:
     """Finds the field of view of a PIL RGB picture; UnusableFrame when there is no picture."""
     shrink = max(max(image.size) / _WORK_SIZE, 1.0)
     size = [max(round(s / shrink), 1) for s in image.size]
@@ -76,7 +78,7 @@ def find_fov(image):
     return _fit(values, scale, image.size)
 
 
-def _white_margin(rgb):
+def _white_margin(rgb: UInt8[np.ndarray, 'H W 3']) -> Bool[np.ndarray, 'H W'] | None:
     """Mask of the white surroundings, or None. An over-exposed retina is not one: a margin is
     white in at least three corners of the frame."""
     white = rgb.min(axis=2) >= _WHITE
@@ -86,7 +88,7 @@ def _white_margin(rgb):
     return np.isin(labels, list(corners)) if n_white >= 3 else None
 
 
-def _margin_level(values):
+def _margin_level(values: Num[np.ndarray, 'H W']) -> float:
     """The level of the darkest corner or edge strip: that of the margin, when there is one."""
     h, w = values.shape
     n = max(round(0.02 * min(h, w)), 1)
@@ -103,7 +105,7 @@ def _margin_level(values):
     return min(float(np.median(s)) for s in strips)
 
 
-def _fit(values, scale, full_size):
+def _fit(values: Num[np.ndarray, 'H W'], scale: Sequence[float], full_size: tuple[int, int]) -> Fov:
     h, w = values.shape
     frame = Fov(
         'frame',
@@ -139,23 +141,23 @@ def _fit(values, scale, full_size):
     cx, cy, rx, ry = (float(v) for v in disc)
     # A flat cut inside the frame ends the picture before the disc ends.
     (left, right), (top, bottom) = (_extent(mask.sum(axis=a)) for a in (0, 1))
-    box = (
+    inside = (
         max(cx - rx, 0, min(left, cx - 0.6 * rx)),
         max(cy - ry, 0, min(top, cy - 0.6 * ry)),
         min(cx + rx, w, max(right, cx + 0.6 * rx)),
         min(cy + ry, h, max(bottom, cy + 0.6 * ry)),
     )
     sx, sy = scale
-    return Fov('disc', cx * sx, cy * sy, rx * sx, ry * sy, _to_box(box, scale, full_size))
+    return Fov('disc', cx * sx, cy * sy, rx * sx, ry * sy, _to_box(inside, scale, full_size))
 
 
-def _extent(counts):
+def _extent(counts: Num[np.ndarray, ' n']) -> tuple[int, int]:
     """First and one past the last position whose count is not negligible."""
     found = np.nonzero(counts > 0.05 * counts.max())[0]
     return int(found[0]), int(found[-1]) + 1
 
 
-def _main_parts(mask):
+def _main_parts(mask: Bool[np.ndarray, 'H W']) -> Bool[np.ndarray, 'H W']:
     """Drops text, notches and specks; a dark band may cut the retina into several large parts."""
     mask = ndimage.binary_opening(mask, structure=np.ones((3, 3)), iterations=2)
     labels, n = ndimage.label(mask)
@@ -166,7 +168,7 @@ def _main_parts(mask):
     return np.isin(labels, np.nonzero(sizes >= 0.05 * sizes.max())[0])
 
 
-def _rim_points(mask):
+def _rim_points(mask: Bool[np.ndarray, 'H W']) -> Float[np.ndarray, 'n 2']:
     """The outermost mask pixel along each ray from the centroid, [n, 2] as (x, y) pixel centres,
     without those where the frame and not the rim ends the mask."""
     h, w = mask.shape
@@ -184,7 +186,7 @@ def _rim_points(mask):
     return np.stack([xs[inside] + 0.5, ys[inside] + 0.5], axis=1)
 
 
-def _solve(points, circle):
+def _solve(points: Num[np.ndarray, '... n 2'], circle: bool) -> Float[np.ndarray, '... 4']:
     """Least-squares axis-parallel ellipse (or circle) through [..., n, 2] points -> cx, cy, rx, ry
     (NaN where none fits)."""
     x, y = points[..., 0], points[..., 1]
@@ -202,13 +204,17 @@ def _solve(points, circle):
         return np.stack([cx, cy, np.sqrt(rx2), np.sqrt(rx2 / q)], axis=-1)
 
 
-def _distances(points, disc):
+def _distances(
+    points: Float[np.ndarray, 'n 2'], disc: Float[np.ndarray, '... 4']
+) -> Float[np.ndarray, '... n']:
     """Distance of points [n, 2] from the rim of discs [..., 4], in radii -> [..., n]."""
     cx, cy, rx, ry = (disc[..., i, None] for i in range(4))
     return np.abs(np.hypot((points[:, 0] - cx) / rx, (points[:, 1] - cy) / ry) - 1)
 
 
-def _plausible(disc, shape):
+def _plausible(
+    disc: Float[np.ndarray, '... 4'], shape: tuple[int, int]
+) -> Bool[np.ndarray, '...'] | np.bool_:
     h, w = shape
     cx, cy, rx, ry = (disc[..., i] for i in range(4))
     with np.errstate(invalid='ignore'):
@@ -224,7 +230,9 @@ def _plausible(disc, shape):
         )
 
 
-def _ransac(rim, shape, circle):
+def _ransac(
+    rim: Float[np.ndarray, 'n 2'], shape: tuple[int, int], circle: bool
+) -> tuple[Float[np.ndarray, ' 4'], float] | None:
     """The disc that most rim points lie on, refitted to them; (disc, share) or None."""
     n = 3 if circle else 4
     draws = np.random.default_rng(0).random((_HYPOTHESES, len(rim))).argpartition(n)[:, :n]
@@ -243,23 +251,26 @@ def _ransac(rim, shape, circle):
     return best, float((_distances(rim, best) < _TOLERANCE).mean())
 
 
-def _fit_disc(rim, mask):
+def _fit_disc(
+    rim: Float[np.ndarray, 'n 2'], mask: Bool[np.ndarray, 'H W']
+) -> Float[np.ndarray, ' 4'] | None:
     """cx, cy, rx, ry of the disc behind the rim points, or None when the picture is not one."""
     circle, ellipse = _ransac(rim, mask.shape, True), _ransac(rim, mask.shape, False)
-    found = [f for f in (circle, ellipse) if f is not None]
-    if not found:
-        return None
     # One parameter more always fits a little better: an ellipse has to earn its place.
     if circle is not None and (ellipse is None or circle[1] > ellipse[1] - 0.1):
         disc, share = circle
-    else:
+    elif ellipse is not None:
         disc, share = ellipse
+    else:
+        return None
     ys, xs = np.nonzero(mask)
     outside = np.hypot((xs + 0.5 - disc[0]) / disc[2], (ys + 0.5 - disc[1]) / disc[3]) > 1.03
     return None if share < 0.3 or outside.mean() > 0.05 else disc
 
 
-def _to_box(box, scale, full_size):
+def _to_box(
+    box: Sequence[float], scale: Sequence[float], full_size: tuple[int, int]
+) -> tuple[int, int, int, int]:
     x0, y0, x1, y1 = (v * s for v, s in zip(box, (*scale, *scale), strict=True))
     return (
         max(math.floor(x0), 0),
@@ -269,7 +280,7 @@ def _to_box(box, scale, full_size):
     )
 
 
-def fov_mask(fov, width, height):
+def fov_mask(fov: Fov, width: int, height: int) -> Float[np.ndarray, '{height} {width}']:
     """Float [height, width] array: 1 inside the field, 0 outside, one soft pixel between."""
     y, x = np.ogrid[:height, :width]
     left, top, right, bottom = fov.box
@@ -281,8 +292,14 @@ def fov_mask(fov, width, height):
 
 
 def crop_fov(
-    image, fov, *, size=None, mask=False, unsqueeze=False, resample=Image.Resampling.LANCZOS
-):
+    image: Image.Image,
+    fov: Fov,
+    *,
+    size: int | None = None,
+    mask: bool = False,
+    unsqueeze: bool = False,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Image.Image:
     """Crops a PIL RGB picture to its field of view, pads it to a square with black, resizes it.
 
     The square is centred on the disc as far as that keeps everything visible, so a picture with

@@ -62,7 +62,7 @@ class Group(NamedTuple):
     release_name: str | None
 
 
-def find_group_table(path, names, *, flag='--df'):
+def find_group_table(path: str | Path, names: Sequence[str], *, flag: str = '--df') -> Path:
     """`path` itself, or the first of `names` in the folder `path`; UserError when there is none."""
     path = Path(path)
     if path.is_file():
@@ -116,7 +116,13 @@ def read_groups(path: str | Path, *, flag: str = '--df') -> list[Group]:
     ]
 
 
-def group_pictures(groups, folder, *, centroid=False, flag='--images_path'):
+def group_pictures(
+    groups: Sequence[Group],
+    folder: str | Path,
+    *,
+    centroid: bool = False,
+    flag: str = '--images_path',
+) -> list[Path]:
     """The file of every group in `folder`: by release name, or named after the first member.
 
     centroid: `<id>_centroids` files, the plain latent averages of published runs. UserError that
@@ -135,7 +141,8 @@ def group_pictures(groups, folder, *, centroid=False, flag='--images_path'):
         found = next((files[n] for n in names if n in files), None)
         if found is None:
             missing.append(names[0])
-        paths.append(found)
+        else:
+            paths.append(found)
     if missing:
         raise UserError(
             listing(

@@ -4,10 +4,14 @@ Shapes: n images, S side. Pictures are uint8 [3, S, S].
 """
 
 import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
 from datasets.archive import FileStore
 from utils.errors import UserError, listing
@@ -30,7 +34,7 @@ class ImagesDataset(torch.utils.data.Dataset):
     (of large sets only the headers are checked here).
     """
 
-    def __init__(self, path, size, *, threads=4):
+    def __init__(self, path: str | Path, size: int, *, threads: int = 4) -> None:
         self.path, self.size = path, size
         self._store = FileStore(path)
         self.names = self._store.image_names()
@@ -42,7 +46,7 @@ class ImagesDataset(torch.utils.data.Dataset):
         )
         self._read_all(threads)
 
-    def _read_all(self, threads):
+    def _read_all(self, threads: int) -> None:
         # A ZIP handle cannot be read from several threads at once.
         threads = 1 if self._store.is_zip else threads
         with ThreadPoolExecutor(threads) as pool:
@@ -63,7 +67,7 @@ class ImagesDataset(torch.utils.data.Dataset):
                 )
             )
 
-    def _read_one(self, i):
+    def _read_one(self, i: int) -> str | None:
         """Caches picture i, or opens its header; returns a complaint or None."""
         try:
             if self.cached:
@@ -74,7 +78,7 @@ class ImagesDataset(torch.utils.data.Dataset):
             return f'  {self.names[i]}: {decode_reason(error.__cause__ or error)}'
         return None
 
-    def _decode(self, i):
+    def _decode(self, i: int) -> UInt8[Tensor, '3 S S']:
         picture = resize(self._store.image(self.names[i]), self.size)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
@@ -82,10 +86,10 @@ class ImagesDataset(torch.utils.data.Dataset):
         """Hex digest that changes with the pictures' files (names and contents)."""
         return self._store.digest(self.names)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, item):
+    def __getitem__(self, item: int | tuple[int, bool]) -> UInt8[Tensor, '3 S S']:
         i, mirrored = item if isinstance(item, tuple) else (item, False)
         img = self._pixels[i] if self.cached else self._decode(i)
         return img.flip(2) if mirrored else img
@@ -99,14 +103,24 @@ class StepSampler(torch.utils.data.Sampler):
     for the next epoch. part: (first, end) positions of this process within the batch.
     """
 
-    def __init__(self, n, *, batch_size, seed, start, stop, part, mirror):
+    def __init__(
+        self,
+        n: int,
+        *,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        part: tuple[int, int],
+        mirror: bool,
+    ) -> None:
         self.n, self.batch_size, self.seed, self.part = n, batch_size, seed, part
         self.start, self.stop, self.mirror = start, stop, mirror
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.stop - self.start
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         drawn = None
         for step in range(self.start, self.stop):
             epoch, k = divmod(step, self.n // self.batch_size)

@@ -1,9 +1,12 @@
 """Reading many pictures into one array."""
 
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 
 from utils.errors import UserError, listing
 from utils.images import load_rgb, resize
@@ -12,7 +15,9 @@ from utils.logs import progress
 _IN_MEMORY = 4 << 30  # bytes of pictures kept in memory; larger sets live in a temporary file
 
 
-def load_pictures(sources, size, *, threads=4):
+def load_pictures(
+    sources: Sequence[Sequence[Path]], size: int, *, threads: int = 4
+) -> UInt8[np.ndarray, 'n 3 {size} {size}']:
     """Reads (and averages, where a picture has several files) pictures: uint8 [n, 3, S, S].
 
     Antialiased, aspect ratio not kept (published). Sets above 4 GB are kept in a temporary file
@@ -25,7 +30,7 @@ def load_pictures(sources, size, *, threads=4):
     else:
         pictures = np.empty(shape, np.uint8)
 
-    def read(i):
+    def read(i: int) -> str | None:
         try:
             total = sum(
                 np.asarray(resize(load_rgb(path), size), dtype=np.float64) for path in sources[i]

@@ -5,8 +5,9 @@ import dataclasses
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pandas as pd
 from PIL import Image
@@ -83,7 +84,7 @@ class _Loader:
     store: FileStore
     name: str
 
-    def __call__(self):
+    def __call__(self) -> Image.Image:
         return self.store.image(self.name)
 
 
@@ -91,7 +92,7 @@ class _Loader:
 class _FileLoader:
     path: Path
 
-    def __call__(self):
+    def __call__(self) -> Image.Image:
         return load_rgb(self.path)
 
 
@@ -99,7 +100,7 @@ class _FileLoader:
 class _DicomLoader:
     path: Path
 
-    def __call__(self):
+    def __call__(self) -> Image.Image:
         return load_dicom(self.path)
 
 
@@ -107,11 +108,11 @@ class _DicomLoader:
 class _Refused:
     reason: str
 
-    def __call__(self):
+    def __call__(self) -> NoReturn:
         raise UnusableFrame(self.reason)
 
 
-def _list_dicom(folder, paths, burned_in):
+def _list_dicom(folder: Path, paths: Sequence[Path], burned_in: bool) -> list[SourceImage]:
     found, refused = list_photographs(paths, burned_in=burned_in)
     reasons, photographs = dict(refused), {p.path: p for p in found}
     images = []
@@ -124,7 +125,7 @@ def _list_dicom(folder, paths, burned_in):
     return images
 
 
-def _list_table(path, image_dir, split):
+def _list_table(path: Path, image_dir: str | None, split: str | None) -> list[SourceImage]:
     table = read_table(path, image_dir, split=split)
     labels = [None] * len(table) if table.labels is None else table.labels.tolist()
     return [
@@ -134,15 +135,15 @@ def _list_table(path, image_dir, split):
 
 
 def transform_image(
-    image,
+    image: Image.Image,
     *,
-    transform='none',
-    width=None,
-    height=None,
-    resample='lanczos',
-    mask=False,
-    unsqueeze=False,
-):
+    transform: str = 'none',
+    width: int | None = None,
+    height: int | None = None,
+    resample: str = 'lanczos',
+    mask: bool = False,
+    unsqueeze: bool = False,
+) -> Image.Image:
     """PIL RGB -> PIL RGB of `width` x `height` (None: as large as it comes).
 
     none: plain resize. center-crop: the largest central square. center-crop-wide: the largest
@@ -158,23 +159,32 @@ def transform_image(
     if transform == 'center-crop':
         image = _central(image, min(w, h), min(w, h))
     elif transform == 'center-crop-wide':
+        if width is None or height is None:
+            raise ValueError('center-crop-wide needs a width and a height')
         scale = min(w / width, h / height)
         image = _central(image, round(width * scale), round(height * scale))
-    if width is not None and image.size != (width, height):
+    if width is not None and height is not None and image.size != (width, height):
         image = image.resize((width, height), kernel)
-    if transform == 'center-crop-wide':
+    if transform == 'center-crop-wide' and width is not None and height is not None:
         canvas = Image.new('RGB', (width, width))
         canvas.paste(image, (0, (width - height) // 2))
         return canvas
     return image
 
 
-def _central(image, width, height):
+def _central(image: Image.Image, width: int, height: int) -> Image.Image:
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
-def check_options(transform, width, height, *, mask=False, unsqueeze=False):
+def check_options(
+    transform: str,
+    width: int | None,
+    height: int | None,
+    *,
+    mask: bool = False,
+    unsqueeze: bool = False,
+) -> tuple[int | None, int | None]:
     """UserError for sizes and transforms that do not go together; returns (width, height)."""
     if width is None and height is not None and transform != 'center-crop-wide':
         width = height
@@ -196,20 +206,20 @@ def check_options(transform, width, height, *, mask=False, unsqueeze=False):
 
 
 def build_archive(
-    images,
-    dest,
+    images: Sequence[SourceImage],
+    dest: str | Path,
     *,
-    transform='none',
-    width=None,
-    height=None,
-    resample='lanczos',
-    mask=False,
-    unsqueeze=False,
-    max_images=None,
-    workers=1,
-    keep_names=False,
-    one_side=False,
-):
+    transform: str = 'none',
+    width: int | None = None,
+    height: int | None = None,
+    resample: str = 'lanczos',
+    mask: bool = False,
+    unsqueeze: bool = False,
+    max_images: int | None = None,
+    workers: int = 1,
+    keep_names: bool = False,
+    one_side: bool = False,
+) -> pd.DataFrame:
     """Writes `images` (SourceImage list) to the archive `dest`; returns the report, a DataFrame.
 
     Its columns: source, name, kept, reason (why not), archive_name, label, same_as (the name of an
@@ -225,7 +235,7 @@ def build_archive(
             raise UserError(listing('--keep_names: several images of one name', double))
     width, height = check_options(transform, width, height, mask=mask, unsqueeze=unsqueeze)
 
-    def prepare(item):
+    def prepare(item: SourceImage) -> tuple[Image.Image | None, bool, str]:
         try:
             image = transform_image(
                 item.load(),
@@ -242,7 +252,8 @@ def build_archive(
         except UserError as error:
             return None, False, f'damaged: {decode_reason(error.__cause__ or error)}'
 
-    rows, misfits, n_kept, size, seen = [], [], 0, None, {}
+    rows, misfits, n_kept, size = [], [], 0, None
+    seen: dict[str, SourceImage] = {}
     with ArchiveWriter(dest) as writer, concurrent.futures.ThreadPoolExecutor(workers) as pool:
         # In blocks: decoding ahead of the writer must not fill the memory.
         step = 16 * workers

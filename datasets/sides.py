@@ -7,6 +7,7 @@ left of it; of an inverted photograph the eye's name does not say where it is, t
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Num
 from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
 
@@ -55,17 +56,21 @@ def find_disc(image: Image.Image) -> DiscPlace:
     return DiscPlace(float(at[column]), float(at[row]), float(abs(right - left)))
 
 
-def _blur(values: np.ndarray, width: float) -> np.ndarray:
+def _blur(values: Float[np.ndarray, 'H W'], width: float) -> Float[np.ndarray, 'H W']:
     return gaussian_filter(values.astype(np.float64), width * _SIDE)
 
 
-def _flat(values: np.ndarray, inside: np.ndarray, width: float = _AROUND) -> np.ndarray:
+def _flat(
+    values: Float[np.ndarray, 'H W'], inside: Num[np.ndarray, 'H W'], width: float = _AROUND
+) -> Float[np.ndarray, 'H W']:
     """Values relative to those around them in the field of view, 1 outside it."""
     level = _blur(values * inside, width) / (_blur(inside, width) + 1e-3)
     return np.where(inside, values / (level + 0.02), 1.0)
 
 
-def _standardised(values: np.ndarray, field: np.ndarray) -> np.ndarray:
+def _standardised(
+    values: Float[np.ndarray, 'H W'], field: Bool[np.ndarray, 'H W']
+) -> Float[np.ndarray, '...']:
     seen = values[field]
     return (values - seen.mean()) / (seen.std() + 1e-6) if seen.size else np.zeros_like(values)
 

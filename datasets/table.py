@@ -9,12 +9,13 @@ import json
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int
 
 from utils.errors import UserError, listing
 from utils.images import IMAGE_SUFFIXES, strip_suffix
@@ -56,7 +57,7 @@ class Table:
         return len(self.ids)
 
     @property
-    def grades(self) -> np.ndarray:
+    def grades(self) -> Int[np.ndarray, ' n']:
         """The labels of a table that has them; ValueError of one that was read without."""
         if self.labels is None:
             raise ValueError('the table was read without grades; use require_label')
@@ -152,7 +153,7 @@ def _read_csv(csv: Path) -> pd.DataFrame:
     return frame
 
 
-def _ids(frame, csv):
+def _ids(frame: pd.DataFrame, csv: str | Path) -> list[str]:
     column = next((c for c in ID_COLUMNS if c in frame), None)
     if column is None:
         raise UserError(
@@ -174,7 +175,7 @@ def _ids(frame, csv):
     return ids
 
 
-def _labels(frame, csv, required):
+def _labels(frame: pd.DataFrame, csv: str | Path, required: bool) -> Int[np.ndarray, ' n'] | None:
     column = next((c for c in LABEL_COLUMNS if c in frame), None)
     if column is None:
         if required:
@@ -192,7 +193,7 @@ def _labels(frame, csv, required):
     return values.to_numpy().astype(np.int64)
 
 
-def _strings(frame, column):
+def _strings(frame: pd.DataFrame, column: str) -> list[str] | None:
     return [v.strip() for v in frame[column]] if column in frame else None
 
 
@@ -257,7 +258,7 @@ def _one_spelling(patients: list[str], csv: Path) -> list[str]:
     return merged
 
 
-def _eyes(frame, ids):
+def _eyes(frame: pd.DataFrame, ids: Sequence[str]) -> list[str] | None:
     for column in ('eye', 'laterality', 'side'):
         if column in frame:
             named = {
@@ -273,7 +274,7 @@ def _eyes(frame, ids):
     return [m.group(2).lower() for m in matches] if all(matches) else None
 
 
-def _only_split(table, split, csv):
+def _only_split(table: Table, split: str, csv: str | Path) -> Table:
     if table.splits is None:
         raise UserError(f'--split {split}: {csv} has no split column')
     keep = [i for i, v in enumerate(table.splits) if v == split]

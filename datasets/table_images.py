@@ -4,7 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
+from datasets.table import Table
 from utils.errors import UserError, listing
 from utils.images import load_rgb, resize
 from utils.io import digest_files
@@ -20,7 +23,7 @@ class TableImages(torch.utils.data.Dataset):
     once here, and kept when the set fits 2 GB; UserError lists all that cannot be read.
     """
 
-    def __init__(self, table, size, *, threads=4):
+    def __init__(self, table: Table, size: int, *, threads: int = 4) -> None:
         self.names, self.paths, self.size = table.ids, table.paths, size
         self.cached = len(self.paths) * 3 * size**2 <= _CACHE_LIMIT
         self._pixels = torch.empty(
@@ -40,7 +43,7 @@ class TableImages(torch.utils.data.Dataset):
         if bad:
             raise UserError(listing(f'{len(bad)} of {len(self.paths)} images cannot be read', bad))
 
-    def _read_one(self, i):
+    def _read_one(self, i: int) -> str | None:
         """Decodes (and caches) picture i; returns a complaint or None."""
         try:
             img = self._decode(i)
@@ -50,7 +53,7 @@ class TableImages(torch.utils.data.Dataset):
             self._pixels[i] = img
         return None
 
-    def _decode(self, i):
+    def _decode(self, i: int) -> UInt8[Tensor, '3 S S']:
         picture = resize(load_rgb(self.paths[i]), self.size)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
@@ -58,10 +61,10 @@ class TableImages(torch.utils.data.Dataset):
         """Hex digest that changes with the ids of the rows and the contents of their files."""
         return digest_files(self.names, self.paths)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, item):
+    def __getitem__(self, item: int | tuple[int, bool]) -> UInt8[Tensor, '3 S S']:
         i, mirrored = item if isinstance(item, tuple) else (item, False)
         img = self._pixels[i] if self.cached else self._decode(i)
         return img.flip(2) if mirrored else img

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float32
 
 from anonymization.audit import copies, derive, recompute, schema
 from anonymization.audit.checks import Audit, Check, Findings, report_dict, report_text
@@ -84,7 +85,7 @@ def _check_version(release: Path) -> None:
 # -- with the records of the run ------------------------------------------------------------
 
 
-def _audit_derived(release: Path, run: Run, latents: np.ndarray) -> Audit:
+def _audit_derived(release: Path, run: Run, latents: Float32[np.ndarray, 'C L D']) -> Audit:
     audit = Audit(facts={'k': run.k, 'pictures': len(run.names)})
     names = sorted(run.names.values())
     size = run.facts['image_size']

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Float32, Int, Num, UInt8
 from matplotlib.axes import Axes
 from PIL import Image
 from scipy.ndimage import gaussian_filter
@@ -42,7 +43,7 @@ _STEP = 4  # grey levels that count as equal, so that noise in black gets no ran
 Features = np.ndarray  # float32 [F, S, S]
 
 
-def features(pixels: np.ndarray) -> Features:
+def features(pixels: UInt8[np.ndarray, 'H W 3']) -> Features:
     """Tone and detail of a picture uint8 [H, W, 3], float32 [2, 32, 32] in [-0.5, 0.5]."""
     small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX)
     grey = np.asarray(small, dtype=np.float64).mean(2)
@@ -50,7 +51,7 @@ def features(pixels: np.ndarray) -> Features:
     return np.stack([_ranks(grey, _STEP), _ranks(detail, _STEP / 4)]).astype(np.float32)
 
 
-def _ranks(values: np.ndarray, step: float) -> np.ndarray:
+def _ranks(values: Num[np.ndarray, '*s'], step: float) -> Num[np.ndarray, '*s']:
     ranks = rankdata(np.round(values / step)).reshape(values.shape)
     return ranks / values.size - 0.5
 
@@ -96,7 +97,7 @@ def _views(side: int) -> _Views:
 
 
 def _bilinear(
-    u: np.ndarray, v: np.ndarray, side: int
+    u: Float[np.ndarray, '*s'], v: Float[np.ndarray, '*s'], side: int
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
     """(rows, columns, weights) that read a map at u, v in [-0.5, 0.5], and where it is there."""
     px, py = (u + 0.5) * side - 0.5, (v + 0.5) * side - 0.5
@@ -115,7 +116,7 @@ def _bilinear(
 class _Pool:
     """Maps of the sources at one side, with what masked correlations need of them."""
 
-    def __init__(self, maps: np.ndarray) -> None:
+    def __init__(self, maps: Float32[np.ndarray, 'n P']) -> None:
         """maps: float32 [n, S * S]."""
         self.maps = maps
         self.views = _views(int(maps.shape[1] ** 0.5))
@@ -124,7 +125,9 @@ class _Pool:
         self.sums, squares = maps @ masks.T, (maps**2) @ masks.T
         self.spread = squares - self.sums**2 / self.count  # [n, V]
 
-    def left_over(self, query: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+    def left_over(
+        self, query: Float32[np.ndarray, ' P'], rows: Int[np.ndarray, ' r'] | slice = slice(None)
+    ) -> Float[np.ndarray, ' r']:
         """Share of variance [n] that each source leaves unexplained in its best view, in [0, 1].
 
         query: map [S * S]. A negative explains as much as the picture.
@@ -144,7 +147,7 @@ class Detector:
     sources: features of the photographs [n, F, S, S]; people: person of each [n].
     """
 
-    def __init__(self, sources: np.ndarray, people: Sequence[int]) -> None:
+    def __init__(self, sources: Float32[np.ndarray, '...'], people: Sequence[int]) -> None:
         self.people = np.asarray(people)
         n, maps = sources.shape[:2]
         self.fine = [_Pool(sources[:, m].reshape(n, -1)) for m in range(maps)]
@@ -172,7 +175,7 @@ class Detector:
         return best
 
 
-def _shrink(maps: np.ndarray) -> np.ndarray:
+def _shrink(maps: Float[np.ndarray, 'n S S']) -> Float[np.ndarray, 'n P']:
     """[n, S, S] -> [n, 16 * 16], means of 2 x 2."""
     n = len(maps)
     blocks = maps.reshape(n, COARSE, SIDE // COARSE, COARSE, SIDE // COARSE)
@@ -231,7 +234,7 @@ def _source_features(paths: Sequence[Path]) -> list[Features]:
         )
 
 
-def _quantiles(values: np.ndarray) -> dict[str, float]:
+def _quantiles(values: Float[np.ndarray, ' n']) -> dict[str, float]:
     points = (0, 5, 25, 50, 75, 95, 100)
     return {f'p{q}': round(float(v), 4) for q, v in zip(points, np.percentile(values, points))}
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 
 from anonymization.audit.checks import Check, Findings
 from anonymization.audit.copies import Features, features
@@ -57,7 +58,7 @@ def look_at(
         return list(pool.map(one, names))
 
 
-def pixel_digest(pixels: np.ndarray) -> str:
+def pixel_digest(pixels: UInt8[np.ndarray, 'R R 3']) -> str:
     """SHA-256 of uint8 [R, R, 3]."""
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 

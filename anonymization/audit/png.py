@@ -9,6 +9,7 @@ import struct
 import zlib
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from anonymization.audit.files import Fault
@@ -44,7 +45,7 @@ def chunks(data: bytes) -> list[tuple[bytes, bytes]]:
     return found
 
 
-def decode(data: bytes, size: int | None) -> np.ndarray:
+def decode(data: bytes, size: int | None) -> UInt8[np.ndarray, 'H W 3']:
     """uint8 [size, size, 3] of a PNG with nothing in it but the picture; Fault otherwise.
 
     size: wanted side in pixels; None takes any up to 8192, if both sides agree.
@@ -75,7 +76,7 @@ def decode(data: bytes, size: int | None) -> np.ndarray:
         raise Fault('does not decode') from error
 
 
-def encode(pixels: np.ndarray) -> bytes:
+def encode(pixels: UInt8[np.ndarray, 'H W 3']) -> bytes:
     """The PNG that this tool writes for uint8 [H, W, 3]."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format='PNG')

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Int, UInt8
 
 from anonymization.audit.checks import Check, Findings
 from anonymization.audit.files import MAX_PICTURE, Fault, read_regular
@@ -27,7 +28,7 @@ _NEAR = 0.05  # of the members' own spread
 _DIRECTIONS, _BLOCK = 64, 512
 
 
-def read_latents(run: Run) -> np.ndarray:
+def read_latents(run: Run) -> Float32[np.ndarray, 'C L D']:
     """float32 [C, L, D] of private/group_latents.npy; UserError when they do not fit the groups."""
     path = run.private / 'group_latents.npy'
     latents = _load(path)
@@ -50,7 +51,7 @@ def _load(path: Path) -> np.ndarray:
         ) from error
 
 
-def check_one_person(run: Run, latents: np.ndarray) -> Check:
+def check_one_person(run: Run, latents: Float32[np.ndarray, 'C L D']) -> Check:
     """No group latent lies at the latent of one person, or at the mean over his photographs.
 
     Measured against how far the members of the group lie from their mean.
@@ -76,7 +77,9 @@ def check_one_person(run: Run, latents: np.ndarray) -> Check:
     return found.check(f'{len(latents)} latents of groups, {len(people)} people')
 
 
-def _nearest(groups: np.ndarray, own: np.ndarray, candidates: list[list[int]]) -> np.ndarray:
+def _nearest(
+    groups: Float[np.ndarray, 'C P'], own: Float[np.ndarray, 'n P'], candidates: list[list[int]]
+) -> Int[np.ndarray, ' C']:
     """Which candidate, a mean over rows of `own`, lies nearest each group [C].
 
     Found in 64 random directions, in which what is equal stays equal.
@@ -96,7 +99,7 @@ def _nearest(groups: np.ndarray, own: np.ndarray, candidates: list[list[int]]) -
 def check_recomputed(
     release: Path,
     run: Run,
-    latents: np.ndarray,
+    latents: Float32[np.ndarray, 'C L D'],
     how_many: int | None,
     *,
     checkpoint: Path | None,
@@ -145,8 +148,12 @@ def check_recomputed(
 
 
 def _picture(
-    psp: PSP, synthesis: FrozenSynthesis, latent: np.ndarray, run: Run, device: torch.device | str
-) -> np.ndarray:
+    psp: PSP,
+    synthesis: FrozenSynthesis,
+    latent: Float32[np.ndarray, 'L D'],
+    run: Run,
+    device: torch.device | str,
+) -> UInt8[np.ndarray, 'R R 3']:
     image = synthesis(torch.from_numpy(np.array(latent))[None].to(device))
     if run.options.get('resize_outputs'):
         image = psp.pool(image)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
 
 from anonymization.grouping.features import as_matrix, load_features, row_hashes, squared_errors
 from anonymization.grouping.methods import METHODS, Effort, solve
@@ -36,7 +38,7 @@ class Grouping:
 
 
 def assign_groups(
-    features: np.ndarray | torch.Tensor,
+    features: Float[np.ndarray, 'n ...'] | Float[Tensor, 'n ...'],
     k: int,
     *,
     patients: Sequence[Any] | None = None,
@@ -49,7 +51,7 @@ def assign_groups(
     rounds: int = 300,
     block: int = 320,
     restarts: int | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float = 0.0001,
     device: torch.device | str = 'cpu',
 ) -> Grouping:
     """Groups `n` images so that every group holds at least `k` distinct patients.
@@ -119,7 +121,9 @@ def assign_groups(
     return Grouping(labels, sorted(suppressed), method, sse, info)
 
 
-def _check_homes(patients, strata, policy):
+def _check_homes(
+    patients: Shaped[np.ndarray, ' n'] | None, strata: Shaped[np.ndarray, ' n'] | None, policy: str
+) -> None:
     if policy == 'together' and patients is not None and strata is not None:
         homes = Counter(patient for patient, _ in set(zip(patients, strata)))
         torn = sum(count > 1 for count in homes.values())
@@ -131,7 +135,16 @@ def _check_homes(patients, strata, policy):
             )
 
 
-def _check_options(k, method, policy, surplus, reduce, rounds, block, restarts):
+def _check_options(
+    k: int,
+    method: str,
+    policy: str,
+    surplus: str,
+    reduce: int | str | None,
+    rounds: int,
+    block: int,
+    restarts: int | None,
+) -> None:
     if k < 2:
         raise UserError(f'k must be at least 2, got {k}: a group of one hides nobody')
     if method not in METHODS:
@@ -150,7 +163,9 @@ def _check_options(k, method, policy, surplus, reduce, rounds, block, restarts):
         )
 
 
-def _describe(labels, patients, k):
+def _describe(
+    labels: Int[np.ndarray, ' n'], patients: Shaped[np.ndarray, ' n'] | None, k: int
+) -> dict[str, Any]:
     """Sizes of the groups, in images and in distinct patients."""
     sizes = np.bincount(labels)[1:]
     people = sizes

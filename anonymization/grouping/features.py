@@ -2,10 +2,13 @@
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
 
 from utils.errors import UserError
 from utils.logs import progress
@@ -17,7 +20,9 @@ AUTO_REDUCE_ELEMENTS = 2**28  # features above 1 GiB of float32 are reduced by '
 AUTO_REDUCE_DIMS = 256
 
 
-def as_matrix(features: np.ndarray | torch.Tensor) -> np.ndarray:
+def as_matrix(
+    features: Float[np.ndarray, 'n ...'] | Float[Tensor, 'n ...'],
+) -> Float[np.ndarray, 'n d']:
     """[n, d] numpy view of the features, without reading a memory-mapped file."""
     if isinstance(features, torch.Tensor):
         features = features.detach().cpu().numpy()
@@ -30,12 +35,12 @@ def as_matrix(features: np.ndarray | torch.Tensor) -> np.ndarray:
     return features.reshape(len(features), -1)
 
 
-def block_rows(features: np.ndarray, itemsize: int) -> int:
+def block_rows(features: Float[np.ndarray, 'n d'], itemsize: int) -> int:
     """Rows per block of about 64 MiB."""
     return max(1, 2**26 // (features.shape[1] * itemsize))
 
 
-def row_hashes(features: np.ndarray) -> np.ndarray:
+def row_hashes(features: Float[np.ndarray, 'n d']) -> Shaped[np.ndarray, ' n']:
     """[n] array of 16-byte digests: a canonical order that does not depend on the row order."""
     digests = np.empty(len(features), dtype='S32')
     bad = []
@@ -53,12 +58,12 @@ def row_hashes(features: np.ndarray) -> np.ndarray:
 
 
 def load_features(
-    features: np.ndarray,
-    hashes: np.ndarray,
+    features: Float[np.ndarray, 'n d'],
+    hashes: Shaped[np.ndarray, ' n'],
     reduce: int | str | None,
     seed: int,
     device: torch.device | str,
-) -> tuple[np.ndarray, dict[str, Any] | None]:
+) -> tuple[Float[np.ndarray, 'n D'], dict[str, Any] | None]:
     """(features to group by, reduction facts or None); reduced: scores of a randomised PCA."""
     n, d = features.shape
     if reduce == 'auto':
@@ -68,8 +73,16 @@ def load_features(
     return _random_pca(features, np.argsort(hashes, kind='stable'), reduce, seed, device)
 
 
-def _random_pca(features, order, dims, seed, device, sample=20000, iterations=3):
-    """Scores [n, dims] on the leading principal directions, and the variance they keep.
+def _random_pca(
+    features: Float[np.ndarray, 'n d'],
+    order: Int[np.ndarray, ' n'],
+    dims: int,
+    seed: int,
+    device: torch.device | str,
+    sample: int = 20000,
+    iterations: int = 3,
+) -> tuple[Float[np.ndarray, 'n {dims}'], dict[str, Any]]:
+    """Scores [n, dims] on the leading principal directions, and {dims, of, kept_variance}.
 
     Subspace iteration with the covariance (Halko, Martinsson and Tropp, 2011) on `sample` rows;
     `order` (by hash) makes the sample random and the result independent of the row order.
@@ -77,15 +90,19 @@ def _random_pca(features, order, dims, seed, device, sample=20000, iterations=3)
     n, d = features.shape
     step = block_rows(features, 4)
 
-    def blocks(rows, mean=None):
+    def blocks(
+        rows: Int[np.ndarray, ' r'], mean: Float[Tensor, ' d'] | None = None
+    ) -> Iterator[tuple[int, Float[Tensor, 'b d']]]:
         for start in range(0, len(rows), step):
             index = rows[start : start + step]
             block = torch.from_numpy(np.asarray(features[index], np.float32)).to(device)
             yield start, block if mean is None else block - mean
 
     chosen = order[:sample]
-    mean = sum(block.double().sum(0) for _, block in blocks(chosen)) / len(chosen)
-    mean = mean.float()
+    mean = torch.zeros(d, dtype=torch.float64, device=device)
+    for _, block in blocks(chosen):
+        mean += block.double().sum(0)
+    mean = (mean / len(chosen)).float()
     width = min(dims + 16, d, n)
     generator = torch_generator(seed, 'reduction')
     basis = torch.randn(d, width, generator=generator).to(device)
@@ -116,7 +133,9 @@ def _random_pca(features, order, dims, seed, device, sample=20000, iterations=3)
     return scores.cpu().numpy(), {'dims': dims, 'of': d, 'kept_variance': kept}
 
 
-def squared_errors(features: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+def squared_errors(
+    features: Float[np.ndarray, 'n d'], labels: Int[np.ndarray, ' n']
+) -> tuple[float, float]:
     """(SSE, SST) of grouped rows in float64: within groups, and around the mean of all of them.
 
     Reads the rows group by group, so that a memory-mapped file stays on disk.

@@ -2,6 +2,8 @@
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from anonymization.grouping.units import Units
 from utils.logs import progress
@@ -19,7 +21,7 @@ class _Pool:
     index: the units in play, ascending; x: their features; free: which of them are unassigned.
     """
 
-    def __init__(self, units, k):
+    def __init__(self, units: Units, k: int) -> None:
         self.k, self.person = k, units.person
         self.to_come = len(units) // k
         self.formed = 0
@@ -32,7 +34,7 @@ class _Pool:
             self.left = np.bincount(self.person)
             self.owned = np.split(order, np.cumsum(self.left)[:-1])
 
-    def shrink(self):
+    def shrink(self) -> Bool[np.ndarray, ' p'] | None:
         """Drops assigned units once they are a quarter; returns the mask of those kept, or None."""
         if self.free.sum() > 0.75 * len(self.free):
             return None
@@ -42,7 +44,7 @@ class _Pool:
         self.free = np.ones(len(self.index), bool)
         return kept
 
-    def group(self, seed):
+    def group(self, seed: int) -> Int[np.ndarray, ' g']:
         """Gives the unit at place `seed` and its nearest permitted units the next group number.
 
         Returns the places of the members. Ties go to the lowest unit.
@@ -69,32 +71,33 @@ class _Pool:
             self.left[self.person[self.index[chosen]]] -= 1
         return chosen
 
-    def distances(self, point):
+    def distances(self, point: Float[Tensor, ' d']) -> Float[Tensor, ' p']:
         """[len(index)] squared distances to `point`, up to rounding."""
         return torch.addmv(self.squares + point @ point, self.x, point, alpha=-2)
 
-    def _distinct(self, seed, distance):
+    def _distinct(self, seed: int, distance: Float[np.ndarray, ' p']) -> Int[np.ndarray, ' g']:
+        assert self.person is not None
         owner = self.person[self.index[seed]]
         due = np.flatnonzero(self.left >= self.to_come) if self.to_come > 1 else ()
         waiting = [person for person in due if person != owner]
         chosen, size = [seed], max(self.k, len(waiting) + 1)
         distance[self._places(owner)] = np.inf
         for person in waiting:
-            places = self._places(person)
+            places = self._places(int(person))
             chosen.append(places[distance[places].argmin()])
             distance[places] = np.inf
         while len(chosen) < size:
-            chosen.append(distance.argmin())
+            chosen.append(int(distance.argmin()))
             distance[self._places(self.person[self.index[chosen[-1]]])] = np.inf
         return np.array(chosen)
 
-    def _places(self, person):
+    def _places(self, person: int) -> Int[np.ndarray, ' q']:
         """Places of the person's free units."""
         units = self.owned[person]
         return np.searchsorted(self.index, units[self.assignment[units] < 0])
 
 
-def _join_leftovers(units, pool):
+def _join_leftovers(units: Units, pool: _Pool) -> Int[np.ndarray, ' u']:
     """Lets the units that are still free join the group whose squared error grows least."""
     assignment = pool.assignment
     free = assignment < 0
@@ -121,7 +124,7 @@ def _join_leftovers(units, pool):
     return assignment
 
 
-def _distance_sums(pool, places=None):
+def _distance_sums(pool: _Pool, places: Int[Tensor, ' q'] | None = None) -> Float[Tensor, ' p']:
     """[len(pool.x)] sums of the Euclidean distances to the rows at `places` (None: all)."""
     others, other_squares = pool.x, pool.squares
     if places is not None:
@@ -138,7 +141,7 @@ def _distance_sums(pool, places=None):
     return result
 
 
-def published(units: Units, k: int) -> np.ndarray:
+def published(units: Units, k: int) -> Int[np.ndarray, ' u']:
     """The paper's greedy: seed = largest sum of distances to the free units, plus its nearest.
 
     The sums are kept up to date by subtracting the distances to the units that leave, and
@@ -165,13 +168,13 @@ def published(units: Units, k: int) -> np.ndarray:
     return _join_leftovers(units, pool)
 
 
-def mdav(units: Units, k: int) -> np.ndarray:
+def mdav(units: Units, k: int) -> Int[np.ndarray, ' u']:
     """Maximum distance to average vector: the unit farthest from the mean of the free units and
     the unit farthest from that one each take their nearest; the last group keeps the rest."""
     pool = _Pool(units, k)
     weight = torch.from_numpy(units.weight).to(units.x)
 
-    def farthest(point):
+    def farthest(point: Float[Tensor, ' d']) -> int:
         gap = pool.distances(point)
         gap[torch.from_numpy(~pool.free).to(gap.device)] = -torch.inf
         return int(gap.argmax())
@@ -192,7 +195,7 @@ def mdav(units: Units, k: int) -> np.ndarray:
     return _join_leftovers(units, pool)
 
 
-def mdav_in_cells(units: Units, k: int) -> np.ndarray:
+def mdav_in_cells(units: Units, k: int) -> Int[np.ndarray, ' u']:
     """MDAV within cells of nearby units, whose number keeps the whole below quadratic time."""
     cells = [np.arange(len(units))]
     while max(map(len, cells)) > max(CELL, 4 * k):
@@ -214,7 +217,9 @@ def mdav_in_cells(units: Units, k: int) -> np.ndarray:
     return result
 
 
-def _halves(x, cell, k):
+def _halves(
+    x: Float[Tensor, 'u d'], cell: Int[np.ndarray, ' c'], k: int
+) -> tuple[Int[np.ndarray, ' a'], Int[np.ndarray, ' b']]:
     """Two halves of a cell along its principal direction, the first a multiple of k in size."""
     here = x[torch.from_numpy(cell).to(x.device)]
     here = here - here.mean(0)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from anonymization.grouping.greedy import mdav, mdav_in_cells, published
 from anonymization.grouping.refine import Refinement
@@ -23,7 +24,7 @@ class Effort(NamedTuple):
     tolerance: float
 
 
-def solve(units: Units, k: int, method: str, seed: int, effort: Effort) -> np.ndarray:
+def solve(units: Units, k: int, method: str, seed: int, effort: Effort) -> Int[np.ndarray, ' u']:
     """Group numbers 0..C-1 of the units, which are centred in place."""
     if method == 'published':
         return published(units, k)
@@ -48,13 +49,13 @@ def solve(units: Units, k: int, method: str, seed: int, effort: Effort) -> np.nd
     return _numbered(best)
 
 
-def _numbered(assignment):
+def _numbered(assignment: Int[np.ndarray, ' u']) -> Int[np.ndarray, ' u']:
     """Group numbers in the order in which the units first meet them."""
     _, first, inverse = np.unique(assignment, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse]
 
 
-def _deal(units, k, rng):
+def _deal(units: Units, k: int, rng: np.random.Generator) -> Int[np.ndarray, ' u']:
     """A random assignment that keeps the promises: units are dealt out person by person."""
     order = rng.permutation(len(units))
     if units.person is not None:
@@ -64,7 +65,7 @@ def _deal(units, k, rng):
     return assignment
 
 
-def kmeans_constrained(units: Units, k: int, seed: int) -> np.ndarray:
+def kmeans_constrained(units: Units, k: int, seed: int) -> Int[np.ndarray, ' u']:
     """Size-constrained k-means of the k-means-constrained package, for comparison."""
     if units.person is not None or units.weight.max() > 1:
         raise UserError(

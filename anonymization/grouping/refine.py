@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int
 from scipy.optimize import linear_sum_assignment
 
 from anonymization.grouping.units import Units
@@ -11,7 +12,7 @@ from utils.logs import progress
 class Refinement:
     """Groups under refinement: members [C, m] padded with -1, their sums and masses."""
 
-    def __init__(self, units: Units, assignment: np.ndarray, k: int) -> None:
+    def __init__(self, units: Units, assignment: Int[np.ndarray, ' u'], k: int) -> None:
         self.k, self.x, self.person = k, units.x, units.person
         self.weight = torch.from_numpy(units.weight).to(self.x)
         self.x_weighted = self.x * self.weight[:, None] if units.weight.max() > 1 else self.x
@@ -24,7 +25,7 @@ class Refinement:
         self.members[assignment[order], column] = order
         self._sum_up()
 
-    def assignment(self) -> np.ndarray:
+    def assignment(self) -> Int[np.ndarray, ' u']:
         """Group numbers of the units."""
         result = np.empty(len(self.x), int)
         group, column = np.nonzero(self.members >= 0)
@@ -36,7 +37,7 @@ class Refinement:
         self._sum_up()
         return (self.sums.double().square().sum(1) / self.mass.double()).sum().item()
 
-    def _sum_up(self):
+    def _sum_up(self) -> None:
         self.sums = torch.zeros(len(self.size), self.x.shape[1], device=self.x.device)
         self.mass = torch.zeros(len(self.size), device=self.x.device)
         for column in self.members.T:  # no group twice in a column: the same sums on any device
@@ -70,7 +71,7 @@ class Refinement:
                 break
         bar.close()
 
-    def _blocks(self, rng, limit):
+    def _blocks(self, rng: np.random.Generator, limit: int) -> list[Int[np.ndarray, ' _']]:
         """Sets of at most `limit` groups near each other, different in every round."""
         means = self.sums / self.mass[:, None]
         pending, done = [np.arange(len(self.size))], []
@@ -86,7 +87,7 @@ class Refinement:
             pending += halves
         return done
 
-    def _reassign(self, block, rng):
+    def _reassign(self, block: Int[np.ndarray, ' b'], rng: np.random.Generator) -> float:
         """One assignment problem over the groups of a block; returns what the error loses."""
         column = rng.integers(self.size[block])
         ejected = self.members[block, column]
@@ -112,17 +113,23 @@ class Refinement:
         self.mass[groups[target]] += weight[source] - weight[target]
         return float(value[source.cpu(), target.cpu()].sum())
 
-    def _clashes(self, block, column, ejected):
+    def _clashes(
+        self,
+        block: Int[np.ndarray, ' b'],
+        column: Int[np.ndarray, ' b'],
+        ejected: Int[np.ndarray, ' b'],
+    ) -> Bool[np.ndarray, 'b b']:
         """[i, j]: group j, without its own ejected unit, holds the patient of unit i."""
         rest = self.members[block]
         rest[np.arange(len(block)), column] = -1
+        assert self.person is not None
         owner = self.person[ejected]
         clash = np.zeros((len(block), len(block)), bool)
         for others in rest.T:
             clash |= (owner[:, None] == self.person[others]) & (others >= 0)
         return clash
 
-    def _move_leftovers(self):
+    def _move_leftovers(self) -> float:
         """Moves units out of groups above k while that lowers the error; returns the loss."""
         gained = 0.0
         for _ in range(4 * self.k):

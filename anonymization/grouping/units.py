@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int, Shaped
 
 from utils.errors import UserError
 
@@ -30,7 +31,7 @@ class Units:
         return len(self.rows)
 
 
-def as_ids(values: Sequence[Any] | None, n: int, what: str) -> np.ndarray | None:
+def as_ids(values: Sequence[Any] | None, n: int, what: str) -> Shaped[np.ndarray, ' n'] | None:
     """Ids as an array of strings, or None."""
     if values is None:
         return None
@@ -46,7 +47,9 @@ def as_ids(values: Sequence[Any] | None, n: int, what: str) -> np.ndarray | None
     return np.array([str(v) for v in values], dtype=object)
 
 
-def strata_of(strata: np.ndarray | None, n: int) -> list[tuple[str, np.ndarray]]:
+def strata_of(
+    strata: Shaped[np.ndarray, ' n'] | None, n: int
+) -> list[tuple[str, Int[np.ndarray, ' _']]]:
     """[(name, rows)] in the order of the names."""
     if strata is None:
         return [('', np.arange(n))]
@@ -55,14 +58,14 @@ def strata_of(strata: np.ndarray | None, n: int) -> list[tuple[str, np.ndarray]]
 
 
 def placeable(
-    rows: np.ndarray,
-    people: np.ndarray | None,
-    hashes: np.ndarray,
+    rows: Int[np.ndarray, ' r'],
+    people: Shaped[np.ndarray, ' n'] | None,
+    hashes: Shaped[np.ndarray, ' n'],
     k: int,
     policy: str,
     surplus: str,
     name: str,
-) -> tuple[np.ndarray, np.ndarray, str]:
+) -> tuple[Int[np.ndarray, ' p'], Int[np.ndarray, ' s'], str]:
     """(rows to group, rows to suppress, reason) of a stratum; UserError when it cannot be."""
     where = f'stratum {name!r}' if name else 'the table'
     counts = Counter(rows.tolist() if people is None else people.tolist())
@@ -100,10 +103,10 @@ def placeable(
 
 
 def make_units(
-    x: np.ndarray,
-    rows: np.ndarray,
-    patients: np.ndarray | None,
-    hashes: np.ndarray,
+    x: Float[np.ndarray, 'n d'],
+    rows: Int[np.ndarray, ' r'],
+    patients: Shaped[np.ndarray, ' n'] | None,
+    hashes: Shaped[np.ndarray, ' n'],
     policy: str,
     method: str,
     device: torch.device | str,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int
 from PIL import Image
 
 from datasets.phantoms.render import EYES, render_phantom
@@ -19,7 +20,9 @@ GRADE_SHARES = (0.5, 0.12, 0.22, 0.08, 0.08)  # towards a screening population, 
 MIN_SIZE, MAX_SIZE = 32, 1024
 
 
-def draw_grades(n_patients: int, shares: Sequence[float], seed: int) -> np.ndarray:
+def draw_grades(
+    n_patients: int, shares: Sequence[float], seed: int
+) -> Int[np.ndarray, '{n_patients} 2']:
     """A grade per patient and eye, [n, 2]; fellow eyes differ by at most one grade."""
     rng = numpy_generator(seed, 'grades')
     shares = np.asarray(shares, dtype=float)
@@ -82,11 +85,11 @@ def make_dataset(
     return table
 
 
-def _id_code(patient, side, visit):
+def _id_code(patient: int, side: str, visit: int) -> str:
     return f'p{patient:05d}_{side}_{visit}'
 
 
-def _write_one(job):
+def _write_one(job: tuple) -> None:
     out_dir, seed, patient, side, visit, grade, size, masks = job
     phantom = render_phantom(
         seed=seed, patient=patient, eye=side, visit=visit, grade=grade, size=size

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from datasets.phantoms.lesions import LesionPlan
@@ -14,7 +15,7 @@ from utils.seeds import numpy_generator
 class EyeModel:
     """Everything of one eye that its visits have in common."""
 
-    def __init__(self, seed, patient, eye, grade):
+    def __init__(self, seed: int, patient: int, eye: str, grade: int) -> None:
         self.traits = traits = Traits(seed, patient)
         self.side = 1 if eye == 'right' else -1
         self.grade = grade
@@ -62,7 +63,9 @@ class EyeModel:
 class View:
     """One visit: the camera's view of an eye, and the maps between retina and picture."""
 
-    def __init__(self, seed, patient, eye_name, visit, eye, size):
+    def __init__(
+        self, seed: int, patient: int, eye_name: str, visit: int, eye: EyeModel, size: int
+    ) -> None:
         self.rng = rng = numpy_generator(seed, 'phantom-visit', patient, eye_name, visit)
         self.size, self.side = size, eye.side
         self.gaze = (eye.side * (FIELD[0] + rng.normal(0, 1.3)), rng.normal(0, 1.2))
@@ -77,7 +80,7 @@ class View:
         self.veil = rng.uniform(0.02, 0.13) * (rng.random() < 0.3)
         self.veil_angle = rng.uniform(0, 2 * math.pi)
 
-    def to_pixels(self, points):
+    def to_pixels(self, points: Float[np.ndarray, 'n 2']) -> Float[np.ndarray, 'n 2']:
         """[n, 2] right-eye degrees -> [n, 2] pixel coordinates (x right, y down)."""
         x = self.side * points[:, 0] - self.gaze[0]
         y = points[:, 1] - self.gaze[1]
@@ -87,14 +90,14 @@ class View:
             [half + self.pixels * (c * x - s * y), half - self.pixels * (s * x + c * y)], 1
         )
 
-    def retina_grid(self):
+    def retina_grid(self) -> tuple[Float[np.ndarray, 'S S'], Float[np.ndarray, 'S S']]:
         """Right-eye degrees (x, y) of every pixel's centre, float32 [size, size] each."""
         offset = ((np.arange(self.size) + 0.5 - self.size / 2) / self.pixels).astype(np.float32)
         u, v = offset[None, :], -offset[:, None]
         c, s = math.cos(self.roll), math.sin(self.roll)
         return self.side * (c * u + s * v + self.gaze[0]), -s * u + c * v + self.gaze[1]
 
-    def sample(self, cell, values):
+    def sample(self, cell: float, values: Float[np.ndarray, 'h w']) -> Float[np.ndarray, 'S S']:
         """A random field given on a retina grid with `cell` degrees spacing, at every pixel."""
         if cell * self.pixels < 0.8:  # finer than the pixels: it averages out
             return np.zeros((self.size, self.size), np.float32)

@@ -2,13 +2,18 @@
 
 import math
 
+import numpy as np
+
 from datasets.phantoms.traits import Mark
+from datasets.phantoms.vessels import VesselTree
 
 
 class LesionPlan:
     """Draws the lesions of one eye (right-eye coordinates) for a DR grade."""
 
-    def __init__(self, rng, grade, disc, tree):
+    def __init__(
+        self, rng: np.random.Generator, grade: int, disc: tuple[float, float], tree: VesselTree
+    ) -> None:
         self.rng, self.disc, self.tree = rng, disc, tree
         self.marks = []
         self.beading = 0.0
@@ -40,7 +45,9 @@ class LesionPlan:
                 self._cotton_wool(count(1, 5))
             self._proliferation()
 
-    def _place(self, low=2.2, high=19.0, near=(2.5, 0.0)):
+    def _place(
+        self, low: float = 2.2, high: float = 19.0, near: tuple[float, float] = (2.5, 0.0)
+    ) -> tuple[float, float]:
         """A point of the field off the disc, between two distances from `near`."""
         while True:
             r = math.sqrt(self.rng.uniform(low**2, high**2))
@@ -49,14 +56,24 @@ class LesionPlan:
             if math.hypot(x - self.disc[0], y - self.disc[1]) > 3.6:
                 return x, y
 
-    def _add(self, kind, x, y, a, b=None, angle=0.0, strength=1.0, roughness=0.0):
+    def _add(
+        self,
+        kind: str,
+        x: float,
+        y: float,
+        a: float,
+        b: float | None = None,
+        angle: float = 0.0,
+        strength: float = 1.0,
+        roughness: float = 0.0,
+    ) -> None:
         wobble = tuple(
             (roughness * self.rng.standard_normal() / (k - 0.6), self.rng.uniform(0, 2 * math.pi))
             for k in (2, 3, 4, 5)
         )
         self.marks.append(Mark(kind, x, y, a, a if b is None else b, angle, strength, wobble))
 
-    def _microaneurysms(self, n):
+    def _microaneurysms(self, n: int) -> None:
         for _ in range(n):
             x, y = self._place(1.2, 15.0)
             self._add(
@@ -67,7 +84,7 @@ class LesionPlan:
                 strength=self.rng.uniform(0.7, 1.1),
             )
 
-    def _haemorrhages(self, n, quadrants=False):
+    def _haemorrhages(self, n: int, quadrants: bool = False) -> None:
         for i in range(n):
             x, y = self._place(2.5, 18.5)
             if quadrants:  # spread over all four, around the fovea
@@ -110,7 +127,7 @@ class LesionPlan:
                     0.15,
                 )
 
-    def _exudates(self, n_clusters):
+    def _exudates(self, n_clusters: int) -> None:
         for _ in range(n_clusters):
             cx, cy = self._place(2.0, 9.0, (0.0, 0.0))
             ring = self.rng.random() < 0.5
@@ -133,7 +150,7 @@ class LesionPlan:
                         strength=self.rng.uniform(0.6, 1.0),
                     )
 
-    def _cotton_wool(self, n):
+    def _cotton_wool(self, n: int) -> None:
         for _ in range(n):
             x, y = self._place(3.8, 11.0, self.disc)
             angle = math.atan2(y - self.disc[1], x - self.disc[0]) + math.pi / 2
@@ -149,7 +166,7 @@ class LesionPlan:
                 0.3,
             )
 
-    def _proliferation(self):
+    def _proliferation(self) -> None:
         """New vessels at the disc or elsewhere, often with preretinal blood."""
         at_disc = self.rng.random() < 0.45
         for i in range(self.rng.integers(1, 4)):

@@ -1,13 +1,16 @@
 """From an eye and a view to pixels: background, disc, lesions, vessels, camera."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, UInt8
 from scipy.ndimage import gaussian_filter
 
 from datasets.phantoms.eye import EyeModel, View
-from datasets.phantoms.traits import FIELD_FRACTION, smoothstep
+from datasets.phantoms.traits import FIELD_FRACTION, Mark, Traits, smoothstep
+from datasets.phantoms.vessels import Vessel
 
 EYES = ('left', 'right')
 GRADES = (0, 1, 2, 3, 4)
@@ -44,7 +47,12 @@ class Phantom:
     fovea: tuple[float, float]
 
 
-def _splat(size, x, y, weight):
+def _splat(
+    size: int,
+    x: Float[np.ndarray, ' n'],
+    y: Float[np.ndarray, ' n'],
+    weight: Float[np.ndarray, ' n'],
+) -> Float[np.ndarray, '{size} {size}']:
     """Adds point weights to the four nearest pixels of a [size, size] picture (bilinear)."""
     x, y = x - 0.5, y - 0.5
     column, row = np.floor(x), np.floor(y)
@@ -73,7 +81,9 @@ def _splat(size, x, y, weight):
     return full[1:-1, 1:-1].astype(np.float32)
 
 
-def _vessel_maps(vessels, view):
+def _vessel_maps(
+    vessels: Sequence[Vessel], view: View
+) -> dict[bool, tuple[Float[np.ndarray, 'S S'], Float[np.ndarray, 'S S']]]:
     """Optical density and covered area of vessels, each [size, size]; 1 = axis of a large vein.
 
     Every segment is sampled along and across; a sample carries the area that it stands for.
@@ -127,7 +137,13 @@ def _vessel_maps(vessels, view):
     return maps
 
 
-def _dots(size, x, y, radius, strength):
+def _dots(
+    size: int,
+    x: Float[np.ndarray, ' n'],
+    y: Float[np.ndarray, ' n'],
+    radius: Float[np.ndarray, ' n'],
+    strength: Float[np.ndarray, ' n'],
+) -> Float[np.ndarray, '{size} {size}']:
     """Round soft dots of given pixel radii; dots below the pixel size keep their total weight."""
     canvas = np.zeros((size, size), np.float32)
     if len(x) == 0:
@@ -152,7 +168,16 @@ def _dots(size, x, y, radius, strength):
     return canvas
 
 
-def _patch(canvas, mark, x, y, view, *, soft, flat_top=False):
+def _patch(
+    canvas: Float[np.ndarray, 'S S'],
+    mark: Mark,
+    x: float,
+    y: float,
+    view: View,
+    *,
+    soft: float,
+    flat_top: bool = False,
+) -> None:
     """Adds an irregular ellipse with a soft edge to `canvas`; x, y in pixels."""
     size = canvas.shape[0]
     a, b = mark.a * view.pixels, mark.b * view.pixels
@@ -191,7 +216,9 @@ _EDGES = {
 }
 
 
-def _lesion_maps(eye, view):
+def _lesion_maps(
+    eye: EyeModel, view: View
+) -> tuple[dict[str, Float[np.ndarray, 'S S']], list[Lesion]]:
     """Maps of blood, exudate and white tissue [size, size], and the list of Lesions in view."""
     size = view.size
     maps = {name: np.zeros((size, size), np.float32) for name in ('blood', 'exudate', 'white')}
@@ -227,7 +254,9 @@ def _lesion_maps(eye, view):
     return maps, found
 
 
-def _background(eye, view, x, y):
+def _background(
+    eye: EyeModel, view: View, x: Float[np.ndarray, 'S S'], y: Float[np.ndarray, 'S S']
+) -> tuple[Float[np.ndarray, '3 S S'], Float[np.ndarray, ' 3']]:
     """Retina and choroid without disc, vessels and lesions: float32 [3, size, size]."""
     traits = eye.traits
     colour = np.exp(traits.log_colour + view.exposure + view.balance).astype(np.float32)
@@ -259,7 +288,13 @@ def _background(eye, view, x, y):
     return image + reflex, colour
 
 
-def _add_disc(image, eye, x, y, colour):
+def _add_disc(
+    image: Float[np.ndarray, '3 S S'],
+    eye: EyeModel,
+    x: Float[np.ndarray, 'S S'],
+    y: Float[np.ndarray, 'S S'],
+    colour: Float[np.ndarray, ' 3'],
+) -> Float[np.ndarray, '3 S S']:
     """Blends the optic disc (rim, cup, halo, crescent) into `image` [3, size, size]."""
     dx, dy = x - eye.disc[0], y - eye.disc[1]
     c, s = math.cos(eye.disc_tilt), math.sin(eye.disc_tilt)
@@ -282,7 +317,9 @@ def _add_disc(image, eye, x, y, colour):
     return image
 
 
-def _photograph(image, view, traits):
+def _photograph(
+    image: Float[np.ndarray, '3 S S'], view: View, traits: Traits
+) -> UInt8[np.ndarray, 'S S 3']:
     """Camera: illumination, haze, blur, noise, field of view. float [3, S, S] -> uint8 [S, S, 3]"""
     size = view.size
     offset = ((np.arange(size) + 0.5) / size - 0.5) / FIELD_FRACTION
@@ -307,7 +344,7 @@ def _photograph(image, view, traits):
     return np.ascontiguousarray(pixels.astype(np.uint8).transpose(1, 2, 0)), field
 
 
-def _render(eye, view):
+def _render(eye: EyeModel, view: View) -> Phantom:
     x, y = view.retina_grid()
     image, colour = _background(eye, view, x, y)
     image = _add_disc(image, eye, x, y, colour)
@@ -337,7 +374,7 @@ def _render(eye, view):
     )
 
 
-def _check(eye, grade, size):
+def _check(eye: str, grade: int, size: int) -> None:
     if eye not in EYES:
         raise ValueError(f'eye must be one of {EYES}, not {eye!r}')
     if grade not in GRADES:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
 from utils.seeds import numpy_generator
 
@@ -38,7 +39,7 @@ class Mark:
     wobble: tuple
 
 
-def smoothstep(low, high, value):
+def smoothstep(low: float, high: float, value: Float[np.ndarray, '*s']) -> Float[np.ndarray, '*s']:
     t = np.clip((value - low) / (high - low), 0, 1)
     return t * t * (3 - 2 * t)
 
@@ -46,7 +47,7 @@ def smoothstep(low, high, value):
 class Traits:
     """Traits that both eyes share."""
 
-    def __init__(self, seed, patient):
+    def __init__(self, seed: int, patient: int) -> None:
         rng = numpy_generator(seed, 'phantom-patient', patient)
         pale, dark = np.clip(rng.standard_normal(2), -1.8, 1.3)
         self.log_colour = (

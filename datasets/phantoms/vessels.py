@@ -1,11 +1,12 @@
 """The vessel tree of one eye: trunks from the disc, branches by Murray's law, new vessels."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.interpolate import CubicSpline
 
-from datasets.phantoms.traits import FIELD, REACH, STEP, Vessel
+from datasets.phantoms.traits import FIELD, REACH, STEP, Traits, Vessel
 
 _MIN_WIDTH = 0.085  # degrees; finer twigs are not drawn
 _CELL = 0.5  # degrees; two vessels of one kind do not share a cell
@@ -14,7 +15,9 @@ _CELL = 0.5  # degrees; two vessels of one kind do not share a cell
 class VesselTree:
     """Grows the vessels of one right eye; every random number comes from `rng`."""
 
-    def __init__(self, rng, patient, disc):
+    def __init__(
+        self, rng: np.random.Generator, patient: Traits, disc: tuple[float, float]
+    ) -> None:
         self.rng, self.patient, self.disc = rng, patient, disc
         self.vessels = []
         self._cells = {True: {}, False: {}}
@@ -23,21 +26,21 @@ class VesselTree:
         self.foveal_radius = rng.uniform(1.5, 2.1)
         self._grow_all()
 
-    def _normal(self):
+    def _normal(self) -> float:
         value = next(self._normals, None)
         if value is None:
             self._normals = iter(self.rng.standard_normal(4096).tolist())
             value = next(self._normals)
         return value
 
-    def _uniform(self, low=0.0, high=1.0):
+    def _uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         value = next(self._uniforms, None)
         if value is None:
             self._uniforms = iter(self.rng.random(4096).tolist())
             value = next(self._uniforms)
         return low + (high - low) * value
 
-    def _grow_all(self):
+    def _grow_all(self) -> None:
         vein = 0.60 * self.patient.calibre
         artery = vein * self.patient.artery_ratio
         for up in (1, -1):
@@ -53,7 +56,7 @@ class VesselTree:
                 self._disc_twig(is_vein, towards=math.pi, spread=0.6)
             self._disc_twig(is_vein, towards=0.0, spread=0.5)
 
-    def _temporal_path(self, up, outer):
+    def _temporal_path(self, up: int, outer: int) -> list[tuple[float, float]]:
         """Control points of an arcade: out of the disc, around the macula, off the field."""
         x, y = self.disc
         height = self._uniform(9.3, 13.2) + 0.7 * outer
@@ -69,7 +72,7 @@ class VesselTree:
             (x - 34.0, up * (end - 3.0)),
         ]
 
-    def _nasal_path(self, up, outer):
+    def _nasal_path(self, up: int, outer: int) -> list[tuple[float, float]]:
         x, y = self.disc
         reach = self._uniform(8.0, 13.5) - 0.8 * outer
         return [
@@ -80,7 +83,15 @@ class VesselTree:
             (x + 16.0, y + up * (reach + self._normal())),
         ]
 
-    def _trunk(self, controls, width, is_vein, up, *, temporal):
+    def _trunk(
+        self,
+        controls: Sequence[tuple[float, float]],
+        width: float,
+        is_vein: bool,
+        up: int,
+        *,
+        temporal: bool,
+    ) -> None:
         controls = np.array(controls)
         chord = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(controls, axis=0).T))])
         spline = CubicSpline(chord, controls)
@@ -121,7 +132,7 @@ class VesselTree:
         for x, y, heading, child, inward in children:
             self._branch(x, y, heading, child, is_vein, name, inward=inward)
 
-    def _disc_twig(self, is_vein, towards, spread):
+    def _disc_twig(self, is_vein: bool, towards: float, spread: float) -> None:
         """A small vessel that leaves the disc's margin towards the macula or the nose."""
         angle = towards + spread * self._normal()
         x = self.disc[0] + 1.3 * math.cos(angle)
@@ -129,17 +140,28 @@ class VesselTree:
         width = self._uniform(0.14, 0.22) * (1.0 if is_vein else 0.9)
         self._branch(x, y, angle, width, is_vein, self._name(), inward=math.cos(angle) < 0)
 
-    def _name(self):
+    def _name(self) -> int:
         self._count += 1
         return self._count
 
-    def _claim(self, x, y, is_vein, name):
+    def _claim(self, x: float, y: float, is_vein: bool, name: int) -> None:
         self._cells[is_vein][int((x + 64) / _CELL), int((y + 64) / _CELL)] = name
 
-    def _keep(self, points, widths, is_vein):
+    def _keep(self, points: Sequence, widths: Sequence, is_vein: bool) -> None:
         self.vessels.append(Vessel(np.asarray(points), np.asarray(widths), is_vein))
 
-    def _branch(self, x, y, heading, width, is_vein, parent, *, inward, depth=0):
+    def _branch(
+        self,
+        x: float,
+        y: float,
+        heading: float,
+        width: float,
+        is_vein: bool,
+        parent: int,
+        *,
+        inward: float,
+        depth: int = 0,
+    ) -> None:
         """Walks a branch from a parent's axis, forking on the way, until it is too fine."""
         cells, name = self._cells[is_vein], self._name()
         wander, bend = 0.075 * self.patient.tortuosity, 0.0
@@ -192,7 +214,7 @@ class VesselTree:
         for fx, fy, turn, child in forks:
             self._branch(fx, fy, turn, child, is_vein, name, inward=inward, depth=depth + 1)
 
-    def bead(self, amount):
+    def bead(self, amount: float) -> None:
         """Venous beading: sausage-like calibre changes along stretches of the larger veins."""
         for i, vessel in enumerate(self.vessels):
             if vessel.vein and vessel.width[0] > 0.3:
@@ -203,7 +225,7 @@ class VesselTree:
                     vessel.points, vessel.width * (1 + amount * where * wave), True
                 )
 
-    def new_vessels(self, x, y, reach):
+    def new_vessels(self, x: float, y: float, reach: float) -> None:
         """Neovascularisation: a frond of fine, looping vessels around (x, y)."""
         for _ in range(int(self._uniform(9, 16))):
             heading = self._uniform(0, 2 * math.pi)
