@@ -99,6 +99,22 @@ class Table:
         }
 
 
+def joined(first: Table, second: Table) -> Table:
+    """The rows of two tables, one behind the other; columns that one of them lacks are None."""
+    columns: dict = {}
+    for field in dataclasses.fields(Table):
+        if field.name == 'origin':
+            continue  # two tables come from two places
+        parts = getattr(first, field.name), getattr(second, field.name)
+        if parts[0] is None or parts[1] is None:
+            columns[field.name] = None
+        elif field.name == 'labels':
+            columns[field.name] = np.concatenate(parts)
+        else:
+            columns[field.name] = [*parts[0], *parts[1]]
+    return Table(**columns)
+
+
 def read_table(
     csv: str | Path,
     image_dir: str | Path | None = None,

@@ -3,6 +3,7 @@
 from evaluation.appearance import detail, distances, spectra
 from evaluation.attacks.nearest import pixel
 from evaluation.attacks.on_features import content, pair, projection
+from evaluation.attacks.recognition import identity, identity_trained, pair_trained
 from evaluation.attacks.reidentification import reidentification
 from evaluation.attacks.vessels import vessel
 from evaluation.methods.groups import centroid, pixel_average
@@ -30,6 +31,9 @@ MEASURES = Registry(
         content,
         vessel,
         pair,
+        identity,
+        pair_trained,
+        identity_trained,
         reidentification,
     ],
 )

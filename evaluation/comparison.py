@@ -1,5 +1,6 @@
 """Methods against measures: one row per release, every result kept beside what it depends on."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from evaluation.attacks.metrics import excess_over
 from evaluation.cache import RESULT, cached, folder_of
-from evaluation.registry import SIDES, Candidate, Measure, Method
+from evaluation.registry import SIDES, Candidate, Measure, Method, load_scores
 from evaluation.study import Study
 from utils.images import from_uint8, grid, save_png
 
@@ -31,20 +33,21 @@ class Row(NamedTuple):
 
 
 def candidates(study: Study, methods: list[Method]) -> Iterator[tuple[str, Method, int, Candidate]]:
-    """(name, method, k, release) of all that is compared; k is 0 where no group has a size."""
-    releases = list(study.releases.values())
+    """(name, method, k, release) of all that is compared; k is 0 where no group has a size.
+
+    Each with its shadow, where the settings want controls.
+    """
+    first = next(iter(study.releases))
     for method in methods:
-        if method.grouped:
-            for release in releases:
-                yield (
-                    f'{method.name}_k{release.k}',
-                    method,
-                    release.k,
-                    method.make(study, release),
-                )
-        else:
-            candidate = method.make(study, releases[0])
-            yield method.name, method, int((candidate.group_of >= 0).any()), candidate
+        for k in study.releases if method.grouped else [first]:
+            candidate = method.make(study, study.releases[k])
+            if study.settings.controls:
+                shadow = method.make(study.shadow, study.shadow.releases[k])
+                candidate = dataclasses.replace(candidate, shadow=shadow)
+            if method.grouped:
+                yield f'{method.name}_k{k}', method, k, candidate
+            else:
+                yield method.name, method, int((candidate.group_of >= 0).any()), candidate
 
 
 def compare(study: Study, methods: list[Method], measures: list[Measure]) -> list[Row]:
@@ -72,7 +75,13 @@ def compare(study: Study, methods: list[Method], measures: list[Measure]) -> lis
                 log.info('%s: %s', name, m.title)
                 if m.name not in prepared:  # when first needed, not when all is cached
                     prepared[m.name] = m.prepare(study)
-                return {'value': prepared[m.name](candidate, own)}
+                found = prepared[m.name](candidate, own)
+                if m.attack and candidate.control is not None:
+                    control = prepared[m.name](candidate.control, own / 'control')
+                    scores = load_scores(own), load_scores(own / 'control')
+                    found['control'] = {n: control[n] for n in ('auc', 'tpr_at_1pct_fpr')}
+                    found['excess'] = excess_over(*scores, seed=study.seed)
+                return {'value': found}
 
             row.results[m.name] = cached(own / RESULT, depends, compute)['value']
             if m.attack:

@@ -10,9 +10,8 @@ from jaxtyping import Bool, Num
 from evaluation.attacks.metrics import attack_metrics
 from evaluation.judges import Judge
 from evaluation.population import people_of
-from evaluation.registry import SIDES, Candidate, Cells, Measure, Run, interval
+from evaluation.registry import Candidate, Cells, Measure, Run, interval, save_scores
 from evaluation.study import Study
-from utils.io import save_npy
 
 Opinion = Callable[[Candidate], Any]  # JSON-able
 Found = tuple[np.ndarray, np.ndarray, dict]  # scores of people [m], [o], and more to record
@@ -69,8 +68,8 @@ def judged_attack(
                     for label, (member, other, more) in found.items()
                 }
                 best = max(metrics, key=lambda label: metrics[label]['auc']['value'])
-                for side, scores in zip(SIDES, found[best][:2]):
-                    save_npy(folder / f'{side}.npy', scores)
+                scores = found[best][:2]
+                save_scores(folder, scores, [[str(i) for i in range(len(s))] for s in scores])
                 return {**metrics[best], 'judge': best, 'by_judge': metrics}
 
             return run

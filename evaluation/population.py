@@ -22,7 +22,7 @@ class Population(NamedTuple):
 
     again: later photographs of members' eyes, or None; again_of [a]: the row in members of the
     eye's first photograph. nonmember [n]: of the others, True for the attacks' non-members, False
-    for their reference people.
+    for their reference people. others_again, others_again_of: as again and again_of, of the others.
     """
 
     members: Table
@@ -30,6 +30,8 @@ class Population(NamedTuple):
     again: Table | None
     again_of: np.ndarray
     nonmember: np.ndarray
+    others_again: Table | None
+    others_again_of: np.ndarray
 
 
 def people_of(table: Table) -> list[str]:
@@ -58,10 +60,26 @@ def populate(table: Table, roles: Sequence[str], *, seed: int) -> Population:
     """The population of a table whose identical photographs are merged (`merge_identical`)."""
     people, first = people_of(table), first_visits(table)
     rows = {r: [i for i, own in enumerate(roles) if own == r and first[i]] for r in (MEMBER, OTHER)}
+    again = {
+        r: _later(table, [i for i, own in enumerate(roles) if own == r and not first[i]], rows[r])
+        for r in rows
+    }
+    halves = split_by_patient([people[i] for i in rows[OTHER]], 0.5, seed=seed)
+    return Population(
+        table.subset(rows[MEMBER]),
+        table.subset(rows[OTHER]),
+        *again[MEMBER],
+        np.array([h == MEMBER for h in halves]),
+        *again[OTHER],
+    )
+
+
+def _later(table: Table, later: list[int], first: list[int]) -> tuple[Table | None, np.ndarray]:
+    """Of the rows `later` those whose eye is known, and the place in `first` of its first
+    photograph."""
     photographs = defaultdict(list)
-    for n, i in enumerate(rows[MEMBER]):
+    for n, i in enumerate(first):
         photographs[_eye(table, i)].append(n)
-    later = [i for i, own in enumerate(roles) if own == MEMBER and not first[i]]
     again = [i for i in later if len(photographs[_eye(table, i)]) == 1]
     if len(again) < len(later):
         log.warning(
@@ -69,13 +87,9 @@ def populate(table: Table, roles: Sequence[str], *, seed: int) -> Population:
             'eye is not known (eye column)',
             len(later) - len(again),
         )
-    halves = split_by_patient([people[i] for i in rows[OTHER]], 0.5, seed=seed)
-    return Population(
-        table.subset(rows[MEMBER]),
-        table.subset(rows[OTHER]),
+    return (
         table.subset(again) if again else None,
         np.array([photographs[_eye(table, i)][0] for i in again], dtype=int),
-        np.array([h == MEMBER for h in halves]),
     )
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Num
 
 from evaluation.attacks.metrics import attack_metrics
+from evaluation.bootstrap import unit_numbers
 from evaluation.cache import digest
 from evaluation.population import people_of
 from evaluation.releases import Release
@@ -32,7 +33,9 @@ class Candidate:
     pictures: uint8 [n, 3, S, S]. labels [n]: grades. shares [n, 5]: of the grades behind each
     picture. group_of [m]: index of the picture a member stands behind, -1 for none. people [n]:
     whose photograph a picture is, None where it is nobody's own. photographs: whether the
-    pictures are the members' photographs themselves. method, k: filled in by the run.
+    pictures are the members' photographs themselves. method, k: filled in by the run. shadow: the
+    attackers' release of their own people by the same method, in whose terms group_of is then.
+    asked [m]: members whom attacks ask after, where these are not those behind a picture.
     """
 
     pictures: np.ndarray
@@ -43,17 +46,34 @@ class Candidate:
     photographs: bool = False
     method: str = ''
     k: int = 0
+    shadow: 'Candidate | None' = None
+    asked: Bool[np.ndarray, ' m'] | None = None
 
     @property
     def in_release(self) -> Bool[np.ndarray, ' m']:
         """Members whom attacks can find [m]: who stand behind a picture; all, if none does."""
+        if self.asked is not None:
+            return self.asked
         known = self.group_of >= 0
         return known if known.any() else ~known
+
+    @property
+    def control(self) -> 'Candidate | None':
+        """The shadow as a release in which none of the people under attack is."""
+        if self.shadow is None:
+            return None
+        return dataclasses.replace(
+            self.shadow,
+            group_of=np.full(len(self.group_of), -1),
+            asked=self.in_release,
+            shadow=self.shadow,
+        )
 
     @functools.cached_property
     def digest(self) -> str:
         """Changes with anything of it."""
-        return digest(self.pictures, self.labels, self.shares, self.group_of, self.people)
+        shadow = self.shadow and self.shadow.digest
+        return digest(self.pictures, self.labels, self.shares, self.group_of, self.people, shadow)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +159,10 @@ def attack(name: str, title: str, **details: Any) -> Callable[[Callable[[Study],
             def run(candidate: Candidate, folder: Path) -> dict:
                 member, other = scorer(candidate.pictures)
                 known = candidate.in_release
-                for side, scores in zip(SIDES, (member[known], other)):
-                    save_npy(folder / f'{side}.npy', scores)
+                who = people[0][known], people[1][population.nonmember]
+                save_scores(folder, (member[known], other), who)
                 return attack_metrics(
-                    member[known],
-                    other,
-                    member_people=people[0][known],
-                    other_people=people[1][population.nonmember],
+                    member[known], other, member_people=who[0], other_people=who[1]
                 )
 
             return run
@@ -160,6 +177,22 @@ def attack(name: str, title: str, **details: Any) -> Callable[[Callable[[Study],
         )
 
     return wrap
+
+
+def save_scores(
+    folder: Path, scores: Sequence[Float[np.ndarray, ' _']], people: Sequence[Sequence[str]]
+) -> None:
+    """Leaves an attack's scores of members and others, and the numbers of their people."""
+    for side, values, who in zip(SIDES, scores, people, strict=True):
+        save_npy(folder / f'{side}.npy', values)
+        save_npy(folder / f'{side}_people.npy', unit_numbers(who, len(values)))
+
+
+def load_scores(folder: Path) -> dict[str, Num[np.ndarray, ' _']]:
+    """What `save_scores` left: {'member', 'other', 'member_people', 'other_people'}."""
+    return {
+        name: np.load(folder / f'{name}.npy') for side in SIDES for name in (side, f'{side}_people')
+    }
 
 
 def interval(value: dict, style: str) -> str:

@@ -21,8 +21,11 @@ class Settings:
     """Entries of a configuration. Paths count from the project folder.
 
     phantoms: {n_patients, size, visits, seed} of photographs to draw, or table and image_dir of
-    given ones. members: share of the people that the releases are made of, or split_column
-    {members: value, others: value}. checkpoint to precision: of scripts/k-SALSA.py. k: group
+    given ones. attackers: the same four of the attackers' own people; None leaves them the
+    reference people. controls: whether the attackers make a release of their own people by every
+    method, on which every attack is a control, and which trained attacks learn from. members:
+    share of the people that the releases are made of, or split_column {members: value, others:
+    value}. checkpoint to precision: of scripts/k-SALSA.py. k: group
     sizes; methods without groups show as many pictures as there are groups of 5 where that is
     listed, else of the first. content_weights, style_weights: files, or installed networks
     (lite0, lite1, lite2); the filter bank for styles. grader: a configuration of
@@ -39,6 +42,8 @@ class Settings:
     seeds: list
     name: str = ''
     phantoms: dict | None = None
+    attackers: dict | None = None
+    controls: bool = True
     table: str | None = None
     image_dir: str | None = None
     split_column: dict | None = None
@@ -132,10 +137,16 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         n: (lambda v: v == 'auto' or _number(v) and v >= 0, 'a number, or auto')
         for n in ('style_weight', 'lr')
     },
+    'controls': (lambda v: isinstance(v, bool), 'true or false'),
     'num_steps': (_whole(0), 'a whole number, 0 or more'),
-    'phantoms': (
-        lambda v: isinstance(v, dict) and v.keys() == _PHANTOMS and all(map(_whole(0), v.values())),
-        'whole numbers n_patients, size, visits and seed',
+    **dict.fromkeys(
+        ('phantoms', 'attackers'),
+        (
+            lambda v: (
+                isinstance(v, dict) and v.keys() == _PHANTOMS and all(map(_whole(0), v.values()))
+            ),
+            'whole numbers n_patients, size, visits and seed',
+        ),
     ),
     'split_column': (
         lambda v: isinstance(v, dict) and v.keys() == _SPLIT and all(map(_text, v.values())),
@@ -188,4 +199,6 @@ def _contradictions(settings: Settings) -> list[str]:
     ]
     if (settings.phantoms is None) == (settings.table is None):
         found.append('give either phantoms or table')
+    if not settings.controls and any('_trained' in m for m in settings.measures or ['_trained']):
+        found.append('measures: the trained attacks learn from the release of controls: true')
     return found

@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from datasets.people import merge_identical
 from datasets.phantoms.dataset import make_dataset
 from datasets.pictures import load_pictures
 from datasets.table import Table, read_table
+from evaluation.attackers import Attackers, attackers_among, draw_attackers
+from evaluation.attacks.identity import grid_features
 from evaluation.attacks.metrics import MIN_PEOPLE
 from evaluation.attacks.projection import attack_features, least_reference
 from evaluation.cache import digest
@@ -27,11 +31,12 @@ from evaluation.splits import split_table
 from utils.errors import UserError
 from utils.io import sha256_file, write_csv
 from utils.runs import run_record, start_run
+from utils.seeds import derive
 
 log = logging.getLogger(__name__)
 
 # What the releases in the folder do not depend on; results keep their own account (cache.py).
-_FREE = ('name', 'k', 'methods', 'measures', 'grader', 'seeds', 'judges')
+_FREE = ('name', 'k', 'methods', 'measures', 'grader', 'seeds', 'judges', 'controls')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,12 @@ class Study:
         table = self.population.again
         return self.pictures([] if table is None else table.paths)
 
+    @functools.cached_property
+    def others_again(self) -> UInt8[np.ndarray, 'n 3 S S']:
+        """Later photographs of the others' eyes; none where there are no visits."""
+        table = self.population.others_again
+        return self.pictures([] if table is None else table.paths)
+
     @property
     def nonmembers(self) -> UInt8[np.ndarray, 'n 3 S S']:
         """Photographs of the half of the others that attacks must tell from members."""
@@ -84,17 +95,53 @@ class Study:
         )
 
     @functools.cached_property
-    def _seen(self) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+    def _known(self) -> dict[tuple[str, ...], Any]:
         return {}
 
     def features(
         self, judge: Judge, pictures: UInt8[np.ndarray, 'n 3 S S']
     ) -> dict[str, Float[np.ndarray, 'n _']]:
         """`attack_features` of pictures ('pooled' [n, F] among them), computed once."""
-        key = judge.network.digest, digest(pictures)
-        if key not in self._seen:
-            self._seen[key] = attack_features(judge.network.to(self.device), pictures)
-        return self._seen[key]
+        network = judge.network.to(self.device)
+        return self.once(
+            ('features', network.digest, digest(pictures)),
+            lambda: attack_features(network, pictures),
+        )
+
+    def grids(
+        self, judge: Judge, pictures: UInt8[np.ndarray, 'n 3 S S']
+    ) -> Float[np.ndarray, 'n F']:
+        """`grid_features` of pictures, computed once."""
+        network = judge.network.to(self.device)
+        return self.once(
+            ('grids', network.digest, digest(pictures)), lambda: grid_features(network, pictures)
+        )
+
+    def once(self, key: tuple[str, ...], compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, computed for the first who asks for `key`."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    @functools.cached_property
+    def attackers(self) -> Attackers:
+        """The attackers' own people, or the reference people where they have none."""
+        if self.settings.attackers is None:
+            return attackers_among(self.population)
+        return draw_attackers(self.folder / 'attackers', self.settings.attackers, seed=self.seed)
+
+    @functools.cached_property
+    def shadow(self) -> 'Study':
+        """The attackers' own evaluation: their people are the members of its releases."""
+        people = self.population._replace(
+            members=self.attackers.released, again=None, again_of=np.empty(0, int)
+        )
+        return dataclasses.replace(
+            self,
+            population=people,
+            folder=self.folder / 'shadow',
+            seed=derive(self.seed, 'shadow') % 2**31,
+        )
 
     @functools.cached_property
     def digest(self) -> str:
@@ -105,11 +152,22 @@ class Study:
             self.members,
             self.others,
             self.again,
+            self.others_again,
             p.again_of,
+            p.others_again_of,
             p.nonmember,
             tables,
             p.again and people_of(p.again),
+            self._attackers_digest,
         )
+
+    @property
+    def _attackers_digest(self) -> str | None:
+        """Changes with the attackers' photographs, where they have people of their own."""
+        if self.settings.attackers is None:
+            return None
+        tables = self.attackers
+        return digest([[sha256_file(path) for path in table.paths] for table in tables])
 
     @functools.cached_property
     def releases(self) -> dict[int, Release]:

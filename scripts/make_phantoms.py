@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from datasets.phantoms import EYES, GRADE_SHARES, MAX_SIZE, MIN_SIZE, make_dataset
-from utils.cli import nonnegative_int, parser, positive_int, run
+from utils.cli import fraction, nonnegative_int, parser, positive_int, run
 from utils.errors import UserError
 from utils.images import grid, load_tensor, save_png
 from utils.logs import setup_logging
@@ -69,6 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=','.join(map(str, GRADE_SHARES)),
         help='shares of grades 0 to 4',
     )
+    p.add_argument(
+        '--progression',
+        type=fraction,
+        default=0.0,
+        metavar='P',
+        help='chance that the grade of an eye rises by one from a visit to the next',
+    )
     p.add_argument('--masks', action='store_true', help='write vessel masks too')
     p.add_argument('--seed', type=nonnegative_int, default=0, metavar='INT', help='random seed')
     p.add_argument('--workers', type=positive_int, default=1, metavar='INT', help='processes')
@@ -97,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         size=opts.size,
         seed=opts.seed,
         visits=opts.visits,
+        progression=opts.progression,
         masks=opts.masks,
         eyes=EYES if opts.eyes == 'both' else (opts.eyes,),
         grade_shares=opts.grades,

@@ -32,6 +32,13 @@ def draw_grades(
     return np.stack([first, other], 1)
 
 
+def draw_progression(n_patients: int, visits: int, chance: float, seed: int) -> np.ndarray:
+    """By how many grades each patient's eyes have risen since the first visit, [n, 2, visits]."""
+    rises = numpy_generator(seed, 'progression').random((n_patients, 2, visits)) < chance
+    rises[..., 0] = False
+    return rises.cumsum(2)
+
+
 def make_dataset(
     out_dir: str | Path,
     *,
@@ -41,20 +48,32 @@ def make_dataset(
     eyes: Sequence[str] = EYES,
     visits: int = 1,
     grade_shares: Sequence[float] = GRADE_SHARES,
+    progression: float = 0.0,
     masks: bool = False,
     workers: int = 1,
 ) -> pd.DataFrame:
     """Writes images/<id_code>.png, labels.csv and, on request, masks/<id_code>.png.
 
     labels.csv: id_code, diagnosis (0-4), patient_id, eye, visit. Returns it as a DataFrame.
-    UserError when out_dir already holds a data set.
+    progression: the chance that an eye's grade rises by one from a visit to the next; its lesions
+    are then others, its vessels the same. UserError when out_dir already holds a data set.
     """
     out_dir = Path(out_dir)
     if (out_dir / 'labels.csv').exists() or (out_dir / 'images').exists():
         raise UserError(f'{out_dir} already holds a data set; choose another folder')
     grades = draw_grades(n_patients, grade_shares, seed)
+    rises = draw_progression(n_patients, visits, progression, seed)
     jobs = [
-        (out_dir, seed, p, e, v, int(grades[p, EYES.index(e)]), size, masks)
+        (
+            out_dir,
+            seed,
+            p,
+            e,
+            v,
+            min(4, int(grades[p, i := EYES.index(e)] + rises[p, i, v])),
+            size,
+            masks,
+        )
         for p in range(n_patients)
         for e in eyes
         for v in range(visits)

@@ -120,7 +120,7 @@ def pair_membership(
     rng = numpy_generator(seed, 'pair membership')
     own = np.asarray(group_of)
     if not (own >= 0).any():
-        own = rng.integers(len(pictures), size=len(members))
+        own = rng.permutation(len(members)) % len(pictures)
     person = unit_numbers(member_people, len(members))
     groups = rng.permutation(np.unique(own[own >= 0]))
     other = unit_numbers(other_people, len(others))

@@ -72,6 +72,33 @@ def attack_metrics(
     return found
 
 
+def excess_over(
+    attack: dict[str, Num[np.ndarray, ' _']],
+    control: dict[str, Num[np.ndarray, ' _']],
+    *,
+    n_bootstrap: int = 500,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, float]:
+    """An attack's AUC minus that of its control, {value, low, high}; people are drawn together.
+
+    Both: {'member' [m], 'other' [n], 'member_people' [m], 'other_people' [n]}, scores of the same
+    photographs and the numbers of their people, on the release and on one that has none of them.
+    """
+    side = np.repeat([True, False], [len(attack['member']), len(attack['other'])])
+    scores = [np.concatenate([found['member'], found['other']]) for found in (attack, control)]
+    numbers = np.concatenate([attack['member_people'], attack['other_people']])
+    # A number that stands on both sides is two people.
+    people = unit_numbers([f'{s} {n}' for s, n in zip(side, numbers)], len(side))
+    rng = numpy_generator(seed, 'excess')
+    drawn = [
+        weighted_auc(side, scores[0], w) - weighted_auc(side, scores[1], w)
+        for w in draw_weights(people, len(people), n_bootstrap, rng)
+    ]
+    value = [auc(found['member'], found['other']) for found in (attack, control)]
+    return _interval(value[0] - value[1], drawn, level)
+
+
 def _joint_people(
     member_people: People, other_people: People, n_members: int, n_others: int
 ) -> Int[np.ndarray, ' p']:

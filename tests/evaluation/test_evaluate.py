@@ -22,7 +22,8 @@ from utils.errors import UserError
 
 evaluate = load_script('evaluate')
 GROUPED = [m.name for m in METHODS.values() if m.grouped]
-ATTACKS = [m.name for m in MEASURES.values() if m.attack]
+TRAINED = ['pair_trained', 'identity_trained']  # which need controls
+ATTACKS = [m.name for m in MEASURES.values() if m.attack and m.name not in TRAINED]
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -51,6 +52,8 @@ def config(tmp_path_factory):
         'num_steps': 1,
         'k': [2, 3],
         'methods': list(METHODS),
+        'measures': [name for name in MEASURES if name not in TRAINED],
+        'controls': False,
         'grader': str(folder / 'grader.yaml'),
         'seeds': [0],
     }
@@ -94,6 +97,28 @@ def test_the_comparison(finished):
         assert rows[name]['attacks']['pixel']['n_members'] == rows[name]['n']
     assert rows['k_salsa_k2']['reidentification']['lite0']['n_probes'] > 0
     assert rows['unconditional']['reidentification']['lite0'] is None
+
+
+def test_attackers_who_make_a_release_of_their_own(config, finished, tmp_path):
+    """Beside every attack its control: a release by the same method in which nobody asked is."""
+    attacks = ['pixel', 'identity', *TRAINED]
+    own = change(
+        config, tmp_path, methods=['real', 'pixel_average'], k=[2], measures=attacks, controls=True
+    )
+    assert evaluate.main([f'--config={own}', f'--out_dir={finished}', '--device=cpu']) == 0
+    rows = rows_of(finished)
+    for name in attacks:
+        found = rows['real']['attacks'][name]
+        assert found['auc']['value'] > 0.95 and found['excess']['low'] > 0.1, name
+        control = found['control']['auc']
+        assert control['low'] < 0.6, name
+        assert found['excess']['value'] == pytest.approx(found['auc']['value'] - control['value'])
+    known = rows['pixel_average_k2']['attacks']['identity']
+    assert known['network']['auc']['value'] > 0.8
+    assert known['own_group']['rank_1'] > 2 * known['own_group']['chance_rank_1']
+    assert known['again']['own_group']['n_probes'] > 0
+    assert set(known['linked']) == {'members', 'control', 'excess'}
+    assert known['singled_out']['value'] > 2 * known['singled_out']['chance']
 
 
 def test_the_page_shows_what_the_table_says(finished):
@@ -221,6 +246,9 @@ def test_pictures_of_photographs_know_their_people(config, finished):
         ({'methods': ['k_salsa', 'magic']}, 'unknown methods magic'),
         ({'measures': ['pixel', 'palm']}, 'unknown measures palm'),
         ({'colour': 1}, 'unknown: colour'),
+        ({'measures': ['pair_trained']}, 'trained attacks learn from the release of controls'),
+        ({'controls': 1}, 'controls: want true or false'),
+        ({'attackers': {'n_patients': 3}}, 'attackers: want'),
         ({'table': 'x.csv'}, 'either phantoms or table'),
         ({'k': None}, 'k: want'),
         ({'k': [0]}, 'k: want'),
