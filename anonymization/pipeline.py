@@ -284,6 +284,8 @@ class Pipeline:
             s.k,
             patients=[self.people[i] for i in rows],
             strata=self.strata and [self.strata[i] for i in rows],
+            grades=None if self.table.labels is None else self.table.labels[rows],
+            grade_penalty=s.grade_penalty,
             method=s.clustering,
             policy=s.policy,
             surplus=s.surplus,

@@ -18,7 +18,13 @@ _FLAGS = {
     'n_crop': 'num_crop',
 }
 # Value of --strata -> attribute of a table.
-STRATA = {'eye': 'eyes', 'label': 'labels', 'visit': 'visits', 'split': 'splits'}
+STRATA = {
+    'eye': 'eyes',
+    'label': 'labels',
+    'referable': 'referable',
+    'visit': 'visits',
+    'split': 'splits',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +32,12 @@ class Settings:
     """What shapes a release; paper settings are the defaults.
 
     k: fewest distinct patients in a group. strata: names of table columns ('eyes', 'labels',
-    'visits', 'splits') that groups never cross. reduce_dim: group on that many principal
-    components. mirror_left: left eyes are mirrored, so that optic discs align. n_iters:
-    refinements of the inversion. batch_size: photographs per unit of work. group_batch: most
-    groups optimised at a time, None takes what memory allows. deterministic: the same bytes again
-    on a GPU, too, more slowly. data: a name for the run record.
+    'referable', 'visits', 'splits') that groups never cross. grade_penalty: how much grades count
+    in the grouping beside the latents, in parts of the latents' total variance. reduce_dim: group
+    on that many principal components. mirror_left: left eyes are mirrored, so that optic discs
+    align. n_iters: refinements of the inversion. batch_size: photographs per unit of work.
+    group_batch: most groups optimised at a time, None takes what memory allows. deterministic: the
+    same bytes again on a GPU, too, more slowly. data: a name for the run record.
     """
 
     k: int = 5
@@ -38,6 +45,7 @@ class Settings:
     policy: str = 'distinct'
     surplus: str = 'error'
     strata: tuple[str, ...] = ()
+    grade_penalty: float = 0.0
     reduce_dim: int | None = None
     mirror_left: bool = False
     n_iters: int = 5

@@ -16,9 +16,8 @@ from classification.plots import plot_confusion, plot_history
 from classification.probe import ProbeGrader
 from classification.settings import Config
 from classification.train import train_grader
-from datasets.table import Table
+from datasets.table import REFERABLE_FROM, Table
 from evaluation.plots import plot_roc
-from evaluation.scores import REFERABLE_FROM
 from utils.io import save_torch, write_json
 from utils.seeds import numpy_generator
 

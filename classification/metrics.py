@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int, Num
 
+from datasets.table import REFERABLE_FROM
 from evaluation.bootstrap import People, draw_weights, percentiles
-from evaluation.scores import REFERABLE_FROM, quadratic_kappa, weighted_auc
+from evaluation.scores import quadratic_kappa, weighted_auc
 from utils.errors import UserError
 from utils.seeds import numpy_generator
 

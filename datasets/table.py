@@ -27,6 +27,7 @@ ID_COLUMNS = ('id_code', 'image', 'image_id', 'id', 'filename', 'name')
 LABEL_COLUMNS = ('diagnosis', 'level', 'label', 'grade')
 PATIENT_COLUMNS = ('patient_id', 'patient', 'subject_id', 'subject')
 MAX_GRADE = 4
+REFERABLE_FROM = 2  # referable diabetic retinopathy: moderate (grade 2) and worse
 _NUMBER = re.compile(r'0*(\d+)(?:\.0+)?')
 _EYEPACS_ID = re.compile(r'(.+)_(left|right)', re.IGNORECASE)
 
@@ -62,6 +63,11 @@ class Table:
         if self.labels is None:
             raise ValueError('the table was read without grades; use require_label')
         return self.labels
+
+    @property
+    def referable(self) -> list[bool] | None:
+        """Whether each grade is referable; None of a table without grades."""
+        return None if self.labels is None else (self.labels >= REFERABLE_FROM).tolist()
 
     def subset(self, keep: Iterable[int]) -> 'Table':
         """The rows with the given indices, in that order."""

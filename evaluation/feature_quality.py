@@ -14,7 +14,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from evaluation.scores import REFERABLE_FROM, auc, quadratic_kappa
+from datasets.table import REFERABLE_FROM
+from evaluation.scores import auc, quadratic_kappa
 
 
 def nearest_neighbours(

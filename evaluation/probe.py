@@ -22,8 +22,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
 
+from datasets.table import REFERABLE_FROM
 from evaluation.bootstrap import People, draw_weights, percentiles, unit_numbers
-from evaluation.scores import REFERABLE_FROM
 from models.features.pretrained import FeatureNetwork
 from utils.errors import UserError
 from utils.images import from_uint8

@@ -7,12 +7,12 @@ from jaxtyping import Int, UInt8
 
 from classification.data import one_hot
 from classification.metrics import bootstrap_intervals, grading_metrics
+from datasets.table import REFERABLE_FROM
 from evaluation.judges import Judge
 from evaluation.judging import judged
 from evaluation.population import people_of
 from evaluation.probe import Probe, fit_probe, read_release
 from evaluation.registry import Candidate, Cells, interval
-from evaluation.scores import REFERABLE_FROM
 from evaluation.study import Study
 from utils.errors import UserError
 

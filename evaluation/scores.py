@@ -6,8 +6,6 @@ Shapes: n scored things, of which some are on the positive side; b weightings of
 import numpy as np
 from jaxtyping import Bool, Float, Num
 
-REFERABLE_FROM = 2  # referable diabetic retinopathy: moderate (grade 2) and worse
-
 
 def weighted_auc(
     positive: Bool[np.ndarray, ' n'], score: Num[np.ndarray, ' n'], weights: Num[np.ndarray, 'b n']

@@ -107,7 +107,15 @@ def build_parser() -> argparse.ArgumentParser:
         nargs='+',
         choices=sorted(STRATA),
         default=[],
-        help='columns that groups never cross',
+        help='columns that groups never cross; referable: grades 0 and 1 against 2 to 4',
+    )
+    g.add_argument(
+        '--grade_penalty',
+        type=cli.nonnegative_float,
+        default=0.0,
+        metavar='SHARE',
+        help='how much unlike grades count against a group, in parts of the variance of the '
+        'latents (0: not at all)',
     )
     g.add_argument(
         '--reduce_dim',

@@ -23,7 +23,14 @@ TWICE = 'no patient is counted twice in a group'
 GRADES = 'grades within groups'
 _SEALED = ('groups.csv', 'pictures.json', 'group_latents.npy', 'facts.json')
 _N_GRADES = 5
-_STRATA = {'eye': 'eyes', 'label': 'labels', 'visit': 'visits', 'split': 'splits'}
+_STRATA = {
+    'eye': 'eyes',
+    'label': 'labels',
+    'referable': 'referable',
+    'visit': 'visits',
+    'split': 'splits',
+}
+_REFERABLE = (2, 3, 4)
 
 
 # -- checks of the records and of the groups ------------------------------------------------
@@ -118,7 +125,9 @@ def _check_people(run: Run, found: Findings) -> None:
 
 def _check_strata(run: Run, found: Findings) -> None:
     for name in run.options['strata']:
-        values = getattr(run.table, _STRATA[name])
+        values = getattr(run.table, 'labels' if name == 'referable' else _STRATA[name])
+        if name == 'referable' and values is not None:
+            values = [int(grade) in _REFERABLE for grade in values]
         mixed = [
             number
             for number, rows in run.members.items()

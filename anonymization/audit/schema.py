@@ -43,7 +43,7 @@ def _one_of(*words: str) -> Callable[[Any], bool]:
 def _strata(value: Any) -> bool:
     return (
         isinstance(value, list)
-        and all(_one_of('eyes', 'labels', 'visits', 'splits')(v) for v in value)
+        and all(_one_of('eyes', 'labels', 'referable', 'visits', 'splits')(v) for v in value)
         and len(set(value)) == len(value)
     )
 

@@ -11,7 +11,13 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from anonymization.grouping.features import as_matrix, load_features, row_hashes, squared_errors
+from anonymization.grouping.features import (
+    as_matrix,
+    load_features,
+    row_hashes,
+    squared_errors,
+    with_grades,
+)
 from anonymization.grouping.methods import METHODS, Effort, solve
 from anonymization.grouping.units import POLICIES, SURPLUS, as_ids, make_units, placeable, strata_of
 from anonymization.promises import check_groups
@@ -43,6 +49,8 @@ def assign_groups(
     *,
     patients: Sequence[Any] | None = None,
     strata: Sequence[Any] | None = None,
+    grades: Sequence[int] | None = None,
+    grade_penalty: float = 0.0,
     method: str = 'default',
     policy: str = 'distinct',
     seed: int = 0,
@@ -58,7 +66,9 @@ def assign_groups(
 
     features: [n, d] floating array, np.memmap or tensor; larger shapes are flattened to [n, d].
     patients: n ids (None: every image is its own patient). strata: n values that groups never
-    cross; strata with fewer than k patients are suppressed and listed.
+    cross; strata with fewer than k patients are suppressed and listed. grades, grade_penalty: the
+    squared distance of two images grows by that of their grades [n], scaled so that its total
+    variance is `grade_penalty` times that of the features; 0 leaves grades out.
     policy: 'distinct' (no patient twice in a group) or 'together' (all images of a patient in
     one group). surplus: what happens to a patient with more images than there are groups under
     'distinct': 'error', or 'suppress' the images that fit nowhere.
@@ -77,6 +87,8 @@ def assign_groups(
     matrix = as_matrix(features)
     hashes = row_hashes(matrix)
     x, reduction = load_features(matrix, hashes, reduce, seed, device)
+    if grade_penalty:
+        x = with_grades(x, grades, grade_penalty)
 
     labels = np.zeros(n, np.int64)
     suppressed, strata_info, count = [], [], 0

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,6 +131,25 @@ def _random_pca(
         100 * kept,
     )
     return scores.cpu().numpy(), {'dims': dims, 'of': d, 'kept_variance': kept}
+
+
+def with_grades(
+    features: Float[np.ndarray, 'n d'], grades: Sequence[int] | None, penalty: float
+) -> Float[np.ndarray, 'n e']:
+    """Features [n, d + 1] with the grades [n] as one more direction.
+
+    Its variance is `penalty` times the total variance of the features. UserError without grades.
+    """
+    if grades is None:
+        raise UserError('--grade_penalty needs a grade column in the table')
+    if not 0 <= penalty < np.inf:
+        raise UserError(f'--grade_penalty {penalty}: want a number, 0 or more')
+    x = np.asarray(features, np.float32)
+    grade = np.asarray(grades, np.float64)
+    total = float(x.var(axis=0, dtype=np.float64).sum())
+    spread = grade.std()
+    scale = np.sqrt(penalty * total) / spread if spread > 0 else 0.0
+    return np.column_stack([x, (scale * (grade - grade.mean())).astype(np.float32)])
 
 
 def squared_errors(

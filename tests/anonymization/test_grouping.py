@@ -185,6 +185,22 @@ def test_one_patient_in_every_group():
         assert sorted(found.labels[:8]) == list(range(1, 9))
 
 
+@pytest.mark.parametrize('method', ['default', 'mdav', 'published'])
+def test_a_penalty_on_grades_is_a_dial(method):
+    """From groups that do not look at grades to groups of one grade, at the cost of likeness."""
+    x, grades = normal(60), np.arange(60) % 5
+    found = [
+        assign_groups(x, 5, grades=grades, grade_penalty=p, method=method) for p in (0.0, 0.3, 100)
+    ]
+    spread = [
+        np.mean([grades[f.labels == g].std() for g in range(1, f.labels.max() + 1)]) for f in found
+    ]
+    assert spread[0] > 1 and spread[0] > spread[1] + 0.2 > spread[2] + 0.2 and spread[2] < 0.2
+    assert found[0].sse < found[2].sse
+    plain = assign_groups(x, 5, method=method)
+    assert np.array_equal(plain.labels, found[0].labels) and plain.sse == found[0].sse
+
+
 def test_small_strata_are_suppressed_and_listed():
     strata = ['left'] * 12 + ['right'] * 3
     found = assign_groups(normal(15), 5, strata=strata)
@@ -219,6 +235,8 @@ def test_surplus_images_are_an_error_or_suppressed():
         (dict(patients=['a'] * 9 + [None]), r'patient missing in 1 rows.*\[9\]'),
         (dict(strata=[*range(9), float('nan')]), 'stratum missing'),
         (dict(strata=list(range(10))), 'no stratum'),
+        (dict(grade_penalty=1.0), 'needs a grade column'),
+        (dict(grade_penalty=-1.0, grades=[0] * 10), 'want a number, 0 or more'),
         (
             dict(patients=list(range(5)) * 2, strata=[0] * 5 + [1] * 5, policy='together'),
             '5 patients lie in several strata',
