@@ -1,5 +1,7 @@
 """A perceptual distance on a pretrained feature network, in the manner of LPIPS, uncalibrated."""
 
+from collections.abc import Iterable
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -29,3 +31,14 @@ class FeatureDistance(nn.Module):
         """The distance of each pair of pictures, [N] in [0, 2], from their `features`."""
         parts = [1 - (a * b).sum(1).mean((1, 2)) for a, b in zip(features, targets)]
         return sum(parts) / len(parts)
+
+
+def map_distance(
+    ours: dict[int, Tensor], theirs: dict[int, Tensor], strides: Iterable[int]
+) -> Tensor:
+    """As FeatureDistance, from maps that are at hand: {stride: [N, C, h, w]} of each -> [N]."""
+    parts = [
+        1 - F.cosine_similarity(ours[s].float(), theirs[s].float(), dim=1).mean((1, 2))
+        for s in strides
+    ]
+    return sum(parts) / len(parts)

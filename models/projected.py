@@ -35,13 +35,22 @@ class ScaleHead(nn.Module):
 
     def forward(self, x: Float[Tensor, 'N C h h']) -> Float[Tensor, 'N K']:
         for conv in [*self.down, self.mix]:
-            x = F.leaky_relu(_convolve(conv, x), _SLOPE)
-        return _convolve(self.logits, x).float().flatten(1)
+            x = F.leaky_relu(convolve(conv, x), _SLOPE)
+        return convolve(self.logits, x).float().flatten(1)
 
 
-def _convolve(conv: nn.Conv2d, x: Float[Tensor, 'N C h w']) -> Float[Tensor, 'N K H W']:
+def convolve(conv: nn.Conv2d, x: Float[Tensor, 'N C h w']) -> Float[Tensor, 'N K H W']:
     """The convolution in the dtype of `x`; weights and their norm stay float32."""
     return F.conv2d(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype), conv.stride, conv.padding)
+
+
+def refresh_spectral_norms(net: nn.Module) -> None:
+    """One power iteration for every layer of `net` with a spectral norm; leaves it in eval mode."""
+    for module in net.modules():
+        if hasattr(module, 'parametrizations'):
+            module.train()
+            _ = module.weight  # computing it in training mode moves the iteration
+            module.eval()
 
 
 class ProjectedDiscriminator(nn.Module):
@@ -114,15 +123,12 @@ class ProjectedDiscriminator(nn.Module):
     @torch.no_grad()
     def refresh_norms(self) -> None:
         """One power iteration for the spectral norm of every layer of the heads."""
-        for module in self.heads.modules():
-            if hasattr(module, 'parametrizations'):
-                module.train()
-                _ = module.weight  # computing it in training mode moves the iteration
-                module.eval()
+        refresh_spectral_norms(self.heads)
 
-    def mixed(self, x: Float[Tensor, 'N 3 R R']) -> dict[int, Float[Tensor, 'N C h w']]:
-        """Pictures [N, 3, R, R] in [-1, 1] -> {stride: [N, channels, R / stride, R / stride]}."""
-        maps = self._features[0].maps(x, STRIDES)
+    def mixed(
+        self, maps: dict[int, Float[Tensor, 'N C h w']]
+    ) -> dict[int, Float[Tensor, 'N K h w']]:
+        """Maps of the features by stride -> {stride: [N, channels, R / stride, R / stride]}."""
         found: dict[int, Tensor] = {}
         above = None
         for stride in reversed(STRIDES):
@@ -145,7 +151,11 @@ class ProjectedDiscriminator(nn.Module):
         parts: as of Discriminator; pictures are judged one by one here. UserError when they are
         too small for the feature network.
         """
-        mixed = self.mixed(x)
+        return self.judge(self._features[0].maps(x, STRIDES))
+
+    def judge(self, maps: dict[int, Float[Tensor, 'N C h w']]) -> Float[Tensor, 'N K']:
+        """As `forward`, from the feature network's maps of the STRIDES (others are passed over)."""
+        mixed = self.mixed(maps)
         return torch.cat([self.heads[str(s)](mixed[s]) for s in STRIDES], 1)
 
 

@@ -31,8 +31,11 @@ from utils import cli
 DEFAULT_ENCODER = 'ProgressiveBackboneEncoder'
 
 
-def build_parser() -> argparse.ArgumentParser:
-    p = train_restyle_psp.build_parser(__doc__, PROGRESSIVE_ENCODERS, DEFAULT_ENCODER)
+def build_parser(
+    doc: str = __doc__, default_encoder: str = DEFAULT_ENCODER
+) -> argparse.ArgumentParser:
+    """The flags of an e4e training; doc: what its script says of itself."""
+    p = train_restyle_psp.build_parser(doc, PROGRESSIVE_ENCODERS, default_encoder)
     g = p.add_argument_group('latent discriminator')
     g.add_argument(
         '--w_discriminator_lambda',
@@ -120,20 +123,23 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
+def e4e_config(opts: argparse.Namespace, psp: PSP) -> E4EConfig:
+    """The settings of e4e that the flags ask for; UserError when they do not fit the networks."""
+    steps = progressive_steps(
+        psp.decoder.n_latent,
+        given=opts.progressive_steps,
+        start=opts.progressive_start,
+        every=opts.progressive_step_every,
+    )
+    fields = {f.name: getattr(opts, f.name) for f in dataclasses.fields(E4EConfig)}
+    return E4EConfig(**fields | {'progressive_steps': steps})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
 
     def make_coach(psp: PSP, *arguments, **options) -> E4ECoach:
-        steps = progressive_steps(
-            psp.decoder.n_latent,
-            given=opts.progressive_steps,
-            start=opts.progressive_start,
-            every=opts.progressive_step_every,
-        )
-        fields = {f.name: getattr(opts, f.name) for f in dataclasses.fields(E4EConfig)}
-        return E4ECoach(
-            psp, *arguments, e4e=E4EConfig(**fields | {'progressive_steps': steps}), **options
-        )
+        return E4ECoach(psp, *arguments, e4e=e4e_config(opts, psp), **options)
 
     return train_restyle_psp.train(opts, make_coach, DEFAULT_ENCODER)
 

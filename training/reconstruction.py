@@ -4,12 +4,14 @@ A term has `targets(x)`, the constant part of photographs x [N, 3, S, S], and
 `distance(y, targets)`, the loss of each reconstruction y [N, 3, S, S], as [N].
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from criteria.feature_distance import FeatureDistance
+from criteria.laplacian import band_errors, bands
 from criteria.lpips_loss import LPIPSLoss
 from models.features.content import load_content_network
 from models.features.pretrained import WHEELS, load_feature_network
@@ -23,6 +25,23 @@ class L2Term:
 
     def distance(self, y, targets):
         return (y - targets).square().mean((1, 2, 3))
+
+
+class BandTerm:
+    """The share of its variance that each band of frequencies misses, weighted, finest first.
+
+    variances: of the bands over photographs (criteria.laplacian.band_variances).
+    """
+
+    def __init__(self, weights: Sequence[float], variances: Sequence[float]) -> None:
+        self.weights, self.variances = weights, variances
+
+    def targets(self, x: Tensor) -> list[Tensor]:
+        return bands(x)
+
+    def distance(self, y: Tensor, targets: list[Tensor]) -> Tensor:
+        errors = band_errors(y, targets, self.variances)
+        return sum(w * e for w, e in zip(self.weights, errors))
 
 
 class ContentTerm:

@@ -85,7 +85,7 @@ def test_mixing_is_that_of_the_paper_by_hand(net: ProjectedDiscriminator) -> Non
         side = y.shape[-1]
         y = y + F.interpolate(above, size=(side, side), mode='bilinear', align_corners=False)
         above = F.conv2d(y, net.across_scales[str(stride)].weight, padding=1)
-        assert torch.allclose(net.mixed(x)[stride], above, atol=1e-4)
+        assert torch.allclose(net.mixed(maps)[stride], above, atol=1e-4)
         assert above.shape == (2, 8, 128 // stride, 128 // stride)
         assert 0.3 < float(above.std()) < 3  # no scale drowns another
     assert net(x).shape == (2, 4 * 16)

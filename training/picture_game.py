@@ -1,0 +1,158 @@
+"""The opponents of encoder and generator: heads on a feature network, and patches of pixels.
+
+Both tell photographs from pictures with the hinge loss of projected discriminators (Sauer et al.
+2021). How loudly each is heard follows Esser et al. 2021 ('Taming Transformers', equation 7): its
+gradient at the pictures is a fixed part of that of the other losses.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from models.features.pretrained import FeatureNetwork
+from models.patches import PatchDiscriminator
+from models.projected import ProjectedDiscriminator
+from training.adversarial import LOSSES
+from utils import distributed
+from utils.seeds import seed_everything
+
+_LOSS = LOSSES['projected']
+_MEASURED_EVERY = 50  # steps
+_KEPT = 0.8  # of a weight, when it is measured again
+
+
+@dataclasses.dataclass(frozen=True)
+class GameConfig:
+    """ratio: norm of each opponent's gradient at the pictures over that of the other losses.
+
+    start: step at which the opponents are heard; they learn from a tenth before, and are heard
+    in full after as many steps again as `ramp` says. lr: their rate.
+    """
+
+    ratio: float = 0.3
+    start: int = 800
+    ramp: int = 600
+    lr: float = 1e-3
+
+    def strength(self, step: int) -> float:
+        """The ratio at `step`, from 0 before `start` to `ratio`."""
+        return self.ratio * min(max((step - self.start) / max(self.ramp, 1), 0.0), 1.0)
+
+    def learns(self, step: int) -> bool:
+        return self.ratio > 0 and step >= 0.9 * self.start
+
+
+class PictureGame:
+    """Two opponents with one optimiser; `loss` is what the generator hears, `see` and `step` train.
+
+    features: on `device`; its maps are computed by the caller, who needs them too. Processes
+    average gradients and weights, so that all keep the same opponents.
+    """
+
+    def __init__(
+        self, features: FeatureNetwork, config: GameConfig, *, seed: int, device: torch.device
+    ) -> None:
+        self.config = config
+        seed_everything(seed, 'opponents')
+        self.nets: dict[str, nn.Module] = {
+            'heads': ProjectedDiscriminator(features).to(device),
+            'patches': PatchDiscriminator().to(device),
+        }
+        self.parameters = [*self.nets['heads'].learnt(), *self.nets['patches'].parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=(0.0, 0.99))
+        self.weights: dict[str, float] = {}
+        self._ratios: list[Tensor] = []  # of this step's passes, where they are measured
+        self._set_trained(False)
+
+    def _set_trained(self, trained: bool) -> None:
+        for p in self.parameters:
+            p.requires_grad_(trained)
+
+    def _logits(self, pictures: Tensor, maps: dict[int, Tensor]) -> dict[str, Tensor]:
+        return {
+            'heads': self.nets['heads'].judge(maps),
+            'patches': self.nets['patches'](pictures.to(next(iter(maps.values())).dtype)),
+        }
+
+    def loss(
+        self, pictures: Tensor, maps: dict[int, Tensor], others: Tensor, step: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses of the opponents by name, and their weighted sum, for what they are shown.
+
+        pictures [N, 3, S, S] with their maps; others: the sum of all other losses, 0-d.
+        """
+        strength, due = self.config.strength(step), self._due(step)
+        if not strength and not due:
+            return {}, others.new_zeros([])
+        values = {
+            name: _LOSS.generator(logits).mean()
+            for name, logits in self._logits(pictures, maps).items()
+        }
+        if due:
+            self._ratios.append(_ratios(values, others, pictures))
+        return values, strength * sum(self.weights.get(k, 0.0) * v for k, v in values.items())
+
+    def _due(self, step: int) -> bool:
+        """Whether the weights are measured in `step`; they change after it."""
+        return not self.weights or step % _MEASURED_EVERY == 0
+
+    def see(
+        self,
+        fake: Tensor,
+        fake_maps: dict[int, Tensor],
+        real: Tensor,
+        real_maps: dict[int, Tensor],
+        *,
+        passes: int,
+    ) -> dict[str, Tensor]:
+        """Adds the gradients of one of `passes` passes; returns the opponents' losses, 0-d."""
+        self._set_trained(True)
+        fakes = self._logits(fake.detach(), {k: v.detach() for k, v in fake_maps.items()})
+        reals = self._logits(real, real_maps)
+        values = {k: _LOSS.fake(fakes[k]).mean() + _LOSS.real(reals[k]).mean() for k in fakes}
+        (sum(values.values()) / passes).backward()
+        self._set_trained(False)
+        return {f'{k}_lose': v.detach() for k, v in values.items()}
+
+    def step(self) -> None:
+        """One optimiser step on what was seen since the last."""
+        self._set_trained(True)
+        distributed.average_gradients(self.parameters)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for net in self.nets.values():
+            net.refresh_norms()
+        self._set_trained(False)
+        if self._ratios:
+            found = distributed.all_reduce_mean(torch.stack(self._ratios).mean(0)).tolist()
+            for name, ratio in zip(self.nets, found):
+                before = self.weights.get(name, ratio)
+                self.weights[name] = _KEPT * before + (1 - _KEPT) * ratio
+            self._ratios = []
+
+    def state(self) -> dict:
+        """What a resumed run needs."""
+        return {
+            'opponents': {name: net.state_dict() for name, net in self.nets.items()},
+            'opponents_optimizer': self.optimizer.state_dict(),
+            'opponents_weights': dict(self.weights),
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Continues from `state()`; KeyError or RuntimeError when it does not fit."""
+        for name, net in self.nets.items():
+            net.load_state_dict(state['opponents'][name])
+        self.optimizer.load_state_dict(state['opponents_optimizer'])
+        self.weights = dict(state['opponents_weights'])
+
+
+def _ratios(values: dict[str, Tensor], others: Tensor, pictures: Tensor) -> Tensor:
+    """Norm of the gradient of `others` at the pictures over that of each of the values, [K]."""
+
+    def slope(loss: Tensor) -> Tensor:
+        (grad,) = torch.autograd.grad(loss, pictures, retain_graph=True)
+        return grad.float().norm()
+
+    wanted = slope(others)
+    return torch.stack([wanted / slope(v).clamp_min(1e-8) for v in values.values()])
