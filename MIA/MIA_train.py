@@ -20,26 +20,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from datasets.groups import find_group_table
 from evaluation.attacks.pairs import PAIRS, PRECISIONS, PairAttack, PairConfig, standardisation
 from MIA.flags import add_release_flags, read_release, release_files, table_names
-from training.checkpoints import latest_checkpoint, save_checkpoint
+from training.checkpoints import Checkpoints
+from training.run import Training, TrainingRun, open_folder
 from utils import cli
 from utils.io import save_torch, sha256_bytes
-from utils.logs import ScalarLog, setup_logging
-from utils.runs import run_record, start_run
+from utils.logs import setup_logging
+from utils.runs import run_record
 from utils.signals import stop_on_signal
 
 log = logging.getLogger(__name__)
 
-_SAVE_EVERY = 10  # epochs
+_EXPORT_EVERY = 10  # epochs
 _FREE = (
-    'device',
-    'out_dir',
     'run',
     'train_df_path',
     'train_image_path',
@@ -102,52 +102,71 @@ def build_parser() -> argparse.ArgumentParser:
     return cli.add_common(p)
 
 
-def begin(
+def record_of(
     opts: argparse.Namespace,
     photos: UInt8[np.ndarray, 'n 3 S S'],
     pictures: UInt8[np.ndarray, 'C 3 S S'],
-    run_dir: Path,
-) -> bool:
-    """Opens the run folder, or enters that of an interrupted run of the same training (True)."""
+) -> dict:
+    """The run record: options, and digests of the group table, pictures and weights."""
     inputs = {
         'groups': find_group_table(
             release_files(opts, 'train').table, table_names('train', opts.samek)
         ),
         'imagenet_weights': opts.imagenet_weights,
     }
-    if opts.imagenet_weights is None:
-        log.info('training from random weights; --imagenet_weights starts from a ResNet-18 file')
     record = run_record(vars(opts), inputs=inputs, seed=opts.seed)
     record['inputs'] |= {
         'photographs': sha256_bytes(photos.data),
         'pictures': sha256_bytes(pictures.data),
     }
-    return start_run(run_dir, record, resume=True, free_options=_FREE)
+    return record
 
 
-def train(
-    attack: PairAttack,
-    release: tuple[np.ndarray, ...],
-    run: Path,
-    scalars: ScalarLog,
-    stopped: Callable[[], bool],
-) -> None:
-    """Epochs until the last one, or until `stopped` after one; every state is kept in `run`.
+class PairTraining(Training):
+    """The training of `attack` on a release (photographs, pictures, group_of), by epochs.
 
-    release: photographs, pictures and group_of. Checkpoints <run>_<epoch>.pth count from 0, as
+    <run folder>_<epoch>.pth is written every 10 epochs and after the last, counted from 0, as
     published.
     """
-    epochs = attack.config.epochs
-    while attack.epoch < epochs and not stopped():
-        record = attack.train_epoch(*release)
-        scalars.log(attack.epoch, record)
-        log.info('epoch %(epoch)d  loss %(loss).4f  accuracy %(accuracy).3f', record)
-        if attack.epoch % _SAVE_EVERY == 0 or attack.epoch == epochs:
-            save_torch(
-                run.with_name(f'{run.name}_{attack.epoch - 1}.pth'),
-                {k: v for k, v in attack.state().items() if k != 'optimizer'},
-            )
-        save_checkpoint(run, attack.epoch, attack.state(), prefix='state', keep=2)
+
+    unit, averaged, remedy = 'epoch', False, 'lower --lr'
+
+    def __init__(self, attack: PairAttack, release: tuple[np.ndarray, ...]) -> None:
+        self.attack, self.release = attack, release
+        self.device, self.images = attack.device, len(release[0])
+
+    @property
+    def progress(self) -> int:
+        """Epochs done."""
+        return self.attack.epoch
+
+    def advance(self) -> dict[str, float]:
+        """One epoch."""
+        record = self.attack.train_epoch(*self.release)
+        return {'loss': record['loss'], 'accuracy': record['accuracy']}
+
+    def facts(self) -> dict[str, float]:
+        """The epoch."""
+        return {'epoch': self.attack.epoch}
+
+    def describe(self, values: Mapping[str, float]) -> str:
+        """Loss and accuracy."""
+        return super().describe({k: v for k, v in values.items() if k != 'epoch'})
+
+    def state(self) -> dict:
+        """As PairAttack.state."""
+        return self.attack.state()
+
+    def load_state(self, state: dict, *, source: str | Path = 'state') -> None:
+        """As PairAttack.load_state."""
+        self.attack.load_state(state)
+
+    def after_step(self, run: TrainingRun, *, last: bool) -> None:
+        """The attack as it stands, for MIA_test.py."""
+        if run.due(_EXPORT_EVERY) or last:
+            exported = {k: v for k, v in self.state().items() if k != 'optimizer'}
+            name = f'{run.folder.name}_{self.progress - 1}.pth'
+            save_torch(run.folder.with_name(name), exported)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,19 +186,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     photos, pictures, group_of, _ = read_release(opts, 'train', config.image_size)
     run_dir = opts.out_dir / name
-    resuming = begin(opts, photos, pictures, run_dir)
+    if opts.imagenet_weights is None:
+        log.info('training from random weights; --imagenet_weights starts from a ResNet-18 file')
+    record = partial(record_of, opts, photos, pictures)
+    resuming = open_folder(run_dir, record, resume=True, free_options=_FREE)
     mean, std = standardisation(photos)
     attack = PairAttack(
         config, mean=mean, std=std, device=device, imagenet_weights=opts.imagenet_weights
     )
-    if resuming and (latest := latest_checkpoint(run_dir, 'state')):
-        attack.load_state(latest[0])
-        log.info('going on after epoch %d', attack.epoch)
-    scalars = ScalarLog(run_dir, resume_step=attack.epoch)
+    training = PairTraining(attack, (photos, pictures, group_of))
+    run = TrainingRun(
+        training,
+        run_dir,
+        Checkpoints(run_dir, keep=2),
+        length=config.epochs,
+        record_every=1,
+        save_every=1,
+    )
+    if resuming:
+        run.resume()
     with stop_on_signal() as stopped:
-        train(attack, (photos, pictures, group_of), opts.out_dir / name, scalars, stopped)
-    scalars.close()
-    if attack.epoch < config.epochs:
+        done = run.to_the_end(requested=stopped)
+    if not done:
         log.info('stopped; the same command goes on')
         return 128 + (stopped.number or 0)
     print(f'attack: {opts.out_dir / f"{name}_{config.epochs - 1}.pth"}')

@@ -12,12 +12,13 @@ from jaxtyping import Int, UInt8
 from classification.data import TrainingSet, split_validation
 from classification.grader import metric_options
 from classification.metrics import bootstrap_intervals, grading_metrics, summarise
-from classification.plots import plot_confusion, plot_history
+from classification.plots import plot_confusion
 from classification.probe import ProbeGrader
 from classification.settings import Config
-from classification.train import train_grader
+from classification.train import grader_checkpoint, train_grader
 from datasets.table import REFERABLE_FROM, Table
 from evaluation.plots import plot_roc
+from training.curves import Panel, plot_curves
 from utils.io import save_torch, write_json
 from utils.seeds import numpy_generator
 
@@ -45,7 +46,7 @@ def run_seeds(
     A network or a probe, as `config.grader` says (a probe has no epochs and leaves no weights).
     data: TrainingSet with its pictures uint8 [n, 3, S, S]. test: labelled Table with its
     pictures [m, 3, S, S]. n_draw: train each seed on that many pictures, drawn by the seed.
-    `out_dir`/seed_<s> holds the weights, pictures and checkpoint of a seed; finished seeds are
+    `out_dir`/seed_<s> holds the weights, records and checkpoint of a seed; finished seeds are
     read, an interrupted one goes on from its checkpoint. stopped: asked after every epoch and
     seed; None is returned where it was true before the end.
     """
@@ -127,20 +128,6 @@ def _run_seed(
     )
     train, val = rows[train], rows[val]
 
-    def report(record: dict) -> None:
-        log.info(
-            'seed %d  epoch %d/%d  %s',
-            seed,
-            record['epoch'],
-            settings.epochs,
-            '  '.join(
-                f'{k} {v:.4g}'
-                for k, v in record.items()
-                if k not in ('epoch', 'learning_rate') and v is not None
-            ),
-        )
-
-    checkpoint = folder / 'checkpoint.pt'
     result = train_grader(
         pictures[train],
         data.targets(config.labels)[train],
@@ -150,8 +137,8 @@ def _run_seed(
         seed=seed,
         device=device,
         imagenet_weights=config.initial_weights or None,
-        checkpoint=checkpoint,
-        on_epoch=report,
+        folder=folder,
+        label=f'seed {seed}  ',
         stopped=stopped,
     )
     if result is None:
@@ -177,7 +164,7 @@ def _run_seed(
     record['test_score'] = found.score.tolist()
     record['history'] = result.history
     write_json(folder / _RESULT, record)
-    checkpoint.unlink(missing_ok=True)
+    grader_checkpoint(folder).path(settings.epochs).unlink(missing_ok=True)
     return record
 
 
@@ -201,7 +188,11 @@ def _draw(records: Sequence[dict], test: Table, config: Config, out_dir: Path) -
         title=f'test set, sum of {len(records)} seeds',
     )
     if config.grader == 'network':
-        plot_history({f'seed {r["seed"]}': r['history'] for r in records}, out_dir / 'training.png')
+        histories = {
+            f'seed {r["seed"]}': [{'step': h['epoch'], **h} for h in r['history']] for r in records
+        }
+        panels = [Panel(('loss',), 'training'), Panel(('kappa',), 'validation')]
+        plot_curves(out_dir / 'training.png', histories, panels, unit='epoch')
 
 
 def results_table(results: dict) -> str:

@@ -17,6 +17,7 @@ an interrupted run stopped.
 import argparse
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from jaxtyping import UInt8
@@ -35,11 +36,12 @@ from classification.settings import GRADERS, LABELS, PRECISIONS, TARGETS, Config
 from datasets.pictures import load_pictures
 from models.features.pretrained import WHEELS, wheel_file
 from models.resnet import ARCHS
+from training.run import open_folder
 from utils.cli import boolean, nonnegative_int, parser, positive_int, resolve_device, run
 from utils.errors import UserError
 from utils.io import sha256_bytes, write_json, write_text
 from utils.logs import setup_logging
-from utils.runs import RECORD_NAME, run_record, start_run
+from utils.runs import RECORD_NAME, run_record
 from utils.signals import stop_on_signal
 
 log = logging.getLogger(__name__)
@@ -268,9 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out_dir = output_folder(opts, config)
     if opts.overwrite:
         remove_run(out_dir)
-    start_run(out_dir, record_of(opts, config, *pictures), resume=True, free_options=_FREE)
+    record = partial(record_of, opts, config, *pictures)
+    open_folder(out_dir, record, resume=True, free_options=_FREE)
     write_text(out_dir / 'config.yaml', yaml.safe_dump(config.to_dict(), sort_keys=False))
-    setup_logging(out_dir / 'log.txt')
     with stop_on_signal() as stopped:
         results = run_seeds(
             data,

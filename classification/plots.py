@@ -1,4 +1,4 @@
-"""Confusion matrix and training curves as PNG files."""
+"""Confusion matrices as PNG files."""
 
 from pathlib import Path
 
@@ -7,11 +7,6 @@ from jaxtyping import Num
 from matplotlib.figure import Figure
 
 from utils.io import atomic_path
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temp:
-        figure.savefig(temp, format='png', dpi=120, metadata={'Software': None})
 
 
 def plot_confusion(
@@ -48,18 +43,5 @@ def plot_confusion(
         title=title,
     )
     figure.colorbar(image, label='share of the true grade')
-    _save(figure, path)
-
-
-def plot_history(histories: dict[str, list[dict]], path: Path) -> None:
-    """Training loss and validation kappa per epoch; {label: list of history records}."""
-    figure = Figure(figsize=(7.2, 3.2), layout='constrained')
-    loss, kappa = figure.subplots(1, 2)
-    for label, history in histories.items():
-        loss.plot([r['epoch'] for r in history], [r['loss'] for r in history], label=label)
-        scored = [r for r in history if 'kappa' in r]
-        kappa.plot([r['epoch'] for r in scored], [r['kappa'] for r in scored], label=label)
-    loss.set(xlabel='epoch', ylabel='training loss')
-    kappa.set(xlabel='epoch', ylabel='validation kappa')
-    loss.legend(fontsize=8)
-    _save(figure, path)
+    with atomic_path(path) as temp:
+        figure.savefig(temp, format='png', dpi=120, metadata={'Software': None})

@@ -5,9 +5,7 @@ Shapes: n pictures, S side, C grades.
 
 import dataclasses
 import hashlib
-import logging
 import math
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -34,12 +32,20 @@ from classification.grader import (
 from classification.metrics import grading_metrics
 from classification.settings import Settings
 from models.features.pretrained import weight_file
+from training.checkpoints import Checkpoints
+from training.curves import Panel
+from training.run import Training, TrainingRun
 from utils.errors import UserError
-from utils.io import load_weights, save_torch, sha256_file
+from utils.io import sha256_file
 from utils.seeds import numpy_generator, torch_generator
 from utils.transfer import send
 
-log = logging.getLogger(__name__)
+_SAVE_SECONDS = 30.0  # epochs may be shorter than the writing of a state
+
+
+def _rounds(n: int, settings: Settings) -> int:
+    """How often an epoch goes through n pictures."""
+    return max(1, -(-settings.min_steps_per_epoch * settings.batch_size // n))
 
 
 def _epoch_order(
@@ -47,8 +53,7 @@ def _epoch_order(
 ) -> Int[np.ndarray, ' m']:
     """Indices of one epoch's pictures in training order, several rounds of small sets."""
     rng = numpy_generator(seed, 'epoch', epoch)
-    n = len(classes)
-    rounds = max(1, -(-settings.min_steps_per_epoch * settings.batch_size // n))
+    n, rounds = len(classes), _rounds(len(classes), settings)
     if settings.sampling == 'instance':
         return np.concatenate([rng.permutation(n) for _ in range(rounds)])
     _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
@@ -74,7 +79,7 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-class GraderTraining:
+class GraderTraining(Training):
     """A grader in training. Everything random is a function of (seed, epoch).
 
     images: uint8 [n, 3, S, S] with S = settings.image_size (numpy or CPU tensor). targets: grades
@@ -83,6 +88,8 @@ class GraderTraining:
     without them the last epoch is the best. history: one record per finished epoch.
     UserError for too few pictures, an unfit weight file, and fp16 without a GPU.
     """
+
+    unit, averaged = 'epoch', False
 
     def __init__(
         self,
@@ -105,14 +112,15 @@ class GraderTraining:
             )
         if settings.precision == 'fp16' and device.type != 'cuda':
             raise UserError('fp16 needs a GPU; use --precision bf16 or fp32')
-        self.images = images.numpy() if torch.is_tensor(images) else images
+        self.pictures = images.numpy() if torch.is_tensor(images) else images
         self.targets = training_targets(targets, settings)
         classes = np.asarray(targets)
         self.classes = classes.argmax(1) if classes.ndim == 2 else classes
         self.validation = val_images, val_labels
         self.settings, self.seed, self.device = settings, seed, device
+        self.images = len(images) * _rounds(len(images), settings)
         mean, std = (
-            channel_statistics(self.images)
+            channel_statistics(self.pictures)
             if settings.mean is None
             else (torch.tensor(settings.mean), torch.tensor(settings.std))
         )
@@ -130,14 +138,30 @@ class GraderTraining:
         self.grader = GraderResult(
             self.net, settings, mean.to(device), std.to(device), device=device
         )
-        self.mark = _fingerprint(self.images, self.targets, settings, seed, imagenet_weights)
+        self.mark = _fingerprint(self.pictures, self.targets, settings, seed, imagenet_weights)
         self.history: list[dict] = []
         self.best: dict[str, Any] = {'epoch': None, 'rank': None, 'state': None}
 
     @property
-    def finished(self) -> bool:
-        """Whether all epochs are done."""
-        return len(self.history) >= self.settings.epochs
+    def progress(self) -> int:
+        """Epochs done."""
+        return len(self.history)
+
+    def advance(self) -> dict[str, float]:
+        """One epoch; the scores of its record that are defined."""
+        record = self.train_epoch()
+        left_out = ('epoch', 'learning_rate')
+        return {k: v for k, v in record.items() if k not in left_out and v is not None}
+
+    def facts(self) -> dict[str, float]:
+        """The learning rate of the last epoch."""
+        return {'learning_rate': self.history[-1]['learning_rate']}
+
+    def panels(self, names: set[str]) -> list[Panel]:
+        """Losses, scores on the validation pictures, learning rate."""
+        scores = tuple(sorted(names - {'loss', 'val_loss', 'learning_rate'}))
+        groups = [('loss', 'val_loss'), scores, ('learning_rate',)]
+        return [Panel(group) for group in groups if group]
 
     def train_epoch(self) -> dict:
         """Trains and validates one epoch; its record. UserError when the training diverges."""
@@ -163,12 +187,12 @@ class GraderTraining:
         """One pass over the pictures in full batches; the mean loss."""
         order = _epoch_order(self.classes, self.settings, self.seed, epoch)
         generator = torch_generator(self.seed, 'augment', epoch)
-        size = min(self.settings.batch_size, len(self.images))
+        size = min(self.settings.batch_size, len(self.pictures))
         total, n_steps = torch.zeros((), device=self.device), len(order) // size
         self.net.train()
         for step in range(n_steps):
             pick = order[step * size : (step + 1) * size]
-            batch = augment(unit_range(self.images[pick], self.device), self.settings, generator)
+            batch = augment(unit_range(self.pictures[pick], self.device), self.settings, generator)
             raw = forward(self.net, batch, self.grader.mean, self.grader.std, self.settings)
             loss = loss_function(raw, send(self.targets[pick], self.device), self.settings)
             self.optimizer.zero_grad(set_to_none=True)
@@ -192,18 +216,17 @@ class GraderTraining:
             'best': self.best,
         }
 
-    def load_state(self, path: Path) -> None:
+    def load_state(self, state: dict, *, source: str | Path = 'state') -> None:
         """Takes over a saved `state()`; UserError for that of another training."""
-        saved = load_weights(path, what='grader checkpoint', hint='Remove it to start again.')
-        if not isinstance(saved, dict) or saved.get('fingerprint') != self.mark:
+        if not isinstance(state, dict) or state.get('fingerprint') != self.mark:
             raise UserError(
-                f'{path} belongs to a training with other pictures, labels or '
+                f'{source} belongs to a training with other pictures, labels or '
                 'settings; remove it or choose another output folder'
             )
-        self.net.load_state_dict(saved['net'])
-        self.optimizer.load_state_dict(saved['optimiser'])
-        self.scaler.load_state_dict(saved['scaler'])
-        self.history, self.best = saved['history'], saved['best']
+        self.net.load_state_dict(state['net'])
+        self.optimizer.load_state_dict(state['optimiser'])
+        self.scaler.load_state_dict(state['scaler'])
+        self.history, self.best = state['history'], state['best']
 
     def result(self) -> GraderResult:
         """The trained grader, which predicts with its best epoch."""
@@ -230,43 +253,55 @@ def train_grader(
     seed: int = 0,
     device: torch.device | str = 'cpu',
     imagenet_weights: str | Path | None = None,
-    checkpoint: Path | None = None,
-    checkpoint_seconds: float = 30.0,
-    on_epoch: Callable[[dict], None] | None = None,
+    folder: Path | None = None,
+    label: str = '',
     stopped: Callable[[], bool] = lambda: False,
 ) -> GraderResult | None:
     """Trains a grader (see GraderTraining); None where it was stopped before its end.
 
-    settings: None takes the published ones. checkpoint: a file written after an epoch, at most
-    every checkpoint_seconds, and when the training is stopped; a run resumed from it ends as an
-    uninterrupted one. on_epoch: called with each history record. stopped: asked after every
-    epoch.
+    settings: None takes the published ones. folder: keeps records, curves and checkpoint.pt,
+    written after epochs at most every 30 seconds, and when the training is stopped; a run that
+    goes on from it ends as an uninterrupted one. None keeps nothing. label: begins the status
+    lines. stopped: asked after every epoch.
     """
+    settings = settings or Settings()
     training = GraderTraining(
         train_images,
         train_targets,
         val_images,
         val_labels,
-        settings=settings or Settings(),
+        settings=settings,
         seed=seed,
         device=torch.device(device),
         imagenet_weights=imagenet_weights,
     )
-    if checkpoint is not None and checkpoint.exists():
-        training.load_state(checkpoint)
-        log.info('resuming after epoch %d', len(training.history))
-    written = time.monotonic()
-    while not training.finished:
-        record = training.train_epoch()
-        halt = stopped()
-        if checkpoint is not None and (halt or time.monotonic() - written >= checkpoint_seconds):
-            save_torch(checkpoint, training.state())
-            written = time.monotonic()
-        if on_epoch is not None:
-            on_epoch(record)
-        if halt and not training.finished:
-            return None
-    return training.result()
+    if folder is None:
+        while training.progress < settings.epochs:
+            training.train_epoch()
+        return training.result()
+    run = TrainingRun(
+        training,
+        folder,
+        grader_checkpoint(folder),
+        length=settings.epochs,
+        record_every=1,
+        save_every=1,
+        save_seconds=_SAVE_SECONDS,
+        label=label,
+    )
+    run.resume()
+    return training.result() if run.to_the_end(requested=stopped) else None
+
+
+def grader_checkpoint(folder: Path) -> Checkpoints:
+    """The one checkpoint of a grader in training, checkpoint.pt."""
+    return Checkpoints(
+        folder,
+        'checkpoint',
+        number=lambda epoch: '',
+        what='grader checkpoint',
+        hint='Remove it to start again.',
+    )
 
 
 def _cpu_state(net: nn.Module) -> dict[str, Tensor]:

@@ -22,7 +22,9 @@ curves.png, views.png (photographs and the views made of them), stats.jsonl, log
 checkpoints/state_<step>.pt (for --resume).
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,45 +37,39 @@ import torch
 
 from datasets.images_dataset import ImagesDataset
 from datasets.people import merge_identical
-from datasets.table import read_table
+from datasets.table import Table, read_table
 from datasets.table_images import TableImages
 from evaluation.feature_quality import describe_quality, feature_quality
-from models.features.content import content_network_from_state
+from models.features.content import ContentNetwork, content_network_from_state
 from models.resnet import ARCHS, build_resnet
-from training.moco import EXPORT_NAME, MocoConfig, MocoTrainer, ViewConfig
-from training.run import finish
+from training.moco import EXPORT_NAME, MocoConfig, MocoTrainer, content_run
+from training.moco_views import ViewConfig
+from training.run import finish, open_folder
 from utils import cli, distributed
 from utils.errors import UserError
 from utils.images import from_uint8
 from utils.io import write_json
 from utils.logs import progress, setup_logging
-from utils.runs import run_record, start_run
+from utils.runs import run_record
 from utils.seeds import numpy_generator, seed_everything
 from utils.signals import stop_on_signal
 
 log = logging.getLogger(__name__)
 
-# Flags that may differ when a run goes on: they do not change what is computed.
-_FREE = (
-    'out_dir',
-    'data',
-    'image_dir',
-    'labels',
-    'labels_image_dir',
-    'quality_images',
-    'quality_split',
-    'workers',
-    'device',
-    'resume',
-    'max_minutes',
-    'keep_states',
-)
+# Flags that may differ when a run goes on, beside those of every training (training.run): the
+# photographs are compared by content.
+_FREE = ('data', 'image_dir', 'labels', 'labels_image_dir', 'quality_images', 'quality_split')
 _MIN_SIZE, _SMALL_SIZE = 32, 96
 
 
-def build_parser():
-    views, d = ViewConfig(), MocoConfig()
+def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    for add in (_add_data, _add_network, _add_training, _add_records):
+        add(p)
+    return p
+
+
+def _add_data(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group('required')
     g.add_argument(
         '--data', type=Path, required=True, metavar='DIR|ZIP|CSV', help='training photographs'
@@ -114,6 +110,10 @@ def build_parser():
         metavar='N',
         help='loading processes (sets that fit 2 GB are kept in memory instead)',
     )
+
+
+def _add_network(p: argparse.ArgumentParser) -> None:
+    views, d = ViewConfig(), MocoConfig()
     g = p.add_argument_group('network')
     g.add_argument('--arch', choices=ARCHS, default=d.arch, help='network')
     g.add_argument(
@@ -148,6 +148,10 @@ def build_parser():
         g.add_argument(
             f'--{name}', type=kind, default=getattr(views, name), metavar='NUMBER', help=text
         )
+
+
+def _add_training(p: argparse.ArgumentParser) -> None:
+    d = MocoConfig()
     g = p.add_argument_group('training')
     g.add_argument(
         '--max_steps',
@@ -207,6 +211,10 @@ def build_parser():
     )
     g.add_argument('--amp', choices=('no', 'bf16'), default=d.amp, help='mixed precision')
     cli.add_common(g)
+
+
+def _add_records(p: argparse.ArgumentParser) -> None:
+    d = MocoConfig()
     g = p.add_argument_group('records')
     g.add_argument(
         '--log_interval',
@@ -232,14 +240,13 @@ def build_parser():
         metavar='MIN',
         help='stop in good order after that time; go on with --resume',
     )
-    return p
 
 
-def is_table(path):
+def is_table(path: Path) -> bool:
     return path.suffix.lower() == '.csv'
 
 
-def check_options(opts):
+def check_options(opts: argparse.Namespace) -> None:
     if opts.input_size < _MIN_SIZE:
         raise UserError(f'--input_size {opts.input_size}: at least {_MIN_SIZE} px are needed')
     if not opts.small_stem and opts.input_size < 2 * _MIN_SIZE:
@@ -262,13 +269,13 @@ def check_options(opts):
             raise UserError(f'--{flag} goes with --labels')
 
 
-def training_set(opts):
+def training_set(opts: argparse.Namespace) -> ImagesDataset | TableImages:
     if is_table(opts.data):
         return TableImages(read_table(opts.data, opts.image_dir, split=opts.split), opts.input_size)
     return ImagesDataset(opts.data, opts.input_size)
 
 
-def quality_table(opts):
+def quality_table(opts: argparse.Namespace) -> Table | None:
     """The rows to report on, or None without grades and patients."""
     if opts.labels is None:
         return None
@@ -287,7 +294,9 @@ def quality_table(opts):
 
 
 @torch.no_grad()
-def image_features(net, dataset, device, *, amp, batch=64):
+def image_features(
+    net: ContentNetwork, dataset: TableImages, device: torch.device, *, amp: str, batch: int = 64
+) -> np.ndarray:
     """[n, F] unit vectors of all pictures of a dataset."""
     net, found = net.to(device), []
     for start in progress(range(0, len(dataset), batch), desc='features', unit='batch'):
@@ -297,7 +306,9 @@ def image_features(net, dataset, device, *, amp, batch=64):
     return torch.cat(found).numpy()
 
 
-def report_quality(opts, trainer, table, device):
+def report_quality(
+    opts: argparse.Namespace, trainer: MocoTrainer, table: Table, device: torch.device
+) -> None:
     """Writes quality.json (the trained network beside an untrained one) and logs its numbers."""
     pictures, result = TableImages(table, opts.input_size), {}
     trained = trainer.export()
@@ -324,38 +335,35 @@ def report_quality(opts, trainer, table, device):
     write_json(opts.out_dir / 'quality.json', result)
 
 
-def main(argv=None):
+def build_trainer(
+    opts: argparse.Namespace, images: ImagesDataset | TableImages, device: torch.device
+) -> MocoTrainer:
+    given = vars(opts)
+    views = ViewConfig(**{f.name: given[f.name] for f in dataclasses.fields(ViewConfig)})
+    fields = {f.name: given[f.name] for f in dataclasses.fields(MocoConfig) if f.name in given}
+    workers = 0 if images.cached else opts.workers
+    return MocoTrainer(images, MocoConfig(views=views, **fields), device=device, workers=workers)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()
     check_options(opts)
     device = distributed.init(cli.resolve_device(opts.device))
     table = quality_table(opts)
     images = training_set(opts)
-    given = vars(opts)
-    views = ViewConfig(**{f.name: given[f.name] for f in dataclasses.fields(ViewConfig)})
-    config = MocoConfig(
-        views=views,
-        **{f.name: given[f.name] for f in dataclasses.fields(MocoConfig) if f.name in given},
+    trainer = build_trainer(opts, images, device)
+
+    def record() -> dict:
+        described = f'{len(images)} images, {images.digest()}'
+        return run_record({**vars(opts), 'images': described}, seed=opts.seed)
+
+    open_folder(
+        opts.out_dir, record, resume=opts.resume, free_options=_FREE, resume_flag='--resume'
     )
-    trainer = MocoTrainer(
-        images,
-        config,
-        run_dir=opts.out_dir,
-        device=device,
-        workers=0 if images.cached else opts.workers,
-        keep_states=opts.keep_states,
-    )
-    if distributed.is_main():
-        record = run_record(
-            {**given, 'images': f'{len(images)} images, {images.digest()}'}, seed=opts.seed
-        )
-        start_run(
-            opts.out_dir, record, resume=opts.resume, free_options=_FREE, resume_flag='--resume'
-        )
-        setup_logging(opts.out_dir / 'log.txt')
-    distributed.barrier()
+    run = content_run(trainer, opts.out_dir, keep_states=opts.keep_states)
     if opts.resume:
-        trainer.resume()
+        run.resume()
     log.info(
         '%d images of %d px, %s%s, batch %d on %d process(es), queue %d, %s',
         len(images),
@@ -368,7 +376,7 @@ def main(argv=None):
         device,
     )
     with stop_on_signal() as signalled:
-        done = trainer.train(max_minutes=opts.max_minutes, should_stop=signalled)
+        done = run.to_the_end(requested=signalled, max_minutes=opts.max_minutes)
     log.info(
         '%s after %d steps; the encoder is %s',
         'finished' if done else 'stopped',

@@ -5,7 +5,7 @@ on frozen EfficientNet-Lite0 features, hinge loss (Sauer et al. 2021).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from models.stylegan2 import Discriminator
 from models.stylegan2.model import set_low_precision
 from training.stylegan2_config import TrainConfig
 from utils.errors import UserError
+
+Opponent = Discriminator | ProjectedDiscriminator
 
 
 class AdversarialLoss(NamedTuple):
@@ -35,7 +37,7 @@ LOSSES = {
 }
 
 
-def build_discriminator(config: TrainConfig, device: torch.device) -> nn.Module:
+def build_discriminator(config: TrainConfig, device: torch.device) -> Opponent:
     """The untrained discriminator of `config` on `device`.
 
     UserError when the weights of the feature network are not installed.
@@ -47,7 +49,7 @@ def build_discriminator(config: TrainConfig, device: torch.device) -> nn.Module:
     return ProjectedDiscriminator(load_feature_network('lite0').to(device)).to(device)
 
 
-def compute_in(net: nn.Module, dtype: torch.dtype | None) -> None:
+def compute_in(net: Opponent, dtype: torch.dtype | None) -> None:
     """Lets a discriminator compute in `dtype` (None: float32) where it can do so safely.
 
     The feature network of the projected one was not made for the range of float16 and stays in
@@ -59,13 +61,13 @@ def compute_in(net: nn.Module, dtype: torch.dtype | None) -> None:
         set_low_precision(net, dtype)
 
 
-def before_step(net: nn.Module) -> None:
+def before_step(net: Opponent) -> None:
     """What a discriminator does once before it is trained for a step."""
     if isinstance(net, ProjectedDiscriminator):
         net.refresh_norms()
 
 
-def freeze_discriminator(net: nn.Module, n_layers: int) -> list[nn.Parameter]:
+def freeze_discriminator(net: Opponent, n_layers: int) -> list[nn.Parameter]:
     """Freezes the first `n_layers` layers from the image side; returns what stays trainable.
 
     Layers are counted as from-RGB, then conv1, conv2, skip of each block (FreezeD, Mo et al.
@@ -79,8 +81,9 @@ def freeze_discriminator(net: nn.Module, n_layers: int) -> list[nn.Parameter]:
                 'projected one are always frozen'
             )
         return net.learnt()
-    layers = [net.convs[0]]
-    for block in list(net.convs)[1:]:
+    first, *blocks = net.convs
+    layers: list[Any] = [first]
+    for block in blocks:
         layers += [block.conv1, block.conv2, block.skip]
     if n_layers > len(layers):
         raise UserError(

@@ -9,7 +9,7 @@ for it, and the host would have to wait for the sizes that follow from it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pywt
@@ -110,11 +110,11 @@ class AugmentPipe:
     the images, as R1 needs.
     """
 
-    def __init__(self, names, device):
-        unknown = set(names) - set(PIPES['bgcfnc'])
+    def __init__(self, names: Iterable[str], device: torch.device | str) -> None:
+        self.names = frozenset(names)
+        unknown = self.names - set(PIPES['bgcfnc'])
         if unknown:
             raise ValueError(f'unknown augmentations {sorted(unknown)}')
-        self.names = frozenset(names)
         low = torch.tensor(pywt.Wavelet('sym6').dec_lo, dtype=torch.float32)
         self._geom_taps = low / low.sum()
         self._device_taps = self._geom_taps.to(device)
@@ -138,9 +138,10 @@ class AugmentPipe:
             if p <= 0:
                 return images
             draws = RandomDraws(images.shape[0], images.device, generator, pixel_generator)
-        plan, margins = {}, None
+        plan: dict[str, Tensor] = {}
+        margins = None
         inverse = self._geometry(draws, p, *images.shape[2:])
-        if self.names & {*BLIT, *GEOM} == {'xint'}:
+        if inverse is not None and self.names & {*BLIT, *GEOM} == {'xint'}:
             images = _shift(images, inverse)
         elif inverse is not None:
             plan['where'], margins = self._aim(inverse, *images.shape[2:])
@@ -173,7 +174,7 @@ class AugmentPipe:
             return None
         inverse = torch.eye(3).expand(draws.n, 3, 3)
 
-        def keep(gate, value, neutral):
+        def keep(gate: Tensor, value: Tensor, neutral: float) -> Tensor:
             return torch.where(gate, value, torch.full_like(value, neutral))
 
         if 'xflip' in self.names:
@@ -266,7 +267,7 @@ class AugmentPipe:
         luma = torch.tensor([1.0, 1.0, 1.0, 0.0]) / math.sqrt(3)
         along = torch.outer(luma, luma)
 
-        def gated(value, neutral):
+        def gated(value: Tensor, neutral: float) -> Tensor:
             return torch.where(draws.gate(p), value, torch.full_like(value, neutral))
 
         if 'brightness' in self.names:
@@ -346,11 +347,11 @@ class AdaptiveStrength:
     [0, MAX_STRENGTH]. Source: ADA, section 2.2, equation 1 (r_t).
     """
 
-    def __init__(self, *, target=0.6, adjust_kimg=500, p=0.0):
+    def __init__(self, *, target: float = 0.6, adjust_kimg: float = 500, p: float = 0.0) -> None:
         self.target, self.adjust_kimg, self.p = target, adjust_kimg, p
         self.overfitting = 0.0  # r_t of the last update
 
-    def update(self, mean_sign, n_images):
+    def update(self, mean_sign: float, n_images: int) -> float:
         """One adjustment after `n_images` real images with mean sign `mean_sign`; returns p."""
         self.overfitting = float(mean_sign)
         step = n_images / (self.adjust_kimg * 1000)
@@ -359,22 +360,22 @@ class AdaptiveStrength:
         return self.p
 
 
-def _matrices(rows, like):
+def _matrices(rows: Sequence[Sequence[Tensor | float]], like: Tensor) -> Tensor:
     flat = [
         v if isinstance(v, torch.Tensor) else torch.full_like(like, v) for row in rows for v in row
     ]
     return torch.stack(flat, -1).reshape(*like.shape, len(rows), len(rows))
 
 
-def _translate(x, y):
+def _translate(x: Tensor, y: Tensor) -> Tensor:
     return _matrices([[1.0, 0.0, x], [0.0, 1.0, y], [0.0, 0.0, 1.0]], x)
 
 
-def _scale(x, y):
+def _scale(x: Tensor, y: Tensor) -> Tensor:
     return _matrices([[x, 0.0, 0.0], [0.0, y, 0.0], [0.0, 0.0, 1.0]], x)
 
 
-def _rotate(angle):
+def _rotate(angle: Tensor) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     return _matrices([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]], angle)
 
@@ -384,7 +385,7 @@ def _fixed(make: Callable, x: float, y: float) -> Tensor:
     return make(torch.tensor(x), torch.tensor(y))
 
 
-def _rotate_about(axis, angle):
+def _rotate_about(axis: Tensor, angle: Tensor) -> Tensor:
     """Rodrigues' rotation about a unit axis [3] by angles [N], as [N, 4, 4]."""
     x, y, z = axis.tolist()
     cross = torch.tensor([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
@@ -394,7 +395,7 @@ def _rotate_about(axis, angle):
     return turn
 
 
-def _filter_bank():
+def _filter_bank() -> np.ndarray:
     """Four band-pass filters of the sym2 wavelet, [4, taps]; their sum is the identity."""
     low = np.asarray(pywt.Wavelet('sym2').dec_lo)
     high = low * (-1.0) ** np.arange(low.size)

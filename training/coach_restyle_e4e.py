@@ -10,6 +10,7 @@ Shapes: N images, L styles, D style dimension.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,9 +69,10 @@ class E4ECoach(Coach):
     join those of `step`.
     """
 
-    def __init__(self, *arguments, e4e: E4EConfig, **options) -> None:
+    def __init__(self, *arguments: Any, e4e: E4EConfig, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.e4e, self.game = e4e, None
+        self.e4e = e4e
+        self.game: LatentGame | None = None
         self._latents: list[Tensor] = []
         if e4e.w_discriminator_lambda:
             self.game = LatentGame(
@@ -97,7 +99,7 @@ class E4ECoach(Coach):
         number = self.step_count
         values, pictures = super().step(batch)
         if self.game is not None:
-            values |= self._train_discriminator(number)
+            values |= self._train_discriminator(self.game, number)
         return values, pictures
 
     def validate(self) -> tuple[dict[str, float], Tensor | None]:
@@ -120,7 +122,7 @@ class E4ECoach(Coach):
             self._latents.append(used.detach())
         return values, total
 
-    def _train_discriminator(self, number: int) -> dict[str, Tensor]:
+    def _train_discriminator(self, game: LatentGame, number: int) -> dict[str, Tensor]:
         """One step on a random refinement and style of every latent that step `number` found."""
         n_iters, cfg = self.config.n_iters, self.config
         passes = [
@@ -135,7 +137,7 @@ class E4ECoach(Coach):
         with torch.no_grad():
             real = self.psp.decoder.mapping(z.to(ws.dtype)).float()
         rows = torch.arange(len(ws), device=self.device)
-        return self.game.step(real, ws[rows, send(choice, self.device)], number)
+        return game.step(real, ws[rows, send(choice, self.device)], number)
 
     def state(self) -> dict:
         """As Coach.state, with the latent discriminator."""

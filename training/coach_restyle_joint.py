@@ -21,7 +21,7 @@ from criteria.laplacian import rest
 from models.features.pretrained import FeatureNetwork
 from training.coach_restyle_e4e import E4ECoach
 from training.picture_game import GameConfig, PictureGame
-from training.stylegan2_loop import silence_noise
+from training.stylegan2_networks import silence_noise
 from utils.errors import UserError
 from utils.seeds import torch_generator
 

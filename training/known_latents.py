@@ -30,7 +30,8 @@ class KnownLatents:
             w = psp.decoder.mapping(z.to(psp.latent_avg.dtype))
             # The mean squared distance of a latent from the mean, per number.
             self.variance = float(w.var(0).mean())
-        self._step, self._ws = None, None
+        self._step = -1
+        self._ws = torch.empty(0)
 
     @torch.no_grad()
     def latents(self, step: int) -> Tensor:

@@ -32,14 +32,15 @@ class LatentCodesPool:
     """A memory of `size` earlier latents; half of what is asked comes from it (size 0: none)."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.kept = size, None
+        self.size = size
+        self.kept: Tensor | None = None
 
     def query(self, w: Tensor, draw: torch.Generator) -> Tensor:
         """Puts w [N, D] in; returns [N, D], each the new latent or, in its place, an older one."""
         if not self.size:
             return w
-        kept = [] if self.kept is None else list(self.kept)
-        found = []
+        kept: list[Tensor] = [] if self.kept is None else list(self.kept)
+        found: list[Tensor] = []
         for new in w:
             if len(kept) < self.size:
                 kept.append(new)

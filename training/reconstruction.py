@@ -6,8 +6,10 @@ A term has `targets(x)`, the constant part of photographs x [N, 3, S, S], and
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from criteria.feature_distance import FeatureDistance
@@ -17,13 +19,25 @@ from models.features.content import load_content_network
 from models.features.pretrained import WHEELS, load_feature_network
 
 
+class Term(Protocol):
+    """A reconstruction loss."""
+
+    def targets(self, x: Float[Tensor, 'N 3 S S']) -> Any:
+        """What photographs are compared by."""
+
+    def distance(self, y: Float[Tensor, 'N 3 S S'], targets: Any) -> Float[Tensor, ' N']:
+        """The loss of each reconstruction."""
+
+
 class L2Term:
     """Mean squared error over pixels."""
 
-    def targets(self, x):
+    def targets(self, x: Float[Tensor, 'N 3 S S']) -> Float[Tensor, 'N 3 S S']:
         return x
 
-    def distance(self, y, targets):
+    def distance(
+        self, y: Float[Tensor, 'N 3 S S'], targets: Float[Tensor, 'N 3 S S']
+    ) -> Float[Tensor, ' N']:
         return (y - targets).square().mean((1, 2, 3))
 
 
@@ -47,13 +61,15 @@ class BandTerm:
 class ContentTerm:
     """1 - cosine similarity of content features (MoCo v2, this project's encoder, or 'lite0')."""
 
-    def __init__(self, path, device):
+    def __init__(self, path: str | Path, device: torch.device | str) -> None:
         self.network = load_content_network(path).to(device)
 
-    def targets(self, x):
+    def targets(self, x: Float[Tensor, 'N 3 S S']) -> Float[Tensor, 'N F']:
         return self.network.features(x)
 
-    def distance(self, y, targets):
+    def distance(
+        self, y: Float[Tensor, 'N 3 S S'], targets: Float[Tensor, 'N F']
+    ) -> Float[Tensor, ' N']:
         return 1 - (self.network.features(y) * targets).sum(1)
 
 
@@ -66,8 +82,10 @@ class LpipsTerm:
         )
         self.network = network.to(device)
 
-    def targets(self, x: Tensor) -> list[Tensor]:
+    def targets(self, x: Float[Tensor, 'N 3 S S']) -> list[Float[Tensor, 'N _ _ _']]:
         return self.network.features(x)
 
-    def distance(self, y: Tensor, targets: list[Tensor]) -> Tensor:
+    def distance(
+        self, y: Float[Tensor, 'N 3 S S'], targets: list[Float[Tensor, 'N _ _ _']]
+    ) -> Float[Tensor, ' N']:
         return self.network.distance(self.network.features(y), targets)

@@ -3,7 +3,7 @@
 Source: Karras et al. 2020, appendix B. Shapes: images [N, C, H, W].
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,14 @@ class GridSample(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, images, where):
+    def forward(ctx: Any, images: Tensor, where: Tensor) -> Tensor:
         ctx.save_for_backward(images, where)
         return F.grid_sample(
             images, where, mode='bilinear', padding_mode='zeros', align_corners=False
         )
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _GridSampleTranspose.apply(grad, *ctx.saved_tensors), None
 
 
@@ -43,7 +43,7 @@ class _GridSampleTranspose(torch.autograd.Function):
     """The transpose of the (linear) sampling; the transpose of that is sampling again."""
 
     @staticmethod
-    def forward(ctx, grad, images, where):
+    def forward(ctx: Any, grad: Tensor, images: Tensor, where: Tensor) -> Tensor:
         ctx.save_for_backward(where)
         # 0, 0: bilinear interpolation, zero padding; the mask skips the positions' gradient.
         return torch.ops.aten.grid_sampler_2d_backward(
@@ -51,7 +51,7 @@ class _GridSampleTranspose(torch.autograd.Function):
         )[0]
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (where,) = ctx.saved_tensors
         return GridSample.apply(grad, where), None, None
 

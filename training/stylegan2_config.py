@@ -5,6 +5,7 @@ authors' training tool.
 """
 
 import dataclasses
+from typing import Any
 
 from models.stylegan2 import channel_table
 
@@ -17,7 +18,7 @@ class TrainConfig:
     """Everything that shapes the networks and the optimisation; sizes in images and kimg."""
 
     size: int
-    channels: dict
+    channels: dict[int, int]
     n_mlp: int
     kimg: float
     batch: int  # images per step, all processes together
@@ -39,14 +40,31 @@ class TrainConfig:
     discriminator: str = 'stylegan2'  # or 'projected'
     d_lr: float | None = None  # rate of the discriminator, where another than lr
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
 PRESETS = ('auto', 'stylegan2', 'paper256', 'paper512', 'paper1024', 'small')
 
 
-def make_config(preset, size, n_gpus, *, cbase=None, cmax=None, **overrides):
+# kimg, batch, mbstd_group, channel multiplier, lr, gamma, ema_kimg
+_PUBLISHED = {
+    'stylegan2': (25_000, 32, 4, 2, 0.002, 10.0, 10),
+    'paper256': (25_000, 64, 8, 1, 0.0025, 1.0, 20),
+    'paper512': (25_000, 64, 8, 2, 0.0025, 0.5, 20),
+    'paper1024': (25_000, 32, 4, 2, 0.002, 2.0, 10),
+}
+
+
+def make_config(
+    preset: str,
+    size: int,
+    n_gpus: int,
+    *,
+    cbase: int | None = None,
+    cmax: int | None = None,
+    **overrides: Any,
+) -> TrainConfig:
     """Resolves a preset for images of `size` px and `n_gpus` processes.
 
     cbase, cmax: channels are cbase / resolution, at most cmax; what is None is the preset's.
@@ -61,58 +79,9 @@ def make_config(preset, size, n_gpus, *, cbase=None, cmax=None, **overrides):
             f'--batch {given["batch"]} is smaller than the number of processes '
             f'({n_gpus}); raise --batch or lower --gpus'
         )
-    if preset in ('auto', 'small'):
-        most = 16 if preset == 'small' else 32
-        batch = given.get('batch', max(min(n_gpus * min(4096 // size, most), 64), n_gpus))
-        values = dict(
-            kimg=25_000,
-            batch=batch,
-            mbstd_group=min(max(batch // n_gpus, 1), 4),
-            lr=0.002 if size >= 1024 else 0.0025,
-            gamma=0.0002 * size**2 / batch,
-            ema_kimg=batch * 10 / 32,
-            ema_rampup=0.05,
-            n_mlp=2,
-            channels=channel_table(size, 2 if size >= 512 else 1),
-        )
-        if preset == 'small':
-            values['channels'] = {r: c for r, c in _SMALL_CHANNELS.items() if r <= size}
-            values['kimg'] = 200
-            values['pl_weight'] = 0.0  # a tenth of the time, for a smoothness small nets have
-            # Small nets draw vessels as a texture of the noise and never learn their course.
-            values['use_noise'] = False
-        batch_gpu = batch // n_gpus
-        if preset == 'auto':
-            # As published: what --batch does not name stays the preset's.
-            usual = max(min(n_gpus * min(4096 // size, most), 64), n_gpus)
-            values.update(
-                gamma=0.0002 * size**2 / usual,
-                ema_kimg=usual * 10 / 32,
-                mbstd_group=min(usual // n_gpus, 4),
-            )
-    else:
-        kimg, batch, mbstd, multiplier, lr, gamma, ema = {
-            'stylegan2': (25_000, 32, 4, 2, 0.002, 10.0, 10),
-            'paper256': (25_000, 64, 8, 1, 0.0025, 1.0, 20),
-            'paper512': (25_000, 64, 8, 2, 0.0025, 0.5, 20),
-            'paper1024': (25_000, 32, 4, 2, 0.002, 2.0, 10),
-        }[preset]
-        values = dict(
-            kimg=kimg,
-            batch=batch,
-            mbstd_group=mbstd,
-            lr=lr,
-            gamma=gamma,
-            ema_kimg=ema,
-            ema_rampup=None,
-            n_mlp=8,
-            channels=channel_table(size, multiplier),
-        )
-        batch = given.get('batch', batch)
-        # These presets were made for 8 GPUs; fewer accumulate gradients over rounds.
-        batch_gpu = max(batch // max(n_gpus, 8), 1) if batch >= n_gpus else 1
+    resolve = _published if preset in _PUBLISHED else _automatic
+    values = resolve(preset, size, n_gpus, given.get('batch'))
     values['channels'] = widths(values['channels'], size, cbase, cmax)
-    values['batch_gpu'] = batch_gpu
     if given.get('discriminator') == 'projected':
         # The published rate, and no penalties: spectral norms hold the heads.
         values.update(lr=0.002, gamma=0.0, pl_weight=0.0)
@@ -120,6 +89,53 @@ def make_config(preset, size, n_gpus, *, cbase=None, cmax=None, **overrides):
     config = TrainConfig(size=size, **values)
     check_division(config, n_gpus)
     return config
+
+
+def _automatic(preset: str, size: int, n_gpus: int, batch: int | None) -> dict[str, Any]:
+    """The values of 'auto' and 'small', which follow from size and number of processes."""
+    most = 16 if preset == 'small' else 32
+    usual = max(min(n_gpus * min(4096 // size, most), 64), n_gpus)
+    batch = batch or usual
+    # As published, --batch leaves the other values of 'auto' as they are.
+    basis = batch if preset == 'small' else usual
+    values: dict[str, Any] = dict(
+        kimg=25_000,
+        batch=batch,
+        batch_gpu=batch // n_gpus,
+        mbstd_group=min(max(basis // n_gpus, 1), 4),
+        lr=0.002 if size >= 1024 else 0.0025,
+        gamma=0.0002 * size**2 / basis,
+        ema_kimg=basis * 10 / 32,
+        ema_rampup=0.05,
+        n_mlp=2,
+        channels=channel_table(size, 2 if size >= 512 else 1),
+    )
+    if preset == 'small':
+        values['channels'] = {r: c for r, c in _SMALL_CHANNELS.items() if r <= size}
+        values['kimg'] = 200
+        values['pl_weight'] = 0.0  # a tenth of the time, for a smoothness small nets have
+        # Small nets draw vessels as a texture of the noise and never learn their course.
+        values['use_noise'] = False
+    return values
+
+
+def _published(preset: str, size: int, n_gpus: int, batch: int | None) -> dict[str, Any]:
+    """The values of the presets of the paper, made for 8 GPUs."""
+    kimg, usual, mbstd, multiplier, lr, gamma, ema = _PUBLISHED[preset]
+    batch = batch or usual
+    return dict(
+        kimg=kimg,
+        batch=batch,
+        # Fewer GPUs than 8 accumulate gradients over rounds.
+        batch_gpu=max(batch // max(n_gpus, 8), 1) if batch >= n_gpus else 1,
+        mbstd_group=mbstd,
+        lr=lr,
+        gamma=gamma,
+        ema_kimg=ema,
+        ema_rampup=None,
+        n_mlp=8,
+        channels=channel_table(size, multiplier),
+    )
 
 
 def widths(

@@ -9,13 +9,15 @@ After Karras et al. 2018 (progressive growing); the skip generator needs no fadi
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from models.psp import psp_from_checkpoint
 from models.stylegan2 import Discriminator, Generator
 from models.stylegan2.checkpoint import discriminator_from_state, generator_from_state
-from training.stylegan2_loop import Trainer, silence_noise
+from training.stylegan2_loop import Trainer
+from training.stylegan2_networks import silence_noise
 from utils.errors import UserError
 from utils.io import load_weights
 
@@ -31,7 +33,9 @@ def grow(trainer: Trainer, path: Path) -> None:
     The average of the weights then needs no ramp-up, as after a transfer. Raises UserError when
     the file holds no such generator or the widths that both have differ.
     """
-    weights = load_weights(path, what='generator file, training snapshot or ReStyle checkpoint')
+    weights: Any = load_weights(
+        path, what='generator file, training snapshot or ReStyle checkpoint'
+    )
     if isinstance(weights, dict) and 'state_dict' in weights:
         weights = {'g_ema': psp_from_checkpoint(weights, source=str(path)).decoder.state_dict()}
     if not isinstance(weights, dict) or 'g_ema' not in weights:
@@ -48,12 +52,14 @@ def grow(trainer: Trainer, path: Path) -> None:
         log.warning('%s holds no such discriminator; it starts untrained', path)
     elif opponent == 'projected':  # its heads fit pictures of any size
         trainer.d.load_state_dict(weights['d'])
-    else:
+    elif isinstance(trainer.d, Discriminator):
         grow_discriminator(trainer.d, weights['d'], source=f'--grow {path}')
     trainer.mark_transferred()
 
 
-def _check_half(small, large, source: str) -> None:
+def _check_half(
+    small: Generator | Discriminator, large: Generator | Discriminator, source: str
+) -> None:
     shared = {r: c for r, c in large.channels.items() if r < large.size}
     if small.channels != shared:
         raise UserError(
@@ -79,7 +85,8 @@ def grow_generator(net: Generator, state: State, *, source: str) -> None:
             f'this run wants {net.n_mlp} of {net.style_dim}; set --map-depth'
         )
     net.load_state_dict({**net.state_dict(), **small.state_dict()})
-    net.to_rgbs[-1].conv.weight.zero_()
+    last: Any = net.to_rgbs[-1]
+    last.conv.weight.zero_()
 
 
 @torch.no_grad()
@@ -106,7 +113,7 @@ def grow_discriminator(net: Discriminator, state: State, *, source: str) -> None
     if net.channels[net.size] != net.channels[net.size // 2]:
         return
     net.convs[0].load_state_dict(small.convs[0].state_dict())
-    block = net.convs[1]
+    block: Any = net.convs[1]
     block.conv2[1].weight.zero_()  # its share of the sum starts at 0 and is learnt
     convolution = block.skip[1]
     identity = torch.eye(net.channels[net.size])[:, :, None, None]

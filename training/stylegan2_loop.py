@@ -1,25 +1,24 @@
-"""The StyleGAN2-ADA training loop: losses, regularisation, averaging, snapshots, resume.
+"""The StyleGAN2-ADA training: losses, regularisation, averaging, snapshots.
 
 Sources: StyleGAN2 (Karras et al. 2020), section 3 (path length, lazy regularisation); ADA
 (Karras et al. 2020), section 2. Random numbers are a function of (seed, step, pass), never a
 running state, so a resumed run draws what the uninterrupted one would have drawn.
+
+Shapes: N images of a pass, L styles, D style dimension, R side of the pictures.
 """
 
 import copy
-import logging
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import psutil
 import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from models.stylegan2 import Generator
-from models.stylegan2.checkpoint import generator_from_state
-from models.stylegan2.model import NoiseInjection, set_low_precision
+from models.stylegan2.model import set_low_precision
 from training.adversarial import (
     LOSSES,
     before_step,
@@ -27,50 +26,18 @@ from training.adversarial import (
     compute_in,
     freeze_discriminator,
 )
-from training.augment import MAX_STRENGTH, AdaptiveStrength, AugmentPipe
+from training.augment import AdaptiveStrength, AugmentPipe
+from training.batches import Batches, StepSampler
+from training.run import Training
+from training.stylegan2_config import TrainConfig
+from training.stylegan2_networks import load_networks
 from utils import distributed
-from utils.errors import UserError
-from utils.images import from_uint8, grid, save_png
-from utils.io import load_weights, save_torch
-from utils.logs import ScalarLog, read_jsonl
-from utils.seeds import derive, seed_everything, torch_generator
-from utils.signals import leave_signals_to_parent
-
-log = logging.getLogger(__name__)
+from utils.seeds import seed_everything, torch_generator
 
 SNAPSHOT_FORMAT = 1
-SNAPSHOT_PREFIX = 'network-snapshot-'
 _ADA_INTERVAL = 4  # steps between two adjustments of the augmentation strength
 _MEAN_LATENT_SAMPLES = 20_000
 _TRANSFER_ADA_KIMG = 100  # the published value when training goes on from a network
-_STATUS_SECONDS = 60  # a sign of life between ticks
-_SPOILT_STEPS = 16  # so many steps in a row with values that are not finite end a run
-
-
-class EndlessSampler(torch.utils.data.Sampler):
-    """Dataset indices of this process's passes, from image number `start` on, without end.
-
-    Every epoch is a fresh permutation that depends on (seed, epoch) alone. Pass m of a step goes
-    to process m % world, so the set of images in a step does not depend on the processes.
-    """
-
-    def __init__(self, n, *, batch, batch_gpu, seed, start=0):
-        self.n, self.batch, self.batch_gpu, self.seed, self.start = n, batch, batch_gpu, seed, start
-
-    def __iter__(self):
-        rank, world = distributed.rank(), distributed.world_size()
-        position, epoch, order = self.start, None, None
-        while True:
-            for index in range(self.batch):
-                if index // self.batch_gpu % world == rank:
-                    wanted = (position + index) // self.n
-                    if wanted != epoch:
-                        epoch = wanted
-                        order = np.random.default_rng(
-                            derive(self.seed, 'epoch', epoch)
-                        ).permutation(self.n)
-                    yield int(order[(position + index) % self.n])
-            position += self.batch
 
 
 class Draws(NamedTuple):
@@ -83,7 +50,7 @@ class Draws(NamedTuple):
     host: torch.Generator
 
 
-class Trainer:
+class Trainer(Training):
     """Holds networks, optimisers and counters; `step()` is one optimiser step of both networks.
 
     dataset: items (uint8 [3, R, R], label). config: TrainConfig. precision: None, 'fp16' or
@@ -91,37 +58,29 @@ class Trainer:
     else shapes the run, plain values that are kept in snapshots.
     """
 
+    unit, scale = 'kimg', 1000
+
     def __init__(
         self,
-        dataset,
-        config,
+        dataset: Dataset,
+        config: TrainConfig,
         *,
-        device,
-        seed=0,
-        augment='ada',
-        augment_names=(),
-        augment_p=0.0,
-        ada_target=0.6,
-        ada_kimg=500,
-        precision=None,
-        workers=0,
-        settings=None,
-    ):
+        device: torch.device | str,
+        seed: int = 0,
+        augment: str = 'ada',
+        augment_names: Iterable[str] = (),
+        augment_p: float = 0.0,
+        ada_target: float = 0.6,
+        ada_kimg: float = 500,
+        precision: str | None = None,
+        workers: int = 0,
+        settings: dict | None = None,
+    ) -> None:
         self.config, self.device, self.seed = config, torch.device(device), seed
         self.settings = settings or {}
-        self.augment = augment
-        world = distributed.world_size()
-        self.rounds = config.batch // (config.batch_gpu * world)
-        seed_everything(seed, 'init')  # every process starts from the same weights
-        self.g = Generator(
-            config.size, style_dim=config.style_dim, n_mlp=config.n_mlp, channels=config.channels
-        )
-        self.d = build_discriminator(config, self.device)
-        self.loss = LOSSES[config.discriminator]
-        self.noise = 'random' if config.use_noise else 'none'
-        self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
-        for module in (self.g, self.g_ema):
-            module.to(self.device)
+        self.augment, self.stride = augment, config.batch
+        self.rounds = config.batch // (config.batch_gpu * distributed.world_size())
+        self._build_networks()
         self.set_precision(precision)
         self.d_trained = freeze_discriminator(self.d, config.freezed)
         self.g_optim = self._optimizer(self.g.parameters(), config.lr, config.g_reg_interval)
@@ -139,15 +98,36 @@ class Trainer:
         # Steps in a row, to this one, of which a value was not finite in this process.
         self.spoilt_steps = torch.zeros([], dtype=torch.int64, device=self.device)
         self.dataset, self.workers = dataset, workers
-        self._batches = None
+        self._batches: Batches | None = None
 
-    def set_precision(self, precision):
+    def _build_networks(self) -> None:
+        config = self.config
+        seed_everything(self.seed, 'init')  # every process starts from the same weights
+        self.g = Generator(
+            config.size, style_dim=config.style_dim, n_mlp=config.n_mlp, channels=config.channels
+        )
+        self.d = build_discriminator(config, self.device)
+        self.loss = LOSSES[config.discriminator]
+        self.noise = 'random' if config.use_noise else 'none'
+        self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
+        for module in (self.g, self.g_ema):
+            module.to(self.device)
+
+    @property
+    def progress(self) -> int:
+        """Images seen."""
+        return self.n_img
+
+    def set_precision(self, precision: str | None) -> None:
+        """Computes the four highest resolutions in 'fp16', 'bf16' or (None) float32."""
         dtype = {None: None, 'fp16': torch.float16, 'bf16': torch.bfloat16}[precision]
         for module in (self.g, self.g_ema):
             set_low_precision(module, dtype)
         compute_in(self.d, dtype)
 
-    def _optimizer(self, parameters, lr, interval):
+    def _optimizer(
+        self, parameters: Iterable[nn.Parameter], lr: float, interval: int
+    ) -> torch.optim.Optimizer:
         # Lazy regularisation: one of (interval + 1) updates is the penalty's own.
         ratio = interval / (interval + 1)
         return torch.optim.Adam(
@@ -156,27 +136,18 @@ class Trainer:
 
     # -- one step ---------------------------------------------------------------------------
 
-    def _next_reals(self):
+    def _next_reals(self) -> Tensor:
         if self._batches is None:
-            sampler = EndlessSampler(
-                len(self.dataset),
-                batch=self.config.batch,
-                batch_gpu=self.config.batch_gpu,
+            sampler = StepSampler(
+                len(self.dataset),  # type: ignore[arg-type]
+                batch_size=self.config.batch,
+                pass_size=self.config.batch_gpu,
                 seed=self.seed,
-                start=self.n_img,
+                start=self.n_img // self.config.batch,
+                whole_batches=False,
             )
-            self._batches = iter(
-                torch.utils.data.DataLoader(
-                    self.dataset,
-                    batch_size=self.config.batch_gpu,
-                    sampler=sampler,
-                    num_workers=self.workers,
-                    pin_memory=self.device.type == 'cuda',
-                    persistent_workers=False,
-                    worker_init_fn=leave_signals_to_parent,
-                )
-            )
-        return from_uint8(next(self._batches)[0].to(self.device, non_blocking=True))
+            self._batches = Batches(self.dataset, sampler, device=self.device, workers=self.workers)
+        return next(self._batches)
 
     def _passes(self, phase: str) -> Iterator[Draws]:
         """The random generators of this process's passes in `phase` of this step."""
@@ -191,7 +162,7 @@ class Trainer:
                 else torch_generator(self.seed, self.n_steps, phase, number),
             )
 
-    def _latents(self, draw: Draws, n: int) -> torch.Tensor:
+    def _latents(self, draw: Draws, n: int) -> Tensor:
         """ws [n, L, D] of fresh z, styles mixed with the configured probability."""
         z = torch.randn(n, self.config.style_dim, device=self.device, generator=draw.images)
         z2 = torch.randn(n, self.config.style_dim, device=self.device, generator=draw.images)
@@ -204,7 +175,7 @@ class Trainer:
             ws = torch.cat([ws[:, :cut], self.g.broadcast(self.g.mapping(z2))[:, cut:]], 1)
         return ws
 
-    def _judge(self, draw: Draws, *batches: torch.Tensor) -> torch.Tensor:
+    def _judge(self, draw: Draws, *batches: Tensor) -> Tensor:
         """Scores of batches [n, 3, R, R] of one size, one after the other, in one pass.
 
         Each is augmented and judged by itself.
@@ -214,50 +185,70 @@ class Trainer:
             batches = tuple(self.pipe(images, self.ada.p, **draws) for images in batches)
         return self.d(torch.cat(batches), parts=len(batches))
 
-    def _count_signs(self, logits: torch.Tensor) -> None:
+    def _count_signs(self, logits: Tensor) -> None:
         """Notes the signs of scores of photographs; those that are not finite do not count."""
         finite = logits.detach().isfinite()
         signs = torch.where(finite, logits.detach().sign(), 0)
         self._signs += torch.stack([signs.double().sum(), finite.double().sum()])
 
-    def step(self) -> dict[str, torch.Tensor]:
-        """One step; returns a dict of 0-d tensors averaged over this process's passes."""
-        stats = {}
-        cfg = self.config
+    def advance(self) -> dict[str, Tensor]:
+        """One step of both networks."""
+        return self.step()
 
-        def record(name, value):
-            stats[name] = stats.get(name, 0) + value.detach().float().mean() / self.rounds
+    def step(self) -> dict[str, Tensor]:
+        """One step; returns a dict of 0-d tensors averaged over this process's passes."""
+        stats: dict[str, Tensor] = {}
+
+        def record(name: str, value: Tensor) -> None:
+            mean = value.detach().float().mean() / self.rounds
+            stats[name] = stats[name] + mean if name in stats else mean
 
         self.d.requires_grad_(False)
+        self._train_generator(record)
+        for p in self.d_trained:
+            p.requires_grad_(True)
+        before_step(self.d)
+        self._train_discriminator(record)
+        finite = torch.stack(list(stats.values())).isfinite().all()
+        self.spoilt_steps = torch.where(finite, 0, self.spoilt_steps + 1)
+        self.n_steps += 1
+        self.n_img += self.config.batch
+        self._average_weights()
+        if self.n_steps % _ADA_INTERVAL == 0:
+            self._adapt()
+        return stats
+
+    def _fakes(self, draw: Draws) -> Tensor:
+        """A pass of generated pictures [N, 3, R, R]."""
+        ws = self._latents(draw, self.config.batch_gpu)
+        return self.g.synthesis(ws, noise=self.noise, generator=draw.images)
+
+    def _train_generator(self, record: Callable[[str, Tensor], None]) -> None:
+        cfg = self.config
         for draw in self._passes('g_main'):
-            fake = self.g.synthesis(
-                self._latents(draw, cfg.batch_gpu), noise=self.noise, generator=draw.images
-            )
-            loss = self.loss.generator(self._judge(draw, fake)).mean()
+            loss = self.loss.generator(self._judge(draw, self._fakes(draw))).mean()
             record('loss_g', loss)
             (loss / self.rounds).backward()
         self._update(self.g_optim)
-        if cfg.pl_weight and self.n_steps % cfg.g_reg_interval == 0:
-            n = max(cfg.batch_gpu // cfg.pl_batch_shrink, 1)
-            lengths = []
-            for draw in self._passes('g_reg'):
-                loss, length = self._path_length(self._latents(draw, n), draw)
-                lengths.append(length)
-                record('loss_pl', loss)
-                (loss * cfg.g_reg_interval / self.rounds).backward()
-            mean = distributed.all_reduce_mean(torch.stack(lengths).mean())
-            moved = self.pl_mean.lerp(mean, cfg.pl_decay)
-            self.pl_mean = torch.where(moved.isfinite(), moved, self.pl_mean)
-            self._update(self.g_optim)
-        self._unfreeze_trained()
+        if not cfg.pl_weight or self.n_steps % cfg.g_reg_interval:
+            return
+        n = max(cfg.batch_gpu // cfg.pl_batch_shrink, 1)
+        lengths = []
+        for draw in self._passes('g_reg'):
+            loss, length = self._path_length(self._latents(draw, n), draw)
+            lengths.append(length)
+            record('loss_pl', loss)
+            (loss * cfg.g_reg_interval / self.rounds).backward()
+        mean = distributed.all_reduce_mean(torch.stack(lengths).mean())
+        moved = self.pl_mean.lerp(mean, cfg.pl_decay)
+        self.pl_mean = torch.where(moved.isfinite(), moved, self.pl_mean)
+        self._update(self.g_optim)
 
-        before_step(self.d)
-        reals = []
+    def _train_discriminator(self, record: Callable[[str, Tensor], None]) -> None:
+        cfg, reals = self.config, []
         for draw in self._passes('d_main'):
             with torch.no_grad():
-                fake = self.g.synthesis(
-                    self._latents(draw, cfg.batch_gpu), noise=self.noise, generator=draw.images
-                )
+                fake = self._fakes(draw)
             reals.append(self._next_reals())
             logits_fake, logits = self._judge(draw, fake, reals[-1]).chunk(2)
             loss_fake = self.loss.fake(logits_fake).mean()
@@ -267,30 +258,22 @@ class Trainer:
             record('score_real', logits)
             ((loss_fake + loss_real) / self.rounds).backward()
         self._update(self.d_optim)
-        if cfg.gamma and self.n_steps % cfg.d_reg_interval == 0:
-            for draw, real in zip(self._passes('d_reg'), reals):
-                real = real.detach().requires_grad_()
-                logits = self._judge(draw, real)
-                self._count_signs(logits)
-                # The gradient is taken at the image before augmentation (ADA, section 2).
-                (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
-                penalty = grad.square().sum((1, 2, 3)).mean()
-                record('r1', penalty)
-                loss = penalty * (cfg.gamma / 2 * cfg.d_reg_interval) / self.rounds
-                # Layers the penalty does not reach get a gradient of 0, so that Adam counts a step.
-                (loss + 0 * logits.sum()).backward()
-            self._update(self.d_optim)
+        if not cfg.gamma or self.n_steps % cfg.d_reg_interval:
+            return
+        for draw, real in zip(self._passes('d_reg'), reals):
+            real = real.detach().requires_grad_()
+            logits = self._judge(draw, real)
+            self._count_signs(logits)
+            # The gradient is taken at the image before augmentation (ADA, section 2).
+            (grad,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+            penalty = grad.square().sum((1, 2, 3)).mean()
+            record('r1', penalty)
+            loss = penalty * (cfg.gamma / 2 * cfg.d_reg_interval) / self.rounds
+            # Layers the penalty does not reach get a gradient of 0, so that Adam counts a step.
+            (loss + 0 * logits.sum()).backward()
+        self._update(self.d_optim)
 
-        finite = torch.stack(list(stats.values())).isfinite().all()
-        self.spoilt_steps = torch.where(finite, 0, self.spoilt_steps + 1)
-        self.n_steps += 1
-        self.n_img += cfg.batch
-        self._average_weights()
-        if self.n_steps % _ADA_INTERVAL == 0:
-            self._adapt()
-        return stats
-
-    def _path_length(self, ws: torch.Tensor, draw: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    def _path_length(self, ws: Tensor, draw: Draws) -> tuple[Tensor, Tensor]:
         """Penalty and mean path length of one pass, for ws [n, L, D].
 
         As published, the target first moves to this pass's mean, and the gradient goes through it.
@@ -318,21 +301,17 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _unfreeze_trained(self):
-        for p in self.d_trained:
-            p.requires_grad_(True)
-
     @torch.no_grad()
-    def _average_weights(self):
+    def _average_weights(self) -> None:
         cfg = self.config
         half_life = cfg.ema_kimg * 1000
         if cfg.ema_rampup is not None and not self.ema_warm:
             half_life = min(half_life, self.n_img * cfg.ema_rampup)
         beta = 0.5 ** (cfg.batch / max(half_life, 1e-8))
-        averaged, current = list(self.g_ema.parameters()), list(self.g.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - beta)
+        averaged: list[Tensor] = [*self.g_ema.parameters()]
+        torch._foreach_lerp_(averaged, [*self.g.parameters()], 1 - beta)
 
-    def _adapt(self):
+    def _adapt(self) -> None:
         signs, count = distributed.all_reduce_sum(self._signs.clone()).tolist()
         if not count:
             return
@@ -345,7 +324,7 @@ class Trainer:
 
     # -- snapshots --------------------------------------------------------------------------
 
-    def state(self):
+    def state(self) -> dict:
         """Everything a resumed run needs, in the project's weight-file format."""
         return {
             'format': SNAPSHOT_FORMAT,
@@ -378,7 +357,7 @@ class Trainer:
 
         A fixed augmentation strength stays this trainer's own.
         """
-        self._load_networks(state, source)
+        load_networks(self, state, source)
         self.g_optim.load_state_dict(state['g_optim'])
         self.d_optim.load_state_dict(state['d_optim'])
         self.ada.overfitting = state['ada']['overfitting']
@@ -396,303 +375,10 @@ class Trainer:
 
         source: where `weights` came from, for messages. UserError when they do not fit.
         """
-        self._load_networks(weights, source)
+        load_networks(self, weights, source)
         self.mark_transferred()
 
-    def mark_transferred(self):
+    def mark_transferred(self) -> None:
         """Says that the networks are trained ones: no ramp-up of their average, quicker ADA."""
         self.ema_warm = True
         self.ada.adjust_kimg = _TRANSFER_ADA_KIMG
-
-    def _load_networks(self, weights: dict, source: str | Path) -> None:
-        if not isinstance(weights.get('g_ema'), dict):
-            raise UserError(
-                f'{source} holds no generator (g_ema); give a snapshot or a generator file'
-            )
-        parts = {'g_ema': self.g_ema, 'g': self.g, 'd': self.d}
-        opponent = weights.get('config', {}).get('discriminator', 'stylegan2')
-        if opponent != self.config.discriminator:
-            weights = {k: v for k, v in weights.items() if k != 'd'}  # of another kind
-        for name, module in parts.items():
-            state = weights.get(name) or (weights['g_ema'] if name == 'g' else None)
-            if state is None:
-                log.warning('%s holds no %s; it starts untrained', source, name)
-                continue
-            try:
-                module.load_state_dict(state)
-            except RuntimeError as error:
-                held = generator_from_state(weights['g_ema'], source=source)
-                raise UserError(
-                    f'{source} holds networks for {_described(held)}, this run '
-                    f'wants {_described(self.g)}; choose images of that size, and the '
-                    '--cfg and --map-depth it was trained with'
-                ) from error
-        if not self.config.use_noise:
-            silence_noise(self.g)
-            silence_noise(self.g_ema)
-
-
-def _described(net):
-    channels = ', '.join(f'{r}: {c}' for r, c in net.channels.items())
-    return f'{net.size} px, {net.n_mlp} mapping layers and channels {{{channels}}}'
-
-
-@torch.no_grad()
-def silence_noise(generator):
-    """Sets the strength of the noise to 0 in all layers; what uses the network adds none then."""
-    for module in generator.modules():
-        if isinstance(module, NoiseInjection):
-            module.weight.zero_()
-
-
-def save_snapshot(trainer, run_dir):
-    """Writes `network-snapshot-<kimg>.pt` (with images, not kimg, below one kimg) atomically."""
-    path = Path(run_dir) / f'{SNAPSHOT_PREFIX}{trainer.n_img / 1000:09.3f}.pt'
-    save_torch(path, trainer.state())
-    return path
-
-
-def latest_snapshot(run_dir):
-    """(path, contents) of the newest loadable snapshot, or None; damaged ones are passed over."""
-    for path in sorted(Path(run_dir).glob(f'{SNAPSHOT_PREFIX}*.pt'), reverse=True):
-        try:
-            return path, load_weights(path, what='training snapshot')
-        except UserError as error:
-            log.warning('passing over a damaged snapshot: %s', error)
-    return None
-
-
-def export_inference(snapshot_path, target):
-    """Writes the generator alone: g_ema and latent_avg, without what leaks or is not needed."""
-    state = load_weights(snapshot_path, what='training snapshot')
-    save_torch(target, {'g_ema': state['g_ema'], 'latent_avg': state['latent_avg']})
-
-
-@torch.no_grad()
-def sample_grid(generator, *, n, seed, device, psi=1.0, latent_avg=None, batch=32):
-    """n images [n, 3, R, R] of fixed latents with stored noise, on the CPU."""
-    z = torch.randn(n, generator.style_dim, generator=torch_generator(seed, 'grid'))
-    images = []
-    for part in z.split(batch):
-        images.append(
-            generator(part.to(device), truncation=psi, truncation_latent=latent_avg).float().cpu()
-        )
-    return torch.cat(images)
-
-
-def train(
-    trainer,
-    run_dir,
-    *,
-    kimg,
-    snapshot_kimg,
-    tick_kimg=1.0,
-    n_grid=64,
-    metric=None,
-    keep_snapshots=None,
-    should_stop=lambda: False,
-):
-    """Runs `trainer` to `kimg`, leaving snapshots, grids, logs and curves in `run_dir`.
-
-    metric: function(generator, device) -> dict of numbers, called at every snapshot.
-    keep_snapshots: how many of the newest to keep (None: all). should_stop: asked after every
-    step; when it answers True in any process, all stop in good order, with a snapshot. Returns the
-    path of the last snapshot (None on other processes than the first). Raises UserError when the
-    losses stop being finite.
-    """
-    run_dir = Path(run_dir)
-    main = distributed.is_main()
-    scalars = (
-        ScalarLog(run_dir, resume_step=trainer.n_img if trainer.n_img else None) if main else None
-    )
-    side = max(1, int(math.sqrt(n_grid)))
-    if main and not trainer.n_img:
-        reals = torch.stack(
-            [trainer.dataset[i][0] for i in range(min(n_grid, len(trainer.dataset)))]
-        )
-        save_png(grid(from_uint8(reals), side), run_dir / 'reals.png')
-        fakes = sample_grid(trainer.g_ema, n=n_grid, seed=0, device=trainer.device)
-        save_png(grid(fakes, side), run_dir / 'fakes_init.png')
-    total = int(kimg * 1000)
-    if main and trainer.n_img >= total:
-        log.info(
-            'already at %g of %g kimg; a larger --kimg would go on', trainer.n_img / 1000, kimg
-        )
-    started = tick_start = last_status = time.monotonic()
-    tick_img, start_img = trainer.n_img, trainer.n_img
-    sums = {}  # of each value, and of the steps in which it was finite, [2]
-
-    def averages():
-        now = time.monotonic()
-        return {
-            **{k: float(v[0] / v[1]) for k, v in sums.items() if v[1]},
-            'augment_p': trainer.ada.p,
-            'overfitting': trainer.ada.overfitting,
-            'images_per_second': (trainer.n_img - tick_img) / max(now - tick_start, 1e-9),
-            'kimg': trainer.n_img / 1000,
-            'memory_gb': _memory_gb(trainer.device),
-        }
-
-    last = None
-    while True:
-        done = trainer.n_img >= total
-        # Asking all GPUs makes them wait for each other, so only when the strength does it anyway.
-        ask = (
-            trainer.n_steps % _ADA_INTERVAL == 0
-            or trainer.device.type != 'cuda'
-            or distributed.world_size() == 1
-        )
-        stopping = ask and not done and distributed.any_process(should_stop(), trainer.device)
-        if (tick_img < trainer.n_img and _crosses(trainer, tick_kimg)) or done or stopping:
-            sums = {k: distributed.all_reduce_sum(v) for k, v in sums.items()}
-            _check_finite(trainer)
-            if main and sums:
-                values = averages()
-                scalars.log(trainer.n_img, values)
-                _status(trainer, values, time.monotonic() - started, start_img, total)
-            sums = {}
-            tick_img, tick_start = trainer.n_img, time.monotonic()
-            last_status = tick_start
-        elif main and sums and time.monotonic() - last_status > _STATUS_SECONDS:
-            last_status = time.monotonic()
-            _status(trainer, averages(), last_status - started, start_img, total)
-        if (start_img < trainer.n_img and _crosses(trainer, snapshot_kimg)) or done or stopping:
-            _check_finite(trainer, saving=True)
-            # A scheduler that asks to stop waits seconds, which a metric would not fit in.
-            last = _snapshot(
-                trainer,
-                run_dir,
-                side,
-                n_grid,
-                None if stopping else metric,
-                scalars,
-                keep_snapshots,
-            )
-            tick_start = last_status = time.monotonic()
-        if done or stopping:
-            break
-        for name, value in trainer.step().items():
-            sums[name] = sums.get(name, 0) + torch.stack(
-                [value.nan_to_num(0, 0, 0), value.isfinite().float()]
-            )
-    if main:
-        scalars.close()
-        if stopping:
-            log.info(
-                'stopped at %g of %g kimg; --resume=%s goes on', trainer.n_img / 1000, kimg, run_dir
-            )
-    distributed.barrier()
-    return last
-
-
-def _crosses(trainer: Trainer, kimg: float) -> bool:
-    """Whether the last step reached a multiple of `kimg`: the same ones in a resumed run."""
-    unit = kimg * 1000
-    return trainer.n_img // unit > (trainer.n_img - trainer.config.batch) // unit
-
-
-def _snapshot(trainer, run_dir, side, n_grid, metric, scalars, keep):
-    if not distributed.is_main():
-        distributed.barrier()
-        return None
-    path = save_snapshot(trainer, run_dir)
-    fakes = sample_grid(trainer.g_ema, n=n_grid, seed=0, device=trainer.device)
-    save_png(grid(fakes, side), run_dir / f'fakes{path.stem.removeprefix(SNAPSHOT_PREFIX)}.png')
-    if metric is not None:
-        values = metric(trainer.g_ema, trainer.device)
-        scalars.log(trainer.n_img, values)
-        log.info(
-            'kimg %.1f  %s',
-            trainer.n_img / 1000,
-            '  '.join(f'{k} {v:.4g}' for k, v in values.items()),
-        )
-    if keep is not None:
-        for old in sorted(run_dir.glob(f'{SNAPSHOT_PREFIX}*.pt'))[:-keep]:
-            old.unlink()
-    plot_curves(run_dir)
-    distributed.barrier()
-    return path
-
-
-def _check_finite(trainer: Trainer, *, saving: bool = False) -> None:
-    """UserError when weights are not finite, or losses have not been for many steps.
-
-    Weights are looked at after a step whose losses were not finite, and before `saving`.
-
-    float16 without loss scaling overflows in single steps, whose gradients are cleaned: such a
-    step is survived.
-    """
-    spoilt = torch.stack([(trainer.spoilt_steps >= _SPOILT_STEPS), trainer.spoilt_steps > 0])
-    lasting, now = distributed.all_reduce_sum(spoilt.float()).tolist()
-    if lasting or ((now or saving) and not trainer.weights_finite()):
-        raise UserError(
-            f'training diverged: losses or weights are not finite at kimg '
-            f'{trainer.n_img / 1000:.1f}; resume from an earlier snapshot, with '
-            '--transfer=1 and a larger --gamma, or in full precision (--fp32=1)'
-        )
-
-
-def _memory_gb(device):
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
-
-
-def _status(trainer, values, elapsed, start_img, total):
-    rate = (trainer.n_img - start_img) / max(elapsed, 1e-9)
-    eta = max(total - trainer.n_img, 0) / max(rate, 1e-9)
-    log.info(
-        'kimg %8.2f  time %s  eta %s  img/s %6.1f  p %.3f%s  r_t %+.2f  G %.3f  D %.3f  mem %.1fG',
-        trainer.n_img / 1000,
-        _clock(elapsed),
-        _clock(eta),
-        values['images_per_second'],
-        trainer.ada.p,
-        ' (at its cap)' if trainer.ada.p >= MAX_STRENGTH else '',
-        trainer.ada.overfitting,
-        values.get('loss_g', math.nan),
-        values.get('loss_d', math.nan),
-        values['memory_gb'],
-    )
-
-
-def _clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02d}:{seconds:02d}'
-
-
-def plot_curves(run_dir):
-    """Draws `curves.png` from the run's stats.jsonl, if there is one yet."""
-    from matplotlib.figure import Figure
-
-    run_dir = Path(run_dir)
-    if not (run_dir / 'stats.jsonl').is_file():
-        return
-    rows = read_jsonl(run_dir / 'stats.jsonl')
-    names = [
-        ('loss_g', 'loss_d'),
-        ('score_real', 'overfitting'),
-        ('augment_p',),
-        ('r1',),
-        ('loss_pl',),
-    ]
-    known = {n for group in names for n in group} | {
-        'step',
-        'kimg',
-        'images_per_second',
-        'memory_gb',
-    }
-    logged = {k for r in rows for k in r}
-    names += [(n,) for n in sorted(logged - known)]
-    names = [group for group in names if logged & set(group)]
-    figure = Figure(figsize=(4 * len(names), 3), layout='constrained')
-    for axis, group in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        for name in group:
-            points = [(r['step'] / 1000, r[name]) for r in rows if name in r]
-            if points:
-                axis.plot(*zip(*points), label=name, marker='.' if len(points) == 1 else None)
-        axis.set_xlabel('kimg')
-        if axis.lines:
-            axis.legend()
-    figure.savefig(run_dir / 'curves.png', dpi=80, metadata={'Software': None})

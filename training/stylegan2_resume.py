@@ -3,11 +3,12 @@
 import dataclasses
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from models.loading import named_tensors
 from training.stylegan2_config import TrainConfig, check_division, widths
-from training.stylegan2_loop import SNAPSHOT_PREFIX, Trainer, latest_snapshot
+from training.stylegan2_loop import Trainer
+from training.stylegan2_run import SNAPSHOT_PREFIX, snapshots
 from utils.errors import UserError
 from utils.io import load_weights
 
@@ -15,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 class Start(NamedTuple):
-    """What a run begins from: a weight file's contents, and whether it goes on exactly there."""
+    """What a run begins from: a weight file's contents (empty: anew), and whether exactly there."""
 
-    weights: dict | None = None
-    path: Path | None = None
+    weights: dict[str, Any] = {}
+    path: Path = Path()
     exact: bool = False
     same_folder: bool = False
 
@@ -38,13 +39,13 @@ def read_start(path: Path | None, *, transfer: bool = False, freezed: int = 0) -
     if path is None:
         return Start()
     if path.is_dir():
-        found = latest_snapshot(path)
+        found = snapshots(path).latest()
         if found is None:
             raise UserError(
                 f'--resume {path}: no loadable {SNAPSHOT_PREFIX}*.pt in it; begin '
                 'anew, with a lower --snap for snapshots more often'
             )
-        return Start(found[1], found[0], True, True)
+        return Start(found[0], found[1], True, True)
     weights = load_weights(path, what='generator file or training snapshot')
     if not isinstance(weights, dict) or 'g_ema' not in weights:
         raise UserError(f'--resume {path}: neither a training snapshot nor a generator file')
@@ -83,7 +84,7 @@ def check_flags(start: Start, given: dict[str, object]) -> None:
 
 def load_start(trainer: Trainer, start: Start) -> None:
     """Fills `trainer` from `start`; UserError when it does not fit."""
-    if start.weights is None:
+    if not start.weights:
         return
     if not start.exact:
         trainer.transfer(start.weights, source=start.path)

@@ -1,8 +1,11 @@
 """Batch normalisation over the batches of all processes, on the CPU as on GPUs."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from utils import distributed
 
@@ -11,13 +14,13 @@ class _Sum(torch.autograd.Function):
     """Sum over processes; the gradient is the sum of the processes' gradients."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.clone()
         dist.all_reduce(grad)
         return grad
@@ -29,7 +32,12 @@ class CrossProcessBatchNorm2d(nn.BatchNorm2d):
     Unlike torch.nn.SyncBatchNorm it also works between CPU processes.
     """
 
-    def forward(self, x):
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(self, x: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N C H W']:
         if not self.training or distributed.world_size() == 1:
             return super().forward(x)
         world = distributed.world_size()
@@ -46,7 +54,7 @@ class CrossProcessBatchNorm2d(nn.BatchNorm2d):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def share_batch_statistics(module):
+def share_batch_statistics(module: nn.Module) -> nn.Module:
     """Replaces every BatchNorm2d below `module` in place, keeping parameters and buffers."""
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:

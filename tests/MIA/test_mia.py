@@ -1,9 +1,7 @@
 """Membership attacks: metrics against scikit-learn, controls, the published commands."""
 
 import json
-import os
 import shutil
-import signal
 import tracemalloc
 
 import numpy as np
@@ -442,81 +440,6 @@ def test_published_lines_get_one_hint(module, part, tmp_path, monkeypatch):
     ):
         module.main(['--samek=5', '--data=aptos', '--device=cpu'])
     assert not list(tmp_path.iterdir())
-
-
-def states_after(monkeypatch, flags, *, kill_after=None):
-    """Trains, ended by an exception after that many epochs where asked; the final weights."""
-
-    class Killed(BaseException):
-        pass
-
-    epoch = PairAttack.train_epoch
-
-    def train_epoch(self, *arguments):
-        if self.epoch == kill_after:
-            raise Killed
-        return epoch(self, *arguments)
-
-    monkeypatch.setattr(PairAttack, 'train_epoch', train_epoch)
-    try:
-        MIA_train.main(flags)
-    except Killed:
-        pass
-    finally:
-        monkeypatch.undo()
-
-
-@pytest.mark.parametrize('damage', [None, b'', b'PK', 'flip'])
-def test_an_ended_training_goes_on_exactly(tmp_path, monkeypatch, damage):
-    """Also from the state before, when the newest one is damaged."""
-    study = make_study(tmp_path / 'train', n_groups=4)
-    whole, ended = (
-        train_flags(study, 'centroid_ours', tmp_path / out, '--epochs=4')
-        for out in ('whole', 'ended')
-    )
-    MIA_train.main(whole)
-    states_after(monkeypatch, ended, kill_after=3)
-    state = tmp_path / 'ended/centroid_ours_aptos_k2/state_3.pt'
-    if damage == 'flip':
-        content = bytearray(state.read_bytes())
-        content[len(content) // 2] ^= 1
-        state.write_bytes(content)
-    elif damage is not None:
-        state.write_bytes(damage)
-    MIA_train.main(ended)
-    weights = [
-        torch.load(tmp_path / out / 'centroid_ours_aptos_k2_3.pth', weights_only=True)['net']
-        for out in ('whole', 'ended')
-    ]
-    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-
-
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_training_stops_in_good_order(tmp_path, monkeypatch, number):
-    study = make_study(tmp_path / 'train', n_groups=4)
-    whole, stopped = (
-        train_flags(study, 'centroid_ours', tmp_path / out, '--epochs=3')
-        for out in ('whole', 'stopped')
-    )
-    MIA_train.main(whole)
-    epoch = PairAttack.train_epoch
-
-    def interrupted(self, *arguments):
-        if self.epoch == 1:
-            os.kill(os.getpid(), number)
-        return epoch(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PairAttack, 'train_epoch', interrupted)
-        assert MIA_train.main(stopped) == 128 + number
-    states = sorted(p.name for p in (tmp_path / 'stopped/centroid_ours_aptos_k2').glob('state*'))
-    assert states == ['state_1.pt', 'state_2.pt']
-    assert MIA_train.main(stopped) == 0
-    weights = [
-        torch.load(tmp_path / out / 'centroid_ours_aptos_k2_2.pth', weights_only=True)['net']
-        for out in ('whole', 'stopped')
-    ]
-    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
 def test_resuming_compares_contents_not_paths(tmp_path, monkeypatch):

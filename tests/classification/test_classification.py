@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -30,12 +28,13 @@ from classification.grader import (
 from classification.main import main
 from classification.metrics import bootstrap_intervals, check_test_labels, grading_metrics
 from classification.settings import CONFIG_DIR, Settings, load_config
-from classification.train import GraderTraining, train_grader
+from classification.train import train_grader
 from datasets.pictures import load_pictures
 from datasets.table import read_table
 from models.features.pretrained import load_feature_network
 from utils.errors import UserError
 from utils.io import save_torch
+from utils.logs import read_jsonl
 
 TINY = Settings(
     arch='resnet18',
@@ -287,106 +286,28 @@ def test_resumed_training_equals_an_uninterrupted_one(tiny_net, tmp_path):
     arguments = dict(settings=TINY, seed=3)
     whole = train_grader(images, grades, images[:8], grades[:8], **arguments)
 
-    class Stop(Exception):
-        pass
-
-    def stop(record):
-        if record['epoch'] == 2:
-            raise Stop
-
-    checkpoint = tmp_path / 'checkpoint.pt'
-    with pytest.raises(Stop):
-        train_grader(
-            images,
-            grades,
-            images[:8],
-            grades[:8],
-            checkpoint=checkpoint,
-            checkpoint_seconds=0,
-            on_epoch=stop,
-            **arguments,
+    def train(stopped=lambda: False, grades=grades):
+        return train_grader(
+            images, grades, images[:8], grades[:8], folder=tmp_path, stopped=stopped, **arguments
         )
-    rest = []
-    resumed = train_grader(
-        images,
-        grades,
-        images[:8],
-        grades[:8],
-        checkpoint=checkpoint,
-        on_epoch=rest.append,
-        **arguments,
-    )
-    assert [r['epoch'] for r in rest] == [3, 4]
+
+    assert train(iter([False, True]).__next__) is None
+    saved = (tmp_path / 'checkpoint.pt').read_bytes()
+    with pytest.raises(UserError, match='other pictures, labels or settings'):
+        train(grades=(grades + 1) % 5)
+    damaged = bytearray(saved)
+    damaged[len(damaged) // 2] ^= 4
+    (tmp_path / 'checkpoint.pt').write_bytes(damaged)
+    with pytest.raises(UserError, match='checkpoint.*Remove it to start again'):
+        train()
+    (tmp_path / 'checkpoint.pt').write_bytes(saved)
+    resumed = train()
+    assert [r['step'] for r in read_jsonl(tmp_path / 'stats.jsonl')] == [1, 2, 3, 4]
     assert resumed.history == whole.history and resumed.best_epoch == whole.best_epoch
     for which in ('best', 'final'):
         np.testing.assert_array_equal(
             resumed.use(which).predict(images).outputs, whole.use(which).predict(images).outputs
         )
-    with pytest.raises(UserError, match='other pictures, labels or settings'):
-        train_grader(images, (grades + 1) % 5, checkpoint=checkpoint, **arguments)
-
-
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_command_stops_in_good_order(study, tiny_net, monkeypatch, number):
-    flags = [*CLI, *PUBLISHED[1:], '--images_path', 'style_proj', '--epochs', '3']
-    main([*flags, '--out_dir', 'whole'])
-    epoch = GraderTraining.train_epoch
-
-    def interrupted(self):
-        if self.seed == 2 and len(self.history) == 1:
-            os.kill(os.getpid(), number)
-        return epoch(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(GraderTraining, 'train_epoch', interrupted)
-        assert main([*flags, '--out_dir', 'stopped']) == 128 + number
-    saved = torch.load('stopped/seed_2/checkpoint.pt', weights_only=True)
-    assert len(saved['history']) == 2
-    assert main([*flags, '--out_dir', 'stopped']) == 0
-    whole, stopped = (
-        json.loads((study / f / 'results.json').read_text()) for f in ('whole', 'stopped')
-    )
-    assert whole == stopped
-
-
-@pytest.mark.parametrize('damage', [False, True])
-def test_an_ended_command_goes_on_exactly(study, tiny_net, monkeypatch, damage):
-    """Killed in the second seed; a flipped bit in its checkpoint is noticed."""
-
-    class Killed(BaseException):
-        pass
-
-    def train(*arguments, on_epoch, **options):
-        def report(record):
-            on_epoch(record)
-            if options['seed'] == 2 and record['epoch'] == 2:
-                raise Killed
-
-        return train_grader(*arguments, on_epoch=report, checkpoint_seconds=0, **options)
-
-    flags = [*CLI, *PUBLISHED, '--images_path', 'style_proj', '--epochs', '3']
-    main([*flags, '--out_dir', 'whole'])
-    monkeypatch.setattr('classification.experiment.train_grader', train)
-    with pytest.raises(Killed):
-        main([*flags, '--out_dir', 'ended'])
-    monkeypatch.setattr('classification.experiment.train_grader', train_grader)
-    checkpoint = study / 'ended/seed_2/checkpoint.pt'
-    again = [f for f in flags if f != '-overwrite'] + ['--out_dir', 'ended']
-    if damage:
-        content = bytearray(checkpoint.read_bytes())
-        content[len(content) // 2] ^= 4
-        checkpoint.write_bytes(content)
-        with pytest.raises(UserError, match='checkpoint.pt.*Remove it to start again'):
-            main(again)
-        checkpoint.unlink()
-    main(again)
-    for seed in (1, 2):
-        for name in ('best_validation_weights.pt', 'final_weights.pt'):
-            whole, ended = (
-                torch.load(study / run / f'seed_{seed}' / name, weights_only=True)
-                for run in ('whole', 'ended')
-            )
-            assert all(torch.equal(whole[k], ended[k]) for k in whole)
 
 
 def test_imagenet_weights_by_path(tmp_path):

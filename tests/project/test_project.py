@@ -29,7 +29,7 @@ ALLOWED = {
         'MIA',
         'utils',
     },
-    'classification': {'configs', 'models', 'datasets', 'evaluation', 'utils'},
+    'classification': {'configs', 'models', 'datasets', 'training', 'evaluation', 'utils'},
     'MIA': {'configs', 'models', 'datasets', 'training', 'evaluation', 'utils'},
 }
 # Folders whose code is a library: it never prints, exits or picks a device.

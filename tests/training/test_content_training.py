@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -30,14 +31,13 @@ from training.moco import (
     MoCo,
     MocoConfig,
     MocoTrainer,
-    ViewConfig,
-    apply_views,
     automatic_queue,
-    draw_views,
+    content_run,
     info_nce,
     key_momentum,
     learning_rate,
 )
+from training.moco_views import ViewConfig, apply_views, draw_views
 from utils.errors import UserError
 from utils.images import from_uint8
 from utils.io import load_weights
@@ -84,7 +84,7 @@ class Pictures(torch.utils.data.Dataset):
         return self.pixels[item[0]]
 
 
-def make_trainer(run_dir, n=16, **settings):
+def make_trainer(n=16, **settings):
     settings = {
         'arch': 'resnet18',
         'small_stem': True,
@@ -98,7 +98,7 @@ def make_trainer(run_dir, n=16, **settings):
         'key_momentum': 0.9,
         **settings,
     }
-    return MocoTrainer(Pictures(n), MocoConfig(**settings), run_dir=run_dir, device='cpu')
+    return MocoTrainer(Pictures(n), MocoConfig(**settings), device='cpu')
 
 
 def units(n, d=PROJECTION_DIM, seed=0):
@@ -210,9 +210,9 @@ def test_key_network_follows_weights_and_statistics():
     assert not any(p.requires_grad for p in moco.key.parameters())
 
 
-def test_one_step_by_hand(tmp_path):
+def test_one_step_by_hand():
     """The step's loss and update from plain calls on a copy of the networks."""
-    trainer, other = make_trainer(tmp_path / 'a'), make_trainer(tmp_path / 'b')
+    trainer, other = make_trainer(), make_trainer()
     img = from_uint8(Pictures().pixels[:4])
     views = other.views(img, 0), other.views(img, 1)
     values = trainer.step(img)
@@ -261,17 +261,17 @@ def states_equal(a, b):
 
 
 def test_resume_is_exact_and_survives_damage(tmp_path, caplog):
-    whole = make_trainer(tmp_path / 'whole', max_steps=3, save_interval=9)
-    assert whole.train()
+    def begun(folder, save_interval=2):
+        trainer = make_trainer(max_steps=3, save_interval=save_interval)
+        return trainer, content_run(trainer, tmp_path / folder)
 
+    whole, run = begun('whole', 9)
+    assert run.to_the_end()
     # Stopped by the clock after one step, then gone on from there.
-    def part():
-        return make_trainer(tmp_path / 'parts', max_steps=3, save_interval=2)
-
-    first = part()
-    assert not first.train(max_minutes=1e-9) and first.step_count == 1
-    second = part()
-    assert second.resume() and second.train()
+    first, run = begun('parts')
+    assert not run.to_the_end(max_minutes=1e-9) and first.step_count == 1
+    second, run = begun('parts')
+    assert run.resume() and run.to_the_end()
     assert states_equal(whole.state(), second.state())
     for field in ('loss', 'top1', 'learning_rate'):
         one, two = (
@@ -282,11 +282,11 @@ def test_resume_is_exact_and_survives_damage(tmp_path, caplog):
     # The last file is damaged: the one before it serves.
     last = tmp_path / 'parts' / 'checkpoints' / 'state_3.pt'
     last.write_bytes(last.read_bytes()[:1000])
-    third = part()
-    assert third.resume() and third.step_count == 2
+    third, run = begun('parts')
+    assert run.resume() and third.step_count == 2
     assert 'falling back' in caplog.text
     with pytest.raises(UserError, match='does not fit'):
-        make_trainer(tmp_path / 'other', queue_size=12).load_state(whole.state(), source='x.pt')
+        make_trainer(queue_size=12).load_state(whole.state(), source='x.pt')
     with pytest.raises(UserError, match='not a state'):
         whole.load_state({'format': 7})
 
@@ -342,10 +342,8 @@ distributed.shutdown()
 
 
 def two_steps(run_dir, max_steps=2):
-    trainer = make_trainer(
-        run_dir, batch_size=8, queue_size=16, max_steps=max_steps, learning_rate=0.1
-    )
-    trainer.train()
+    trainer = make_trainer(batch_size=8, queue_size=16, max_steps=max_steps, learning_rate=0.1)
+    content_run(trainer, Path(run_dir)).to_the_end()
     return trainer
 
 
@@ -357,9 +355,9 @@ def two_steps(run_dir, max_steps=2):
         ({'batch_size': 1, 'queue_size': 8}, '2 images per process'),
     ],
 )
-def test_bad_settings(settings, words, tmp_path):
+def test_bad_settings(settings, words):
     with pytest.raises(UserError, match=words):
-        make_trainer(tmp_path, **settings)
+        make_trainer(**settings)
 
 
 # --- what the features carry ------------------------------------------------------------------

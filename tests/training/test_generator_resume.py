@@ -12,9 +12,11 @@ from conftest import load_script
 from PIL import Image
 from test_train_stylegan2 import Discs, tiny_config, tiny_trainer
 
+from training.run import TrainingRun
 from training.stylegan2_config import make_config
-from training.stylegan2_loop import Draws, Trainer, train
+from training.stylegan2_loop import Draws
 from training.stylegan2_resume import resumed_config
+from training.stylegan2_run import GeneratorTraining, generator_run
 from utils.errors import UserError
 from utils.io import load_weights, save_torch
 from utils.logs import read_jsonl
@@ -173,7 +175,7 @@ def test_batch_leaves_the_other_settings_of_auto() -> None:
         assert (config.gamma, config.ema_kimg, config.mbstd_group) == (0.0256, 10, 4)
 
 
-class Spoilt(Trainer):
+class Spoilt(GeneratorTraining):
     """Scores are NaN in the steps `bad`."""
 
     bad: range = range(0)
@@ -186,7 +188,13 @@ class Spoilt(Trainer):
 def spoilt(bad: range, precision: str | None) -> Spoilt:
     config = tiny_config(batch=2, channels=dict.fromkeys((4, 8, 16, 32), 4))
     trainer = Spoilt(
-        Discs(12), config, device='cpu', augment='ada', precision=precision, augment_names=()
+        Discs(12),
+        config,
+        device='cpu',
+        augment='ada',
+        precision=precision,
+        augment_names=(),
+        n_grid=1,
     )
     trainer.bad = bad
     return trainer
@@ -194,27 +202,29 @@ def spoilt(bad: range, precision: str | None) -> Spoilt:
 
 def test_one_step_that_is_not_finite_is_survived(tmp_path: Path) -> None:
     trainer = spoilt(range(1, 2), 'fp16')
-    last = train(trainer, tmp_path, kimg=0.012, snapshot_kimg=1, tick_kimg=0.006, n_grid=1)
+    run = generator_run(trainer, tmp_path, kimg=0.012, snapshot_kimg=1, tick_kimg=0.006)
+    assert run.to_the_end()
     rows = read_jsonl(tmp_path / 'stats.jsonl')
     assert [r['step'] for r in rows] == [6, 12]
     assert all(value == value for row in rows for value in row.values())
     assert trainer.ada.p == trainer.ada.p and trainer.weights_finite()
-    assert load_weights(last)['ada']['p'] == trainer.ada.p
+    assert load_weights(run.checkpoints.path(12))['ada']['p'] == trainer.ada.p
     assert trainer.pl_mean.isfinite()
 
 
 @pytest.mark.parametrize('stop', [0.004, 0.01])  # within a tick, and on the edge of one
 def test_ticks_do_not_move_when_a_run_is_gone_on_with(tmp_path: Path, stop: float) -> None:
-    def begun() -> Trainer:
+    def begun(folder: str, kimg: float) -> TrainingRun:
         config = tiny_config(batch=2, channels=dict.fromkeys((4, 8, 16, 32), 4))
-        return Trainer(Discs(12), config, device='cpu', augment='noaug')
+        training = GeneratorTraining(Discs(12), config, device='cpu', augment='noaug', n_grid=1)
+        return generator_run(
+            training, tmp_path / folder, kimg=kimg, snapshot_kimg=1, tick_kimg=0.005
+        )
 
-    lengths = {'snapshot_kimg': 1, 'tick_kimg': 0.005, 'n_grid': 1}
-    train(begun(), tmp_path / 'whole', kimg=0.02, **lengths)
-    last = train(begun(), tmp_path / 'parts', kimg=stop, **lengths)
-    resumed = begun()
-    resumed.load_state(load_weights(last))
-    train(resumed, tmp_path / 'parts', kimg=0.02, **lengths)
+    begun('whole', 0.02).to_the_end()
+    begun('parts', stop).to_the_end()
+    resumed = begun('parts', 0.02)
+    assert resumed.resume() and resumed.to_the_end()
     whole, parts = (
         [row['step'] for row in read_jsonl(tmp_path / name / 'stats.jsonl')]
         for name in ('whole', 'parts')
@@ -251,7 +261,7 @@ def test_what_stays_not_finite_ends_the_training(
 ) -> None:
     trainer = spoilt(bad, precision)
     with pytest.raises(UserError, match='training diverged'):
-        train(trainer, tmp_path, kimg=0.4, snapshot_kimg=0.02, tick_kimg=0.002, n_grid=1)
+        generator_run(trainer, tmp_path, kimg=0.4, snapshot_kimg=0.02, tick_kimg=0.002).to_the_end()
     assert trainer.n_steps < 20
     for path in tmp_path.glob('network-snapshot-*.pt'):
         state = load_weights(path)

@@ -40,7 +40,8 @@ from training.coach_restyle_psp import Coach, CoachConfig
 from training.moco import MocoConfig, MocoTrainer
 from training.reconstruction import L2Term
 from training.stylegan2_config import make_config
-from training.stylegan2_loop import Trainer, sample_grid
+from training.stylegan2_loop import Trainer
+from training.stylegan2_networks import sample_grid
 
 BUDGETS = {  # (host waits, operations)
     'generator': (0, 1060),
@@ -274,11 +275,11 @@ def test_e4e_training(gpu: PretendedGPU, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('amp', ['no', 'bf16'])
-def test_content_training(gpu: PretendedGPU, amp: str, tmp_path: Path) -> None:
+def test_content_training(gpu: PretendedGPU, amp: str) -> None:
     config = MocoConfig(
         arch='resnet18', small_stem=True, input_size=32, batch_size=2, queue_size=4, amp=amp
     )
-    trainer = MocoTrainer(Views(4), config, run_dir=tmp_path, device='cuda')
+    trainer = MocoTrainer(Views(4), config, device='cuda')
     x = torch.rand(2, 3, 32, 32, device='cuda')
     trainer.step(x)
     gpu.clear()

@@ -18,7 +18,8 @@ from models.features.pretrained import load_feature_network
 from models.projected import STRIDES, ProjectedDiscriminator
 from training.augment import PIPES, AugmentPipe, RandomDraws
 from training.stylegan2_config import make_config
-from training.stylegan2_loop import Trainer, latest_snapshot, save_snapshot
+from training.stylegan2_loop import Trainer
+from training.stylegan2_run import snapshots
 from utils.errors import UserError
 from utils.io import load_weights
 from utils.logs import read_jsonl
@@ -145,8 +146,8 @@ def test_resumed_training_equals_uninterrupted(archive: Path, tmp_path: Path) ->
         straight.step()
     for _ in range(2):
         first.step()
-    save_snapshot(first, tmp_path)
-    second.load_state(latest_snapshot(tmp_path)[1])
+    snapshots(tmp_path).save(first.n_img, first.state())
+    second.load_state(snapshots(tmp_path).latest()[0])
     for _ in range(2):
         second.step()
     one, two = straight.state(), second.state()

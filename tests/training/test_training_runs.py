@@ -1,138 +1,84 @@
-"""Every training stops in good order when its whole process group is told to, and goes on exactly.
+"""Every training is stopped in every way, goes on, and ends as one that nothing disturbed.
 
-The command runs in a process group of its own, with loading processes, as under `timeout`, SLURM
-or a terminal; signals come in the middle of the second and of the third step.
+A cell is a training, a signal to its whole process group (as `timeout`, SLURM or a terminal send
+it) in the middle of a step, loading processes, and processes that train together. Graders and the
+pair attack hold their pictures in memory and train in one process, so they have no cells with
+loading processes, nor with two processes.
 """
 
 import os
-import subprocess
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_restyle_training import make_psp
+from toy_trainings import STEPS, Stop, Toy, make_inputs, play, toys
 
-from utils.io import load_weights, save_torch
+from utils.io import load_weights
 
-# The training is stopped in one folder and gone on with, and runs undisturbed in another.
-PROGRAM = f"""
-import os, signal, sys
-sys.path[:] = {sys.path!r}
-from conftest import load_script
-from datasets import images_dataset
-from training import coach_restyle_psp, moco, stylegan2_loop
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 
-name, straight, stopped, *flags = sys.argv[1:]
-images_dataset._CACHE_LIMIT = 0    # else sets this small need no loading processes
-script = load_script(name)
-kind = {{'train_stylegan2_ada': stylegan2_loop.Trainer,
-        'train_restyle_psp': coach_restyle_psp.Coach,
-        'train_content_encoder': moco.MocoTrainer}}[name]
 
-class Loading(stylegan2_loop.Trainer):
-    def __init__(self, *args, **options):
-        super().__init__(*args, **{{**options, 'workers': 2}})
+class Cell(NamedTuple):
+    name: str
+    number: signal.Signals
+    workers: int
+    processes: int
 
-if name == 'train_stylegan2_ada':
-    script.Trainer = Loading    # its command loads in processes on GPUs only
-folder = {{'train_stylegan2_ada': '--outdir', 'train_restyle_psp': '--exp_dir',
-          'train_content_encoder': '--out_dir'}}[name]
-assert script.main([folder, straight, *flags]) == 0
-step, calls = kind.step, []
-signals = {{2: signal.SIGTERM, 3: signal.SIGINT}}    # at these steps
 
-def interrupted(trainer, *args):
-    calls.append(1)
-    if len(calls) in signals:
-        os.killpg(0, signals[len(calls)])
-    return step(trainer, *args)
+CELLS = [
+    Cell(name, number, workers, processes)
+    for name, toy in toys().items()
+    if name not in ('restyle', 'e4e')
+    for number in SIGNALS
+    for workers in ((0, 2) if toy.loads and name != 'e4e' else (0,))
+    for processes in ((1, 2) if not toy.alone and name != 'e4e' else (1,))
+]
+Runner = Callable[[str, int], Path]
 
-def resumed():
-    if name == 'train_stylegan2_ada':
-        return ['--resume', os.path.join(stopped, *os.listdir(stopped))]
-    return [folder, stopped, *flags, '--resume']
 
-kind.step = interrupted
-assert script.main([folder, stopped, *flags]) == 128 + signal.SIGTERM and len(calls) == 2
-assert script.main(resumed()) == 128 + signal.SIGINT and len(calls) == 3
-assert script.main(resumed()) == 0 and len(calls) == 4
-"""
-
-FLAGS = {
-    'train_stylegan2_ada': [
-        '--data',
-        '{images}',
-        '--cfg=small',
-        '--batch=4',
-        '--aug=noaug',
-        '--kimg=0.016',
-        '--device=cpu',
-        '--cbase=256',
-        '--cmax=8',
-    ],
-    'train_restyle_psp': [
-        '--train_path',
-        '{images}',
-        '--test_path',
-        '{images}',
-        '--stylegan_weights',
-        '{generator}',
-        '--encoder_type',
-        'LightEncoder',
-        '--light_width',
-        '8',
-        '--encoder_size',
-        '32',
-        '--l2_lambda',
-        '1',
-        '--batch_size',
-        '4',
-        '--max_steps',
-        '4',
-        '--n_iters_per_batch',
-        '2',
-        '--workers',
-        '2',
-        '--test_workers',
-        '1',
-        '--device',
-        'cpu',
-    ],
-    'train_content_encoder': [
-        '--data',
-        '{images}',
-        '--arch=resnet18',
-        '--small_stem',
-        '--input_size=32',
-        '--batch_size=4',
-        '--max_steps=4',
-        '--workers=2',
-        '--device=cpu',
-    ],
-}
-STATES = {
-    'train_stylegan2_ada': '*/network-snapshot-00000.016.pt',
-    'train_restyle_psp': 'checkpoints/state_4.pt',
-    'train_content_encoder': 'checkpoints/state_4.pt',
-}
+@pytest.fixture(scope='module', autouse=True)
+def import_path() -> Iterator[None]:
+    """The server that processes are forked from imports what tests import."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', os.pathsep.join(sys.path))
+        yield
 
 
 @pytest.fixture(scope='module')
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp('inputs')
-    rng = np.random.default_rng(0)
-    (root / 'images').mkdir()
-    for i in range(8):
-        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / 'images' / f'{i}.png')
-    psp = make_psp()
-    save_torch(
-        root / 'generator.pt', {'g_ema': psp.decoder.state_dict(), 'latent_avg': psp.latent_avg[0]}
-    )
-    return {'images': str(root / 'images'), 'generator': str(root / 'generator.pt')}
+    return make_inputs(tmp_path_factory.mktemp('inputs') / 'all')
+
+
+def flags_of(toy: Toy, folder: Path, inputs: dict[str, str]) -> list[str]:
+    return [toy.folder, str(folder), *(flag.format(**inputs) for flag in toy.flags)]
+
+
+def steps_of(path: Path) -> int:
+    """The steps done in a state, whatever it calls them."""
+    state = load_weights(path)
+    if 'history' in state:
+        return len(state['history'])
+    return next(state[key] for key in ('n_steps', 'step', 'epoch') if key in state)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, str]) -> Runner:
+    """undisturbed(name, processes) -> the folder of a run that nothing disturbed."""
+    done: dict[tuple[str, int], Path] = {}
+
+    def run(name: str, processes: int) -> Path:
+        if (name, processes) not in done:
+            folder = tmp_path_factory.mktemp(name) / 'whole'
+            flags = flags_of(toys()[name], folder, inputs)
+            assert play(name, flags, processes=processes) == 0
+            done[name, processes] = folder
+        return done[name, processes]
+
+    return run
 
 
 def assert_same(a: object, b: object, where: str = '') -> None:
@@ -140,37 +86,42 @@ def assert_same(a: object, b: object, where: str = '') -> None:
         assert a.keys() == b.keys(), where
         for key in a:
             assert_same(a[key], b[key], f'{where}/{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f'{where}/{i}')
     elif isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     else:
         assert a == b or a != a, where
 
 
-@pytest.mark.parametrize('name', sorted(FLAGS))
-def test_stops_in_good_order_and_goes_on_exactly(
-    tmp_path: Path, inputs: dict[str, str], name: str
+@pytest.mark.parametrize(
+    'cell',
+    CELLS,
+    ids=lambda c: f'{c.name}-{c.number.name}-{c.workers}workers-{c.processes}processes',
+)
+def test_stopped_and_gone_on_is_undisturbed(
+    cell: Cell, undisturbed: Runner, inputs: dict[str, str], tmp_path: Path
 ) -> None:
-    flags = [flag.format(**inputs) for flag in FLAGS[name]]
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            PROGRAM,
-            name,
-            str(tmp_path / 'straight'),
-            str(tmp_path / 'stopped'),
-            *flags,
-        ],
-        start_new_session=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'},
-    )
-    assert done.returncode == 0, done.stderr
-    states = [
-        load_weights(path)
-        for folder in ('straight', 'stopped')
-        for path in (tmp_path / folder).glob(STATES[name])
-    ]
-    assert len(states) == 2
-    assert_same(*states)
+    toy, folder = toys()[cell.name], tmp_path / 'stopped'
+    killed = cell.number == signal.SIGKILL
+    done = 3 if killed else 2  # steps when the signal comes
+    settings = {'workers': cell.workers, 'processes': cell.processes}
+    flags = flags_of(toy, folder, inputs)
+    code = play(cell.name, flags, **settings, stop=Stop(cell.number, done))
+    saved = max(steps_of(path) for path in folder.glob(toy.states))
+    if killed:
+        assert code == -signal.SIGKILL
+        assert done - toy.interval < saved <= done
+    else:
+        assert code == (0 if cell.processes > 1 else 128 + cell.number)
+        assert saved == done + 1 < STEPS
+    again = toy.again(folder)
+    assert play(cell.name, again if toy.folder == '--outdir' else [*flags, *again], **settings) == 0
+    whole = undisturbed(cell.name, cell.processes)
+    results = [path.relative_to(whole) for path in whole.glob(toy.result)]
+    assert results
+    for result in results:
+        (stopped,) = folder.glob(str(result))
+        assert_same(load_weights(whole / result), load_weights(stopped), str(result))

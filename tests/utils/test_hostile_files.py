@@ -19,7 +19,7 @@ from datasets import archive as archive_module
 from datasets.archive import FileStore, ImageArchive
 from datasets.groups import read_groups
 from training.checkpoints import latest_checkpoint, save_checkpoint
-from training.stylegan2_loop import SNAPSHOT_PREFIX, latest_snapshot
+from training.stylegan2_run import SNAPSHOT_PREFIX, snapshots
 from utils.errors import UserError
 from utils.io import load_weights, save_torch
 from utils.torch_files import check_pickle
@@ -117,7 +117,7 @@ def test_trainings_fall_back_to_the_earlier_file(place, tmp_path, caplog):
     (tmp_path / f'{SNAPSHOT_PREFIX}00002.000.pt').write_bytes(changed)
     payload, path = latest_checkpoint(tmp_path)
     assert path.name == 'iteration_1.pt' and same(payload, CONTENT)
-    path, payload = latest_snapshot(tmp_path)
+    payload, path = snapshots(tmp_path).latest()
     assert path.name == f'{SNAPSHOT_PREFIX}00001.000.pt' and same(payload, CONTENT)
     assert 'iteration_2.pt' in caplog.text
 
