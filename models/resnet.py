@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 import torchvision
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import ResNet
 
+_DOWNSAMPLE = [nn.Conv2d, nn.BatchNorm2d]  # of a residual block's skip connection
 ARCHS = ('resnet18', 'resnet34', 'resnet50')
 
 
@@ -35,3 +37,19 @@ def describe_resnet(state: Mapping[str, Tensor]) -> tuple[str, bool]:
         bottleneck, depth
     ]
     return arch, state['conv1.weight'].shape[2] == 3
+
+
+def fold_batch_norms(net: nn.Module) -> nn.Module:
+    """Puts every batch normalisation of a torchvision ResNet in eval mode into its convolution.
+
+    In place; returns `net`. What is computed stays the same up to rounding.
+    """
+    for block in net.modules():
+        if isinstance(block, nn.Sequential) and [type(m) for m in block] == _DOWNSAMPLE:
+            block[0], block[1] = fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
+        for i in ('1', '2', '3'):
+            norm = getattr(block, f'bn{i}', None)
+            if isinstance(norm, nn.BatchNorm2d):
+                setattr(block, f'conv{i}', fuse_conv_bn_eval(getattr(block, f'conv{i}'), norm))
+                setattr(block, f'bn{i}', nn.Identity())
+    return net.requires_grad_(False)

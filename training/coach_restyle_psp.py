@@ -8,6 +8,7 @@ batch, so neither a resume nor the number of processes or passes changes what is
 Shapes: N images, L styles, D style dimension, S side the encoder sees, R side of the generator.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -21,8 +22,10 @@ from torch.utils.data import DataLoader
 
 from datasets.images_dataset import StepSampler
 from models.psp import psp_checkpoint
+from models.stylegan2.frozen import FrozenSynthesis
 from models.stylegan2.model import set_low_precision
 from training.checkpoints import latest_checkpoint, save_checkpoint
+from training.kept_casts import KeptCasts, add_gradients
 from training.known_latents import KnownLatents
 from training.run import Stopping
 from training.sync_batchnorm import share_batch_statistics
@@ -143,7 +146,7 @@ class Coach:
         self.optimizer = build_optimizer(config.optim_name, self.parameters, config.learning_rate)
         self.amp_dtype = AMP_DTYPES[config.amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == 'fp16')
-        self._average = None
+        self._average = self._synthesis = self._casts = None
         count = round(config.synthetic * config.batch_size)
         self.known = KnownLatents(self.psp, count=count, seed=config.seed) if count else None
 
@@ -220,6 +223,7 @@ class Coach:
         self.psp.encoder.train()
         start = self.average_image()
         set_low_precision(self.psp.decoder, self.amp_dtype, n_resolutions=16)
+        self._prepare()
         first = distributed.rank() * len(batch)
         sums = {}
         for x in batch.chunk(cfg.accumulate):
@@ -239,6 +243,25 @@ class Coach:
         self.step_count += 1
         return sums, pictures
 
+    def _prepare(self) -> None:
+        """What a step computes with: a frozen generator, and weights in the low type."""
+        frozen = not self.config.train_decoder and self.amp_dtype != torch.float16
+        if frozen and self._synthesis is None:  # float16 needs the generator's own care of ranges
+            dtype = self.amp_dtype or self.psp.decoder.input.input.dtype
+            self._synthesis = FrozenSynthesis(self.psp.decoder, dtype=dtype)
+        if self.amp_dtype is None:
+            return
+        if self._casts is None:
+            networks = [getattr(term, 'network', None) for term, _ in self.losses.values()]
+            nets = [self.psp.encoder, *(net for net in networks if net is not None)]
+            self._casts = KeptCasts(nets, self.amp_dtype)
+        self._casts.refresh()
+
+    def _decode(self, ws: torch.Tensor, noise: list[torch.Tensor]) -> torch.Tensor:
+        """Pictures [N, 3, S, S] of latents, as the encoder sees them."""
+        draw = self._synthesis or self.psp.decode
+        return self.psp.pool(draw(ws, noise=noise))
+
     def _refine(self, x, start, part):
         """Forward and backward of all refinements of one pass; see `step`."""
         if self.known is not None:
@@ -246,12 +269,15 @@ class Coach:
         ws = self.psp.latent_avg.expand(len(x), -1, -1)
         y = start.expand_as(x)
         pictures = [x]
-        with self._autocast():
+        with contextlib.ExitStack() as stack:
+            if self._casts is not None:
+                stack.enter_context(self._casts.in_use())
+            stack.enter_context(self._autocast())
             targets = self._targets(x)
             for t in range(self.config.n_iters):
                 ws = self.psp.step(x, y, ws)
                 with self._autocast(enabled=False):
-                    y = self.psp.pool(self.psp.decode(ws, noise=self._noise(t, part)))
+                    y = self._decode(ws, self._noise(t, part))
                 values, total = self._terms(y, targets, ws, part)
                 with self._autocast(enabled=False):
                     self._add_gradients(self.scaler.scale(total / self.config.accumulate))
@@ -261,15 +287,10 @@ class Coach:
 
     def _add_gradients(self, total: torch.Tensor) -> None:
         """What total.backward() does, with one operation for the sums of all parameters."""
-        found = torch.autograd.grad(total, self.parameters, allow_unused=True)
-        pairs = [(p, g) for p, g in zip(self.parameters, found) if g is not None]
-        again = [(p, g) for p, g in pairs if p.grad is not None]
-        for p, g in pairs:
-            p.grad = g if p.grad is None else p.grad
-        if again:
-            sums = torch._foreach_add([p.grad for p, _ in again], [g for _, g in again])
-            for (p, _), summed in zip(again, sums):
-                p.grad = summed
+        used = self.parameters
+        if self._casts is not None:
+            used = self._casts.stand_ins(used)
+        add_gradients(self.parameters, torch.autograd.grad(total, used, allow_unused=True))
 
     # -- validation -------------------------------------------------------------------------
 

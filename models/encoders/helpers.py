@@ -4,7 +4,9 @@ Shapes: N images, C channels, s side of a feature map.
 """
 
 import math
+from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -41,6 +43,28 @@ class GradualStyleBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, 'N C s s']) -> Float[Tensor, 'N D']:
         return self.linear(self.convs(x).flatten(1))
+
+
+def styles_together(
+    blocks: Sequence[GradualStyleBlock], x: Float[Tensor, 'N C s s']
+) -> Float[Tensor, 'N L D']:
+    """What each of `blocks`, all of one shape, finds in x, by grouped convolutions.
+
+    For GPUs, which L small convolutions one after the other would leave idle.
+    """
+    for layers in zip(*(block.convs for block in blocks)):
+        if isinstance(layers[0], nn.Conv2d):
+            weight = torch.cat([conv.weight for conv in layers])
+            bias = torch.cat([conv.bias for conv in layers])
+            groups = 1 if layers[0] is blocks[0].convs[0] else len(blocks)
+            x = F.conv2d(x, weight, bias, stride=2, padding=1, groups=groups)
+        else:
+            x = layers[0](x)
+    linears = [block.linear for block in blocks]
+    weight = torch.stack([linear.weight for linear in linears]) * linears[0].scale
+    bias = torch.stack([linear.bias for linear in linears])[:, None] * linears[0].lr_mul
+    x = x.reshape(len(x), len(blocks), -1).transpose(0, 1)  # [L, N, D]
+    return torch.baddbmm(bias, x, weight.mT).transpose(0, 1)
 
 
 class SEModule(nn.Module):

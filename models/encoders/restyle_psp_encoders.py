@@ -14,6 +14,7 @@ from models.encoders.helpers import (
     IRSETrunk,
     ResNetTrunk,
     body_side,
+    styles_together,
 )
 
 
@@ -32,6 +33,8 @@ class _BackboneStyles:
     def forward(self, x: Float[Tensor, 'N C S S']) -> Float[Tensor, 'N L D']:
         """x [N, input_nc, S, S] -> latent offsets [N, L, D]."""
         x = self.body(self.stem(x))
+        if x.is_cuda:
+            return styles_together(self.styles, x)
         return torch.stack([style(x) for style in self.styles], 1)
 
 

@@ -12,7 +12,7 @@ from torchvision.models import ResNet
 
 from models.features.pretrained import WHEELS, FeatureNetwork, load_feature_network
 from models.loading import mismatch, named_tensors
-from models.resnet import ARCHS, build_resnet, describe_resnet
+from models.resnet import ARCHS, build_resnet, describe_resnet, fold_batch_norms
 from utils.errors import UserError
 from utils.images import shrink
 from utils.io import load_weights
@@ -42,6 +42,7 @@ class ContentNetwork(nn.Module):
         self.net, self.input_size, self.resize, self.name = net, input_size, resize, name
         self.feature_dim = net.feature_dim
         self.eval().requires_grad_(False)
+        fold_batch_norms(self.net)
 
     def train(self, mode: bool = True) -> 'ContentNetwork':
         """Stays in eval mode: the features are a fixed yardstick."""

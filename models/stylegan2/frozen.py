@@ -8,6 +8,7 @@ Shapes: N images, L styles, D style dimension, C channels, H x W positions, R im
 Source: Karras et al. 2020, 'Analyzing and Improving the Image Quality of StyleGAN', section 2.
 """
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from models.stylegan2.model import EqualLinear, Generator, StyledConv, ToRGB
+from models.stylegan2.model import EqualLinear, Generator, ModulatedConv2d, StyledConv, ToRGB
 from models.stylegan2.op import upfirdn2d
 
 _SLOPE, _GAIN = 0.2, 2**0.5
@@ -28,7 +29,7 @@ class FrozenSynthesis:
     generator: models.stylegan2.Generator; its present weights and stored noise are copied, to
     its present device. dtype: of the activations (float64, float32 or bfloat16). Styles, their
     gradients and the image are float32 (float64 for dtype float64), as ws must be. First
-    derivatives with respect to ws only.
+    derivatives with respect to ws only. noise: maps [N, 1, r, r] in place of the stored ones.
     """
 
     def __init__(self, generator: Generator, *, dtype: torch.dtype = torch.float32) -> None:
@@ -43,39 +44,101 @@ class FrozenSynthesis:
                 _Layer(conv, noise, dtype, wide)
                 for conv, noise in zip([generator.conv1, *generator.convs], noises)
             ]
-            self.rgbs = [_ToRGB(rgb, wide) for rgb in [generator.to_rgb1, *generator.to_rgbs]]
+            to_rgbs = [generator.to_rgb1, *generator.to_rgbs]
+            self.rgbs = [_ToRGB(rgb, wide) for rgb in to_rgbs]
+            convs = [styled.conv for styled in (generator.conv1, *generator.convs)]
+            # RGB layers stand after every second convolution and share the style of the next one.
+            self.affines = _Affines(
+                [conv.modulation for conv in [*convs, *(rgb.conv for rgb in to_rgbs)]],
+                [*range(len(convs)), *range(1, 2 * len(to_rgbs), 2)],
+                wide,
+            )
+            self.demodulations = _Demodulations(convs, wide)
 
-    def __call__(self, ws: Float[Tensor, 'N L D']) -> Float[Tensor, 'N 3 R R']:
+    def __call__(
+        self, ws: Float[Tensor, 'N L D'], noise: Sequence[Float[Tensor, 'N 1 _ _']] | None = None
+    ) -> Float[Tensor, 'N 3 R R']:
         if ws.ndim != 3 or tuple(ws.shape[1:]) != (self.n_latent, self.style_dim):
             raise ValueError(
                 f'ws has shape {tuple(ws.shape)}, want [N, {self.n_latent}, {self.style_dim}]'
             )
-        modulation = []
-        for i, layer in enumerate(self.layers):
-            style = layer.affine(ws[:, i])
-            modulation += [style, layer.demodulation(style)]
-        # RGB layers stand after every second convolution and share the style of the next one.
-        modulation += [rgb.affine(ws[:, 2 * j + 1]) for j, rgb in enumerate(self.rgbs)]
-        return _Synthesis.apply(self, *modulation)
+        styles = self.affines(ws)
+        factors = self.demodulations(styles)
+        sources = [layer.sources for layer in self.layers] if noise is None else self._drawn(noise)
+        return _Synthesis.apply(self, noise is None, sources, *factors, *styles)
+
+    @torch.no_grad()
+    def _drawn(self, noise: Sequence[Float[Tensor, 'N 1 _ _']]) -> list[Float[Tensor, 'N 2 P']]:
+        """What _Layer.sources is, for noise of this call."""
+        scaled = torch._foreach_mul(list(noise), [layer.strength for layer in self.layers])
+        sources = [m.new_empty(2, len(m), m[0].numel(), dtype=self.dtype) for m in scaled]
+        torch._foreach_copy_([s[0] for s in sources], [m.flatten(1) for m in scaled])
+        ones = [s[1] for s in sources]
+        torch._foreach_zero_(ones)
+        torch._foreach_add_(ones, 1)
+        return [s.transpose(0, 1) for s in sources]
 
 
-class _Affine:
-    """The style of a layer: w [N, D] -> [N, Cin]."""
+def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
+    """The places of equal keys."""
+    return [[i for i, other in enumerate(keys) if other == key] for key in dict.fromkeys(keys)]
 
-    def __init__(self, linear: EqualLinear, dtype: torch.dtype) -> None:
-        self.weight = (linear.weight * linear.scale).to(dtype)
-        self.bias = (linear.bias * linear.lr_mul).to(dtype)
 
-    def __call__(self, w: Float[Tensor, 'N D']) -> Float[Tensor, 'N C']:
-        return F.linear(w, self.weight, self.bias)
+class _Affines:
+    """The styles of all layers, by one product for all layers of one width.
+
+    rows: which of the latents each layer takes.
+    """
+
+    def __init__(
+        self, linears: Sequence[EqualLinear], rows: Sequence[int], dtype: torch.dtype
+    ) -> None:
+        self.groups = []
+        for places in _alike([len(linear.bias) for linear in linears]):
+            chosen = [linears[i] for i in places]
+            weight = torch.stack([(linear.weight * linear.scale).T for linear in chosen])
+            bias = torch.stack([linear.bias * linear.lr_mul for linear in chosen])[:, None]
+            taken = torch.tensor([rows[i] for i in places], device=bias.device)
+            self.groups.append((places, taken, bias.to(dtype), weight.to(dtype)))
+
+    def __call__(self, ws: Float[Tensor, 'N L D']) -> list[Float[Tensor, 'N _']]:
+        found = {}
+        for places, taken, bias, weight in self.groups:
+            chosen = ws.index_select(1, taken).transpose(0, 1)  # [layers, N, D]
+            found |= dict(zip(places, torch.baddbmm(bias, chosen, weight)))
+        return [found[i] for i in range(len(found))]
+
+
+class _Demodulations:
+    """The factors of the output channels of all convolutions, with the gain of the activation.
+
+    By one product for all layers of one shape, with half the squared weights: the gain is sqrt(2).
+    """
+
+    def __init__(self, convs: Sequence[ModulatedConv2d], dtype: torch.dtype) -> None:
+        powers = [
+            (conv.weight[0] * conv.scale).to(dtype).square().sum((2, 3)).T / _GAIN**2
+            for conv in convs
+        ]
+        self.groups = [
+            (places, torch.stack([powers[i] for i in places]))
+            for places in _alike([power.shape for power in powers])
+        ]
+        self.least = torch.full((1, 1, 1), 1e-8 / _GAIN**2, device=powers[0].device, dtype=dtype)
+
+    def __call__(self, styles: Sequence[Float[Tensor, 'N _']]) -> list[Float[Tensor, 'N _']]:
+        found = {}
+        for places, powers in self.groups:
+            squares = torch.stack([styles[i] for i in places]).square()  # [layers, N, Cin]
+            found |= dict(zip(places, torch.baddbmm(self.least, squares, powers).rsqrt()))
+        return [found[i] for i in range(len(found))]
 
 
 class _Layer:
     """A 3x3 convolution with what surrounds it.
 
     weight: [Cout, Cin, 3, 3], or [Cin, Cout, 3, 3] with stride 2 where it upsamples; offset
-    [1, C, H, W]: noise and bias, with the gain of the activation; power [Cin, Cout]: squared
-    weights, for the demodulation.
+    [1, C, H, W]: noise and bias, with the gain of the activation.
     """
 
     def __init__(
@@ -88,26 +151,32 @@ class _Layer:
         conv = styled.conv
         weight = (conv.weight[0] * conv.scale).to(wide)
         self.upsample = conv.upsample
-        self.affine = _Affine(conv.modulation, wide)
-        self.power = weight.square().sum((2, 3)).T.contiguous()
         if self.upsample:
             weight = weight.transpose(0, 1)
             self.kernel = conv.blur.kernel.to(wide)
             self.adjoint_kernel = self.kernel.flip(0, 1)
         self.weight = weight.to(dtype).contiguous(memory_format=_LAST)
-        self.noise = (_GAIN * styled.noise.weight * noise).to(wide)  # [1, 1, H, W]
+        self.strength = (_GAIN * styled.noise.weight).to(wide)  # [1]
+        stored = (self.strength * noise).to(wide)  # [1, 1, H, W]
         self.bias = (_GAIN * styled.activate.bias).to(wide)  # [C]
-        self.offset = (
-            (self.noise + self.bias[:, None, None]).to(dtype).contiguous(memory_format=_LAST)
-        )
+        self.offset = (stored + self.bias[:, None, None]).to(dtype)
+        self.offset = self.offset.contiguous(memory_format=_LAST)
+        self.level = self.bias[:, None, None].to(dtype)
         # What `offset` is made of, [2, HW]: the noise times 1, and 1 times the bias.
-        self.sources = torch.stack(
-            [self.noise.flatten(), torch.ones_like(self.noise).flatten()]
-        ).to(dtype)
+        self.sources = torch.stack([stored.flatten(), torch.ones_like(stored).flatten()]).to(dtype)
 
-    def demodulation(self, style: Float[Tensor, 'N C']) -> Float[Tensor, 'N K']:
-        """The factor of each output channel, with the gain of the activation, [N, Cout]."""
-        return torch.rsqrt(style.square() @ self.power + 1e-8) * _GAIN
+    def activate(
+        self,
+        y: Float[Tensor, 'N C H W'],
+        factor: Float[Tensor, 'N C'],
+        drawn: Float[Tensor, 'N 2 P'] | None,
+    ) -> Float[Tensor, 'N C H W']:
+        """Demodulation, noise, bias and activation, in place. drawn: in place of stored noise."""
+        offset = self.offset if drawn is None else self.level
+        torch.addcmul(offset, y, _columns(factor), out=y)
+        if drawn is not None:
+            y += drawn[:, :1].view(len(y), 1, *y.shape[2:])
+        return F.leaky_relu_(y, _SLOPE)
 
     def convolve(self, x: Float[Tensor, 'N C h w']) -> Float[Tensor, 'N K H W']:
         if not self.upsample:
@@ -120,9 +189,11 @@ class _Layer:
             return F.conv_transpose2d(grad, self.weight, padding=1)
         return F.conv2d(_filter(grad, self.adjoint_kernel, 2), self.weight, stride=2)
 
-    def offset_product(self, grad: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N C']:
+    def offset_product(
+        self, grad: Float[Tensor, 'N C H W'], sources: Float[Tensor, '*N 2 P']
+    ) -> Float[Tensor, 'N C']:
         """Sum over positions of grad * offset, [N, C], without the product."""
-        sums = self.sources.expand(len(grad), -1, -1) @ _positions(grad)  # [N, 2, C]
+        sums = sources.expand(len(grad), -1, -1) @ _positions(grad)  # [N, 2, C]
         return sums[:, 0].to(self.bias.dtype) + self.bias * sums[:, 1].to(self.bias.dtype)
 
 
@@ -130,7 +201,6 @@ class _ToRGB:
     """A 1x1 convolution to RGB, without demodulation. weight [3, Cin], bias [1, 3, 1, 1]."""
 
     def __init__(self, to_rgb: ToRGB, wide: torch.dtype) -> None:
-        self.affine = _Affine(to_rgb.conv.modulation, wide)
         self.weight = (to_rgb.conv.weight[0, :, :, 0, 0] * to_rgb.conv.scale).to(wide)
         self.bias = to_rgb.bias.detach().to(wide)
         self.kernel = self.adjoint_kernel = None
@@ -178,38 +248,50 @@ def _sum_of_product(
     return (a * b).sum((2, 3))
 
 
-def _columns(factor: Float[Tensor, 'N C'], like: Tensor) -> Float[Tensor, 'N C 1 1']:
-    """[N, C] -> [N, C, 1, 1] in the type of `like`."""
-    return factor.to(like.dtype)[:, :, None, None]
+def _columns(factor: Float[Tensor, 'N C']) -> Float[Tensor, 'N C 1 1']:
+    return factor[:, :, None, None]
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """`tensors` in `dtype`, by one operation for all of them."""
+    if tensors[0].dtype == dtype:
+        return list(tensors)
+    made = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(made, tensors)
+    return made
 
 
 class _Synthesis(torch.autograd.Function):
     """Modulation of all layers -> image.
 
-    Arguments after the synthesis: style and demodulation of every convolution in turn, then the
-    styles of the RGB layers.
+    Arguments after the synthesis: whether the noise is the stored one, the `sources` of every
+    layer; factors and styles of the convolutions, and the styles of the RGB layers.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, net: FrozenSynthesis, *modulation: Float[Tensor, 'N _']
+        ctx: Any,
+        net: FrozenSynthesis,
+        stored: bool,
+        sources: Sequence[Float[Tensor, '*N 2 P']],
+        *modulation: Float[Tensor, 'N _'],
     ) -> Float[Tensor, 'N 3 R R']:
         n_layers = len(net.layers)
-        styles, factors = modulation[: 2 * n_layers : 2], modulation[1 : 2 * n_layers : 2]
+        factors, styles = modulation[:n_layers], modulation[n_layers : 2 * n_layers]
         rgb_styles = modulation[2 * n_layers :]
+        scales = _cast([*styles, *factors], net.dtype)
         keep = any(ctx.needs_input_grad)
         x = net.start.expand(len(styles[0]), -1, -1, -1)
         maps, image = [x], None
         for i, layer in enumerate(net.layers):
-            y = layer.convolve(x * _columns(styles[i], x))
-            torch.addcmul(layer.offset, y, _columns(factors[i], y), out=y)
-            x = F.leaky_relu_(y, _SLOPE)
+            y = layer.convolve(x * _columns(scales[i]))
+            x = layer.activate(y, scales[n_layers + i], None if stored else sources[i])
             if keep:
                 maps.append(x)
             if i % 2 == 0:
                 image = net.rgbs[i // 2](x, rgb_styles[i // 2], image)
         if keep:
-            ctx.net = net
+            ctx.net, ctx.sources = net, sources
             ctx.save_for_backward(*modulation, *maps)
         return image
 
@@ -219,8 +301,9 @@ class _Synthesis(torch.autograd.Function):
         net, n_layers = ctx.net, len(ctx.net.layers)
         saved = ctx.saved_tensors
         split = 2 * n_layers + len(net.rgbs)
-        styles, factors = saved[: 2 * n_layers : 2], saved[1 : 2 * n_layers : 2]
+        factors, styles = saved[:n_layers], saved[n_layers : 2 * n_layers]
         rgb_styles, maps = saved[2 * n_layers : split], saved[split:]
+        scales = _cast(torch._foreach_mul(styles[1:], factors[:-1]), net.dtype)
         grads = [None] * split
         grad_x = None  # of the scaled input of the layer above, [N, C, H, W]
         for i in reversed(range(n_layers)):
@@ -228,8 +311,8 @@ class _Synthesis(torch.autograd.Function):
             # The gradient of x times the demodulation factor, which commutes with the rest.
             grad, product = None, 0
             if grad_x is not None:
-                grad = grad_x.mul_(_columns(styles[i + 1] * factor, x))
-                product = styles[i + 1] * grads[2 * (i + 1)]
+                grad = grad_x.mul_(_columns(scales[i]))
+                product = styles[i + 1] * grads[n_layers + i + 1]
             if i % 2 == 0:
                 rgb, style = net.rgbs[i // 2], rgb_styles[i // 2]
                 grad, grads[2 * n_layers + i // 2] = _rgb_adjoint(
@@ -241,10 +324,11 @@ class _Synthesis(torch.autograd.Function):
             torch.ops.aten.leaky_relu_backward.grad_input(grad, x, _SLOPE, True, grad_input=grad)
             # `product` is the sum of gradient times map, after and, as the activation is
             # homogeneous, before the activation; less the offset's part it is the convolution's.
-            grads[2 * i + 1] = (product - layer.offset_product(grad) / factor) / factor
+            offset = layer.offset_product(grad, ctx.sources[i])
+            grads[i] = (product - offset / factor) / factor
             grad_x = layer.convolve_adjoint(grad)
-            grads[2 * i] = _sum_of_product(grad_x, maps[i]).to(factor.dtype)
-        return None, *grads
+            grads[n_layers + i] = _sum_of_product(grad_x, maps[i]).to(factor.dtype)
+        return None, None, None, *grads
 
 
 def _rgb_adjoint(

@@ -16,6 +16,7 @@ from models.encoders import (
     init_from_resnet34,
     load_resnet34,
 )
+from models.encoders.helpers import GradualStyleBlock, styles_together
 from models.features.pretrained import load_feature_network
 from models.psp import PSP, invert, load_psp, psp_checkpoint
 from models.stylegan2 import Generator
@@ -194,3 +195,15 @@ def test_lite_encoder_starts_from_imagenet_and_keeps_its_statistics() -> None:
     assert size == 128 and torch.equal(again.eval()(blank), trained)
     with pytest.raises(ValueError, match='multiples of 32'):
         build_encoder('LiteEncoder', n_styles=8, input_size=16)
+
+
+def test_all_styles_together_are_those_of_each():
+    torch.manual_seed(0)
+    blocks = torch.nn.ModuleList(GradualStyleBlock(6, 8, 5) for _ in range(3)).double()
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64, requires_grad=True)
+    weighting = torch.randn(2, 3, 8, dtype=torch.float64)
+    found = [torch.stack([block(x) for block in blocks], 1), styles_together(blocks, x)]
+    assert torch.allclose(*found, atol=1e-12)
+    leaves = [x, *blocks.parameters()]
+    for one, other in zip(*(torch.autograd.grad((f * weighting).sum(), leaves) for f in found)):
+        assert torch.allclose(one, other, atol=1e-12)

@@ -7,6 +7,7 @@ from efficientnet_lite_pytorch import EfficientNet
 
 from models.features import pretrained
 from models.features.pretrained import WHEELS, load_feature_network, wheel_file
+from models.resnet import build_resnet, fold_batch_norms
 from utils.errors import UserError
 
 
@@ -136,3 +137,19 @@ def test_wheels_that_are_missing_or_other(monkeypatch):
     monkeypatch.setitem(pretrained.WHEELS, 'lite0', real._replace(sha256='0' * 64))
     with pytest.raises(UserError, match='SHA-256(.|\n)*--force-reinstall'):
         load_feature_network('lite0')
+
+
+def test_batch_norms_of_a_frozen_network_are_folded_into_its_convolutions():
+    torch.manual_seed(0)
+    for arch in ('resnet18', 'resnet50'):
+        net = build_resnet(arch).eval()
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+        x = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            want = net(x)
+            got = fold_batch_norms(net)(x)
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
+        assert (got - want).norm() < 1e-4 * want.norm()

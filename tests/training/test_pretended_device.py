@@ -51,10 +51,10 @@ BUDGETS = {  # (host waits, operations)
     'generator fp16': (0, 1330),
     'generator fp16, all penalties': (0, 3280),
     'projected': (0, 1965),
-    'encoder': (0, 1550),
-    'encoder bf16': (0, 1930),
-    'encoder fp16': (1, 2370),
-    'e4e': (0, 1500),
+    'encoder': (0, 1095),
+    'encoder bf16': (0, 1250),
+    'encoder fp16': (1, 1820),
+    'e4e': (0, 1160),
     'content': (0, 495),
     'content bf16': (0, 570),
     'grader': (0, 243),
@@ -63,12 +63,12 @@ BUDGETS = {  # (host waits, operations)
     # One wait at the end of the epoch of three steps.
     'pairs': (1 / 3, 241),
     'pairs bf16': (1 / 3, 290),
-    'groups': (0, 560),
-    'groups bf16': (0, 630),
-    'groups by group means': (0, 950),
-    'inversion': (0, 415),
-    'inversion bf16': (0, 485),
-    'refinement': (0, 845),
+    'groups': (0, 395),
+    'groups bf16': (0, 445),
+    'groups by group means': (0, 810),
+    'inversion': (0, 290),
+    'inversion bf16': (0, 320),
+    'refinement': (0, 510),
 }
 
 
