@@ -8,9 +8,11 @@ from torch import nn
 
 from anonymization.optimize import OptimizeConfig, style_term
 from models.features.content import ContentNetwork, load_content_network
+from models.features.guide import FORMAT, Guide, load_guide
 from models.features.pretrained import FeatureNetwork, weight_file
 from models.features.style import FILTERS, load_style_network
 from models.psp import PSP, load_psp
+from utils.errors import UserError
 from utils.io import sha256_file
 
 
@@ -20,6 +22,7 @@ class Loaded(NamedTuple):
     psp: PSP
     content: ContentNetwork | FeatureNetwork
     style: nn.Module | None
+    guide: Guide | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Networks:
     checkpoint: ReStyle-pSp file, encoder and generator. content: file of a content network, or an
     installed one ('lite0', 'lite1', 'lite2'). style: VGG19 file, an installed network, 'filters'
     for the built-in filter bank, or None for no style loss. content_arch, style_arch: timm
-    architectures of files of other networks.
+    architectures of files of other networks. guide: file of models.features.guide, for the
+    features of a pretrained content network.
     """
 
     checkpoint: str | Path
@@ -37,12 +41,15 @@ class Networks:
     style: str | Path | None = FILTERS
     content_arch: str | None = None
     style_arch: str | None = None
+    guide: str | Path | None = None
 
     def files(self) -> dict[str, Path]:
         """Weight files by role; UserError for an installed network that is not there."""
         found = {'checkpoint': Path(self.checkpoint), 'content network': weight_file(self.content)}
         if self.style is not None and str(self.style) != FILTERS:
             found['style network'] = weight_file(self.style)
+        if self.guide is not None:
+            found['guide'] = Path(self.guide)
         return found
 
     def options(self) -> dict[str, str | None]:
@@ -53,6 +60,7 @@ class Networks:
             'content_arch': self.content_arch,
             'style_weights': None if self.style is None else str(self.style),
             'style_arch': self.style_arch,
+            'guide': None if self.guide is None else str(self.guide),
         }
 
     def load(self, config: OptimizeConfig) -> Loaded:
@@ -65,7 +73,7 @@ class Networks:
         if isinstance(content, FeatureNetwork):
             content.check_side(psp.input_size)
         if self.style is None:
-            return Loaded(psp, content, None)
+            return Loaded(psp, content, None, self._guide(content))
         same = (self.content, self.content_arch) == (self.style, self.style_arch)
         style = (
             content
@@ -73,7 +81,17 @@ class Networks:
             else load_style_network(self.style, arch=self.style_arch)
         )
         style_term(style, config).check_side(psp.input_size)
-        return Loaded(psp, content, style)
+        return Loaded(psp, content, style, self._guide(content))
+
+    def _guide(self, content: ContentNetwork | FeatureNetwork) -> Guide | None:
+        if self.guide is None:
+            return None
+        if not isinstance(content, FeatureNetwork):
+            raise UserError(
+                f'--guide {self.guide} goes with a pretrained content network, such as '
+                '--content_weights=lite0'
+            )
+        return load_guide(self.guide, n_features=content.n_features, digest=content.digest)
 
     def facts(self, loaded: Loaded) -> dict[str, str]:
         """Name and SHA-256 of each network, for the manifest."""
@@ -82,6 +100,7 @@ class Networks:
             'generator and encoder': sha256_file(self.checkpoint),
             'content': _fact(loaded.content, files['content network']),
             'style': _fact(loaded.style, files.get('style network')),
+            'guide': 'none' if loaded.guide is None else f'{FORMAT} {loaded.guide.digest}',
         }
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from criteria.content import content_loss
 from criteria.gram_style import STRIDES, StyleTargets, StyleTerm
+from models.features.guide import Guide
 from models.features.pretrained import FeatureNetwork
 from models.psp import PSP
 from models.stylegan2.frozen import FrozenSynthesis
@@ -40,6 +41,7 @@ AUTO = 'auto'
 _AUTO_RATE = 0.025
 # What the published weights give with VGG19's layers at 256 px (docs/making.md).
 STYLE_RATIO = 0.05
+GUIDE_WEIGHT = 0.3  # docs/making.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,8 @@ class OptimizeConfig:
     style_ratio. lr: 'auto' takes 1/40 of the
     spread of the generator's latents. style_mode: of criteria.gram_style; None takes 'best_match'
     (published) for the published kinds of style network, and 'whole' for pretrained feature
-    networks. style_strides: of the latter's maps.
+    networks. style_strides: of the latter's maps. guide_weight: of the guide's distance beside
+    1 - cosine in the content loss, where there is a guide.
     """
 
     n_steps: int = 100
@@ -62,6 +65,7 @@ class OptimizeConfig:
     style_mode: str | None = None
     style_strides: tuple[int, ...] = STRIDES
     style_ratio: float = STYLE_RATIO
+    guide_weight: float = GUIDE_WEIGHT
 
 
 class Group(NamedTuple):
@@ -148,7 +152,8 @@ class GroupOptimizer:
 
     psp: models.psp.PSP; content_net: ContentNetwork or FeatureNetwork of models.features;
     style_net: a network of models.features.style, or a FeatureNetwork; None for no style loss
-    (L_s is 0). The same FeatureNetwork given as both is passed once a step. precision: 'fp32',
+    (L_s is 0). The same FeatureNetwork given as both is passed once a step. guide: for the
+    features of content_net; its distance is a part of L_c. precision: 'fp32',
     'tf32', or 'bf16' (generator and feature networks in bfloat16; latents, styles, Adam, Gram
     matrices and losses stay float32). The networks are moved to `device`, the feature networks
     are converted in place, and the generator's weights are copied: later changes to it have no
@@ -164,6 +169,7 @@ class GroupOptimizer:
         config: OptimizeConfig,
         device: torch.device | str,
         precision: str = 'fp32',
+        guide: Guide | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f'precision={precision!r}, want one of {PRECISIONS}')
@@ -174,6 +180,7 @@ class GroupOptimizer:
         layout = {'device': self.device, 'dtype': dtype, 'memory_format': torch.channels_last}
         self.content_net = content_net.to(**layout)
         self.style = None if style_net is None else style_term(style_net.to(**layout), config)
+        self.guide = None if guide is None else guide.to(self.device)
         shared = content_net is style_net and isinstance(content_net, FeatureNetwork)
         self._shared_strides = content_net.pooled_strides if shared else ()
 
@@ -202,17 +209,20 @@ class GroupOptimizer:
         image = self.synthesis(ws)
         y = self.psp.pool(image)
         if self.style is None:
-            content = content_loss(self.content_net.features(y), targets.content)
+            content = self._content(self.content_net.features(y), targets)
             return content, torch.zeros_like(content), image
         maps = self.style.maps(y, self._shared_strides)
         features = (
             self.content_net.pool(maps) if self._shared_strides else self.content_net.features(y)
         )
-        return (
-            content_loss(features, targets.content),
-            self.style.loss(maps, targets.style),
-            image,
-        )
+        return (self._content(features, targets), self.style.loss(maps, targets.style), image)
+
+    def _content(self, features: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """L_c [G] of features [G, F]."""
+        loss = content_loss(features, targets.content)
+        if self.guide is None:
+            return loss
+        return loss + self.config.guide_weight * self.guide.distance(features, targets.content)
 
     def peak_rate(self) -> float:
         """The peak learning rate of the latents, 'auto' resolved."""

@@ -50,6 +50,7 @@ from anonymization.workers import deterministic_algorithms, each, memory, run_wi
 from datasets.people import merge_duplicates
 from datasets.table import Table
 from models.features.content import ContentNetwork
+from models.features.guide import Guide
 from models.features.pretrained import FeatureNetwork
 from models.psp import PSP, FrozenPSP, invert
 from utils import distributed
@@ -83,7 +84,7 @@ class Pipeline:
     """One run in `exp_dir`.
 
     table: datasets.table.Table with files; digests: of each photograph's pixels. psp,
-    content_net, style_net: loaded networks. facts: plain dict for the manifest ('networks',
+    content_net, style_net, guide: loaded networks. facts: plain dict for the manifest ('networks',
     'versions').
     workers: loading processes. threads: units computed at a time on a CPU. Raises UserError when
     a stratum column is missing.
@@ -98,6 +99,7 @@ class Pipeline:
         psp: PSP,
         content_net: ContentNetwork | FeatureNetwork,
         style_net: nn.Module | None,
+        guide: Guide | None = None,
         settings: Settings,
         device: str | torch.device,
         facts: dict,
@@ -111,6 +113,7 @@ class Pipeline:
         self.threads = threads if self.device.type == 'cpu' else 1
         self.alone = self.device.type == 'cpu' or settings.deterministic
         self.psp, self.content_net, self.style_net = psp, content_net, style_net
+        self.guide = guide
         self.photos = Photographs(table, psp.input_size, settings.mirror_left)
         self.people = merge_duplicates(table.patients, digests)
         self.unit = 'images' if table.patients is None else 'patients'
@@ -369,6 +372,7 @@ class Pipeline:
                 config=self.settings.optimize,
                 device=self.device,
                 precision=self.settings.precision,
+                guide=self.guide,
             )
             steps = self.settings.optimize.n_steps
             log.info('optimising %d groups, %d at a time, %d steps', n_groups, at_once, steps)

@@ -6,8 +6,10 @@ Draws phantoms, inverts and groups those of the members once, and makes the grou
 every row's losses. A row says how a probe (lite1) that was trained on other people's photographs
 reads the groups' shares of referable disease, what the projection attack finds out on the maker's
 own features and on lite1 (membership of people by one photograph each, own group at rank 1), and
-how much power the pictures have at high frequencies. Rows are kept in --out_dir; the same command
-goes on where it stopped. frontier.md and sheet.png (members, then the rows) are written anew.
+how much power the pictures have at high frequencies. The second table says what graders learn from
+the row's pictures alone. Photographs and samples of the generator are the attacks' controls.
+Rows are kept in --out_dir; the same command goes on where it stopped. frontier.md and sheet.png
+(members, then the rows) are written anew.
 """
 
 import sys
@@ -25,31 +27,29 @@ import time
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int, Shaped, UInt8
-from torch import Tensor
+from jaxtyping import Int, UInt8
 
 from anonymization.grouping import assign_groups
 from anonymization.optimize import PRECISIONS, Group, GroupOptimizer, OptimizeConfig
+from benchmarks.appraisal import MAKER, NETWORKS, Appraiser, Photographs, described, pictures_of
 from benchmarks.machine import describe
 from datasets.phantoms.dataset import make_dataset
-from datasets.table import Table, read_table
-from evaluation.attacks.projection import attack_features, projection_attack
-from evaluation.probe import Probe, fit_probe, read_release
-from evaluation.spectra import high_frequency_ratio
+from datasets.table import read_table
 from models.features.pretrained import load_feature_network
+from models.features.style import FILTERS
 from models.psp import PSP, FrozenPSP, invert, load_psp
+from models.stylegan2.sampling import seed_latents
 from utils.cli import add_common, parser, positive_int, resolve_device, run
 from utils.errors import UserError
-from utils.images import from_uint8, grid, load_rgb, save_png, to_uint8
-from utils.io import atomic_path, write_json, write_text
+from utils.images import from_uint8, grid, save_png, to_uint8
+from utils.io import atomic_path, sha256_bytes, write_json, write_text
 from utils.logs import setup_logging
 from utils.seeds import numpy_generator
 
 log = logging.getLogger(__name__)
 
-MAKER, JUDGE = 'lite0', 'lite1'
-REFERABLE = 2
 _BATCH = 10
+_SINGLE = 200  # photographs in the row without groups
 _SHEET_GROUPS = 8
 AUTO = {'style_weight': 'auto', 'lr': 'auto', 'content_weight': 1.0}
 CONTENT_ONLY = {**AUTO, 'style_weight': 0.0}
@@ -57,14 +57,20 @@ CONTENT_ONLY = {**AUTO, 'style_weight': 0.0}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: the size of the groups and the settings; none are baselines."""
+    """One line of the table: the size of the groups and the settings; none are baselines.
+
+    independent: samples of the generator stand in the place of the groups' pictures.
+    """
 
     k: int = 5
     settings: dict | None = None
+    independent: bool = False
 
 
 STRONG = {**AUTO, 'n_steps': 40, 'style_ratio': 3.0}  # both losses of about equal size
 ROWS = {
+    'photographs': Row(1),
+    'samples of the generator': Row(independent=True),
     'pixel average': Row(),
     'centroid': Row(settings={**AUTO, 'n_steps': 0}),
     'content only, 40 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 40}),
@@ -123,18 +129,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar='DIR',
         help='measure this finished run of scripts/k-SALSA.py on phantoms instead',
     )
+    p.add_argument(
+        '--cnn',
+        metavar='YAML',
+        help='a network of this configuration of classification/configs (small.yaml), trained '
+        "on the others' photographs, reads the releases too; give it from the first row on",
+    )
     p.add_argument('--precision', choices=PRECISIONS, default='bf16', help='of the optimisation')
     return add_common(p)
-
-
-@dataclasses.dataclass
-class Photographs:
-    """Photographs uint8 [n, 3, S, S] with grades, people, and attack features by network."""
-
-    pictures: np.ndarray
-    grades: np.ndarray
-    people: np.ndarray
-    features: dict[str, dict[str, np.ndarray]]
 
 
 def photographs(
@@ -145,25 +147,7 @@ def photographs(
     if not (folder / 'labels.csv').exists():
         make_dataset(folder, n_patients=opts.n_patients, size=side, seed=seed)
     table = read_table(folder / 'labels.csv', require_label=True)
-    return described(table, {n: opts.out_dir / f'{role}_{n}.npz' for n in (MAKER, JUDGE)}, device)
-
-
-def pictures_of(paths: list[Path]) -> UInt8[np.ndarray, 'n 3 S S']:
-    """uint8 [n, 3, S, S]."""
-    return np.stack([np.asarray(load_rgb(p)).transpose(2, 0, 1) for p in paths])
-
-
-def described(table: Table, files: dict[str, Path], device: torch.device) -> Photographs:
-    """The photographs of a table with their features, which are kept in `files` by network."""
-    pictures, features = pictures_of(table.paths), {}
-    for name, path in files.items():
-        if not path.exists():
-            found = attack_features(load_feature_network(name).to(device), pictures)
-            with atomic_path(path) as temp, open(temp, 'wb') as file:
-                np.savez(file, **found)
-        with np.load(path) as data:
-            features[name] = dict(data)
-    return Photographs(pictures, table.labels, np.array(table.patients), features)
+    return described(table, opts.out_dir / role, device)
 
 
 def finished_run(
@@ -177,13 +161,14 @@ def finished_run(
         raise UserError(f'--run {folder}: its group table is not of {options["df"]}')
     names = sorted(p.stem for p in (folder / 'release/images').iterdir())
     groups = [np.flatnonzero(frame.release_name == name) for name in names]
-    members = described(table, {n: cache / f'run_{n}.npz' for n in (MAKER, JUDGE)}, device)
+    mark = sha256_bytes(str(folder.resolve()).encode())[:8]
+    members = described(table, cache / f'run_{mark}', device)
     return members, groups, pictures_of([folder / f'release/images/{n}.png' for n in names])
 
 
 def latents(
     opts: argparse.Namespace, members: Photographs, psp: PSP, device: torch.device
-) -> Float[Tensor, 'n L D']:
+) -> Float[torch.Tensor, 'n L D']:
     """Latents [n, L, D] of the members, found once."""
     path = opts.out_dir / 'latents.npy'
     if not path.exists():
@@ -200,12 +185,18 @@ def latents(
 def groups_of(
     k: int,
     members: Photographs,
-    ws: Float[Tensor, 'n L D'],
+    ws: Float[torch.Tensor, 'n L D'],
     n_groups: int | None,
     seed: int,
     device: torch.device,
 ) -> list[Int[np.ndarray, ' _']]:
-    """Member rows of each group, as the main job groups them; n_groups of them by chance."""
+    """Member rows of each group, as the main job groups them; n_groups of them by chance.
+
+    k = 1: photographs by themselves, at most _SINGLE of them.
+    """
+    if k == 1:
+        order = numpy_generator(seed, 'groups', k).permutation(len(ws))
+        return [np.array([i]) for i in order[: min(n_groups or _SINGLE, _SINGLE)]]
     _, people = np.unique(members.people, return_inverse=True)
     labels = np.asarray(
         assign_groups(
@@ -221,12 +212,14 @@ def release(
     row: Row,
     groups: list[Int[np.ndarray, ' _']],
     members: Photographs,
-    ws: Float[Tensor, 'n L D'],
+    ws: Float[torch.Tensor, 'n L D'],
     psp: PSP,
     opts: argparse.Namespace,
     device: torch.device,
 ) -> UInt8[np.ndarray, 'G 3 S S']:
     """The groups' pictures, uint8 [G, 3, S, S]."""
+    if row.independent:
+        return samples(len(groups), psp, opts.seed, device)
     if row.settings is None:
         return np.stack([np.rint(members.pictures[g].mean(0)).astype(np.uint8) for g in groups])
     net = load_feature_network(MAKER)
@@ -249,99 +242,70 @@ def release(
     return torch.cat(made).numpy()
 
 
-def one_each(
-    people: Shaped[np.ndarray, ' n'], rows: Int[np.ndarray, ' r'], rng: np.random.Generator
-) -> Int[np.ndarray, ' p']:
-    """One of the rows of every person, by chance."""
-    rows = rng.permutation(rows)
-    return rows[np.unique(people[rows], return_index=True)[1]]
-
-
-def measure(
-    pictures: UInt8[np.ndarray, 'G 3 S S'],
-    groups: list[Int[np.ndarray, ' _']],
-    members: Photographs,
-    others: Photographs,
-    probe: Probe,
-    seed: int,
-    device: torch.device,
-) -> dict:
-    """The columns of the table for one release."""
-    share = np.array([(members.grades[g] >= REFERABLE).mean() for g in groups])
-    rng = numpy_generator(seed, 'candidates')
-    own = np.full(len(members.people), -1)
-    for i, g in enumerate(groups):
-        own[g] = i
-    inside = one_each(members.people, np.flatnonzero(own >= 0), rng)
-    reference = one_each(others.people, np.flatnonzero(is_reference(others)), rng)
-    outside = one_each(others.people, np.flatnonzero(~is_reference(others)), rng)
-    found = {
-        'n_groups': len(groups),
-        'high_frequencies': high_frequency_ratio(
-            members.pictures, pictures, people=list(members.people)
-        ),
-    }
-    for name in (MAKER, JUDGE):
-        ours = attack_features(load_feature_network(name).to(device), pictures)
-
-        def part(whose: Photographs, rows: Shaped[np.ndarray, ' r'], name: str = name) -> dict:
-            return {kind: values[rows] for kind, values in whose.features[name].items()}
-
-        attacked = projection_attack(
-            part(members, inside),
-            part(others, outside),
-            ours,
-            part(others, reference),
-            member_people=list(members.people[inside]),
-            other_people=list(others.people[outside]),
-            group_of=own[inside],
-        )
-        found[name] = {
-            'auc': attacked.auc,
-            'reading': str(attacked.reading),
-            'rank_1': attacked.ranks['rank_1'],
-            'rank_5': attacked.ranks['rank_5'],
-        }
-        if name == JUDGE:
-            found['reading'] = read_release(probe.score(ours['pooled']), share)._asdict()
-    return found
-
-
-def is_reference(others: Photographs) -> Bool[np.ndarray, ' n']:
-    """Which rows show the first half of the people: reference of the attack, and the probe's."""
-    people = list(dict.fromkeys(others.people))
-    return np.isin(others.people, people[: len(people) // 2])
-
-
-def judge(others: Photographs) -> Probe:
-    """A ridge probe of the judging network, trained on photographs of the reference people."""
-    rows = is_reference(others)
-    grades = np.eye(5)[others.grades[rows]]
-    return fit_probe(
-        others.features[JUDGE]['pooled'][rows],
-        grades,
-        people=list(others.people[rows]),
-        kind='ridge',
-    )
+@torch.no_grad()
+def samples(n: int, psp: PSP, seed: int, device: torch.device) -> UInt8[np.ndarray, 'n 3 S S']:
+    """n pictures of the generator that depend on nobody, uint8 [n, 3, S, S]."""
+    psp = psp.to(device)
+    draws = seed_latents(range(seed, seed + n), psp.decoder.style_dim).to(device)
+    made = [to_uint8(psp.pool(psp.decoder(z))).cpu() for z in draws.split(_BATCH)]
+    return torch.cat(made).numpy()
 
 
 def markdown(results: dict[str, dict]) -> str:
-    """The table of all rows."""
-    lines = [
-        '| release | k | groups | correlation of a photograph-trained probe with the shares '
-        '| membership, lite0 | membership, lite1 | own group rank 1 | high frequencies '
-        '| seconds a group |',
-        '|---|---|---|---|---|---|---|---|---|',
-    ]
-    for name, r in results.items():
-        c = r['reading']['correlation']
-        lines.append(
-            f'| {name} | {r["k"]} | {r["n_groups"]} | {c["value"]:.2f} ({c["low"]:.2f} to '
-            f'{c["high"]:.2f}) | {r[MAKER]["auc"]:.2f} | {r[JUDGE]["auc"]:.2f} | '
-            f'{r[MAKER]["rank_1"]:.2f} | {r["high_frequencies"]["value"]:.2f} | '
-            f'{r["seconds"]:.1f} |'
-        )
-    return '\n'.join(lines) + '\n'
+    """What all rows tell an attacker, and what they tell a grader."""
+    leaks = _table(
+        [
+            'release',
+            'k',
+            'groups',
+            'correlation of a photograph-trained probe with the shares',
+            *(f'membership, {n}' for n in NETWORKS),
+            'own group rank 1',
+            'high frequencies',
+            'seconds a group',
+        ],
+        [
+            [
+                name,
+                str(r['k']),
+                str(r['n_groups']),
+                _interval(r['reading']['correlation']),
+                *(f'{r[n]["auc"]:.2f}' for n in NETWORKS),
+                f'{r[MAKER]["rank_1"]:.2f}',
+                f'{r["high_frequencies"]["value"]:.2f}',
+                f'{r["seconds"]:.1f}',
+            ]
+            for name, r in results.items()
+        ],
+    )
+    learners = (*NETWORKS, FILTERS)
+    lessons = _table(
+        [
+            'trained on',
+            *(f'{n} probe, AUC' for n in learners),
+            'score of a photograph-trained CNN against the shares',
+            *(f'nearest picture, {n}' for n in NETWORKS),
+        ],
+        [
+            [
+                name,
+                *('-' if r['lessons'][n] is None else f'{r["lessons"][n]:.3f}' for n in learners),
+                _interval(r['cnn']['correlation']) if 'cnn' in r else '-',
+                *(f'{r[n]["nearest"]:.2f}' for n in NETWORKS),
+            ]
+            for name, r in results.items()
+        ],
+    )
+    return f'{leaks}\n{lessons}'
+
+
+def _interval(value: dict[str, float]) -> str:
+    return f'{value["value"]:.2f} ({value["low"]:.2f} to {value["high"]:.2f})'
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ['---'] * len(heads), *rows]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
 def write_sheet(
@@ -375,26 +339,28 @@ def main(argv: list[str] | None = None) -> int:
     opts.out_dir.mkdir(parents=True, exist_ok=True)
     # Seed 1 drew the photographs that the embedded weights were trained on, 2 those of the demo.
     others = photographs(opts, 'others', opts.seed + 202, psp.input_size, device)
-    probe = judge(others)
-    if opts.run is not None:
+    if opts.run is None:
+        members = photographs(opts, 'members', opts.seed + 101, psp.input_size, device)
+    else:
         members, groups, pictures = finished_run(opts.run, opts.out_dir, device)
-        found = measure(pictures, groups, members, others, probe, opts.seed, device)
-        print(json.dumps(found, indent=2))
+    appraiser = Appraiser(
+        members,
+        others,
+        seed=opts.seed,
+        device=device,
+        cnn=opts.cnn,
+        checkpoint=opts.out_dir / 'cnn.pt',
+    )
+    if opts.run is not None:
+        print(json.dumps(appraiser.measure(pictures, groups), indent=2))
         return 0
-    members = photographs(opts, 'members', opts.seed + 101, psp.input_size, device)
-    compare(opts, members, others, probe, psp, device)
+    compare(opts, appraiser, psp, device)
     return 0
 
 
-def compare(
-    opts: argparse.Namespace,
-    members: Photographs,
-    others: Photographs,
-    probe: Probe,
-    psp: PSP,
-    device: torch.device,
-) -> None:
-    """Computes the rows that are missing, and writes table and sheet."""
+def compare(opts: argparse.Namespace, appraiser: Appraiser, psp: PSP, device: torch.device) -> None:
+    """Computes the rows that are missing, and writes tables and sheet."""
+    members = appraiser.members
     ws, results, groups = latents(opts, members, psp, device), {}, {}
     for name, row in ROWS.items():
         path = opts.out_dir / f'{slug(name)}.json'
@@ -406,17 +372,11 @@ def compare(
             seconds = (time.process_time() - begin) / len(groups[row.k])
             with atomic_path(path.with_suffix('.npy')) as temp, open(temp, 'wb') as file:
                 np.save(file, pictures)
-            write_json(
-                path,
-                {
-                    'k': row.k,
-                    'seconds': seconds,
-                    **measure(pictures, groups[row.k], members, others, probe, opts.seed, device),
-                },
-            )
+            found = appraiser.measure(pictures, groups[row.k])
+            write_json(path, {'k': row.k, 'seconds': seconds, **found})
         if path.exists():
             results[name] = json.loads(path.read_text(encoding='utf-8'))
-            log.info('\n%s', markdown({name: results[name]}).splitlines()[-1])
+            log.info('\n%s', markdown({name: results[name]}))
     write_text(opts.out_dir / 'frontier.md', markdown(results))
     write_sheet(opts, results, members, groups[5])
     print(f'{describe(device)}\n\n{markdown(results)}')

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SCORES = ('accuracy', 'balanced_accuracy', 'kappa', 'auc_referable', 'auc')
 WEIGHTS = {'best': 'best_validation_weights.pt', 'final': 'final_weights.pt'}
+GUIDE = 'guide.pt'
 _RESULT = 'result.json'
 
 
@@ -43,7 +44,7 @@ def run_seeds(
 ) -> dict | None:
     """Trains one grader per seed of `config` and tests each; returns the JSON-able results.
 
-    A network or a probe, as `config.grader` says (a probe has no epochs and leaves no weights).
+    A network or a probe, as `config.grader` says (a probe has no epochs and leaves a guide).
     data: TrainingSet with its pictures uint8 [n, 3, S, S]. test: labelled Table with its
     pictures [m, 3, S, S]. n_draw: train each seed on that many pictures, drawn by the seed.
     `out_dir`/seed_<s> holds the weights, records and checkpoint of a seed; finished seeds are
@@ -61,7 +62,7 @@ def run_seeds(
             continue
         rows = _drawn(len(data), n_draw, seed)
         if prober is not None:
-            records.append(prober.record(seed, rows))
+            records.append(prober.record(seed, rows, folder / GUIDE))
             write_json(folder / _RESULT, records[-1])
             continue
         record = _run_seed(

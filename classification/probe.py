@@ -2,6 +2,7 @@
 
 import logging
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from classification.settings import Config
 from datasets.table import Table
 from evaluation.judges import Judge, made
 from evaluation.probe import fit_probe, pooled_features
+from models.features.guide import save_guide
 from models.features.pretrained import load_feature_network
 
 log = logging.getLogger(__name__)
@@ -54,10 +56,11 @@ class ProbeGrader:
     def _features(self) -> list[np.ndarray]:
         return [pooled_features(self._judge.network, p, device=self.device) for p in self._pictures]
 
-    def record(self, seed: int, rows: Int[np.ndarray, ' r']) -> dict:
+    def record(self, seed: int, rows: Int[np.ndarray, ' r'], guide: Path) -> dict:
         """Scores of a probe on the training pictures `rows`, like a network's record.
 
-        The seed divides the people for the cross-validation.
+        The seed divides the people for the cross-validation. What the probe reads is written to
+        the file `guide` (models.features.guide).
         """
         data, (train, test) = self.data, self._features
         soft = data.targets(self.config.labels)
@@ -65,6 +68,13 @@ class ProbeGrader:
         people = None if data.groups is None else [data.groups[i] for i in rows]
         probe = fit_probe(
             train[rows], shares[rows], people=people, kind=self.config.probe, seed=seed
+        )
+        network = self._judge.network
+        save_guide(
+            guide,
+            torch.from_numpy(probe.directions(train[rows])),
+            network=network.name,
+            digest=network.digest,
         )
         grades, score = probe.grades(test), probe.score(test)
         found = grading_metrics(self.test.grades, grades, score)
@@ -75,7 +85,7 @@ class ProbeGrader:
             'seed': seed,
             'n_train': len(rows),
             'features': self._judge.label,
-            'features_sha256': self._judge.network.digest,
+            'features_sha256': network.digest,
             'strength': probe.strength,
             'grade_strength': probe.grade_strength,
             'test_best': found,

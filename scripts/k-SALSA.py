@@ -26,7 +26,7 @@ from anonymization import Networks, Settings, anonymize
 from anonymization.card import FIELDS as CARD_FIELDS
 from anonymization.card import read_card
 from anonymization.grouping import METHODS, POLICIES, SURPLUS
-from anonymization.optimize import PRECISIONS, STYLE_RATIO
+from anonymization.optimize import GUIDE_WEIGHT, PRECISIONS, STYLE_RATIO
 from anonymization.settings import STRATA
 from configs.paths_config import model_paths
 from criteria.gram_style import MODES as STYLE_MODES
@@ -217,6 +217,21 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         '--style_arch', metavar='NAME', help='timm architecture of the file of --style_weights'
     )
+    g.add_argument(
+        '--guide',
+        type=Path,
+        metavar='FILE',
+        help='what a grader of public photographs reads in the content network: guide.pt of '
+        "classification/main.py -config guide.yaml; pictures keep what it reads in the members' "
+        'mean',
+    )
+    g.add_argument(
+        '--guide_weight',
+        type=cli.nonnegative_float,
+        default=GUIDE_WEIGHT,
+        metavar='FLOAT',
+        help='weight of the guide within the content loss',
+    )
     g = p.add_argument_group('output')
     g.add_argument(
         '--resize_outputs',
@@ -296,6 +311,7 @@ def networks_of(opts: argparse.Namespace) -> Networks:
         style,
         opts.content_arch,
         opts.style_arch,
+        opts.guide,
     )
 
 

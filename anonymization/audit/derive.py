@@ -252,6 +252,7 @@ def check_networks(run: Run, found: Findings) -> None:
         'generator and encoder': inputs.get('checkpoint'),
         'content': inputs.get('content network'),
         'style': style,
+        'guide': inputs.get('guide', 'none'),
     }
     if (
         not isinstance(networks, dict)

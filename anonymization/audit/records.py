@@ -36,6 +36,7 @@ SETTINGS = {
     'style_mode': 'style_mode',
     'style_strides': 'style_strides',
     'style_ratio': 'style_ratio',
+    'guide_weight': 'guide_weight',
     'precision': 'precision',
     'mirror_left': 'mirror_left',
 }

@@ -87,7 +87,7 @@ def _versions(value: Any) -> bool:
 
 
 def _networks(value: Any) -> bool:
-    roles = ['generator and encoder', 'content', 'style']
+    roles = ['generator and encoder', 'content', 'style', 'guide']
     return (
         isinstance(value, dict)
         and list(value) == roles
@@ -115,6 +115,7 @@ _MANIFEST: dict[str, Callable[[Any], bool]] = {
         style_mode=_or_none(_text(_WORD)),
         style_strides=_strides,
         style_ratio=_number(),
+        guide_weight=_number(),
         precision=_one_of('fp32', 'tf32', 'bf16'),
         mirror_left=lambda v: isinstance(v, bool),
     ),

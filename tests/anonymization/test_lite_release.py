@@ -1,6 +1,7 @@
 """The main job on pretrained networks: what stands in the manifest, and early errors."""
 
 import json
+import socket
 
 import numpy as np
 import pytest
@@ -8,12 +9,14 @@ import torch
 from conftest import load_script
 from release_fixture import arguments, save_networks, save_photographs
 
+from anonymization.optimize import GUIDE_WEIGHT
 from models.encoders import build_encoder
-from models.features.pretrained import WHEELS
+from models.features.guide import save_guide
+from models.features.pretrained import WHEELS, load_feature_network
 from models.psp import PSP, psp_checkpoint
 from models.stylegan2 import Generator
 from utils.errors import UserError
-from utils.io import save_torch
+from utils.io import save_torch, sha256_file
 
 k_salsa = load_script('k-SALSA')
 LITE0 = f'lite0 {WHEELS["lite0"].sha256}'
@@ -56,6 +59,34 @@ def test_networks_stand_in_the_manifest(setting, tmp_path, options, style):
     assert manifest['settings']['lr'] == 'auto'
     losses = np.load(tmp_path / 'run/private/losses.npy')
     assert np.isfinite(losses).all() and (losses[..., 1].max() == 0) == (style == 'none')
+
+
+def test_a_guide_stands_in_the_manifest(setting, tmp_path, monkeypatch):
+    net = load_feature_network('lite0')
+    directions = torch.ones(net.n_features, 1)
+    save_guide(tmp_path / 'guide.pt', directions, network=net.name, digest=net.digest)
+    options = {'style_weight': 0, 'num_steps': 2, 'guide': tmp_path / 'guide.pt'}
+    command = arguments(
+        setting, setting / 'data', tmp_path / 'run', content_weights='lite0', **options
+    )
+    monkeypatch.setattr(socket, 'socket', _offline)  # nor does anything ask the network
+    assert k_salsa.main(command) == 0
+    manifest = json.loads((tmp_path / 'run/release/manifest.json').read_text())
+    assert manifest['networks']['guide'] == f'k-salsa-guide {sha256_file(tmp_path / "guide.pt")}'
+    assert manifest['settings']['guide_weight'] == GUIDE_WEIGHT
+
+
+def _offline(*_, **__):
+    raise AssertionError('the main job opened a socket')
+
+
+def test_a_guide_needs_a_pretrained_content_network(tmp_path):
+    save_networks(tmp_path)
+    save_photographs(tmp_path / 'data', 10)
+    command = arguments(tmp_path, tmp_path / 'data', tmp_path / 'run', guide=tmp_path / 'psp.pt')
+    with pytest.raises(UserError, match='goes with a pretrained content network'):
+        k_salsa.main(command)
+    assert not (tmp_path / 'run').exists()
 
 
 def test_encoders_below_64_px_are_refused_before_the_work(setting, tmp_path):

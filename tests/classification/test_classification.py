@@ -415,6 +415,7 @@ def test_all_configurations_load():
         'eyepacs.yaml',
         'eyepacs_2cls.yaml',
         'finetune.yaml',
+        'guide.yaml',
         'probe.yaml',
         'small.yaml',
     ]
@@ -548,7 +549,7 @@ def test_the_probe_is_a_grader(study, monkeypatch, capsys):
     assert found['summary']['kappa']['mean'] > 0.7 and found['initial_weights'] == 'lite1'
     low, high = found['seeds'][0]['test_best']['interval_95']['auc_referable']
     assert low <= found['summary']['auc_referable']['mean'] <= high
-    assert {p.name for p in (study / 'out' / 'seed_0').iterdir()} == {'result.json'}
+    assert {p.name for p in (study / 'out' / 'seed_0').iterdir()} == {'result.json', 'guide.pt'}
     digest = load_feature_network('lite0').digest
     (study / 'release' / 'manifest.json').write_text(
         json.dumps({'networks': {'content': f'lite0 {digest}'}})

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
+from feature_engine import engine, group_for, pictures
 from small_engine import small_engine
 
-from anonymization.optimize import Group, GroupOptimizer, OptimizeConfig, learning_rate
+from anonymization.optimize import learning_rate
 from criteria.gram_style import StyleTerm
 from criteria.local_style import local_style_loss, patch_grams
-from models.encoders import build_encoder
 from models.features.pretrained import load_feature_network
 from models.features.style import FilterBank, VGGStyle
-from models.psp import PSP
-from models.stylegan2 import Generator
 from models.stylegan2.sampling import latent_spread
 from utils.errors import UserError
 
@@ -19,13 +17,6 @@ from utils.errors import UserError
 @pytest.fixture(scope='module')
 def lite0():
     return load_feature_network('lite0')
-
-
-def pictures(n, side=64, seed=0):
-    """Smooth random pictures in [-1, 1]."""
-    draw = torch.Generator().manual_seed(seed)
-    small = torch.rand(n, 3, side // 8, side // 8, generator=draw) * 2 - 1
-    return torch.nn.functional.interpolate(small, size=side, mode='bicubic').clamp(-1, 1)
 
 
 def targets_of(term, members):
@@ -99,30 +90,6 @@ def test_what_is_too_small_is_said_before_the_work(lite0):
         StyleTerm(lite0, mode='same_place', n_crop=17, relative=True).check_side(64)
     with pytest.raises(UserError, match='--num_crop 40: more than the 32 px'):
         StyleTerm(FilterBank(), mode='best_match', n_crop=40, relative=True).check_side(32)
-
-
-def engine(content_net, style_net, side=64, **options):
-    """A small untrained generator and encoder around the given networks."""
-    torch.manual_seed(0)
-    channels = {s: 8 for s in (4, 8, 16, 32, 64, 128) if s <= side}
-    decoder = Generator(side, style_dim=16, n_mlp=2, channels=channels)
-    encoder = build_encoder(
-        'LightEncoder', n_styles=decoder.n_latent, input_size=side, style_dim=16, width=8
-    )
-    psp = PSP(encoder, decoder, 0.1 * torch.randn(16), side)
-    config = OptimizeConfig(**{'style_weight': 'auto', 'lr': 'auto', 'n_steps': 4, **options})
-    return GroupOptimizer(psp, content_net, style_net, config=config, device='cpu')
-
-
-def group_for(made, k=3, seed=1):
-    """A group whose content features are those of its photographs."""
-    side = made.psp.input_size
-    photos = pictures(k, side, seed)
-    draw = torch.Generator().manual_seed(seed)
-    ws = torch.randn(k, made.synthesis.n_latent, 16, generator=draw)
-    return Group(
-        ws, ((photos + 1) * 127.5).round().to(torch.uint8), made.content_net.features(photos)
-    )
 
 
 def test_one_network_for_both_losses_gives_the_same_numbers(lite0):
