@@ -41,7 +41,7 @@ AUTO = 'auto'
 _AUTO_RATE = 0.025
 # What the published weights give with VGG19's layers at 256 px (docs/making.md).
 STYLE_RATIO = 0.05
-GUIDE_WEIGHT = 0.3  # docs/making.md
+GUIDE_WEIGHT = 0.1  # docs/making.md
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ import time
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from anonymization.grouping import assign_groups
 from anonymization.optimize import PRECISIONS, Group, GroupOptimizer, OptimizeConfig
@@ -35,6 +35,7 @@ from benchmarks.appraisal import MAKER, NETWORKS, Appraiser, Photographs, descri
 from benchmarks.machine import describe
 from datasets.phantoms.dataset import make_dataset
 from datasets.table import read_table
+from models.features.guide import load_guide
 from models.features.pretrained import load_feature_network
 from models.features.style import FILTERS
 from models.psp import PSP, FrozenPSP, invert, load_psp
@@ -48,6 +49,7 @@ from utils.seeds import numpy_generator
 
 log = logging.getLogger(__name__)
 
+WEIGHTS = ROOT / 'pretrained_models/demo'
 _BATCH = 10
 _SINGLE = 200  # photographs in the row without groups
 _SHEET_GROUPS = 8
@@ -59,12 +61,14 @@ CONTENT_ONLY = {**AUTO, 'style_weight': 0.0}
 class Row:
     """One line of the table: the size of the groups and the settings; none are baselines.
 
-    independent: samples of the generator stand in the place of the groups' pictures.
+    independent: samples of the generator stand in the place of the groups' pictures. guided: the
+    embedded guide is part of the content loss.
     """
 
     k: int = 5
     settings: dict | None = None
     independent: bool = False
+    guided: bool = False
 
 
 STRONG = {**AUTO, 'n_steps': 40, 'style_ratio': 3.0}  # both losses of about equal size
@@ -76,7 +80,11 @@ ROWS = {
     'content only, 40 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 40}),
     'content only, 60 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 60}),
     'content only, 100 steps': Row(settings=CONTENT_ONLY),
-    'whole picture, 60 steps (default)': Row(settings={**AUTO, 'n_steps': 60}),
+    'content and guide, 40 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 40}, guided=True),
+    'whole picture, 60 steps': Row(settings={**AUTO, 'n_steps': 60}),
+    'whole picture and guide, 40 steps (default)': Row(
+        settings={**AUTO, 'n_steps': 40}, guided=True
+    ),
     'whole picture, ratio 3, 40 steps': Row(settings=STRONG),
     'whole picture, ratio 3, 100 steps': Row(settings={**STRONG, 'n_steps': 100}),
     'whole picture, ratio 3, stride 8, 40 steps': Row(settings={**STRONG, 'style_strides': (8,)}),
@@ -88,6 +96,7 @@ ROWS = {
     ),
     'content only, 100 steps, k = 10': Row(10, CONTENT_ONLY),
     'whole picture, 100 steps, k = 10': Row(10, AUTO),
+    'whole picture and guide, 40 steps, k = 10': Row(10, {**AUTO, 'n_steps': 40}, guided=True),
     'whole picture, ratio 3, 40 steps, k = 10': Row(10, STRONG),
 }
 
@@ -99,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         '--checkpoint',
         type=Path,
-        default=ROOT / 'pretrained_models/demo/restyle.pt',
+        default=WEIGHTS / 'restyle.pt',
         metavar='FILE',
         help='ReStyle-pSp checkpoint',
     )
@@ -223,6 +232,9 @@ def release(
     if row.settings is None:
         return np.stack([np.rint(members.pictures[g].mean(0)).astype(np.uint8) for g in groups])
     net = load_feature_network(MAKER)
+    guide = None
+    if row.guided:
+        guide = load_guide(WEIGHTS / 'guide.pt', n_features=net.n_features, digest=net.digest)
     engine = GroupOptimizer(
         psp,
         net,
@@ -230,6 +242,7 @@ def release(
         config=OptimizeConfig(**row.settings),
         device=device,
         precision=opts.precision,
+        guide=guide,
     )
     pooled = torch.from_numpy(members.features[MAKER]['pooled'])
     made = []

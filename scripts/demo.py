@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         '--num_steps',
         type=cli.nonnegative_int,
-        default=60,
+        default=40,
         metavar='STEPS',
         help='optimisation steps per group',
     )
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     release = anonymize(
         read_table(data / 'labels.csv', data / 'images'),
-        Networks(WEIGHTS / 'restyle.pt', 'lite0', 'lite0'),
+        Networks(WEIGHTS / 'restyle.pt', 'lite0', 'lite0', guide=WEIGHTS / 'guide.pt'),
         Settings(
             k=opts.same_k,
             centroids=True,

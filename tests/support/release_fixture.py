@@ -74,7 +74,7 @@ def release_facts(card: Path | None = None) -> dict[str, Any]:
             'style_mode': None,
             'style_strides': (4, 8),
             'style_ratio': 0.05,
-            'guide_weight': 0.3,
+            'guide_weight': 0.1,
             'precision': 'fp32',
             'mirror_left': False,
         },
