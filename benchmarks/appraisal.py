@@ -17,11 +17,11 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from classification.grader import GraderResult
 from classification.settings import load_config
 from classification.train import train_grader
-from datasets.table import Table
+from datasets.table import REFERABLE_FROM, Table
 from evaluation.attacks.nearest import nearest_attack
 from evaluation.attacks.projection import attack_features, projection_attack
 from evaluation.probe import Probe, fit_probe, read_release
-from evaluation.scores import REFERABLE_FROM, auc
+from evaluation.scores import auc
 from evaluation.spectra import high_frequency_ratio
 from models.features.pretrained import load_feature_network
 from models.features.style import FILTERS, FilterBank

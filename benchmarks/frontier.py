@@ -40,7 +40,7 @@ from models.features.pretrained import load_feature_network
 from models.features.style import FILTERS
 from models.psp import PSP, FrozenPSP, invert, load_psp
 from models.stylegan2.sampling import seed_latents
-from utils.cli import add_common, parser, positive_int, resolve_device, run
+from utils.cli import add_common, nonnegative_int, parser, positive_int, resolve_device, run
 from utils.errors import UserError
 from utils.images import from_uint8, grid, save_png, to_uint8
 from utils.io import atomic_path, sha256_bytes, write_json, write_text
@@ -124,6 +124,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive_int,
         metavar='N',
         help='make the pictures of N groups drawn by chance (default: of all)',
+    )
+    p.add_argument(
+        '--skip_groups',
+        type=nonnegative_int,
+        default=0,
+        metavar='N',
+        help='leave out the N groups that --n_groups=N draws: those that settings were chosen on',
     )
     p.add_argument(
         '--rows',
@@ -378,7 +385,9 @@ def compare(opts: argparse.Namespace, appraiser: Appraiser, psp: PSP, device: to
     for name, row in ROWS.items():
         path = opts.out_dir / f'{slug(name)}.json'
         if row.k not in groups:
-            groups[row.k] = groups_of(row.k, members, ws, opts.n_groups, opts.seed, device)
+            groups[row.k] = groups_of(row.k, members, ws, opts.n_groups, opts.seed, device)[
+                opts.skip_groups :
+            ]
         if (opts.rows is None or name in opts.rows) and not path.exists():
             begin = time.process_time()
             pictures = release(row, groups[row.k], members, ws, psp, opts, device)
