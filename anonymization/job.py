@@ -40,6 +40,7 @@ _FREE = (
     'group_batch',
     'card',
     'data',
+    'start_key',
 )
 
 

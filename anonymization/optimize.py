@@ -71,13 +71,15 @@ class OptimizeConfig:
 class Group(NamedTuple):
     """One group's members: ws [k, L, D], photographs u8 [k, 3, S, S], content features [k, F].
 
-    shares: [k], how much each member counts, with sum 1; None: all the same.
+    shares: [k], how much each member counts, with sum 1; None: all the same. offset: [L, D], what
+    the optimisation starts away from the mean of ws; None: nothing.
     """
 
     ws: torch.Tensor
     photos: torch.Tensor
     content: torch.Tensor
     shares: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
 
     def mean(self, values: Float[Tensor, ' k *s']) -> Float[Tensor, '*s']:
         """Mean over the members of values [k, ...]."""
@@ -257,7 +259,10 @@ class GroupOptimizer:
         cfg = self.config
         with matmul_precision(self.precision):
             targets = self.targets(groups)
-            start = torch.stack([g.mean(g.ws.to(self.device)) for g in groups])
+            means = torch.stack([g.mean(g.ws.to(self.device)) for g in groups])
+            start = torch.stack(
+                [m if g.offset is None else m + g.offset.to(m) for m, g in zip(means, groups)]
+            )
             ws = start.clone().requires_grad_(True)
             rate, style_weights = self.peak_rate(), self.style_weights(start, targets)
             adam = torch.optim.Adam([ws], lr=rate, betas=(0.9, 0.999), eps=1e-8)
@@ -270,13 +275,13 @@ class GroupOptimizer:
                 (ws.grad,) = torch.autograd.grad(total.sum(), ws)
                 adam.step()
                 history[step, :, 0], history[step, :, 1] = content.detach(), style.detach()
-                if centroid is None:
+                if step == 0 and start.equal(means):
                     centroid = image.detach()
                 if on_step is not None:
                     on_step(len(groups))
             with torch.no_grad():
                 if centroid is None:
-                    centroid = self.synthesis(start)
+                    centroid = self.synthesis(means)
                 image = self.synthesis(ws.detach())
         history = history.cpu()
         if not (torch.isfinite(history).all() and torch.isfinite(image).all()):

@@ -46,6 +46,7 @@ from anonymization.records import (
 )
 from anonymization.release import GroupFacts, png_encoder, release_names, write_release
 from anonymization.settings import Settings
+from anonymization.starts import KEY, read_key, start_offset
 from anonymization.workers import deterministic_algorithms, each, memory, run_within_memory
 from datasets.people import merge_duplicates
 from datasets.table import Table
@@ -53,6 +54,7 @@ from models.features.content import ContentNetwork
 from models.features.guide import Guide
 from models.features.pretrained import FeatureNetwork
 from models.psp import PSP, FrozenPSP, invert
+from models.stylegan2.sampling import latent_spread
 from utils import distributed
 from utils.errors import PrivacyError, UserError
 from utils.images import png_names, save_png, to_uint8
@@ -343,7 +345,10 @@ class Pipeline:
 
     def _sources(self) -> str:
         """One digest of what the optimisation starts from: latents, content features, groups."""
-        files = [self.private / name for name in ('latents.npy', 'content.npy', GROUP_TABLE)]
+        names = ['latents.npy', 'content.npy', GROUP_TABLE] + [KEY] * bool(
+            self.settings.start_noise
+        )
+        files = [self.private / name for name in names]
         return sha256_bytes('\n'.join(sha256_file(f) for f in files).encode())
 
     def optimise(
@@ -353,6 +358,7 @@ class Pipeline:
         labels: Int[np.ndarray, ' n'],
     ) -> list[GroupResult]:
         """Runs every batch of groups that has no result yet; returns results on process 0."""
+        offset = self._offsets()
         n_groups = int(labels.max())
         members = [np.flatnonzero(labels == c) for c in range(1, n_groups + 1)]
         at_once = self._at_once(n_groups)
@@ -385,7 +391,9 @@ class Pipeline:
                     check()
                     bar.update(n)
 
-                groups = [self._group(m, latents, content) for m in batches[i]]
+                groups = [
+                    self._group(m, latents, content)._replace(offset=offset(m)) for m in batches[i]
+                ]
                 result = run_within_memory(engine, groups, on_step=on_step)
                 self._save_batch(self._batch_file(i), result, sources)
 
@@ -462,6 +470,18 @@ class Pipeline:
             torch.from_numpy(np.array(content[members])),
             equal_shares([self.people[i] for i in members]),
         )
+
+    def _offsets(self) -> Callable[[Int[np.ndarray, ' k']], Tensor | None]:
+        """What the group of given rows starts away from the mean of its latents."""
+        if not self.settings.start_noise:
+            return lambda rows: None
+        key = distributed.from_main(lambda: read_key(self.private, self.settings.start_key))
+        decoder = self.psp.decoder
+        scale, shape = (
+            self.settings.start_noise * latent_spread(decoder),
+            (decoder.n_latent, decoder.style_dim),
+        )
+        return lambda rows: start_offset(key, [self.table.ids[int(i)] for i in rows], shape, scale)
 
     def _output(self, image: Float[Tensor, 'G 3 R R']) -> Float[Tensor, 'G 3 S S']:
         if self.settings.resize_outputs:

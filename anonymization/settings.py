@@ -33,11 +33,13 @@ class Settings:
 
     k: fewest distinct patients in a group. strata: names of table columns ('eyes', 'labels',
     'referable', 'visits', 'splits') that groups never cross. grade_penalty: how much grades count
-    in the grouping beside the latents, in parts of the latents' total variance. reduce_dim: group
-    on that many principal components. mirror_left: left eyes are mirrored, so that optic discs
-    align. n_iters: refinements of the inversion. batch_size: photographs per unit of work.
-    group_batch: most groups optimised at a time, None takes what memory allows. deterministic: the
-    same bytes again on a GPU, too, more slowly. data: a name for the run record.
+    in the grouping beside the latents, in parts of the latents' total variance. start_noise: how
+    far from the mean of its members a group starts, by secret noise, in standard deviations of the
+    generator's latents; start_key: file of its key (anonymization.starts), None draws one.
+    reduce_dim: group on that many principal components. mirror_left: left eyes are mirrored, so
+    that optic discs align. n_iters: refinements of the inversion. batch_size: photographs per unit
+    of work. group_batch: most groups optimised at a time, None takes what memory allows.
+    deterministic: the same bytes again on a GPU, too, more slowly. data: a name for the run record.
     """
 
     k: int = 5
@@ -46,6 +48,8 @@ class Settings:
     surplus: str = 'error'
     strata: tuple[str, ...] = ()
     grade_penalty: float = 0.0
+    start_noise: float = 0.0
+    start_key: str | None = None
     reduce_dim: int | None = None
     mirror_left: bool = False
     n_iters: int = 5
@@ -100,5 +104,8 @@ class Settings:
         for name, (value, known) in chosen.items():
             if value not in known:
                 raise UserError(f'--{name} {value}: choose from {", ".join(known)}')
+        for name in ('grade_penalty', 'start_noise'):
+            if not 0 <= getattr(self, name) < float('inf'):
+                raise UserError(f'--{name} {getattr(self, name)}: want a number, 0 or more')
         if unknown := [s for s in self.strata if s not in STRATA.values()]:
             raise UserError(f'--strata {unknown[0]}: choose from {", ".join(STRATA.values())}')

@@ -135,6 +135,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     g = p.add_argument_group('optimisation')
     g.add_argument(
+        '--start_noise',
+        type=cli.nonnegative_float,
+        default=0.0,
+        metavar='SD',
+        help="secret noise on every group's start, in standard deviations of the generator's "
+        'latents, so that nobody can repeat the run',
+    )
+    g.add_argument(
+        '--start_key',
+        metavar='FILE',
+        help='key of that noise, such as private/start.key of another run (default: a new one)',
+    )
+    g.add_argument(
         '--num_steps',
         type=cli.nonnegative_int,
         default=100,
