@@ -30,7 +30,8 @@ from models.encoders import build_encoder
 from models.psp import PSP
 from models.stylegan2 import Generator
 from training.augment import PIPES
-from training.coach_restyle_psp import Coach, CoachConfig
+from training.coach_config import CoachConfig
+from training.coach_restyle_psp import Coach
 from training.reconstruction import ContentTerm, L2Term, LpipsTerm
 from training.stylegan2_config import PRESETS, make_config
 from training.stylegan2_loop import Trainer
@@ -131,7 +132,6 @@ def encoder_step(
             images,
             images,
             CoachConfig(batch_size=batch, amp=amp),
-            run_dir=folder,
             losses=losses,
             device=device,
         )

@@ -4,7 +4,6 @@ Shapes: n images, S side. Pictures are uint8 [3, S, S].
 """
 
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from datasets.archive import FileStore
 from utils.errors import UserError, listing
 from utils.images import decode_reason, resize
 from utils.logs import progress
-from utils.seeds import numpy_generator
 
 log = logging.getLogger(__name__)
 
@@ -93,41 +91,3 @@ class ImagesDataset(torch.utils.data.Dataset):
         i, mirrored = item if isinstance(item, tuple) else (item, False)
         img = self._pixels[i] if self.cached else self._decode(i)
         return img.flip(2) if mirrored else img
-
-
-class StepSampler(torch.utils.data.Sampler):
-    """Batches of (index, mirrored) for optimiser steps `start` to `stop` - 1.
-
-    A function of (seed, step) alone, so that a resumed run sees what the undisturbed one would
-    have seen. Each epoch is a fresh permutation; what is left after the last full batch waits
-    for the next epoch. part: (first, end) positions of this process within the batch.
-    """
-
-    def __init__(
-        self,
-        n: int,
-        *,
-        batch_size: int,
-        seed: int,
-        start: int,
-        stop: int,
-        part: tuple[int, int],
-        mirror: bool,
-    ) -> None:
-        self.n, self.batch_size, self.seed, self.part = n, batch_size, seed, part
-        self.start, self.stop, self.mirror = start, stop, mirror
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        drawn = None
-        for step in range(self.start, self.stop):
-            epoch, k = divmod(step, self.n // self.batch_size)
-            if epoch != drawn:
-                draw = numpy_generator(self.seed, 'epoch', epoch)
-                order = draw.permutation(self.n)
-                flips = draw.random(self.n) < (0.5 if self.mirror else 0)
-                drawn = epoch
-            mine = order[k * self.batch_size :][self.part[0] : self.part[1]]
-            yield [(int(i), bool(flips[i])) for i in mine]

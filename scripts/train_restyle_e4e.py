@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,6 +37,23 @@ def build_parser(
 ) -> argparse.ArgumentParser:
     """The flags of an e4e training; doc: what its script says of itself."""
     p = train_restyle_psp.build_parser(doc, PROGRESSIVE_ENCODERS, default_encoder)
+    _add_discriminator(p)
+    _add_deltas(p)
+    g = p.add_argument_group('old command lines')
+    g.add_argument(
+        '--resume_training_from_ckpt',
+        dest='resume',
+        metavar='FILE',
+        help='the same as --resume FILE',
+    )
+    for name in ('save_training_data', 'keep_optimizer'):
+        g.add_argument(
+            f'--{name}', action='store_true', help='accepted; states to go on from are always kept'
+        )
+    return p
+
+
+def _add_discriminator(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group('latent discriminator')
     g.add_argument(
         '--w_discriminator_lambda',
@@ -73,6 +91,9 @@ def build_parser(
         metavar='N',
         help='how many of them are kept',
     )
+
+
+def _add_deltas(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group('deltas')
     g.add_argument(
         '--delta_norm',
@@ -109,18 +130,6 @@ def build_parser(
         metavar='STEP',
         help='in place of the last two, the step of every style, the first 0',
     )
-    g = p.add_argument_group('old command lines')
-    g.add_argument(
-        '--resume_training_from_ckpt',
-        dest='resume',
-        metavar='FILE',
-        help='the same as --resume FILE',
-    )
-    for name in ('save_training_data', 'keep_optimizer'):
-        g.add_argument(
-            f'--{name}', action='store_true', help='accepted; states to go on from are always kept'
-        )
-    return p
 
 
 def e4e_config(opts: argparse.Namespace, psp: PSP) -> E4EConfig:
@@ -138,7 +147,7 @@ def e4e_config(opts: argparse.Namespace, psp: PSP) -> E4EConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
 
-    def make_coach(psp: PSP, *arguments, **options) -> E4ECoach:
+    def make_coach(psp: PSP, *arguments: Any, **options: Any) -> E4ECoach:
         return E4ECoach(psp, *arguments, e4e=e4e_config(opts, psp), **options)
 
     return train_restyle_psp.train(opts, make_coach, DEFAULT_ENCODER)

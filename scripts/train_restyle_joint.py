@@ -17,6 +17,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -110,7 +111,9 @@ def variances(pictures: ImagesDataset) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
 
-    def make_coach(psp: PSP, train_set: ImagesDataset, *arguments, **options) -> JointCoach:
+    def make_coach(
+        psp: PSP, train_set: ImagesDataset, *arguments: Any, **options: Any
+    ) -> JointCoach:
         if psp.input_size % 2**N_BANDS:
             raise UserError(f'--encoder_size {psp.input_size}: not a multiple of {2**N_BANDS}')
         if not opts.checkpoint_path:

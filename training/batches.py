@@ -70,7 +70,7 @@ class StepSampler(Sampler[list]):
         if self.mirror is None:
             return order
         flips = draw.random(self.n) < (0.5 if self.mirror else 0)
-        return list(zip(order, flips.tolist()))
+        return [(i, bool(flips[i])) for i in order]
 
 
 class Batches:

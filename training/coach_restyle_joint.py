@@ -11,6 +11,7 @@ Shapes: N images, L styles, D style dimension, S side the encoder sees.
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,9 @@ class JointCoach(E4ECoach):
     32. UserError for settings that do not go together.
     """
 
-    def __init__(self, *arguments, joint: JointConfig, features: FeatureNetwork, **options) -> None:
+    def __init__(
+        self, *arguments: Any, joint: JointConfig, features: FeatureNetwork, **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
         cfg = self.config
         if not cfg.train_decoder or cfg.n_iters != 1 or cfg.synthetic:

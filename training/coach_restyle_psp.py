@@ -9,129 +9,78 @@ Shapes: N images, L styles, D style dimension, S side the encoder sees, R side o
 """
 
 import contextlib
-import dataclasses
 import logging
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from torch.utils.data import DataLoader
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from datasets.images_dataset import StepSampler
-from models.psp import psp_checkpoint
+from models.psp import PSP, psp_checkpoint
 from models.stylegan2.frozen import FrozenSynthesis
 from models.stylegan2.model import set_low_precision
-from training.checkpoints import latest_checkpoint, save_checkpoint
+from training.batches import Batches, StepSampler
+from training.checkpoints import Checkpoints
+from training.coach_config import AMP_DTYPES, CoachConfig, build_optimizer
+from training.curves import Panel
 from training.kept_casts import KeptCasts, add_gradients
 from training.known_latents import KnownLatents
-from training.run import Stopping
+from training.reconstruction import Term
+from training.run import Training, TrainingRun
 from training.sync_batchnorm import share_batch_statistics
 from utils import distributed
 from utils.errors import UserError
 from utils.images import from_uint8, grid, save_png
-from utils.io import atomic_path, load_weights, save_torch
-from utils.logs import ScalarLog, read_jsonl
+from utils.io import save_torch
 from utils.seeds import torch_generator
 from utils.signals import leave_signals_to_parent
 
 log = logging.getLogger(__name__)
 
 STATE_FORMAT = 1
-STATE_PREFIX = 'state'
-AMP_DTYPES = {'no': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 _SHEET_IMAGES = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class CoachConfig:
-    """What shapes an encoder training; intervals in optimiser steps.
-
-    batch_size counts the images of one step over all processes; `accumulate` splits a process's
-    share into that many passes. save_interval None: only the last step is exported.
-    half_export: the exported encoder's weights as float16, which halves its size.
-    """
-
-    batch_size: int = 8
-    test_batch_size: int = 8
-    learning_rate: float = 1e-4
-    optim_name: str = 'ranger'
-    train_decoder: bool = False
-    n_iters: int = 5
-    max_steps: int = 100_000
-    image_interval: int = 100
-    board_interval: int = 50
-    val_interval: int = 1000
-    save_interval: int | None = None
-    accumulate: int = 1
-    amp: str = 'no'
-    mirror: bool = True
-    half_export: bool = False
-    seed: int = 0
-    synthetic: float = 0.0  # share of every batch that the generator draws
-    latent_lambda: float = 0.1  # weight of the distance from their known latents
-
-
-def build_optimizer(name, parameters, lr):
-    """'adam', or 'ranger': RAdam, Lookahead and gradient centralisation as published.
-
-    Below the rectification threshold (steps 1 to 5) the published Ranger takes plain momentum
-    steps, which the library calls degenerating to SGD.
-    """
-    if name == 'adam':
-        return torch.optim.Adam(parameters, lr=lr)
-    if name == 'ranger':
-        from pytorch_optimizer import Ranger  # slow to import, rarely needed elsewhere
-
-        return Ranger(
-            parameters,
-            lr=lr,
-            betas=(0.95, 0.999),
-            eps=1e-5,
-            alpha=0.5,
-            k=6,
-            n_sma_threshold=5,
-            degenerated_to_sgd=True,
-            use_gc=True,
-        )
-    raise ValueError(f'optimizer {name!r}, want adam or ranger')
-
-
-class Coach:
+class Coach(Training):
     """Trains `psp` on one dataset and validates on another.
 
     losses: {name: (term, weight)} as built by training.reconstruction; latent_penalty: (function
     ws [N, L, D] -> [N], weight) or None. meta: plain options kept in exported checkpoints.
-    keep_states: how many resumable states to keep.
 
     Raises UserError when there are fewer training images than a batch, or the batch cannot be
     divided among processes and passes.
     """
 
+    averaged = False
+    remedy = 'lower --learning_rate or use --amp no'
+
     def __init__(
         self,
-        psp,
-        train_set,
-        test_set,
-        config,
+        psp: PSP,
+        train_set: Dataset,
+        test_set: Dataset,
+        config: CoachConfig,
         *,
-        run_dir,
-        losses,
-        device,
-        latent_penalty=None,
-        meta=None,
-        workers=0,
-        test_workers=0,
-        keep_states=2,
-    ):
-        self.config, self.device, self.run_dir = config, torch.device(device), Path(run_dir)
+        losses: dict[str, tuple[Term, float]],
+        device: torch.device | str,
+        latent_penalty: tuple[Callable[[Tensor], Tensor], float] | None = None,
+        meta: dict | None = None,
+        workers: int = 0,
+        test_workers: int = 0,
+    ) -> None:
+        self.config, self.device, self.meta = config, torch.device(device), meta or {}
         self.losses, self.latent_penalty = losses, latent_penalty
         self.train_set, self.test_set = train_set, test_set
-        self.meta, self.keep_states = meta or {}, keep_states
+        self.n_train: int = len(train_set)  # type: ignore[arg-type]
+        self.n_test: int = len(test_set)  # type: ignore[arg-type]
         self.workers, self.test_workers = workers, test_workers
-        self.step_count, self.best = 0, math.inf
+        self.step_count, self.best, self.images = 0, math.inf, config.batch_size
+        self._batches: Batches | None = None
+        self._pictures: list[Tensor] = []
         self._check()
 
         if distributed.world_size() > 1:
@@ -146,15 +95,17 @@ class Coach:
         self.optimizer = build_optimizer(config.optim_name, self.parameters, config.learning_rate)
         self.amp_dtype = AMP_DTYPES[config.amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == 'fp16')
-        self._average = self._synthesis = self._casts = None
+        self._average: Tensor | None = None
+        self._synthesis: FrozenSynthesis | None = None
+        self._casts: KeptCasts | None = None
         count = round(config.synthetic * config.batch_size)
         self.known = KnownLatents(self.psp, count=count, seed=config.seed) if count else None
 
-    def _check(self):
+    def _check(self) -> None:
         cfg, world = self.config, distributed.world_size()
-        if len(self.train_set) < cfg.batch_size:
+        if self.n_train < cfg.batch_size:
             raise UserError(
-                f'{len(self.train_set)} training images are fewer than one batch of '
+                f'{self.n_train} training images are fewer than one batch of '
                 f'{cfg.batch_size}; lower --batch_size or add images'
             )
         if cfg.batch_size % (world * cfg.accumulate):
@@ -176,13 +127,13 @@ class Coach:
             self.device.type, dtype=self.amp_dtype, enabled=enabled and self.amp_dtype is not None
         )
 
-    def average_image(self):
+    def average_image(self) -> Float[Tensor, '3 S S']:
         """The starting picture [3, S, S]; constant unless the decoder is trained."""
         if self._average is None or self.config.train_decoder:
             self._average = self.psp.average_image()
         return self._average
 
-    def _noise(self, t, part):
+    def _noise(self, t: int | str, part: slice) -> list:
         """Noise maps of the samples `part` of this step's batch at refinement t.
 
         t = 'sample' for the pictures that the generator draws.
@@ -191,7 +142,9 @@ class Coach:
         maps = self.psp.decoder.noise_maps('random', self.config.batch_size, self.device, draw)
         return [m[part] for m in maps]
 
-    def _terms(self, y, targets, ws, part):
+    def _terms(
+        self, y: Tensor, targets: dict[str, Any], ws: Tensor, part: slice
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Mean of every loss over [N, 3, S, S] reconstructions, and their weighted sum.
 
         part: positions of the reconstructions in the batch of all processes.
@@ -199,7 +152,7 @@ class Coach:
         values = {
             name: term.distance(y, targets[name]).mean() for name, (term, _) in self.losses.items()
         }
-        total = sum(weight * values[name] for name, (_, weight) in self.losses.items())
+        total: Any = sum(weight * values[name] for name, (_, weight) in self.losses.items())
         if self.latent_penalty is not None:
             penalty, weight = self.latent_penalty
             values['w_norm'] = penalty(ws).mean()
@@ -209,11 +162,13 @@ class Coach:
             total = total + self.config.latent_lambda * values['latent']
         return values, total
 
-    def _targets(self, x):
+    def _targets(self, x: Tensor) -> dict[str, Any]:
         with torch.no_grad():
             return {name: term.targets(x) for name, (term, _) in self.losses.items()}
 
-    def step(self, batch):
+    def step(
+        self, batch: Float[Tensor, 'n 3 S S']
+    ) -> tuple[dict[str, Tensor], list[Float[Tensor, '_ 3 S S']]]:
         """One optimiser step on this process's share of a batch, [n, 3, S, S] in [-1, 1].
 
         Returns ({loss: 0-d tensor} of the last refinement, list of [n, 3, S, S] pictures of the
@@ -225,13 +180,14 @@ class Coach:
         set_low_precision(self.psp.decoder, self.amp_dtype, n_resolutions=16)
         self._prepare()
         first = distributed.rank() * len(batch)
-        sums = {}
+        sums: dict[str, Tensor] = {}
         for x in batch.chunk(cfg.accumulate):
             x = x.contiguous(memory_format=torch.channels_last)
             values, pictures = self._refine(x, start, slice(first, first + len(x)))
             first += len(x)
             for name, value in values.items():
-                sums[name] = sums.get(name, 0) + value / cfg.accumulate
+                share = value / cfg.accumulate
+                sums[name] = sums[name] + share if name in sums else share
         # Averaged while still scaled: an overflow in one process then reaches all of them, and
         # all skip the step and lower the scale together.
         distributed.average_gradients(self.parameters)
@@ -257,12 +213,14 @@ class Coach:
             self._casts = KeptCasts(nets, self.amp_dtype)
         self._casts.refresh()
 
-    def _decode(self, ws: torch.Tensor, noise: list[torch.Tensor]) -> torch.Tensor:
+    def _decode(self, ws: Tensor, noise: list[Tensor]) -> Tensor:
         """Pictures [N, 3, S, S] of latents, as the encoder sees them."""
         draw = self._synthesis or self.psp.decode
         return self.psp.pool(draw(ws, noise=noise))
 
-    def _refine(self, x, start, part):
+    def _refine(
+        self, x: Tensor, start: Tensor, part: slice
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Forward and backward of all refinements of one pass; see `step`."""
         if self.known is not None:
             x = self.known.replace(x, self.step_count, part, self._noise('sample', part))
@@ -287,7 +245,7 @@ class Coach:
 
     def _add_gradients(self, total: torch.Tensor) -> None:
         """What total.backward() does, with one operation for the sums of all parameters."""
-        used = self.parameters
+        used: list[Tensor] = [*self.parameters]
         if self._casts is not None:
             used = self._casts.stand_ins(used)
         add_gradients(self.parameters, torch.autograd.grad(total, used, allow_unused=True))
@@ -295,7 +253,7 @@ class Coach:
     # -- validation -------------------------------------------------------------------------
 
     @torch.no_grad()
-    def validate(self):
+    def validate(self) -> tuple[dict[str, float], Tensor | None]:
         """Mean losses over the test images at every refinement, and the pictures of a sheet.
 
         Eval mode, stored noise, full precision. Returns ({'<loss>_<t>': float}, pictures
@@ -304,14 +262,15 @@ class Coach:
         """
         psp, cfg = self.psp.eval(), self.config
         rank, world = distributed.rank(), distributed.world_size()
-        mine = range(rank, len(self.test_set), world)
+        mine = range(rank, self.n_test, world)
         loader = DataLoader(
             torch.utils.data.Subset(self.test_set, mine),
             batch_size=cfg.test_batch_size,
             num_workers=self.test_workers,
             worker_init_fn=leave_signals_to_parent,
         )
-        rows, pictures = [], []
+        rows: list[Tensor] = []
+        pictures: list[Tensor] = []
         for u8 in loader:
             x = from_uint8(u8.to(self.device))
             targets = self._targets(x)
@@ -327,8 +286,8 @@ class Coach:
             rows.append(torch.stack(kept, 1).double().cpu())
             if rank == 0 and sum(p.shape[1] for p in pictures) < _SHEET_IMAGES:
                 pictures.append(torch.stack(shown).cpu())
-        table = torch.cat(rows).sum(0) if rows else 0  # [n_iters + 1, losses]
-        table = sum(distributed.all_gather_object(table)) / len(self.test_set)
+        table: Any = torch.cat(rows).sum(0) if rows else 0  # [n_iters + 1, losses]
+        table = sum(distributed.all_gather_object(table)) / self.n_test
         names = [*self.losses, *(['w_norm'] if self.latent_penalty else []), 'loss']
         values = {
             f'{name}_{t}': float(table[t, i])
@@ -337,7 +296,7 @@ class Coach:
         }
         return values, torch.cat(pictures, 1)[:, :_SHEET_IMAGES] if pictures else None
 
-    def _per_image(self, y, targets, ws):
+    def _per_image(self, y: Tensor, targets: dict[str, Any], ws: Tensor) -> list[Tensor]:
         """Losses of each image, then their weighted sum: a list of [N]."""
         found = [term.distance(y, targets[name]) for name, (term, _) in self.losses.items()]
         weights = [weight for _, weight in self.losses.values()]
@@ -348,15 +307,11 @@ class Coach:
 
     # -- checkpoints ------------------------------------------------------------------------
 
-    @property
-    def _checkpoints(self):
-        return self.run_dir / 'checkpoints'
-
-    def export(self):
+    def export(self) -> dict:
         """Inference checkpoint {state_dict, opts, latent_avg}, without optimiser state."""
         return psp_checkpoint(self.psp, self.meta, half_encoder=self.config.half_export)
 
-    def state(self):
+    def state(self) -> dict:
         """Everything a resumed run needs besides data, options and the frozen generator."""
         trained = self.psp if self.config.train_decoder else self.psp.encoder
         return {
@@ -369,7 +324,7 @@ class Coach:
             'seed': self.config.seed,
         }
 
-    def load_state(self, state, *, source='state'):
+    def load_state(self, state: dict, *, source: str | Path = 'state') -> None:
         """Continues from `state()`; UserError naming `source` when it belongs to another run."""
         if not isinstance(state, dict) or state.get('format') != STATE_FORMAT:
             raise UserError(
@@ -386,158 +341,95 @@ class Coach:
             ) from error
         self.scaler.load_state_dict(state['scaler'])
         self.step_count, self.best = state['step'], state['best']
-        self._average = None
-
-    def resume(self, path=None):
-        """Loads `path`, or the newest readable state of the run folder; whether one was found."""
-        if path is not None:
-            found = load_weights(path), path
-        else:
-            found = latest_checkpoint(self._checkpoints, STATE_PREFIX)
-        if found is None:
-            return False
-        self.load_state(found[0], source=str(found[1]))
-        log.info('resuming from %s at step %d', found[1], self.step_count)
-        return True
+        self._average = self._batches = None
 
     # -- the run ----------------------------------------------------------------------------
 
-    def train(
-        self, *, max_minutes: float | None = None, should_stop: Callable[[], bool] | None = None
-    ) -> bool:
-        """Runs to `max_steps`, or stops in good order with a saved state.
+    @property
+    def progress(self) -> int:
+        """Optimiser steps done."""
+        return self.step_count
 
-        It stops after `max_minutes`, or when `should_stop` says so in any process.
-        Leaves checkpoints/, logs/, stats.jsonl, curves.png and avg_image.png in the run folder.
-        Returns True when all steps are done. Raises UserError when a loss is not finite.
-        """
-        cfg, main = self.config, distributed.is_main()
-        scalars = ScalarLog(self.run_dir, resume_step=self.step_count or -1) if main else None
-        if main:
-            save_png(self.average_image().clamp(-1, 1), self.run_dir / 'avg_image.png')
+    def advance(self) -> dict[str, Tensor]:
+        """One step on the next batch; the losses of the last refinement."""
+        if self._batches is None:
+            sampler = StepSampler(
+                self.n_train,
+                batch_size=self.config.batch_size,
+                seed=self.config.seed,
+                start=self.step_count,
+                mirror=self.config.mirror,
+            )
+            self._batches = Batches(
+                self.train_set, sampler, device=self.device, workers=self.workers
+            )
+        values, self._pictures = self.step(next(self._batches))
+        return {f'train/{name}': value for name, value in values.items()}
+
+    def begin(self, run: TrainingRun) -> None:
+        """The average image; of a run that begins, a validation."""
+        if distributed.is_main():
+            save_png(self.average_image().clamp(-1, 1), run.folder / 'avg_image.png')
         if self.step_count == 0:
-            self._validate_and_record(scalars)
-        share = cfg.batch_size // distributed.world_size()
-        sampler = StepSampler(
-            len(self.train_set),
-            batch_size=cfg.batch_size,
-            seed=cfg.seed,
-            start=self.step_count,
-            stop=cfg.max_steps,
-            mirror=cfg.mirror,
-            part=(distributed.rank() * share, (distributed.rank() + 1) * share),
-        )
-        loader = DataLoader(
-            self.train_set,
-            batch_sampler=sampler,
-            num_workers=self.workers,
-            pin_memory=self.device.type == 'cuda',
-            worker_init_fn=leave_signals_to_parent,
-        )
-        asked = Stopping(self.device, requested=should_stop, max_minutes=max_minutes)
-        tick, tick_step = time.monotonic(), self.step_count
-        for u8 in loader:
-            values, pictures = self.step(from_uint8(u8.to(self.device, non_blocking=True)))
-            step, last = self.step_count, self.step_count == cfg.max_steps
-            stopping = asked()
-            saving = last or stopping or step % cfg.val_interval == 0
-            if step % cfg.board_interval == 0 or saving:
-                numbers = self._reduced(values)
-                rate = (step - tick_step) * cfg.batch_size / (time.monotonic() - tick)
-                if main:
-                    scalars.log(
-                        step,
-                        {
-                            **{f'train/{k}': v for k, v in numbers.items()},
-                            'images_per_second': rate,
-                        },
-                    )
-                    log.info(
-                        'step %d/%d  %s  %.1f img/s',
-                        step,
-                        cfg.max_steps,
-                        '  '.join(f'{k} {v:.4f}' for k, v in numbers.items()),
-                        rate,
-                    )
-            if main and step % cfg.image_interval == 0:
-                self._sheet(torch.stack(pictures)[:, :_SHEET_IMAGES], 'train')
-            if last or step % cfg.val_interval == 0:
-                self._validate_and_record(scalars)
-            if main and (last or (cfg.save_interval and step % cfg.save_interval == 0)):
-                save_checkpoint(self._checkpoints, step, self.export())
-            if main and saving:
-                save_checkpoint(
-                    self._checkpoints,
-                    step,
-                    self.state(),
-                    prefix=STATE_PREFIX,
-                    keep=self.keep_states,
-                )
-            if step % cfg.board_interval == 0 or saving:
-                tick, tick_step = time.monotonic(), step
-            if stopping:
-                break
-        if main:
-            scalars.close()
-        distributed.barrier()
-        return self.step_count >= cfg.max_steps
+            self._validate_and_record(run)
 
-    def _reduced(self, values):
-        """Process means as floats; UserError when one is not finite."""
-        numbers = {k: float(distributed.all_reduce_mean(v.clone())) for k, v in values.items()}
-        for name, value in numbers.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f'training diverged: {name} is {value} at step '
-                    f'{self.step_count}; lower --learning_rate or use --amp no, and '
-                    'resume from the last saved state'
-                )
-        return numbers
+    def after_step(self, run: TrainingRun, *, last: bool) -> None:
+        """Sheets of training samples, validation, and the checkpoints for the other scripts."""
+        cfg, main = self.config, distributed.is_main()
+        if main and run.due(cfg.image_interval):
+            self._sheet(run, torch.stack(self._pictures)[:, :_SHEET_IMAGES], 'train')
+        self._pictures = []
+        if last or run.due(cfg.val_interval):
+            self._validate_and_record(run)
+        if main and (last or run.due(cfg.save_interval)):
+            Checkpoints(run.checkpoints.folder, 'iteration_').save(self.step_count, self.export())
 
-    def _validate_and_record(self, scalars):
+    def describe(self, values: Mapping[str, float]) -> str:
+        """The losses of the last refinement."""
+        return super().describe({k.removeprefix('train/'): v for k, v in values.items()})
+
+    def panels(self, names: set[str]) -> list[Panel]:
+        """Training beside validation per refinement."""
+        groups = [sorted(n for n in names if n.startswith(p)) for p in ('train/', 'test/loss_')]
+        return [
+            Panel(groups[0], 'training, last refinement', 'train/', True),
+            Panel(groups[1], 'validation loss after each refinement', 'test/loss_', True),
+        ]
+
+    def _validate_and_record(self, run: TrainingRun) -> None:
         values, pictures = self.validate()
         if not distributed.is_main():
             return
-        scalars.log(self.step_count, {f'test/{k}': v for k, v in values.items()})
-        self._sheet(pictures, 'test')
-        plot_curves(self.run_dir)
+        run.log({f'test/{k}': v for k, v in values.items()})
+        if pictures is not None:
+            self._sheet(run, pictures, 'test')
         score = values[f'loss_{self.config.n_iters}']
-        log.info(
-            'validation at step %d: %s',
-            self.step_count,
-            '  '.join(
-                f'{name} '
-                + '>'.join(f'{values[f"{name}_{t}"]:.4f}' for t in range(self.config.n_iters + 1))
-                for name in [*self.losses, 'loss']
-            ),
-        )
+        refinements = range(self.config.n_iters + 1)
+        courses = [
+            f'{name} ' + '>'.join(f'{values[f"{name}_{t}"]:.4f}' for t in refinements)
+            for name in [*self.losses, 'loss']
+        ]
+        log.info('validation at step %d: %s', self.step_count, '  '.join(courses))
         if self.step_count and score < self.best:
             self.best = score
-            save_torch(self._checkpoints / 'best_model.pt', self.export())
+            save_torch(run.checkpoints.folder / 'best_model.pt', self.export())
 
-    def _sheet(self, pictures, folder):
+    def _sheet(self, run: TrainingRun, pictures: Tensor, folder: str) -> None:
         """Writes [T, n, 3, S, S] as rows of photograph, then refinements 1..T-1."""
-        if pictures is None:
-            return
-        t, n = pictures.shape[:2]
-        sheet = grid(pictures.float().cpu().transpose(0, 1).flatten(0, 1), t)
-        save_png(sheet, self.run_dir / 'logs' / 'images' / folder / f'{self.step_count:06d}.png')
+        sheet = grid(pictures.float().cpu().transpose(0, 1).flatten(0, 1), len(pictures))
+        save_png(sheet, run.folder / 'logs' / 'images' / folder / f'{self.step_count:06d}.png')
 
 
-def plot_curves(run_dir):
-    """Draws the losses of stats.jsonl, training beside validation per refinement, to curves.png."""
-    records = read_jsonl(Path(run_dir) / 'stats.jsonl')
-    figure = Figure(figsize=(10, 4), layout='constrained')
-    left, right = figure.subplots(1, 2)
-    for axes, prefix in ((left, 'train/'), (right, 'test/loss_')):
-        names = sorted({k for r in records for k in r if k.startswith(prefix)})
-        for name in names:
-            points = [(r['step'], r[name]) for r in records if name in r]
-            axes.plot(*zip(*points), label=name.removeprefix(prefix))
-        axes.set(xlabel='optimiser steps', yscale='log')
-        if names:
-            axes.legend()
-    left.set_title('training, last refinement')
-    right.set_title('validation loss after each refinement')
-    with atomic_path(Path(run_dir) / 'curves.png') as temp:
-        figure.savefig(temp, format='png')
+def encoder_run(coach: Coach, folder: Path, *, keep_states: int = 2) -> TrainingRun:
+    """The run of an encoder training, to `max_steps`.
+
+    Leaves checkpoints/, logs/, stats.jsonl, curves.png and avg_image.png.
+    """
+    return TrainingRun(
+        coach,
+        folder,
+        Checkpoints(Path(folder) / 'checkpoints', keep=keep_states),
+        length=coach.config.max_steps,
+        record_every=coach.config.board_interval,
+        save_every=coach.config.val_interval,
+    )

@@ -16,8 +16,9 @@ from models.encoders import build_encoder
 from models.psp import PSP, invert, load_psp, psp_checkpoint, psp_from_checkpoint
 from models.stylegan2 import Generator
 from scripts import train_restyle_e4e, train_restyle_psp
+from training.coach_config import CoachConfig
 from training.coach_restyle_e4e import E4ECoach, E4EConfig, progressive_steps
-from training.coach_restyle_psp import Coach, CoachConfig
+from training.coach_restyle_psp import Coach, encoder_run
 from training.latent_discriminator import LatentCodesDiscriminator, LatentCodesPool, LatentGame
 from training.reconstruction import L2Term
 from utils.errors import UserError
@@ -48,9 +49,7 @@ def make_e4e_psp() -> PSP:
     return PSP(encoder, psp.decoder, psp.latent_avg, 32)
 
 
-def make_coach(
-    run_dir: Path, psp: PSP | None = None, e4e: E4EConfig | None = E4E, **settings
-) -> Coach:
+def make_coach(psp: PSP | None = None, e4e: E4EConfig | None = E4E, **settings) -> Coach:
     settings = {
         'batch_size': 4,
         'test_batch_size': 3,
@@ -68,7 +67,6 @@ def make_coach(
         Pictures(photographs()),
         Pictures(photographs(3)),
         CoachConfig(**settings),
-        run_dir=run_dir,
         losses={'l2': (L2Term(), 1.0)},
         device='cpu',
         **more,
@@ -102,7 +100,7 @@ def test_styles_are_the_first_plus_deltas_up_to_the_stage(name: str, twin: str) 
     assert torch.allclose(got, want, atol=1e-6)
 
 
-def test_checkpoints_keep_the_published_layout(tmp_path: Path) -> None:
+def test_checkpoints_keep_the_published_layout() -> None:
     psp = make_e4e_psp()
     psp.encoder.load_state_dict(fill_state_dict(psp.encoder.state_dict(), equalized=False))
     checkpoint = psp_checkpoint(psp, {})
@@ -126,21 +124,21 @@ def test_steps_of_the_deltas() -> None:
             progressive_steps(3, given=bad, start=None, every=1)
 
 
-def test_stage_follows_the_steps(tmp_path: Path) -> None:
-    coach = make_coach(tmp_path)
+def test_stage_follows_the_steps() -> None:
+    coach = make_coach()
     stages = []
     for _ in range(4):
         coach.step(photographs(4).float() / 127.5 - 1)
         stages.append(coach.psp.encoder.stage)
     assert stages == [0, 2, 5, 7]
-    free = make_coach(tmp_path / 'free', e4e=E4EConfig())
+    free = make_coach(e4e=E4EConfig())
     assert 'delta' not in free.step(photographs(4).float() / 127.5 - 1)[0]
     assert free.psp.encoder.stage == 7
 
 
-def test_one_step_by_hand(tmp_path: Path) -> None:
+def test_one_step_by_hand() -> None:
     x = fill_image('psp/source', (4, 3, 32, 32))
-    coach = make_coach(tmp_path, learning_rate=0.01)
+    coach = make_coach(learning_rate=0.01)
     coach.step_count = 2  # deltas of the styles 1 to 5 are in use, and the penalty is due
     values, _ = coach.step(x)
     psp, game = (
@@ -211,12 +209,12 @@ def test_pool_gives_new_latents_or_swaps_them_for_older_ones() -> None:
 
 @pytest.mark.parametrize('settings', [{}, {'e4e': None, 'synthetic': 0.5}])
 def test_resume_is_exact(tmp_path: Path, settings: dict) -> None:
-    straight = make_coach(tmp_path / 'straight', **settings)
-    straight.train()
-    make_coach(tmp_path / 'parts', max_steps=2, **settings).train()
-    second = make_coach(tmp_path / 'parts', **settings)
-    assert second.resume()
-    second.train()
+    straight = make_coach(**settings)
+    encoder_run(straight, tmp_path / 'straight').to_the_end()
+    encoder_run(make_coach(max_steps=2, **settings), tmp_path / 'parts').to_the_end()
+    second = make_coach(**settings)
+    run = encoder_run(second, tmp_path / 'parts')
+    assert run.resume() and run.to_the_end()
     one, two = (
         {
             **c.psp.encoder.state_dict(),
@@ -227,14 +225,14 @@ def test_resume_is_exact(tmp_path: Path, settings: dict) -> None:
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_state_without_its_discriminator_is_refused(tmp_path: Path) -> None:
-    state = make_coach(tmp_path / 'a', e4e=E4EConfig()).state()
+def test_state_without_its_discriminator_is_refused() -> None:
+    state = make_coach(e4e=E4EConfig()).state()
     with pytest.raises(UserError, match='no latent discriminator'):
-        make_coach(tmp_path / 'b').load_state(state, source='x.pt')
+        make_coach().load_state(state, source='x.pt')
 
 
-def test_samples_with_known_latents_by_hand(tmp_path: Path) -> None:
-    coach = make_coach(tmp_path, e4e=None, synthetic=0.5, latent_lambda=0.3, learning_rate=0.01)
+def test_samples_with_known_latents_by_hand() -> None:
+    coach = make_coach(e4e=None, synthetic=0.5, latent_lambda=0.3, learning_rate=0.01)
     x = fill_image('psp/source', (4, 3, 32, 32))
     values, pictures = coach.step(x)
     psp = make_e4e_psp()
@@ -264,11 +262,9 @@ def test_samples_with_known_latents_by_hand(tmp_path: Path) -> None:
         assert float((got - want).detach().abs().mean()) < 1e-5
 
 
-def test_samples_do_not_depend_on_passes(tmp_path: Path) -> None:
+def test_samples_do_not_depend_on_passes() -> None:
     # Three of four pictures are samples, so a pass of two holds both kinds.
-    whole, parts = (
-        make_coach(tmp_path / str(n), e4e=None, synthetic=0.75, accumulate=n) for n in (1, 2)
-    )
+    whole, parts = (make_coach(e4e=None, synthetic=0.75, accumulate=n) for n in (1, 2))
     x = fill_image('psp/source', (4, 3, 32, 32))
     one, two = whole.step(x)[0], parts.step(x)[0]
     for name in ('l2', 'latent', 'loss'):
@@ -282,10 +278,11 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
 import sys
 sys.path[:] = {sys.path!r}
 from pathlib import Path
-from test_e4e_training import make_coach
+from test_e4e_training import encoder_run, make_coach
 from utils import distributed
 distributed.init('cpu')
-make_coach(Path(sys.argv[1]), synthetic=0.5, learning_rate=1e-3, optim_name='ranger').train()
+coach = make_coach(synthetic=0.5, learning_rate=1e-3, optim_name='ranger')
+encoder_run(coach, Path(sys.argv[1])).to_the_end()
 distributed.shutdown()
 """)
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
@@ -310,7 +307,7 @@ distributed.shutdown()
         output = job.communicate(timeout=900)[0]
         assert job.returncode == 0, output.decode()
     one, two = (load_weights(tmp_path / n / 'checkpoints' / 'state_4.pt') for n in '12')
-    start = make_coach(tmp_path / 'start', synthetic=0.5).state()
+    start = make_coach(synthetic=0.5).state()
     for part in ('weights', 'discriminator_state_dict'):
         moved = sum(float((one[part][k] - v).square().sum()) for k, v in start[part].items())
         apart = sum(float((one[part][k] - v).square().sum()) for k, v in two[part].items())

@@ -18,9 +18,10 @@ from models.features.pretrained import load_feature_network
 from models.psp import PSP, load_psp
 from models.stylegan2 import Generator
 from scripts import new_generator, train_restyle_joint
+from training.coach_config import CoachConfig
 from training.coach_restyle_e4e import E4EConfig
 from training.coach_restyle_joint import JointCoach, JointConfig
-from training.coach_restyle_psp import CoachConfig
+from training.coach_restyle_psp import encoder_run
 from training.picture_game import GameConfig, PictureGame
 from training.reconstruction import BandTerm
 from utils.errors import UserError
@@ -46,9 +47,7 @@ def make_joint_psp() -> PSP:
     return PSP(encoder, decoder, torch.zeros(10, 16), 64)
 
 
-def make_coach(
-    run_dir: Path, psp: PSP | None = None, joint: JointConfig = JOINT, **settings
-) -> JointCoach:
+def make_coach(psp: PSP | None = None, joint: JointConfig = JOINT, **settings) -> JointCoach:
     settings = {
         'batch_size': 4,
         'test_batch_size': 3,
@@ -67,7 +66,6 @@ def make_coach(
         Pictures(photographs(8, 64)),
         Pictures(photographs(3, 64)),
         CoachConfig(**settings),
-        run_dir=run_dir,
         losses={'bands': (BandTerm(BANDS, VARIANCES), 1.0)},
         device='cpu',
         e4e=E4EConfig(progressive_steps=(0, *[10**9] * 9)),
@@ -144,9 +142,9 @@ def by_hand(x: torch.Tensor, psp: PSP, game: PictureGame) -> tuple[torch.Tensor,
     return total, {**{k: v.detach() for k, v in found.items()}, 'ratios': ratios}
 
 
-def test_one_step_by_hand(tmp_path: Path) -> None:
+def test_one_step_by_hand() -> None:
     x = fill_image('psp/source', (4, 3, 64, 64))
-    coach = make_coach(tmp_path)
+    coach = make_coach()
     coach.step_count = 50
     coach.opponents.weights = dict(WEIGHTS)
     psp, game = (
@@ -213,26 +211,26 @@ def test_means_and_opponents_come_in_at_their_steps(tmp_path: Path) -> None:
     )
 
 
-def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+def test_what_does_not_go_together_is_refused() -> None:
     for wrong in ({'n_iters': 2}, {'train_decoder': False}, {'synthetic': 0.5}):
         with pytest.raises(UserError, match='joint training'):
-            make_coach(tmp_path, **wrong)
-    coach = make_coach(tmp_path, accumulate=2)
+            make_coach(**wrong)
+    coach = make_coach(accumulate=2)
     coach.step_count = 1
     with pytest.raises(UserError, match='means of 3 photographs'):
         coach.step(fill_image('psp/source', (4, 3, 64, 64)))
-    plain = make_coach(tmp_path, joint=JointConfig(game=None))
+    plain = make_coach(joint=JointConfig(game=None))
     with pytest.raises(UserError, match='not of a joint training'):
-        make_coach(tmp_path).load_state(plain.state(), source='x.pt')
+        make_coach().load_state(plain.state(), source='x.pt')
 
 
 def test_resume_is_exact(tmp_path: Path) -> None:
-    straight = make_coach(tmp_path / 'straight')
-    straight.train()
-    make_coach(tmp_path / 'parts', max_steps=3).train()
-    second = make_coach(tmp_path / 'parts')
-    assert second.resume()
-    second.train()
+    straight = make_coach()
+    encoder_run(straight, tmp_path / 'straight').to_the_end()
+    encoder_run(make_coach(max_steps=3), tmp_path / 'parts').to_the_end()
+    second = make_coach()
+    run = encoder_run(second, tmp_path / 'parts')
+    assert run.resume() and run.to_the_end()
     one, two = straight.state(), second.state()
     for part in ('weights', 'averaged'):
         assert all(torch.equal(v, two[part][k]) for k, v in one[part].items()), part
@@ -248,10 +246,11 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
 import sys
 sys.path[:] = {sys.path!r}
 from pathlib import Path
-from test_joint_training import make_coach
+from test_joint_training import encoder_run, make_coach
 from utils import distributed
 distributed.init('cpu')
-make_coach(Path(sys.argv[1]), batch_size=6, accumulate=2 // distributed.world_size()).train()
+coach = make_coach(batch_size=6, accumulate=2 // distributed.world_size())
+encoder_run(coach, Path(sys.argv[1])).to_the_end()
 distributed.shutdown()
 """)
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
@@ -269,7 +268,7 @@ distributed.shutdown()
         output = job.communicate(timeout=900)[0]
         assert job.returncode == 0, output.decode()
     one, two = (load_weights(tmp_path / n / 'checkpoints' / 'state_4.pt') for n in '12')
-    start = make_coach(tmp_path / 'start').state()
+    start = make_coach().state()
     parts = [(s['weights'], s['averaged'], *s['opponents'].values()) for s in (one, two, start)]
     for ours, theirs, before in zip(*parts):
         names = [k for k, v in ours.items() if v.is_floating_point()]

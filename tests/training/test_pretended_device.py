@@ -6,7 +6,6 @@ the failure; who has a reason to raise it does so here.
 
 import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -35,8 +34,9 @@ from models.stylegan2.op import build, fused_leaky_relu
 from models.stylegan2.op.build import trusted
 from models.stylegan2.sampling import loop_styles, render, seed_styles
 from training.augment import PIPES
+from training.coach_config import CoachConfig
 from training.coach_restyle_e4e import E4ECoach
-from training.coach_restyle_psp import Coach, CoachConfig
+from training.coach_restyle_psp import Coach
 from training.moco import MocoConfig, MocoTrainer
 from training.reconstruction import L2Term
 from training.stylegan2_config import make_config
@@ -235,13 +235,12 @@ def test_projected_generator_training(gpu: PretendedGPU) -> None:
 
 
 @pytest.mark.parametrize('amp', ['no', 'bf16', 'fp16'])
-def test_encoder_training(gpu: PretendedGPU, amp: str, tmp_path: Path) -> None:
+def test_encoder_training(gpu: PretendedGPU, amp: str) -> None:
     coach = Coach(
         make_psp(),
         Pictures(photographs(4)),
         Pictures(photographs(3)),
         CoachConfig(batch_size=2, test_batch_size=2, n_iters=3, amp=amp, optim_name='adam'),
-        run_dir=tmp_path,
         device='cuda',
         losses={'l2': (L2Term(), 1.0)},
     )
@@ -256,13 +255,12 @@ def test_encoder_training(gpu: PretendedGPU, amp: str, tmp_path: Path) -> None:
     assert not gpu.faults, gpu.report()
 
 
-def test_e4e_training(gpu: PretendedGPU, tmp_path: Path) -> None:
+def test_e4e_training(gpu: PretendedGPU) -> None:
     coach = E4ECoach(
         make_e4e_psp(),
         Pictures(photographs(4)),
         Pictures(photographs(3)),
         CoachConfig(batch_size=2, n_iters=2, optim_name='adam', synthetic=0.5),
-        run_dir=tmp_path,
         device='cuda',
         losses={'l2': (L2Term(), 1.0)},
         e4e=E4E,

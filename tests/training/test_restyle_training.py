@@ -16,12 +16,13 @@ from golden_fill import fill_image, fill_state_dict, fill_tensor
 from PIL import Image
 
 from criteria.w_norm import latent_norm
-from datasets.images_dataset import ImagesDataset, StepSampler
+from datasets.images_dataset import ImagesDataset
 from models.encoders import build_encoder
 from models.psp import PSP, invert, load_psp, psp_checkpoint
 from models.stylegan2 import Generator
 from scripts import train_restyle_psp
-from training.coach_restyle_psp import Coach, CoachConfig, build_optimizer
+from training.coach_config import CoachConfig, build_optimizer
+from training.coach_restyle_psp import Coach, encoder_run
 from training.reconstruction import L2Term
 from utils.errors import UserError
 from utils.images import from_uint8
@@ -49,7 +50,7 @@ def photographs(n=12, size=32):
     return img.mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def make_coach(run_dir, psp=None, *, losses=None, train=None, test=None, **settings):
+def make_coach(psp=None, *, losses=None, train=None, test=None, **settings):
     settings = {
         'batch_size': 4,
         'test_batch_size': 3,
@@ -65,7 +66,6 @@ def make_coach(run_dir, psp=None, *, losses=None, train=None, test=None, **setti
         Pictures(photographs() if train is None else train),
         Pictures(photographs(5) if test is None else test),
         CoachConfig(**settings),
-        run_dir=run_dir,
         losses=losses or {'l2': (L2Term(), 1.0)},
         device='cpu',
     )
@@ -95,18 +95,13 @@ class CountingTerm(L2Term):
 
 
 @pytest.mark.parametrize('name', ['ResNetBackboneEncoder', 'LightEncoder'])
-def test_one_step_by_hand(tmp_path, name):
+def test_one_step_by_hand(name):
     # In float64, so that no kink of a leaky ReLU depends on the order of summation.
     x = fill_image('psp/source', (4, 3, 32, 32)).double()
     penalty = latent_norm(fill_tensor('latent_avg', (8, 16), 0.1))
     term = CountingTerm()
     coach = make_coach(
-        tmp_path,
-        make_psp(name).double(),
-        losses={'l2': (term, 0.7)},
-        n_iters=5,
-        learning_rate=0.01,
-        seed=3,
+        make_psp(name).double(), losses={'l2': (term, 0.7)}, n_iters=5, learning_rate=0.01, seed=3
     )
     coach.latent_penalty = penalty, 0.05
     values, pictures = coach.step(x)
@@ -182,21 +177,21 @@ def test_ranger_by_hand():
         assert torch.allclose(parameters[k].detach().double(), p, rtol=1e-4, atol=1e-6)
 
 
-def test_accumulation_changes_nothing(tmp_path):
+def test_accumulation_changes_nothing():
     x = fill_image('psp/source', (4, 3, 32, 32))
     states = []
     for accumulate in (1, 2):
-        coach = make_coach(tmp_path, accumulate=accumulate, learning_rate=0.01)
+        coach = make_coach(accumulate=accumulate, learning_rate=0.01)
         coach.step(x)
         states.append(coach.psp.encoder.state_dict())
     for k, v in states[0].items():
         assert torch.allclose(v, states[1][k], rtol=1e-4, atol=1e-6), k
 
 
-def test_decoder_is_trained_only_when_asked(tmp_path):
+def test_decoder_is_trained_only_when_asked():
     x = fill_image('psp/source', (4, 3, 32, 32))
     for wanted in (False, True):
-        coach = make_coach(tmp_path, train_decoder=wanted, learning_rate=0.01)
+        coach = make_coach(train_decoder=wanted, learning_rate=0.01)
         before = coach.psp.decoder.convs[0].conv.weight.clone()
         average = coach.average_image().clone()
         coach.step(x)
@@ -211,7 +206,6 @@ def test_training_learns_and_refinement_helps(tmp_path):
         ws = psp.latent_avg + 0.5 * torch.randn(24, 1, 16, generator=torch.manual_seed(1))
         u8 = psp.decode(ws).mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
     coach = make_coach(
-        tmp_path,
         psp,
         train=u8,
         test=u8[:8],
@@ -222,7 +216,7 @@ def test_training_learns_and_refinement_helps(tmp_path):
         amp='bf16',
         batch_size=8,
     )
-    assert coach.train()
+    assert encoder_run(coach, tmp_path).to_the_end()
     records = {r['step']: r for r in read_jsonl(tmp_path / 'stats.jsonl') if 'test/l2_3' in r}
     assert records[120]['test/l2_3'] < 0.5 * records[0]['test/l2_3']
     assert max(records[120]['test/l2_1'], records[120]['test/l2_3']) < records[120]['test/l2_0']
@@ -263,17 +257,17 @@ def same_state(a, b):
 
 
 def test_resume_is_exact_and_survives_a_damaged_state(tmp_path, caplog):
-    full = make_coach(tmp_path / 'full', max_steps=6)
-    full.train()
-    part = make_coach(tmp_path / 'part', max_steps=4)
-    part.train()
+    full = make_coach(max_steps=6)
+    encoder_run(full, tmp_path / 'full').to_the_end()
+    encoder_run(make_coach(max_steps=4), tmp_path / 'part').to_the_end()
     path = tmp_path / 'part' / 'checkpoints' / 'state_4.pt'
     path.write_bytes(path.read_bytes()[:-1000])
-    rest = make_coach(tmp_path / 'part', max_steps=6)
+    rest = make_coach(max_steps=6)
+    run = encoder_run(rest, tmp_path / 'part')
     with caplog.at_level(logging.INFO):
-        assert rest.resume()
+        assert run.resume()
     assert 'falling back' in caplog.text and rest.step_count == 2
-    rest.train()
+    run.to_the_end()
     same_state(full.state(), rest.state())
     kept = []
     for folder in ('full', 'part'):
@@ -283,31 +277,16 @@ def test_resume_is_exact_and_survives_a_damaged_state(tmp_path, caplog):
 
 
 def test_stopping_early_keeps_a_state(tmp_path):
-    coach = make_coach(tmp_path)
-    assert coach.train(max_minutes=1e-6) is False
-    again = make_coach(tmp_path)
-    assert again.resume() and again.step_count == 1
+    assert encoder_run(make_coach(), tmp_path).to_the_end(max_minutes=1e-6) is False
+    again = make_coach()
+    assert encoder_run(again, tmp_path).resume() and again.step_count == 1
 
 
-def test_validation_does_not_depend_on_the_batch(tmp_path):
-    results = [make_coach(tmp_path, test_batch_size=b).validate()[0] for b in (1, 2, 5)]
+def test_validation_does_not_depend_on_the_batch():
+    results = [make_coach(test_batch_size=b).validate()[0] for b in (1, 2, 5)]
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=1e-5)
     assert len(results[0]) == 2 * 4  # l2 and loss, refinements 0 to 3
-
-
-def test_sampler_is_a_function_of_the_step():
-    def draw(start, stop, part=(0, 4)):
-        return list(
-            StepSampler(10, batch_size=4, seed=1, start=start, stop=stop, part=part, mirror=True)
-        )
-
-    whole = draw(0, 9)
-    assert whole[3:] == draw(3, 9)
-    halves = draw(0, 9, (0, 2)), draw(0, 9, (2, 4))
-    assert whole == [a + b for a, b in zip(*halves)]
-    first_epoch = [i for batch in whole[:2] for i, _ in batch]
-    assert len(set(first_epoch)) == 8 and {m for b in whole for _, m in b} == {True, False}
 
 
 def test_two_processes_agree_with_one(tmp_path):
@@ -318,12 +297,11 @@ import sys
 sys.path[:] = {sys.path!r}
 import torch
 from pathlib import Path
-from test_restyle_training import make_coach, make_psp
+from test_restyle_training import encoder_run, make_coach, make_psp
 from utils import distributed
 distributed.init('cpu')
-coach = make_coach(Path(sys.argv[1]), make_psp('ResNetBackboneEncoder'), max_steps=3,
-                   learning_rate=1e-3)
-coach.train()
+coach = make_coach(make_psp('ResNetBackboneEncoder'), max_steps=3, learning_rate=1e-3)
+encoder_run(coach, Path(sys.argv[1])).to_the_end()
 distributed.shutdown()
 """)
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
@@ -378,7 +356,7 @@ class Overflowing(L2Term):
 
 distributed.init('cpu')
 rank = distributed.rank()
-coach = make_coach(Path(sys.argv[1]), losses={{'l2': (Overflowing(), 1.0)}}, learning_rate=1e-3)
+coach = make_coach(losses={{'l2': (Overflowing(), 1.0)}}, learning_rate=1e-3)
 coach.scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)
 start = {{k: v.clone() for k, v in coach.psp.encoder.named_parameters()}}
 found = []

@@ -1,6 +1,5 @@
 """The generator's training loop: exact resume, equal processes, adaptive strength, commands."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -15,7 +14,6 @@ from PIL import Image
 from datasets.archive import ImageArchive
 from training.adversarial import freeze_discriminator
 from training.augment import MAX_STRENGTH, PIPES, AdaptiveStrength, AugmentPipe
-from training.batches import StepSampler
 from training.stylegan2_config import make_config
 from training.stylegan2_loop import Draws, Trainer
 from training.stylegan2_run import snapshots
@@ -134,19 +132,6 @@ def test_gradients_accumulate_over_passes():
         assert one.keys() == two.keys() >= {'loss_g', 'loss_d'}
         for name in one:
             assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-3, abs=1e-5), name
-
-
-def test_sampler_visits_every_image_once_per_epoch_and_resumes():
-    def draw(start, n):
-        sampler = StepSampler(
-            10, batch_size=4, pass_size=2, seed=3, start=start, whole_batches=False
-        )
-        return list(itertools.islice(itertools.chain.from_iterable(sampler), n))
-
-    first = draw(0, 40)
-    for epoch in range(4):
-        assert sorted(first[epoch * 10 : (epoch + 1) * 10]) == list(range(10))
-    assert draw(2, 12) == first[8:20]
 
 
 def test_two_processes_give_the_losses_of_one(archive, tmp_path):

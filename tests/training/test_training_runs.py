@@ -32,7 +32,6 @@ class Cell(NamedTuple):
 CELLS = [
     Cell(name, number, workers, processes)
     for name, toy in toys().items()
-    if name not in ('restyle', 'e4e')
     for number in SIGNALS
     for workers in ((0, 2) if toy.loads and name != 'e4e' else (0,))
     for processes in ((1, 2) if not toy.alone and name != 'e4e' else (1,))

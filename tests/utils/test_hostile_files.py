@@ -18,7 +18,7 @@ from PIL import Image
 from datasets import archive as archive_module
 from datasets.archive import FileStore, ImageArchive
 from datasets.groups import read_groups
-from training.checkpoints import latest_checkpoint, save_checkpoint
+from training.checkpoints import Checkpoints
 from training.stylegan2_run import SNAPSHOT_PREFIX, snapshots
 from utils.errors import UserError
 from utils.io import load_weights, save_torch
@@ -101,8 +101,9 @@ def test_published_files_must_have_the_hash_of_their_name(tmp_path):
 
 @pytest.mark.parametrize('place', ['numbers', 'directory', 'header', 'empty'])
 def test_trainings_fall_back_to_the_earlier_file(place, tmp_path, caplog):
-    save_checkpoint(tmp_path, 1, CONTENT)
-    newest = save_checkpoint(tmp_path, 2, CONTENT)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, CONTENT)
+    newest = checkpoints.save(2, CONTENT)
     save_torch(tmp_path / f'{SNAPSHOT_PREFIX}00001.000.pt', CONTENT)
     data = newest.read_bytes()
     if place == 'directory':  # an unknown compression
@@ -115,11 +116,11 @@ def test_trainings_fall_back_to_the_earlier_file(place, tmp_path, caplog):
     changed = b'' if place == 'empty' else data[:i] + bytes([data[i] ^ 0x88]) + data[i + 1 :]
     newest.write_bytes(changed)
     (tmp_path / f'{SNAPSHOT_PREFIX}00002.000.pt').write_bytes(changed)
-    payload, path = latest_checkpoint(tmp_path)
-    assert path.name == 'iteration_1.pt' and same(payload, CONTENT)
+    payload, path = checkpoints.latest()
+    assert path.name == 'state_1.pt' and same(payload, CONTENT)
     payload, path = snapshots(tmp_path).latest()
     assert path.name == f'{SNAPSHOT_PREFIX}00001.000.pt' and same(payload, CONTENT)
-    assert 'iteration_2.pt' in caplog.text
+    assert 'state_2.pt' in caplog.text
 
 
 # --- a full disk, and a signal amid writing -----------------------------------------------------
