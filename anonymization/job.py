@@ -19,7 +19,7 @@ from anonymization.settings import Settings
 from anonymization.workers import one_thread
 from datasets.groups import Groups
 from datasets.table import Table
-from utils import distributed
+from utils import distributed, options
 from utils.errors import UserError
 from utils.runs import run_record, start_run, versions
 
@@ -37,10 +37,8 @@ _FREE = (
     'guide',
     'test_workers',
     'device',
-    'group_batch',
     'card',
-    'data',
-    'start_key',
+    *options.free(Settings),
 )
 
 
@@ -105,14 +103,14 @@ def _compute(
     private = run_folder / 'private'
     if distributed.is_main():
         _make_folders(run_folder, private)
-        options = {
+        asked = {
             'exp_dir': run_folder,
             **settings.options(),
             **networks.options(),
             **table.origin_options(),
             'device': str(device),
         }
-        record = run_record(options, inputs=networks.files(), seed=settings.seed)
+        record = run_record(asked, inputs=networks.files(), seed=settings.seed)
         record['inputs'] |= {'table': table.digest(), 'photographs': digests.files}
         start_run(private, record, resume=True, free_options=_FREE)
     distributed.barrier()

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from criteria.content import content_loss
+from criteria.gram_style import MODES as STYLE_MODES
 from criteria.gram_style import STRIDES, StyleTargets, StyleTerm
 from models.features.guide import Guide
 from models.features.pretrained import FeatureNetwork
@@ -30,6 +31,16 @@ from models.stylegan2.frozen import FrozenSynthesis
 from models.stylegan2.sampling import latent_spread
 from utils.errors import UserError
 from utils.images import from_uint8
+from utils.kinds import (
+    auto_or,
+    choice,
+    list_of,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+)
+from utils.options import option
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +53,7 @@ _AUTO_RATE = 0.025
 # What the published weights give with VGG19's layers at 256 px (docs/making.md).
 STYLE_RATIO = 0.05
 GUIDE_WEIGHT = 0.1  # docs/making.md
+_HEADING = 'optimisation'  # of the flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +69,65 @@ class OptimizeConfig:
     1 - cosine in the content loss, where there is a guide.
     """
 
-    n_steps: int = 100
-    n_crop: int = 4
-    content_weight: float = 1e2
-    style_weight: float | str = 1e-6
-    lr: float | str = 0.1
-    style_mode: str | None = None
-    style_strides: tuple[int, ...] = STRIDES
-    style_ratio: float = STYLE_RATIO
-    guide_weight: float = GUIDE_WEIGHT
+    n_steps: int = option(
+        100,
+        nonnegative_int,
+        'optimisation steps per group; 0 gives the centroid',
+        group=_HEADING,
+        metavar='STEPS',
+        flag='num_steps',
+    )
+    n_crop: int = option(
+        4, positive_int, 'patch grid is N x N', group=_HEADING, metavar='N', flag='num_crop'
+    )
+    content_weight: float = option(
+        1e2, nonnegative_float, 'weight of the content loss', group=_HEADING, metavar='FLOAT'
+    )
+    style_weight: float | str = option(
+        1e-6,
+        auto_or(nonnegative_float),
+        'weight of the style loss; 0 needs no style network; auto: as --style_ratio says',
+        group=_HEADING,
+        metavar='FLOAT|auto',
+    )
+    lr: float | str = option(
+        0.1,
+        auto_or(positive_float),
+        'peak learning rate of the latents; auto: 1/40 of the standard deviation of the '
+        "generator's latents",
+        group=_HEADING,
+        metavar='FLOAT|auto',
+    )
+    style_mode: str | None = option(
+        None,
+        choice(*STYLE_MODES),
+        'best_match: every patch of a member draws the patch most like it (published); '
+        "same_place: patches are drawn to the mean of the members' patches; whole: the picture "
+        'is one patch (default: best_match for VGG19 and filters, whole for other networks)',
+        group=_HEADING,
+    )
+    style_strides: tuple[int, ...] = option(
+        STRIDES,
+        list_of(positive_int, 'different whole numbers above 0'),
+        'maps of these strides carry the style; VGG19 and filters have one map only',
+        group=_HEADING,
+        metavar='N',
+    )
+    style_ratio: float = option(
+        STYLE_RATIO,
+        positive_float,
+        'with --style_weight=auto: length of the style gradient over that of the content '
+        'gradient, in the first step',
+        group=_HEADING,
+        metavar='FLOAT',
+    )
+    guide_weight: float = option(
+        GUIDE_WEIGHT,
+        nonnegative_float,
+        'weight of the guide within the content loss',
+        group=_HEADING,
+        metavar='FLOAT',
+    )
 
 
 class Group(NamedTuple):

@@ -6,17 +6,11 @@ from typing import Any
 
 from anonymization.grouping import METHODS, POLICIES, SURPLUS
 from anonymization.optimize import PRECISIONS, OptimizeConfig
+from utils import options
 from utils.errors import UserError
+from utils.kinds import boolean, choice, list_of, named, nonnegative_float, nonnegative_int, positive_int, text
+from utils.options import option
 
-# Where a flag of scripts/k-SALSA.py has another name than its setting: run records and messages
-# speak in flags.
-_FLAGS = {
-    'k': 'same_k',
-    'n_iters': 'n_iters_per_batch',
-    'batch_size': 'test_batch_size',
-    'n_steps': 'num_steps',
-    'n_crop': 'num_crop',
-}
 # Value of --strata -> attribute of a table.
 STRATA = {
     'eye': 'eyes',
@@ -25,6 +19,7 @@ STRATA = {
     'visit': 'visits',
     'split': 'splits',
 }
+_GROUPS, _HOW, _OUTPUT, _MACHINE = 'groups', 'optimisation', 'output', 'machine'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,70 +37,156 @@ class Settings:
     deterministic: the same bytes again on a GPU, too, more slowly. data: a name for the run record.
     """
 
-    k: int = 5
-    clustering: str = 'default'
-    policy: str = 'distinct'
-    surplus: str = 'error'
-    strata: tuple[str, ...] = ()
-    grade_penalty: float = 0.0
-    start_noise: float = 0.0
-    start_key: str | None = None
-    reduce_dim: int | None = None
-    mirror_left: bool = False
-    n_iters: int = 5
-    batch_size: int = 8
-    group_batch: int | None = None
-    precision: str = 'fp32'
-    deterministic: bool = False
+    k: int = option(
+        5,
+        positive_int,
+        'fewest distinct patients in a group',
+        group=_GROUPS,
+        metavar='K',
+        flag='same_k',
+    )
+    clustering: str = option(
+        'default',
+        choice(*METHODS),
+        "how groups are found; published: the paper's greedy",
+        group=_GROUPS,
+    )
+    policy: str = option(
+        'distinct',
+        choice(*POLICIES),
+        "distinct: no patient twice in a group; together: all of a patient's images in one group",
+        group=_GROUPS,
+    )
+    surplus: str = option(
+        'error',
+        choice(*SURPLUS),
+        'a patient with more images than there are groups: stop, or leave out the images that '
+        'fit nowhere',
+        group=_GROUPS,
+    )
+    strata: tuple[str, ...] = option(
+        (),
+        list_of(named(STRATA), f'different names of {", ".join(STRATA.values())}'),
+        'columns that groups never cross; referable: grades 0 and 1 against 2 to 4',
+        group=_GROUPS,
+    )
+    grade_penalty: float = option(
+        0.0,
+        nonnegative_float,
+        'how much unlike grades count against a group, in parts of the variance of the latents '
+        '(0: not at all)',
+        group=_GROUPS,
+        metavar='SHARE',
+    )
+    reduce_dim: int | None = option(
+        None,
+        positive_int,
+        'group on the first D principal components (default: as needed)',
+        group=_GROUPS,
+        metavar='D',
+    )
+    mirror_left: bool = option(
+        False, boolean, 'mirror left eyes, so that optic discs align', group=_GROUPS
+    )
+    start_noise: float = option(
+        0.0,
+        nonnegative_float,
+        "secret noise on every group's start, in standard deviations of the generator's latents, "
+        'so that nobody can repeat the run',
+        group=_HOW,
+        metavar='SD',
+    )
+    start_key: str | None = option(
+        None,
+        text,
+        'key of that noise, such as private/start.key of another run (default: a new one)',
+        group=_HOW,
+        metavar='FILE',
+        free=True,
+    )
     optimize: OptimizeConfig = OptimizeConfig()
-    resize_outputs: bool = False
-    soft_labels: bool = False
-    centroids: bool = False
-    save_reconstructions: bool = False
-    data: str = ''
-    seed: int = 0
+    n_iters: int = option(
+        5,
+        positive_int,
+        'refinements of the inversion',
+        group=_HOW,
+        metavar='N',
+        flag='n_iters_per_batch',
+    )
+    resize_outputs: bool = option(
+        False,
+        boolean,
+        "write pictures at the encoder's size instead of the generator's",
+        group=_OUTPUT,
+    )
+    soft_labels: bool = option(
+        False,
+        boolean,
+        'labels.csv and metadata.csv also give the share of each grade',
+        group=_OUTPUT,
+    )
+    centroids: bool = option(
+        False,
+        boolean,
+        'also write the plain latent-mean pictures to private/centroids/',
+        group=_OUTPUT,
+    )
+    save_reconstructions: bool = option(
+        False,
+        boolean,
+        'also write every inverted photograph to private/reconstructions/',
+        group=_OUTPUT,
+    )
+    data: str = option(
+        '',
+        text,
+        'name of the data set, kept in private/options.json',
+        group=_OUTPUT,
+        metavar='NAME',
+        free=True,
+    )
+    batch_size: int = option(
+        8,
+        positive_int,
+        'photographs per unit of work, on a GPU inverted together (not tied to k)',
+        group=_MACHINE,
+        metavar='N',
+        flag='test_batch_size',
+    )
+    group_batch: int | None = option(
+        None,
+        positive_int,
+        'groups optimised at a time (default: on a CPU one per core, on a GPU what memory allows)',
+        group=_MACHINE,
+        metavar='N',
+        free=True,
+    )
+    precision: str = option(
+        'fp32', choice(*PRECISIONS), 'arithmetic of the optimisation', group=_MACHINE
+    )
+    deterministic: bool = option(
+        False,
+        boolean,
+        'the same bytes again on a GPU too: deterministic operations, every photograph and group '
+        'alone; slower. On a CPU it is always so',
+        group=_MACHINE,
+    )
+    seed: int = option(0, nonnegative_int, 'random seed', group=_MACHINE, metavar='INT')
 
     def options(self) -> dict[str, Any]:
-        """All settings by flag, as JSON holds them."""
-        flat = dataclasses.asdict(self)
-        flat |= flat.pop('optimize')
-        back = {column: value for value, column in STRATA.items()}
-        flat['strata'] = [back.get(s, s) for s in self.strata]
-        flat['style_strides'] = list(self.optimize.style_strides)
-        return {_FLAGS.get(name, name): value for name, value in flat.items()}
+        """All settings as runs are recorded, by published flag."""
+        return options.entries(self, recorded=True)
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> 'Settings':
-        """The settings that flags give; other entries of `options` are passed over."""
-
-        def of(kind: type, *but: str) -> dict[str, Any]:
-            names = [f.name for f in dataclasses.fields(kind) if f.name not in but]
-            return {n: options[_FLAGS.get(n, n)] for n in names if _FLAGS.get(n, n) in options}
-
-        optimize = of(OptimizeConfig)
-        if 'style_strides' in optimize:
-            optimize['style_strides'] = tuple(optimize['style_strides'])
-        own = of(cls, 'optimize', 'strata')
-        strata = tuple(STRATA[s] for s in options.get('strata', ()))
-        return cls(**own, strata=strata, optimize=OptimizeConfig(**optimize))
+    def from_options(cls, given: Mapping[str, Any]) -> 'Settings':
+        """The settings that flags or a record give; other entries are passed over."""
+        return options.build(cls, given)
 
     def check(self) -> None:
         """UserError for what is no setting, before anything is read."""
-        if not isinstance(self.k, int) or self.k < 2:
+        options.check(self)
+        options.check(self.optimize)
+        if self.k < 2:
             raise UserError(
-                f"--same_k {self.k}: a group of one is the patient's own picture; use 2 or more"
+                f"`k` {self.k}: a group of one is the patient's own picture; use 2 or more"
             )
-        chosen = {
-            'clustering': (self.clustering, tuple(METHODS)),
-            'policy': (self.policy, POLICIES),
-            'surplus': (self.surplus, SURPLUS),
-            'precision': (self.precision, PRECISIONS),
-        }
-        for name, (value, known) in chosen.items():
-            if value not in known:
-                raise UserError(f'--{name} {value}: choose from {", ".join(known)}')
-        for name in ('grade_penalty', 'start_noise'):
-            if not 0 <= getattr(self, name) < float('inf'):
-                raise UserError(f'--{name} {getattr(self, name)}: want a number, 0 or more')
-        if unknown := [s for s in self.strata if s not in STRATA.values()]:
-            raise UserError(f'--strata {unknown[0]}: choose from {", ".join(STRATA.values())}')

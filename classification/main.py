@@ -32,15 +32,15 @@ import yaml
 
 from classification.experiment import results_table, run_seeds
 from classification.inputs import test_table, training_set
-from classification.settings import GRADERS, LABELS, PRECISIONS, TARGETS, Config, load_config
+from classification.settings import Config, load_config
 from datasets.pictures import load_pictures
 from models.features.pretrained import WHEELS, wheel_file
-from models.resnet import ARCHS
 from training.run import open_folder
 from utils.cli import boolean, nonnegative_int, parser, positive_int, resolve_device, run
 from utils.errors import UserError
 from utils.io import sha256_bytes, write_json, write_text
 from utils.logs import setup_logging
+from utils.options import add_flags, flag_name
 from utils.runs import RECORD_NAME, run_record
 from utils.signals import stop_on_signal
 
@@ -48,6 +48,20 @@ log = logging.getLogger(__name__)
 
 # Paths: their contents are compared when a run goes on.
 _FREE = ('release', 'images_path', 'test_images_path', 'train_images_path', 'baseline')
+# Entries of the configuration that a flag overrides.
+_OVERRIDING = (
+    'grader',
+    'features',
+    'features_arch',
+    'target',
+    'labels',
+    'arch',
+    'image_size',
+    'epochs',
+    'batch_size',
+    'precision',
+    'initial_weights',
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -122,26 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument('--train_split', metavar='NAME', help='rows of --labels_train with that split')
     g.add_argument('--test_split', metavar='NAME', help='rows of --labels_test with that split')
     g = p.add_argument_group('training (each overrides the configuration)')
-    g.add_argument(
-        '--grader',
-        choices=GRADERS,
-        help='train a network, or fit linear models on frozen features (seconds)',
-    )
-    g.add_argument(
-        '--features',
-        metavar='NAME',
-        help='network of the probe: lite0, lite1, lite2, or a weight file',
-    )
-    g.add_argument('--features_arch', metavar='NAME', help='timm architecture of that file')
-    g.add_argument('--target', choices=TARGETS, help='what the grader predicts')
-    g.add_argument('--labels', choices=LABELS, help='majority grade, or shares of the grades')
-    g.add_argument(
-        '--arch', metavar='NAME', help=f'network: {", ".join(ARCHS)}, or any timm architecture'
-    )
-    g.add_argument('--image_size', type=positive_int, metavar='PX', help='side of the pictures')
-    g.add_argument('--epochs', type=positive_int, metavar='INT', help='epochs')
-    g.add_argument('--batch_size', type=positive_int, metavar='INT', help='pictures per step')
-    g.add_argument('--precision', choices=PRECISIONS, help='of the network')
+    add_flags(g, Config, names=_OVERRIDING, default=None)
     g.add_argument(
         '--seed',
         '--seeds',
@@ -150,13 +145,6 @@ def build_parser() -> argparse.ArgumentParser:
         nargs='+',
         metavar='INT',
         help='one training per seed',
-    )
-    g.add_argument(
-        '--imagenet_weights',
-        metavar='FILE',
-        help="weights to start from: of a ResNet torchvision's or a content encoder; "
-        'of a timm architecture its file, or lite0, lite1, lite2 (default: '
-        'random weights)',
     )
     g = p.add_argument_group('general')
     g.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
@@ -241,18 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     config = load_config(
         opts.config,
-        target=opts.target,
-        labels=opts.labels,
-        arch=opts.arch,
-        image_size=opts.image_size,
-        epochs=opts.epochs,
-        grader=opts.grader,
-        features=opts.features,
-        features_arch=opts.features_arch,
-        initial_weights=opts.imagenet_weights,
-        batch_size=opts.batch_size,
-        precision=opts.precision,
         seeds=opts.seeds,
+        **{name: getattr(opts, flag_name(Config, name)) for name in _OVERRIDING},
     )
     if opts.print_config:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end='')

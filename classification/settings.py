@@ -1,7 +1,6 @@
 """Settings of a grader's training and the YAML files that hold them."""
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,19 @@ import yaml
 from evaluation.probe import KINDS
 from models.resnet import ARCHS
 from utils.errors import UserError
+from utils.kinds import (
+    boolean,
+    choice,
+    fraction,
+    list_of,
+    nonnegative_float,
+    nonnegative_int,
+    number,
+    positive_float,
+    positive_int,
+    text,
+)
+from utils.options import check, entries, option, read_entries
 
 CONFIG_DIR = Path(__file__).resolve().parent / 'configs'
 
@@ -18,6 +30,7 @@ LABELS = ('majority', 'soft')
 GRADERS = ('network', 'probe')
 PRECISIONS = ('fp32', 'bf16', 'fp16')
 SAMPLINGS = ('instance', 'class')
+_COLOUR = list_of(nonnegative_float, 'a list of three numbers', length=3)
 
 
 def is_timm_model(name: str) -> bool:
@@ -44,55 +57,41 @@ class Settings:
     1 - x to 1 + x; rotation up to that many degrees; translation up to that share of the side.
     """
 
-    target: str = 'regression'
-    n_classes: int = 5
-    positive_from: int = 2
-    arch: str = 'resnet50'
-    small_stem: bool = False
-    image_size: int = 512
-    epochs: int = 61
-    batch_size: int = 32
-    min_steps_per_epoch: int = 0
-    learning_rate: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    cosine_epochs: int = 25
-    min_learning_rate: float = 1e-4
-    eval_interval: int = 1
-    sampling: str = 'instance'
-    precision: str = 'fp32'
-    mean: tuple | None = None
-    std: tuple | None = None
-    horizontal_flip: float = 0.5
-    vertical_flip: float = 0.5
-    brightness: float = 0.2
-    contrast: float = 0.2
-    rotation: float = 180.0
-    translation: float = 0.2
+    target: str = option('regression', choice(*TARGETS), 'what the grader predicts')
+    n_classes: int = option(5, positive_int)
+    positive_from: int = option(2, positive_int)
+    arch: str = option(
+        'resnet50', text, f'network: {", ".join(ARCHS)}, or any timm architecture', metavar='NAME'
+    )
+    small_stem: bool = option(False, boolean)
+    image_size: int = option(512, positive_int, 'side of the pictures', metavar='PX')
+    epochs: int = option(61, positive_int, 'epochs', metavar='INT')
+    batch_size: int = option(32, positive_int, 'pictures per step', metavar='INT')
+    min_steps_per_epoch: int = option(0, nonnegative_int)
+    learning_rate: float = option(1e-3, positive_float)
+    momentum: float = option(0.9, fraction)
+    weight_decay: float = option(5e-4, nonnegative_float)
+    cosine_epochs: int = option(25, positive_int)
+    min_learning_rate: float = option(1e-4, nonnegative_float)
+    eval_interval: int = option(1, positive_int)
+    sampling: str = option('instance', choice(*SAMPLINGS))
+    precision: str = option('fp32', choice(*PRECISIONS), 'of the network')
+    mean: tuple | None = option(None, _COLOUR)
+    std: tuple | None = option(None, _COLOUR)
+    horizontal_flip: float = option(0.5, fraction)
+    vertical_flip: float = option(0.5, fraction)
+    brightness: float = option(0.2, nonnegative_float)
+    contrast: float = option(0.2, nonnegative_float)
+    rotation: float = option(180.0, nonnegative_float)
+    translation: float = option(0.2, fraction)
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ('target', TARGETS),
-            ('precision', PRECISIONS),
-            ('sampling', SAMPLINGS),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(f'{name}: {getattr(self, name)!r} is none of {", ".join(choices)}')
+        check(self)
         if self.arch not in ARCHS and not is_timm_model(self.arch):
             raise UserError(
                 f'arch: {self.arch!r} is none of {", ".join(ARCHS)} and no '
                 'architecture of timm (timm.list_models() names them)'
             )
-        for name in (
-            'n_classes',
-            'image_size',
-            'epochs',
-            'batch_size',
-            'cosine_epochs',
-            'eval_interval',
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f'{name}: {getattr(self, name)} must be 1 or more')
         if not 0 < self.positive_from < self.n_classes:
             raise UserError(
                 f'positive_from: {self.positive_from} must lie between 1 and {self.n_classes - 1}'
@@ -115,32 +114,37 @@ class Config:
     """
 
     settings: Settings
-    grader: str = 'network'
-    features: str = 'lite1'
-    features_arch: str = ''
-    probe: str = 'logistic'
-    labels: str = 'majority'
-    initial_weights: str = ''
-    seeds: tuple = (0, 1, 2)
-    validation_fraction: float = 0.1
-    save_path: str = 'runs/classification'
+    grader: str = option(
+        'network',
+        choice(*GRADERS),
+        'train a network, or fit linear models on frozen features (seconds)',
+    )
+    features: str = option(
+        'lite1', text, 'network of the probe: lite0, lite1, lite2, or a weight file', metavar='NAME'
+    )
+    features_arch: str = option('', text, 'timm architecture of that file', metavar='NAME')
+    probe: str = option('logistic', choice(*KINDS))
+    labels: str = option('majority', choice(*LABELS), 'majority grade, or shares of the grades')
+    initial_weights: str = option(
+        '',
+        text,
+        "weights to start from: of a ResNet torchvision's or a content encoder; of a timm "
+        'architecture its file, or lite0, lite1, lite2 (default: random weights)',
+        metavar='FILE',
+        flag='imagenet_weights',
+    )
+    seeds: tuple = option((0, 1, 2), list_of(nonnegative_int, 'a list of whole numbers'))
+    validation_fraction: float = option(
+        0.1, number(lambda v: 0 < v < 1, 'a number between 0 and 1, neither of them')
+    )
+    save_path: str = option('runs/classification', text)
 
     def __post_init__(self) -> None:
-        for name, choices in (('grader', GRADERS), ('labels', LABELS), ('probe', KINDS)):
-            if getattr(self, name) not in choices:
-                raise UserError(f'{name}: {getattr(self, name)!r} is none of {", ".join(choices)}')
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(
-                f'validation_fraction: {self.validation_fraction} must lie between 0 and 1'
-            )
+        check(self)
 
     def to_dict(self) -> dict[str, Any]:
         """A flat dict, as in the YAML file."""
-        flat = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != 'settings'
-        }
-        flat.update(dataclasses.asdict(self.settings))
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
+        return entries(self)
 
 
 def find_config(name: str | Path) -> Path:
@@ -166,40 +170,5 @@ def load_config(path: str | Path, **overrides: Any) -> Config:
         raise UserError(f'{path} is not readable YAML: {error}') from error
     if not isinstance(values, dict):
         raise UserError(f'{path} must hold lines of the form `name: value`')
-    values.update({k: v for k, v in overrides.items() if v is not None})
-    defaults = Config(settings=Settings()).to_dict()
-    for name, value in values.items():
-        if name not in defaults:
-            near = difflib.get_close_matches(str(name), defaults, n=1)
-            hint = f'; did you mean {near[0]}?' if near else ''
-            raise UserError(f'{path}: unknown entry {name}{hint}')
-        values[name] = _typed(path, name, value, defaults[name])
-    grader_names = {f.name for f in dataclasses.fields(Settings)}
-    settings = Settings(**{k: v for k, v in values.items() if k in grader_names})
-    return Config(settings=settings, **{k: v for k, v in values.items() if k not in grader_names})
-
-
-def _typed(path: str | Path, name: str, value: object, default: object) -> Any:
-    """`value` in the type of the entry's default; UserError when it does not fit."""
-    if name in ('mean', 'std', 'seeds'):
-        if value is None and name != 'seeds':
-            return None
-        number = int if name == 'seeds' else float
-        if isinstance(value, (list, tuple)) and (name == 'seeds' and value or len(value) == 3):
-            try:
-                return tuple(number(v) for v in value)
-            except (TypeError, ValueError):
-                pass
-        wanted = 'a list of whole numbers' if name == 'seeds' else 'a list of three numbers'
-        raise UserError(f'{path}: {name} must be {wanted}, not {value!r}')
-    kind = type(default)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f'{path}: {name} must be of type {kind.__name__}, not {value!r}')
-    return value
+    values |= {k: v for k, v in overrides.items() if v is not None}
+    return read_entries(Config, values, str(path))

@@ -1,19 +1,52 @@
 """What an evaluation compares, on which data: the entries of its YAML file."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from models.features.pretrained import WHEELS, weight_file
 from models.features.style import FILTERS
 from utils.errors import UserError, listing
+from utils.kinds import (
+    Kind,
+    auto_or,
+    boolean,
+    list_of,
+    nonnegative_float,
+    nonnegative_int,
+    number,
+    positive_float,
+    positive_int,
+    text,
+)
+from utils.options import option, read_entries
 from utils.runs import PROJECT_ROOT
 
-_SPLIT = {'members', 'others'}
-_PHANTOMS = {'n_patients', 'size', 'visits', 'seed'}
+_DIFFERENT = 'a list of different whole numbers from 1'
+
+
+def _table_of(kind: Kind, names: set[str], wanted: str) -> Kind:
+    """A table with exactly these names, all of one kind."""
+    return Kind(
+        lambda v: v,
+        lambda v: isinstance(v, dict) and v.keys() == names and all(map(kind.accepts, v.values())),
+        wanted,
+    )
+
+
+_SPLIT = _table_of(text, {'members', 'others'}, 'the values of members and others')
+_PHANTOMS = _table_of(
+    nonnegative_int,
+    {'n_patients', 'size', 'visits', 'seed'},
+    'whole numbers n_patients, size, visits and seed',
+)
+_FILE = _table_of(text, {'weights', 'arch'}, 'weights and arch')
+_JUDGE = Kind(
+    lambda v: v,
+    lambda v: text.accepts(v) or _FILE.accepts(v),
+    'a list of different names, or {weights, arch}',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +67,29 @@ class Settings:
     {weights: file, arch: timm architecture}; one at least that no release was made with.
     """
 
-    checkpoint: str
-    content_weights: str
-    k: list
-    methods: list
-    grader: str
-    seeds: list
-    name: str = ''
-    phantoms: dict | None = None
-    attackers: dict | None = None
-    controls: bool = True
-    table: str | None = None
-    image_dir: str | None = None
-    split_column: dict | None = None
-    members: float = 0.5
-    style_weights: str = FILTERS
-    style_weight: float | str = 1e-6
-    lr: float | str = 0.1
-    content_weight: float = 1e2
-    num_steps: int = 100
-    guide: str | None = None
-    precision: str = 'fp32'
-    measures: list | None = None
-    judges: list = dataclasses.field(default_factory=lambda: ['lite1', 'lite0'])
+    checkpoint: str = option(kind=text)
+    content_weights: str = option(kind=text)
+    k: list = option(kind=list_of(positive_int, _DIFFERENT, make=list))
+    methods: list = option(kind=list_of(text, 'a list of different names', make=list))
+    grader: str = option(kind=text)
+    seeds: list = option(kind=list_of(nonnegative_int, 'a list of different whole numbers'))
+    name: str = option('', text, free=True)
+    phantoms: dict | None = option(None, _PHANTOMS)
+    attackers: dict | None = option(None, _PHANTOMS)
+    controls: bool = option(True, boolean)
+    table: str | None = option(None, text)
+    image_dir: str | None = option(None, text)
+    split_column: dict | None = option(None, _SPLIT)
+    members: float = option(0.5, number(lambda v: 0 < v < 1, 'a number between 0 and 1'))
+    style_weights: str = option(FILTERS, text)
+    style_weight: float | str = option(1e-6, auto_or(nonnegative_float))
+    lr: float | str = option(0.1, auto_or(positive_float))
+    content_weight: float = option(1e2, nonnegative_float)
+    num_steps: int = option(100, nonnegative_int)
+    guide: str | None = option(None, text)
+    precision: str = option('fp32', text)
+    measures: list | None = option(None, list_of(text, 'a list of different names', make=list))
+    judges: list = option(['lite1', 'lite0'], list_of(_JUDGE, _JUDGE.wanted, make=list))
 
     def file(self, entry: str) -> Path:
         """The path that an entry names."""
@@ -87,76 +120,6 @@ class Settings:
         return sorted(self.k, key=lambda k: k != 5)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least
-
-
-def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda v: (
-        isinstance(v, list) and bool(v) and all(map(good, v)) and len({str(x) for x in v}) == len(v)
-    )
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _judge(value: Any) -> bool:
-    return _text(value) or (
-        isinstance(value, dict)
-        and value.keys() == {'weights', 'arch'}
-        and all(map(_text, value.values()))
-    )
-
-
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        (
-            'name',
-            'checkpoint',
-            'content_weights',
-            'style_weights',
-            'grader',
-            'precision',
-            'table',
-            'image_dir',
-            'guide',
-        ),
-        (_text, 'text'),
-    ),
-    'k': (_list_of(_whole(1)), 'a list of different whole numbers from 1'),
-    'seeds': (_list_of(_whole(0)), 'a list of different whole numbers'),
-    'methods': (_list_of(_text), 'a list of different names'),
-    'measures': (_list_of(_text), 'a list of different names'),
-    'judges': (_list_of(_judge), 'a list of different names, or {weights, arch}'),
-    'members': (lambda v: _number(v) and 0 < v < 1, 'a number between 0 and 1'),
-    'content_weight': (lambda v: _number(v) and v >= 0, 'a number, 0 or more'),
-    **{
-        n: (lambda v: v == 'auto' or _number(v) and v >= 0, 'a number, or auto')
-        for n in ('style_weight', 'lr')
-    },
-    'controls': (lambda v: isinstance(v, bool), 'true or false'),
-    'num_steps': (_whole(0), 'a whole number, 0 or more'),
-    **dict.fromkeys(
-        ('phantoms', 'attackers'),
-        (
-            lambda v: (
-                isinstance(v, dict) and v.keys() == _PHANTOMS and all(map(_whole(0), v.values()))
-            ),
-            'whole numbers n_patients, size, visits and seed',
-        ),
-    ),
-    'split_column': (
-        lambda v: isinstance(v, dict) and v.keys() == _SPLIT and all(map(_text, v.values())),
-        'the values of members and others',
-    ),
-}
-
-
 def read_settings(path: Path) -> Settings:
     """A configuration with defaults; UserError that lists all that is missing, unknown or wrong."""
     try:
@@ -167,29 +130,10 @@ def read_settings(path: Path) -> Settings:
         raise UserError(f'--config {path}: nested too deeply to be a configuration') from None
     if not isinstance(entries, dict):
         raise UserError(f'--config {path}: not a table of entries')
-    fields = {f.name: f.default for f in dataclasses.fields(Settings)}
-    required = [
-        f.name
-        for f in dataclasses.fields(Settings)
-        if dataclasses.MISSING is f.default is f.default_factory
-    ]
-    wrong = [f'missing: {n}' for n in required if n not in entries]
-    wrong += [f'unknown: {n}' for n in entries if n not in fields]
-    for name, (good, wanted) in _CHECKS.items():
-        value = entries.get(name)
-        absent = name not in entries or (value is None and fields[name] is None)
-        if not absent and not good(value):
-            wrong.append(f'{name}: want {wanted}, not {_short(value)}')
-    if not wrong:
-        wrong = _contradictions(Settings(**entries))
-    if wrong:
+    settings = read_entries(Settings, entries, f'--config {path}')
+    if wrong := _contradictions(settings):
         raise UserError(listing(f'--config {path}', wrong))
-    return Settings(**entries)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f'{text[:60]} ...'
+    return settings
 
 
 def _contradictions(settings: Settings) -> list[str]:

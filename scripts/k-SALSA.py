@@ -25,16 +25,12 @@ from collections.abc import Sequence
 from anonymization import Networks, Settings, anonymize
 from anonymization.card import FIELDS as CARD_FIELDS
 from anonymization.card import read_card
-from anonymization.grouping import METHODS, POLICIES, SURPLUS
-from anonymization.optimize import GUIDE_WEIGHT, PRECISIONS, STYLE_RATIO
-from anonymization.settings import STRATA
 from configs.paths_config import model_paths
-from criteria.gram_style import MODES as STYLE_MODES
-from criteria.gram_style import STRIDES
 from datasets.table import read_table
 from models.features.style import FILTERS
 from utils import cli, distributed
 from utils.logs import setup_logging
+from utils.options import add_flags
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +47,12 @@ _NO_EFFECT = (
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
     g = p.add_argument_group('required')
-    g.add_argument('--exp_dir', type=Path, required=True, metavar='DIR', help='output folder')
+    g.add_argument(
+        '--exp_dir', '--out_dir', type=Path, required=True, metavar='DIR', help='output folder'
+    )
     g.add_argument(
         '--checkpoint_path',
+        '--checkpoint',
         type=Path,
         required=True,
         metavar='FILE',
@@ -61,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     g.add_argument(
         '--data_path',
+        '--image_dir',
         type=Path,
         required=True,
         metavar='DIR',
@@ -68,63 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     g.add_argument(
         '--df',
+        '--table',
         type=Path,
         required=True,
         metavar='CSV',
         help='table of ids (id_code or image), optionally with diagnosis or level, '
         'patient_id, eye, split',
-    )
-    g = p.add_argument_group('groups')
-    g.add_argument(
-        '--same_k',
-        type=cli.positive_int,
-        default=5,
-        metavar='K',
-        help='fewest distinct patients in a group',
-    )
-    g.add_argument(
-        '--clustering',
-        choices=METHODS,
-        default='default',
-        help="how groups are found; published: the paper's greedy",
-    )
-    g.add_argument(
-        '--policy',
-        choices=POLICIES,
-        default='distinct',
-        help="distinct: no patient twice in a group; together: all of a patient's "
-        'images in one group',
-    )
-    g.add_argument(
-        '--surplus',
-        choices=SURPLUS,
-        default='error',
-        help='a patient with more images than there are groups: stop, or leave out '
-        'the images that fit nowhere',
-    )
-    g.add_argument(
-        '--strata',
-        nargs='+',
-        choices=sorted(STRATA),
-        default=[],
-        help='columns that groups never cross; referable: grades 0 and 1 against 2 to 4',
-    )
-    g.add_argument(
-        '--grade_penalty',
-        type=cli.nonnegative_float,
-        default=0.0,
-        metavar='SHARE',
-        help='how much unlike grades count against a group, in parts of the variance of the '
-        'latents (0: not at all)',
-    )
-    g.add_argument(
-        '--reduce_dim',
-        type=cli.positive_int,
-        metavar='D',
-        help='group on the first D principal components (default: as needed)',
-    )
-    g.add_argument(
-        '--mirror_left', action='store_true', help='mirror left eyes, so that optic discs align'
     )
     g.add_argument('--split', metavar='NAME', help='use these rows of the table only')
     g.add_argument(
@@ -133,103 +82,49 @@ def build_parser() -> argparse.ArgumentParser:
         metavar='N',
         help='use the first N rows of the table only, for a trial',
     )
-    g = p.add_argument_group('optimisation')
+    add_networks(p.add_argument_group('networks'))
+    add_flags(p, Settings)
+    p.set_defaults(data='aptos')
+    g = p.add_argument_group('beside the release')
     g.add_argument(
-        '--start_noise',
-        type=cli.nonnegative_float,
-        default=0.0,
-        metavar='SD',
-        help="secret noise on every group's start, in standard deviations of the generator's "
-        'latents, so that nobody can repeat the run',
+        '--card',
+        type=Path,
+        metavar='YAML',
+        help='licence, name, contact and the like for README.md and croissant.json: '
+        f'any of {", ".join(CARD_FIELDS)} (default: [brackets] in their place)',
     )
+    cli.add_device(g)
     g.add_argument(
-        '--start_key',
-        metavar='FILE',
-        help='key of that noise, such as private/start.key of another run (default: a new one)',
-    )
-    g.add_argument(
-        '--num_steps',
+        '--test_workers',
+        '--workers',
         type=cli.nonnegative_int,
-        default=100,
-        metavar='STEPS',
-        help='optimisation steps per group; 0 gives the centroid',
-    )
-    g.add_argument(
-        '--num_crop', type=cli.positive_int, default=4, metavar='N', help='patch grid is N x N'
-    )
-    g.add_argument(
-        '--content_weight',
-        type=cli.nonnegative_float,
-        default=1e2,
-        metavar='FLOAT',
-        help='weight of the content loss',
-    )
-    g.add_argument(
-        '--style_weight',
-        type=cli.auto_or(cli.nonnegative_float),
-        default=1e-6,
-        metavar='FLOAT|auto',
-        help='weight of the style loss; 0 needs no style network; auto: as --style_ratio says',
-    )
-    g.add_argument(
-        '--style_ratio',
-        type=cli.positive_float,
-        default=STYLE_RATIO,
-        metavar='FLOAT',
-        help='with --style_weight=auto: length of the style gradient '
-        'over that of the content gradient, in the first step',
-    )
-    g.add_argument(
-        '--lr',
-        type=cli.auto_or(cli.positive_float),
-        default=0.1,
-        metavar='FLOAT|auto',
-        help='peak learning rate of the latents; auto: 1/40 of the standard deviation '
-        "of the generator's latents",
-    )
-    g.add_argument(
-        '--style_mode',
-        choices=STYLE_MODES,
-        help='best_match: every patch of a member draws the patch most like it '
-        "(published); same_place: patches are drawn to the mean of the members' "
-        'patches; whole: the picture is one patch (default: best_match for VGG19 '
-        'and filters, whole for other networks)',
-    )
-    g.add_argument(
-        '--style_strides',
-        type=cli.positive_int,
-        nargs='+',
-        default=STRIDES,
+        default=2,
         metavar='N',
-        help='maps of these strides carry the style; VGG19 and filters have one map only',
+        help='loading processes',
     )
-    g.add_argument(
-        '--n_iters_per_batch',
-        type=cli.positive_int,
-        default=5,
-        metavar='N',
-        help='refinements of the inversion',
-    )
-    g.add_argument(
-        '--content_weights',
-        metavar='FILE|lite0',
-        help='content network: MoCo v2, from scripts/train_content_encoder.py, an '
-        'installed network (lite0, lite1, lite2), or a file with --content_arch '
-        '(default: "moco" in configs/paths_config.py)',
-    )
-    g.add_argument(
-        '--content_arch', metavar='NAME', help='timm architecture of the file of --content_weights'
-    )
-    g.add_argument(
-        '--style_weights',
-        metavar='FILE|lite0',
-        help=f'VGG19 file, an installed network (lite0, lite1, lite2), {FILTERS!r} for '
-        'the built-in filter bank, or a file with --style_arch (default: "vgg19" '
-        'in configs/paths_config.py)',
-    )
-    g.add_argument(
-        '--style_arch', metavar='NAME', help='timm architecture of the file of --style_weights'
-    )
+    g = p.add_argument_group('published flags without effect')
+    for name in _NO_EFFECT:
+        g.add_argument(f'--{name}', metavar='X', help='accepted, never used')
+    return p
+
+
+def add_networks(g: argparse._ArgumentGroup) -> None:
+    """Adds the flags of the feature networks."""
+    for role, published, own in (
+        ('content', 'MoCo v2, from scripts/train_content_encoder.py', 'moco'),
+        ('style', f'VGG19, {FILTERS!r} for the built-in filter bank', 'vgg19'),
+    ):
+        g.add_argument(
+            f'--{role}_weights',
+            metavar='FILE|lite0',
+            help=f'{role} network: {published}, an installed network (lite0, lite1, lite2), or a '
+            f'file with --{role}_arch (default: "{own}" in configs/paths_config.py)',
+        )
+        g.add_argument(
+            f'--{role}_arch',
+            metavar='NAME',
+            help=f'timm architecture of the file of --{role}_weights',
+        )
     g.add_argument(
         '--guide',
         type=Path,
@@ -238,79 +133,6 @@ def build_parser() -> argparse.ArgumentParser:
         "classification/main.py -config guide.yaml; pictures keep what it reads in the members' "
         'mean',
     )
-    g.add_argument(
-        '--guide_weight',
-        type=cli.nonnegative_float,
-        default=GUIDE_WEIGHT,
-        metavar='FLOAT',
-        help='weight of the guide within the content loss',
-    )
-    g = p.add_argument_group('output')
-    g.add_argument(
-        '--resize_outputs',
-        action='store_true',
-        help="write pictures at the encoder's size instead of the generator's",
-    )
-    g.add_argument(
-        '--soft_labels',
-        action='store_true',
-        help='labels.csv and metadata.csv also give the share of each grade',
-    )
-    g.add_argument(
-        '--card',
-        type=Path,
-        metavar='YAML',
-        help='licence, name, contact and the like for README.md and croissant.json: '
-        f'any of {", ".join(CARD_FIELDS)} (default: [brackets] in their place)',
-    )
-    g.add_argument(
-        '--centroids',
-        action='store_true',
-        help='also write the plain latent-mean pictures to private/centroids/',
-    )
-    g.add_argument(
-        '--save_reconstructions',
-        action='store_true',
-        help='also write every inverted photograph to private/reconstructions/',
-    )
-    g.add_argument(
-        '--data',
-        default='aptos',
-        metavar='NAME',
-        help='name of the data set, kept in private/options.json',
-    )
-    g = p.add_argument_group('machine')
-    g.add_argument(
-        '--test_batch_size',
-        type=cli.positive_int,
-        default=8,
-        metavar='N',
-        help='photographs per unit of work, on a GPU inverted together (not tied to k)',
-    )
-    g.add_argument(
-        '--group_batch',
-        type=cli.positive_int,
-        metavar='N',
-        help='groups optimised at a time (default: on a CPU one per core, on a GPU what '
-        'memory allows)',
-    )
-    g.add_argument(
-        '--test_workers', type=cli.nonnegative_int, default=2, metavar='N', help='loading processes'
-    )
-    g.add_argument(
-        '--precision', choices=PRECISIONS, default='fp32', help='arithmetic of the optimisation'
-    )
-    g.add_argument(
-        '--deterministic',
-        action='store_true',
-        help='the same bytes again on a GPU too: deterministic operations, every '
-        'photograph and group alone; slower. On a CPU it is always so',
-    )
-    cli.add_common(g)
-    g = p.add_argument_group('published flags without effect')
-    for name in _NO_EFFECT:
-        g.add_argument(f'--{name}', metavar='X', help='accepted, never used')
-    return p
 
 
 def networks_of(opts: argparse.Namespace) -> Networks:
@@ -328,6 +150,7 @@ def networks_of(opts: argparse.Namespace) -> Networks:
     )
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     device = distributed.init(cli.resolve_device(opts.device))

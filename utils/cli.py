@@ -2,21 +2,58 @@
 
 import argparse
 import errno
+import functools
 import logging
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 import torch
 
 from utils import distributed
-from utils.errors import UserError
+from utils.errors import PrivacyError, UserError
+from utils.kinds import (
+    auto_or,
+    boolean,
+    fraction,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+    power_of_two,
+)
 from utils.precision import full_precision
+
+# The types of flags, for scripts that need no more of them than this.
+__all__ = [
+    'add_common',
+    'add_device',
+    'auto_or',
+    'boolean',
+    'flags_of',
+    'fraction',
+    'full_precision',
+    'names_flags',
+    'nonnegative_float',
+    'nonnegative_int',
+    'parser',
+    'positive_float',
+    'positive_int',
+    'power_of_two',
+    'resolve_device',
+    'run',
+]
 
 # What flags are added to: a parser, or a group of one.
 Group = TypeVar('Group', bound=argparse._ActionsContainer)
-Number = TypeVar('Number', int, float)
+P = ParamSpec('P')
+R = TypeVar('R')
+
+# Exit codes, beside 0 and 128 + the signal that stopped a run (130 for Ctrl-C, 143 for SIGTERM).
+FAILED = 1  # a check that found something, a full disk, a lost process, a fault of this software
+BAD_INPUT = 2
+PROMISE_BROKEN = 3
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -37,64 +74,47 @@ def parser(description: str, epilog: str | None = None) -> argparse.ArgumentPars
 
 def add_common(p: Group) -> Group:
     """Adds --device and --seed to a parser (or argument group) and returns it."""
+    add_device(p)
+    p.add_argument('--seed', type=nonnegative_int, default=0, metavar='INT', help='random seed')
+    return p
+
+
+def add_device(p: Group) -> None:
+    """Adds --device to a parser (or argument group)."""
     p.add_argument(
         '--device',
         default='auto',
         metavar='DEVICE',
         help='cpu, cuda, cuda:N, or auto (a GPU when there is one)',
     )
-    p.add_argument('--seed', type=nonnegative_int, default=0, metavar='INT', help='random seed')
-    return p
 
 
-def _number(
-    convert: Callable[[str], Number], accept: Callable[[Number], bool], wanted: str
-) -> Callable[[str], Number]:
-    def parse(text: str) -> Number:
-        try:
-            value = convert(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f'{text!r} is not {wanted}') from None
-        if not accept(value):
-            raise argparse.ArgumentTypeError(f'{text} is not {wanted}')
-        return value
-
-    return parse
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """The flag of each parameter, under every spelling that the parser takes."""
+    return {
+        spelling.lstrip('-').replace('-', '_'): action.option_strings[0]
+        for action in parser._actions
+        for spelling in action.option_strings
+    }
 
 
-positive_int = _number(int, lambda v: v > 0, 'a whole number above 0')
-nonnegative_int = _number(int, lambda v: v >= 0, 'a whole number, 0 or more')
-_MOST = torch.finfo(torch.float32).max  # above it is infinity, where it is computed with
-positive_float = _number(float, lambda v: 0 < v <= _MOST, 'a number above 0, below 3.4e38')
-nonnegative_float = _number(float, lambda v: 0 <= v <= _MOST, 'a number, 0 or more, below 3.4e38')
-fraction = _number(float, lambda v: 0 <= v <= 1, 'a number between 0 and 1')
-power_of_two = _number(int, lambda v: v > 0 and v & (v - 1) == 0, 'a power of two')
+def names_flags(
+    build_parser: Callable[[], argparse.ArgumentParser],
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a script's `main`: errors of libraries name its flags, not their parameters."""
 
+    def wrap(main: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(main)
+        def named(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return main(*args, **kwargs)
+            except UserError as error:
+                error.name_flags(flags_of(build_parser()))
+                raise
 
-def auto_or(convert: Callable[[str], float]) -> Callable[[str], float | str]:
-    """The type of a flag that takes 'auto' beside numbers."""
+        return named
 
-    def parse(text: str) -> float | str:
-        return text if text == 'auto' else convert(text)
-
-    return parse
-
-
-def boolean(text: str | bool) -> bool:
-    """Reads true/false, yes/no, 1/0 (published flags such as `--mirror=1`)."""
-    value = {
-        '1': True,
-        'true': True,
-        'yes': True,
-        'on': True,
-        '0': False,
-        'false': False,
-        'no': False,
-        'off': False,
-    }.get(str(text).lower())
-    if value is None:
-        raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
-    return value
+    return wrap
 
 
 def resolve_device(name: str) -> torch.device:
@@ -139,14 +159,14 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Runs `main()` and exits with its code; user errors become one line on stderr (exit 2)."""
+    """Runs `main()` and exits with its code; user errors become one line on stderr."""
     logging.captureWarnings(True)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main()
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
-        code = 2
+        code = PROMISE_BROKEN if isinstance(error, PrivacyError) else BAD_INPUT
     except KeyboardInterrupt:
         print(
             'interrupted; run the same command again to resume where resuming is supported',
@@ -155,11 +175,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = 130
     except OSError as error:
         if error.errno in _FILE_ERRORS and error.filename:
-            text, code = f'{error.filename}: {error.strerror}; choose another path', 2
+            text, code = f'{error.filename}: {error.strerror}; choose another path', BAD_INPUT
         elif error.errno in _DISK_FULL:
             where = f' while writing {error.filename}' if error.filename else ''
             text = f'the disk is full{where}; free some space and run the same command again'
-            code = 1
+            code = FAILED
         else:
             raise
         print(f'error: {text}', file=sys.stderr)
@@ -171,5 +191,5 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             'all of them again to go on from the last saved state',
             file=sys.stderr,
         )
-        code = 1
+        code = FAILED
     sys.exit(code)

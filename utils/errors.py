@@ -1,12 +1,21 @@
 """The two errors a user can meet; everything else is a bug."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 MAX_LISTED = 20
 
 
 class UserError(Exception):
-    """Bad input or a missing file: the message names the flag, file or row and the remedy."""
+    """Bad input or a missing file: the message names the parameter, file or row and the remedy.
+
+    Library code writes a parameter in backticks (lower `k`); a script puts its flag there.
+    """
+
+    def name_flags(self, flags: Mapping[str, str]) -> None:
+        """Puts flags in the place of the parameters that they set; others stay as they are."""
+        text = re.sub(r'`(\w+)`', lambda found: flags.get(found[1], found[0]), str(self))
+        self.args = (text, *self.args[1:])
 
 
 class PrivacyError(UserError):

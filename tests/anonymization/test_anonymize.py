@@ -155,13 +155,13 @@ def test_a_card_for_a_finished_release(copy, tmp_path):
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
-        ({'k': 1}, '--same_k 1'),
+        ({'k': 1}, '`k` 1'),
         ({'k': 13}, 'only 12 images'),
-        ({'clustering': 'x'}, '--clustering x'),
-        ({'policy': 'x'}, '--policy x'),
-        ({'surplus': 'x'}, '--surplus x'),
-        ({'precision': 'x'}, '--precision x'),
-        ({'strata': ('colours',)}, '--strata colours'),
+        ({'clustering': 'x'}, '`clustering`: want one of default'),
+        ({'policy': 'x'}, '`policy`: want'),
+        ({'surplus': 'x'}, '`surplus`: want'),
+        ({'precision': 'x'}, '`precision`: want'),
+        ({'strata': ('colours',)}, '`strata`: want'),
     ],
 )
 def test_settings_that_are_none(made, tmp_path, settings, message):

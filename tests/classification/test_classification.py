@@ -428,8 +428,8 @@ def test_all_configurations_load():
     'text,message',
     [
         ('epocs: 3', 'did you mean epochs'),
-        ('epochs: many', 'epochs must be of type int'),
-        ('target: 4-class', 'none of regression'),
+        ('epochs: many', 'epochs: want a whole number above 0, not .many'),
+        ('target: 4-class', 'target: want one of regression'),
         ('mean: [1, 2]', 'three numbers'),
         ('- 1', 'name: value'),
         ('a: [', 'not readable YAML'),
