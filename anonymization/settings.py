@@ -8,7 +8,16 @@ from anonymization.grouping import METHODS, POLICIES, SURPLUS
 from anonymization.optimize import PRECISIONS, OptimizeConfig
 from utils import options
 from utils.errors import UserError
-from utils.kinds import boolean, choice, list_of, named, nonnegative_float, nonnegative_int, positive_int, text
+from utils.kinds import (
+    boolean,
+    choice,
+    list_of,
+    named,
+    nonnegative_float,
+    nonnegative_int,
+    positive_int,
+    text,
+)
 from utils.options import option
 
 # Value of --strata -> attribute of a table.

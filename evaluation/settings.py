@@ -69,14 +69,16 @@ class Settings:
 
     checkpoint: str = option(kind=text)
     content_weights: str = option(kind=text)
-    k: list = option(kind=list_of(positive_int, _DIFFERENT, make=list))
-    methods: list = option(kind=list_of(text, 'a list of different names', make=list))
-    grader: str = option(kind=text)
-    seeds: list = option(kind=list_of(nonnegative_int, 'a list of different whole numbers'))
+    k: list = option(kind=list_of(positive_int, _DIFFERENT, make=list), free=True)
+    methods: list = option(kind=list_of(text, 'a list of different names', make=list), free=True)
+    grader: str = option(kind=text, free=True)
+    seeds: list = option(
+        kind=list_of(nonnegative_int, 'a list of different whole numbers'), free=True
+    )
     name: str = option('', text, free=True)
     phantoms: dict | None = option(None, _PHANTOMS)
     attackers: dict | None = option(None, _PHANTOMS)
-    controls: bool = option(True, boolean)
+    controls: bool = option(True, boolean, free=True)
     table: str | None = option(None, text)
     image_dir: str | None = option(None, text)
     split_column: dict | None = option(None, _SPLIT)
@@ -88,8 +90,10 @@ class Settings:
     num_steps: int = option(100, nonnegative_int)
     guide: str | None = option(None, text)
     precision: str = option('fp32', text)
-    measures: list | None = option(None, list_of(text, 'a list of different names', make=list))
-    judges: list = option(['lite1', 'lite0'], list_of(_JUDGE, _JUDGE.wanted, make=list))
+    measures: list | None = option(
+        None, list_of(text, 'a list of different names', make=list), free=True
+    )
+    judges: list = option(['lite1', 'lite0'], list_of(_JUDGE, _JUDGE.wanted, make=list), free=True)
 
     def file(self, entry: str) -> Path:
         """The path that an entry names."""

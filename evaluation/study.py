@@ -30,13 +30,11 @@ from evaluation.settings import Settings
 from evaluation.splits import split_table
 from utils.errors import UserError
 from utils.io import sha256_file, write_csv
+from utils.options import free
 from utils.runs import run_record, start_run
 from utils.seeds import derive
 
 log = logging.getLogger(__name__)
-
-# What the releases in the folder do not depend on; results keep their own account (cache.py).
-_FREE = ('name', 'k', 'methods', 'measures', 'grader', 'seeds', 'judges', 'controls')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +199,7 @@ def open_study(settings: Settings, folder: Path, *, device: torch.device, seed: 
         folder,
         run_record(dataclasses.asdict(settings), inputs=inputs, seed=seed),
         resume=True,
-        free_options=_FREE,
+        free_options=free(Settings),  # results keep their own account (cache.py),
     )
     table = merge_identical(_table(settings, folder))
     roles = roles_of(table, share=settings.members, column=settings.split_column, seed=seed)
