@@ -181,7 +181,7 @@ def check(settings: Any) -> None:
 
 
 def _fault(f: dataclasses.Field, about: Option, value: Any) -> str | None:
-    if value is None and f.default is None or value == f.default:
+    if value is None and f.default is None or value == () == f.default:
         return None
     try:
         about.kind.value(value)
