@@ -29,6 +29,7 @@ from models.features.pretrained import FeatureNetwork
 from models.psp import PSP
 from models.stylegan2.frozen import FrozenSynthesis
 from models.stylegan2.sampling import latent_spread
+from utils.cuda_graphs import Step, captured
 from utils.errors import UserError
 from utils.images import from_uint8
 from utils.kinds import (
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 
 ACTIVATIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16}
 PRECISIONS = tuple(ACTIVATIONS)
+# Below so many groups a GPU waits for the host, and the steps are replayed as a CUDA graph.
+_GRAPH_GROUPS, _GRAPH_STEPS = 6, 20
 _FEATURE_BATCH = 8  # member photographs per pass through the style network
 AUTO = 'auto'
 # The peak rate of lr='auto', in standard deviations of the generator's latents.
@@ -310,6 +313,17 @@ class GroupOptimizer:
             norms.append(gradient.flatten(1).norm(dim=1))
         return cfg.content_weight * cfg.style_ratio * norms[0] / norms[1].clamp_min(1e-12)
 
+    def _step(self, ws: torch.Tensor, targets: Targets, style_weights: torch.Tensor) -> Step:
+        """What a step computes: (L_c [G], L_s [G], pictures, the gradient of the latents)."""
+
+        def compute() -> tuple[torch.Tensor, ...]:
+            content, style, image = self.losses(ws, targets)
+            total = self.config.content_weight * content + style_weights * style
+            (gradient,) = torch.autograd.grad(total.sum(), ws)
+            return content.detach(), style.detach(), image.detach(), gradient
+
+        return compute
+
     def run(
         self, groups: Sequence[Group], *, on_step: Callable[[int], None] | None = None
     ) -> Result:
@@ -325,20 +339,23 @@ class GroupOptimizer:
             start = torch.stack(
                 [m if g.offset is None else m + g.offset.to(m) for m, g in zip(means, groups)]
             )
+            moved = any(g.offset is not None for g in groups)
             ws = start.clone().requires_grad_(True)
             rate, style_weights = self.peak_rate(), self.style_weights(start, targets)
-            adam = torch.optim.Adam([ws], lr=rate, betas=(0.9, 0.999), eps=1e-8)
+            on_gpu = self.device.type == 'cuda'
+            adam = torch.optim.Adam([ws], lr=rate, betas=(0.9, 0.999), eps=1e-8, fused=on_gpu)
+            compute = self._step(ws, targets, style_weights)
+            if on_gpu and len(groups) < _GRAPH_GROUPS and cfg.n_steps >= _GRAPH_STEPS:
+                compute = captured(compute, ws)
             history = torch.empty(cfg.n_steps, len(groups), 2, device=self.device)
             centroid = None
             for step in range(cfg.n_steps):
                 adam.param_groups[0]['lr'] = learning_rate(step, cfg.n_steps, rate)
-                content, style, image = self.losses(ws, targets)
-                total = cfg.content_weight * content + style_weights * style
-                (ws.grad,) = torch.autograd.grad(total.sum(), ws)
+                content, style, image, ws.grad = compute()
                 adam.step()
-                history[step, :, 0], history[step, :, 1] = content.detach(), style.detach()
-                if step == 0 and start.equal(means):
-                    centroid = image.detach()
+                history[step, :, 0], history[step, :, 1] = content, style
+                if step == 0 and not moved:
+                    centroid = image.clone()
                 if on_step is not None:
                     on_step(len(groups))
             with torch.no_grad():

@@ -23,7 +23,6 @@ import functools
 import importlib
 import runpy
 import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -138,6 +137,7 @@ class PretendedGPU:
         self._tags: dict[int, str | None] = {}
         self._pinned: set[int] = set()
         self.counting = True
+        self.recorded: list | None = None  # operations since the capture of a graph began
         self.inside = 0  # PyTorch's own Python code below is to see the real device
 
     def clear(self) -> None:
@@ -349,6 +349,8 @@ class _Dispatch(TorchDispatchMode):
         if gpu.counting and on_gpu:
             self._look(func, args, on_gpu, on_cpu, given)
         out = func(*args, **kwargs)
+        if gpu.recorded is not None:
+            gpu.recorded.append((func, args, kwargs, out))
         result = 'cuda' if on_gpu else 'cpu' if on_cpu else None
         storages = {_storage(a) for a in given}
         for made in tree_flatten(out)[0]:
@@ -389,6 +391,42 @@ def _storage(tensor: torch.Tensor) -> int | None:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return None
+
+
+class _Graph:
+    """A CUDA graph: the recorded operations again, on the same tensors."""
+
+    def replay(self) -> None:
+        gpu = self.gpu
+        gpu.count('graph')
+        with gpu.silent(), torch._C._AutoDispatchBelowAutograd():
+            for func, args, kwargs, out in self.operations:
+                if _is_view(func) or func.overloadpacket.__name__.startswith('empty'):
+                    continue
+                for kept, made in zip(tree_flatten(out)[0], tree_flatten(func(*args, **kwargs))[0]):
+                    if isinstance(kept, torch.Tensor) and kept is not made:
+                        kept.copy_(made)
+
+
+def _capturing(gpu: PretendedGPU) -> Callable:
+    @contextlib.contextmanager
+    def capture(graph: _Graph) -> Iterator[None]:
+        waits, gpu.recorded = gpu.n_waits, []
+        try:
+            yield
+        finally:
+            graph.gpu, graph.operations, gpu.recorded = gpu, gpu.recorded, None
+        if gpu.n_waits > waits:
+            raise RuntimeError('operation not permitted when stream is capturing')
+
+    return capture
+
+
+class _Stream:
+    cuda_stream = None
+
+    def wait_stream(self, other: '_Stream') -> None:
+        pass
 
 
 class _Generator(torch.Generator):
@@ -482,7 +520,11 @@ def _patches(gpu: PretendedGPU) -> list[tuple[object, str, object]]:
         (torch, 'autocast', cast),
         (torch.amp, 'GradScaler', lambda device, **options: scaler('cpu', **options)),
         (torch.cuda, 'device', lambda device: contextlib.nullcontext()),
-        (torch.cuda, 'current_stream', lambda *_: types.SimpleNamespace(cuda_stream=None)),
+        (torch.cuda, 'current_stream', lambda *_: _Stream()),
+        (torch.cuda, 'Stream', _Stream),
+        (torch.cuda, 'stream', contextlib.nullcontext),
+        (torch.cuda, 'CUDAGraph', _Graph),
+        (torch.cuda, 'graph', _capturing(gpu)),
         (torch.cuda, 'max_memory_allocated', lambda *_: 0),
         (torch.cuda, 'reset_peak_memory_stats', lambda *_: None),
         (torch.cuda, 'mem_get_info', lambda *_: (8 << 30, 8 << 30)),
@@ -505,7 +547,8 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
     gpu = PretendedGPU()
     with contextlib.ExitStack() as stack:
         for owner, name, value in _patches(gpu):
-            stack.enter_context(mock.patch.object(owner, name, value))
+            if hasattr(owner, name):  # benchmarks/launches.py counts older versions too
+                stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(_Functions(gpu))
         stack.enter_context(_Dispatch(gpu))
         yield gpu

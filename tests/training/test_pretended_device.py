@@ -42,6 +42,7 @@ from training.reconstruction import L2Term
 from training.stylegan2_config import make_config
 from training.stylegan2_loop import Trainer
 from training.stylegan2_networks import sample_grid
+from utils.cuda_graphs import captured
 
 BUDGETS = {  # (host waits, operations)
     'generator': (0, 1060),
@@ -387,6 +388,56 @@ def test_group_optimisation(gpu: PretendedGPU, name: str, precision: str) -> Non
         assert not gpu.faults, gpu.report()
         assert not any(gpu.tag(t) == 'cuda' for t in result)
     more_within_budget(gpu, found, name)
+
+
+def small_job(gpu: PretendedGPU) -> tuple[GroupOptimizer, list[Group]]:
+    config = OptimizeConfig(n_steps=20, n_crop=2)
+    engine = GroupOptimizer(
+        make_psp(), content_network(), FilterBank(), config=config, device='cuda'
+    )
+    draw = torch.Generator().manual_seed(0)
+    ws = torch.randn(2, engine.psp.decoder.n_latent, 16, generator=draw)
+    features = torch.nn.functional.normalize(torch.randn(2, 512, generator=draw), dim=1)
+    return engine, [Group(ws, photographs(2), features)]
+
+
+def test_few_groups_replay_a_graph(gpu: PretendedGPU, caplog: pytest.LogCaptureFixture) -> None:
+    engine, groups = small_job(gpu)
+    gpu.clear()
+    result = engine.run(groups)
+    assert gpu.operations['graph'] == 20 + 2 and not gpu.faults and not caplog.text, gpu.report()
+    found = [gpu.n_operations]
+    engine.config = OptimizeConfig(n_steps=30, n_crop=2)
+    gpu.clear()
+    engine.run(groups)
+    assert gpu.n_operations - found[0] <= 10 * 10, gpu.report()  # a step is a launch and Adam
+    engine.config = OptimizeConfig(n_steps=20, n_crop=2)
+    with mock.patch('anonymization.optimize._GRAPH_GROUPS', 0):
+        eager = engine.run(groups)
+    assert all(torch.equal(a, b) for a, b in zip(result, eager))
+
+
+def test_a_graph_that_differs_or_fails_is_left_out(
+    gpu: PretendedGPU, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.ones(1, device='cuda')
+    host = {'calls': 0}
+
+    def forgetful() -> tuple[torch.Tensor, ...]:
+        host['calls'] += 1  # a number of the host, which the graph keeps as it was
+        return (x * host['calls'],)
+
+    def waiting() -> tuple[torch.Tensor, ...]:
+        return (x * float(x.sum()),)
+
+    for step, reason in ((forgetful, 'it differs by'), (waiting, 'not permitted')):
+        caplog.clear()
+        assert captured(step, x) is step and reason in caplog.text
+        assert x.item() == 1
+    caplog.clear()
+    right = captured(lambda: (x * 2,), x)
+    x.fill_(3)
+    assert right()[0].item() == 6 and not caplog.text
 
 
 @pytest.mark.parametrize(
