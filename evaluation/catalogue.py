@@ -10,12 +10,13 @@ from evaluation.methods.groups import centroid, pixel_average
 from evaluation.methods.k_salsa import k_salsa
 from evaluation.methods.photographs import inverted, real, real_same_n
 from evaluation.methods.samples import unconditional
+from evaluation.methods.walk import walk
 from evaluation.probing import probe, reading
 from evaluation.registry import Registry
 from evaluation.utility import utility
 
 METHODS = Registry(
-    'methods', [real, real_same_n, inverted, pixel_average, centroid, unconditional, k_salsa]
+    'methods', [real, real_same_n, inverted, pixel_average, centroid, unconditional, k_salsa, walk]
 )
 MEASURES = Registry(
     'measures',

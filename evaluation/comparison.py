@@ -40,14 +40,26 @@ def candidates(study: Study, methods: list[Method]) -> Iterator[tuple[str, Metho
     first = next(iter(study.releases))
     for method in methods:
         for k in study.releases if method.grouped else [first]:
-            candidate = method.make(study, study.releases[k])
-            if study.settings.controls:
-                shadow = method.make(study.shadow, study.shadow.releases[k])
-                candidate = dataclasses.replace(candidate, shadow=shadow)
+            candidate = _with_shadow(study, method, k)
             if method.grouped:
                 yield f'{method.name}_k{k}', method, k, candidate
             else:
                 yield method.name, method, int((candidate.group_of >= 0).any()), candidate
+        for name in study.lever_releases if method.levers else ():
+            candidate = _with_shadow(study, method, first, name)
+            yield f'{method.name}_k{first}_{name}', method, first, candidate
+
+
+def _with_shadow(study: Study, method: Method, k: int, lever: str | None = None) -> Candidate:
+    """What a method makes of a release, and of the attackers' one where controls are wanted."""
+
+    def make(whose: Study) -> Candidate:
+        release = whose.releases[k] if lever is None else whose.lever_releases[lever]
+        return method.make(whose, release)
+
+    if not study.settings.controls:
+        return make(study)
+    return dataclasses.replace(make(study), shadow=make(study.shadow))
 
 
 def compare(study: Study, methods: list[Method], measures: list[Measure]) -> list[Row]:

@@ -27,10 +27,10 @@ def _cells(label: str, result: dict) -> Cells:
     }
 
 
-def _score(result: dict) -> tuple[float, float | None]:
+def _score(result: dict) -> dict[str, float]:
     """Of the first judge, who made none of the releases."""
     first = next(iter(result.values()))
-    return first.get('auc_referable', {'value': float('nan')})['value'], None
+    return first.get('auc_referable', dict.fromkeys(('value', 'low', 'high'), float('nan')))
 
 
 @judged('probe', 'probe on real eyes, AUC of referable DR', _cells, score=_score)

@@ -78,12 +78,14 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """make(study, release) -> Candidate; grouped: once for every k, by that k's release."""
+    """make(study, release) -> Candidate; grouped: once for every k, by that k's release; levers:
+    for every lever of the settings as well."""
 
     name: str
     title: str
     make: Callable[[Study, Release], Candidate]
     grouped: bool
+    levers: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Measure:
     prepare(study) -> a function (candidate, folder) -> JSON-able result, made when first needed.
     depends(study): what the result depends on besides candidate, people and seed. cells(result):
     columns of the table. attack: whether it is a membership attack, whose scores lie in its
-    folder. score(result) -> (mean, spread or None): the utility that is plotted, for measures of
+    folder. score(result) -> {value, low, high}: the utility that is plotted, for measures of
     utility.
     """
 
@@ -103,7 +105,7 @@ class Measure:
     cells: Callable[[Any], Cells]
     depends: Callable[[Study], dict[str, Any]] = lambda study: {}
     attack: bool = False
-    score: Callable[[Any], tuple[float, float | None]] | None = None
+    score: Callable[[Any], dict[str, float]] | None = None
 
 
 Run = Callable[[Candidate, Path], Any]
@@ -131,10 +133,10 @@ class Registry(dict):
 
 
 def method(
-    name: str, title: str, *, grouped: bool = False
+    name: str, title: str, *, grouped: bool = False, levers: bool = False
 ) -> Callable[[Callable[[Study, Release], Candidate]], Method]:
     """Makes a Method of a function (study, release) -> Candidate."""
-    return lambda make: Method(name, title, make, grouped)
+    return lambda make: Method(name, title, make, grouped, levers)
 
 
 def measure(

@@ -1,7 +1,7 @@
 """k-SALSA runs on the members: the groups that the grouped methods share."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -51,10 +51,12 @@ def make_release(
     *,
     device: torch.device | str,
     seed: int,
+    lever: dict[str, Any] | None = None,
 ) -> Release:
     """Makes the release of groups of k in out_dir/k<k>, or finds it finished.
 
-    UserError where it is there and was made from other photographs or settings.
+    lever: settings that differ from those of the study, by flag of scripts/k-SALSA.py. UserError
+    where it is there and was made from other photographs or settings.
     """
     columns = {'id_code': [p.name for p in members.paths], 'diagnosis': members.grades}
     if members.patients:
@@ -69,16 +71,16 @@ def make_release(
             style,
             guide=settings.file('guide') if settings.guide else None,
         ),
-        shaped(settings, k, seed),
+        shaped(settings, k, seed, lever or {}),
         out_dir / f'k{k}',
         device=device,
     )
     return read_release(out_dir / f'k{k}', k, members)
 
 
-def shaped(settings: Settings, k: int, seed: int) -> Shape:
-    """What the main job is to do for groups of k."""
-    return Shape(
+def shaped(settings: Settings, k: int, seed: int, lever: dict[str, Any]) -> Shape:
+    """What the main job is to do for groups of k, with the settings of a lever by flag."""
+    shape = Shape(
         k=k,
         precision=settings.precision,
         centroids=True,
@@ -91,6 +93,7 @@ def shaped(settings: Settings, k: int, seed: int) -> Shape:
             lr=settings.lr,
         ),
     )
+    return Shape.from_options(shape.options() | lever)
 
 
 def read_release(run: Path, k: int, members: Table) -> Release:

@@ -1,12 +1,14 @@
 """The results for people: one table, rendered as Markdown and as a page, with its plots."""
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 from matplotlib.figure import Figure
 
+from evaluation.board import sections
 from evaluation.comparison import Row
 from evaluation.plots import plot_roc
 from evaluation.registry import Measure, interval
@@ -45,30 +47,51 @@ def _strongest(row: Row, measures: list[Measure]) -> dict:
     )
 
 
-def privacy_utility_plot(rows: list[Row], measures: list[Measure], path: Path) -> None:
-    """Utility against the strongest attack, one point per method and k."""
+def trade_off_plot(rows: list[Row], measures: list[Measure], path: Path) -> None:
+    """Utility against every attack, a panel each: a point per release, its control beside it."""
+    attacks = [m for m in measures if m.attack]
     utility, score = next((m, m.score) for m in measures if m.score is not None)
-    figure = Figure(figsize=(8, 5), layout='constrained')
-    axes = figure.subplots()
-    for row, marker in zip(rows, itertools.cycle('osD^v<>Ph*X')):
-        mean, std = score(row.results[utility.name])
-        axes.errorbar(
-            _strongest(row, measures)['auc']['value'],
-            mean,
-            yerr=std or 0,
-            marker=marker,
-            capsize=3,
-            linestyle='',
-            label=row.name,
-        )
-    axes.axvline(0.5, color='grey', linestyle=':')
-    axes.axhline(0.5, color='grey', linestyle=':')
-    axes.set(
-        xlabel='membership attack, AUC of the strongest (0.5: learns nothing)', ylabel=utility.title
-    )
-    axes.legend(loc='center left', bbox_to_anchor=(1.01, 0.5))
+    across = min(3, len(attacks))
+    down = -(-len(attacks) // across)
+    figure = Figure(figsize=(4.2 * across, 3.6 * down + 0.6), layout='constrained')
+    panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat
+    for axes, attack in zip(panels, attacks):
+        axes.axvline(0.5, color='grey', linestyle=':')
+        axes.axhline(0.5, color='grey', linestyle=':')
+        for row, marker, colour in zip(rows, itertools.cycle('osD^v<>Ph*X'), _colours()):
+            found, worth = row.results[attack.name], score(row.results[utility.name])
+            axes.errorbar(
+                found['auc']['value'],
+                worth['value'],
+                xerr=_arms(found['auc']),
+                yerr=_arms(worth),
+                marker=marker,
+                color=colour,
+                capsize=2,
+                linestyle='',
+                label=row.name,
+            )
+            if 'control' in found:
+                at = found['control']['auc']['value']
+                axes.plot(at, worth['value'], marker, markerfacecolor='none', color=colour)
+        axes.set_title(attack.name, fontsize='medium')
+    for axes in list(panels)[len(attacks) :]:
+        axes.set_visible(False)
+    figure.supxlabel('AUC of the attack (0.5: learns nothing); hollow: its control')
+    figure.supylabel(utility.title)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=4, fontsize='small')
     with atomic_path(path) as temp:
-        figure.savefig(temp, format='png')
+        figure.savefig(temp, format='png', dpi=120, metadata={'Software': None})
+
+
+def _arms(value: dict[str, float]) -> list[list[float]]:
+    """Lengths of the error bars of {value, low, high}; an interval may leave its value out."""
+    return [[max(0.0, value['value'] - value['low'])], [max(0.0, value['high'] - value['value'])]]
+
+
+def _colours() -> Iterator[str]:
+    return itertools.cycle([f'C{i}' for i in range(10)])
 
 
 def row_record(row: Row, measures: list[Measure]) -> dict[str, Any]:
@@ -94,8 +117,8 @@ def write_report(
     attacks = [m for m in measures if m.attack]
     plots = {}
     if attacks and any(m.score is not None for m in measures):
-        plots['privacy_utility.png'] = 'utility against attack AUC'
-        privacy_utility_plot(rows, measures, folder / 'privacy_utility.png')
+        plots['privacy_utility.png'] = 'utility against the AUC of every attack'
+        trade_off_plot(rows, measures, folder / 'privacy_utility.png')
     for attack in attacks:
         plots[f'roc_{attack.name}.png'] = f'ROC of the {attack.name} attack'
         plot_roc(
@@ -119,7 +142,7 @@ def write_report(
     text = {}
     for name in ('results.md', 'results.html'):
         text[name] = templates.get_template(name).render(
-            table=table, facts=facts, rows=rows, plots=plots
+            table=table, facts=facts, rows=rows, plots=plots, sections=sections(rows, measures)
         )
         write_text(folder / name, text[name])
     return text['results.md']

@@ -41,6 +41,29 @@ _PHANTOMS = _table_of(
     {'n_patients', 'size', 'visits', 'seed'},
     'whole numbers n_patients, size, visits and seed',
 )
+# Flags of scripts/k-SALSA.py that may differ between releases of one evaluation.
+_FLAGS = {
+    'clustering',
+    'content_weight',
+    'grade_penalty',
+    'lr',
+    'num_crop',
+    'num_steps',
+    'start_noise',
+    'strata',
+    'style_mode',
+    'style_ratio',
+    'style_weight',
+}
+_LEVERS = Kind(
+    lambda v: v,
+    lambda v: (
+        isinstance(v, dict)
+        and all(text.accepts(n) and isinstance(lever, dict) and lever for n, lever in v.items())
+        and all(flag in _FLAGS for lever in v.values() for flag in lever)
+    ),
+    f'a name for each, and of {", ".join(sorted(_FLAGS))} those that differ',
+)
 _FILE = _table_of(text, {'weights', 'arch'}, 'weights and arch')
 _JUDGE = Kind(
     lambda v: v,
@@ -56,15 +79,16 @@ class Settings:
     phantoms: {n_patients, size, visits, seed} of photographs to draw, or table and image_dir of
     given ones. attackers: the same four of the attackers' own people; None leaves them the
     reference people. controls: whether the attackers make a release of their own people by every
-    method, on which every attack is a control, and which trained attacks learn from. members:
-    share of the people that the releases are made of, or split_column {members: value, others:
-    value}. checkpoint to precision: of scripts/k-SALSA.py. k: group
-    sizes; methods without groups show as many pictures as there are groups of 5 where that is
-    listed, else of the first. content_weights, style_weights: files, or installed networks
-    (lite0, lite1, lite2); the filter bank for styles. guide: its file. grader: a configuration of
-    classification/configs. methods, measures: names of the catalogue; measures None takes all.
-    judges: feature networks that look at the releases, each an installed network's name or
-    {weights: file, arch: timm architecture}; one at least that no release was made with.
+    method, on which every attack is a control, and which trained attacks learn from. members: share
+    of the people that the releases are made of, or split_column {members: value, others: value}.
+    checkpoint to precision: of scripts/k-SALSA.py. k: group sizes; levers: {name: {flag of
+    scripts/k-SALSA.py: value}}, further k-SALSA releases of the first k; methods without groups
+    show as many pictures as there are groups of 5 where that is listed, else of the first.
+    content_weights, style_weights: files, or installed networks (lite0, lite1, lite2); the filter
+    bank for styles. guide: its file. grader: a configuration of classification/configs. methods,
+    measures: names of the catalogue; measures None takes all. judges: feature networks that look at
+    the releases, each an installed network's name or {weights: file, arch: timm architecture}; one
+    at least that no release was made with.
     """
 
     checkpoint: str = option(kind=text)
@@ -78,6 +102,7 @@ class Settings:
     name: str = option('', text, free=True)
     phantoms: dict | None = option(None, _PHANTOMS)
     attackers: dict | None = option(None, _PHANTOMS)
+    levers: dict | None = option(None, _LEVERS, free=True)
     controls: bool = option(True, boolean, free=True)
     table: str | None = option(None, text)
     image_dir: str | None = option(None, text)

@@ -168,6 +168,22 @@ class Study:
         return digest([[sha256_file(path) for path in table.paths] for table in tables])
 
     @functools.cached_property
+    def lever_releases(self) -> dict[str, Release]:
+        """The k-SALSA release of the first k with each lever's settings."""
+        return {
+            name: make_release(
+                self.settings,
+                self.population.members,
+                self.settings.first_k()[0],
+                self.folder / 'levers' / name,
+                device=str(self.device),
+                seed=self.seed,
+                lever=lever,
+            )
+            for name, lever in (self.settings.levers or {}).items()
+        }
+
+    @functools.cached_property
     def releases(self) -> dict[int, Release]:
         """The k-SALSA release of every k; the first is the one that methods without groups
         follow."""

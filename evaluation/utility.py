@@ -17,9 +17,11 @@ def _cells(result: dict) -> dict[str, str]:
     return {'AUC referable': spread(score['auc_referable']), 'kappa': spread(score['kappa'])}
 
 
-def _score(result: dict) -> tuple[float, float | None]:
+def _score(result: dict) -> dict[str, float]:
+    """Mean over the seeds, and a standard deviation to both sides."""
     score = result['summary']['auc_referable']
-    return score['mean'], score['std']
+    mean, std = score['mean'], score['std'] or 0.0
+    return {'value': mean, 'low': mean - std, 'high': mean + std}
 
 
 @measure(

@@ -6,7 +6,7 @@ from evaluation.releases import Release
 from evaluation.study import Study
 
 
-@method('k_salsa', 'k-SALSA', grouped=True)
+@method('k_salsa', 'k-SALSA', grouped=True, levers=True)
 def k_salsa(study: Study, release: Release) -> Candidate:
     """One picture per group."""
     return of_groups(study.pictures(release.pictures()), release)

@@ -99,28 +99,6 @@ def test_the_comparison(finished):
     assert rows['unconditional']['reidentification']['lite0'] is None
 
 
-def test_attackers_who_make_a_release_of_their_own(config, finished, tmp_path):
-    """Beside every attack its control: a release by the same method in which nobody asked is."""
-    attacks = ['pixel', 'identity', *TRAINED]
-    own = change(
-        config, tmp_path, methods=['real', 'pixel_average'], k=[2], measures=attacks, controls=True
-    )
-    assert evaluate.main([f'--config={own}', f'--out_dir={finished}', '--device=cpu']) == 0
-    rows = rows_of(finished)
-    for name in attacks:
-        found = rows['real']['attacks'][name]
-        assert found['auc']['value'] > 0.95 and found['excess']['low'] > 0.1, name
-        control = found['control']['auc']
-        assert control['low'] < 0.6, name
-        assert found['excess']['value'] == pytest.approx(found['auc']['value'] - control['value'])
-    known = rows['pixel_average_k2']['attacks']['identity']
-    assert known['network']['auc']['value'] > 0.8
-    assert known['own_group']['rank_1'] > 2 * known['own_group']['chance_rank_1']
-    assert known['again']['own_group']['n_probes'] > 0
-    assert set(known['linked']) == {'members', 'control', 'excess'}
-    assert known['singled_out']['value'] > 2 * known['singled_out']['chance']
-
-
 def test_the_page_shows_what_the_table_says(finished):
     page = (finished / 'results.html').read_text()
     lines = (finished / 'results.md').read_text().splitlines()
@@ -249,6 +227,7 @@ def test_pictures_of_photographs_know_their_people(config, finished):
         ({'measures': ['pair_trained']}, 'trained attacks learn from the release of controls'),
         ({'controls': 1}, 'controls: want true or false'),
         ({'attackers': {'n_patients': 3}}, 'attackers: want'),
+        ({'levers': {'x': {'k': 3}}}, 'levers: want a name for each'),
         ({'table': 'x.csv'}, 'either phantoms or table'),
         ({'k': None}, 'k: want'),
         ({'k': [0]}, 'k: want'),
@@ -310,3 +289,34 @@ def test_too_few_people(config, tmp_path):
     )
     with pytest.raises(UserError, match='4 people are too few others.*at least 8'):
         evaluate.main([f'--config={few}', f'--out_dir={tmp_path / "out"}', '--device=cpu'])
+
+
+def test_attackers_who_make_a_release_of_their_own(config, finished, tmp_path):
+    """Beside every attack its control: a release by the same method in which nobody asked is."""
+    attacks = ['pixel', 'identity', *TRAINED]
+    own = change(
+        config,
+        tmp_path,
+        methods=['real', 'pixel_average', 'k_salsa'],
+        k=[2],
+        measures=['probe', *attacks],
+        controls=True,
+        levers={'start': {'start_noise': 0.5}},
+    )
+    assert evaluate.main([f'--config={own}', f'--out_dir={finished}', '--device=cpu']) == 0
+    rows = rows_of(finished)
+    for name in attacks:
+        found = rows['real']['attacks'][name]
+        assert found['auc']['value'] > 0.95 and found['excess']['low'] > 0.1, name
+        control = found['control']['auc']
+        assert control['low'] < 0.6, name
+        assert found['excess']['value'] == pytest.approx(found['auc']['value'] - control['value'])
+    assert set(rows) == {'real', 'pixel_average_k2', 'k_salsa_k2', 'k_salsa_k2_start'}
+    page = (finished / 'results.html').read_text()
+    assert page.count('<h3>k_salsa_k2_start: k-SALSA</h3>') == 2  # answers and examples
+    known = rows['pixel_average_k2']['attacks']['identity']
+    assert known['network']['auc']['value'] > 0.8
+    assert known['own_group']['rank_1'] > 2 * known['own_group']['chance_rank_1']
+    assert known['again']['own_group']['n_probes'] > 0
+    assert set(known['linked']) == {'members', 'control', 'excess'}
+    assert known['singled_out']['value'] > 2 * known['singled_out']['chance']
