@@ -33,26 +33,26 @@ class Section(NamedTuple):
     answers: list[Answer]
 
 
-# By attack: who asks whether a person is in the release, and what the number leaves out.
+# By attack: how it asks whether a person is in the release, and what the number leaves out.
 _ATTACKERS = {
     'projection': (
-        'who has the very photograph and the network of the makers',
+        'with the very photograph and the network of the makers',
         'the strongest of about twenty readings, as is its control',
     ),
-    'pixel': ('who has the very photograph and compares pixels', 'sees copies, and little else'),
-    'content': ('who has the very photograph and a network that knows pictures', ''),
-    'vessel': ('who compares the vessels with those of the very photograph', ''),
-    'pair': ('who has the very photograph and knows half of the groups', ''),
+    'pixel': ('with the very photograph, by comparing pixels', 'sees copies, and little else'),
+    'content': ('with the very photograph and a network that knows pictures', ''),
+    'vessel': ('with the very photograph, by comparing vessels', ''),
+    'pair': ('with the very photograph, who knows half of the groups', ''),
     'identity': (
-        'who has the very photograph and a network that knows eyes',
+        'with the very photograph and a network that knows eyes',
         'the network has not seen the method',
     ),
     'pair_trained': (
-        'who has the very photograph, knows the method and has trained on it',
+        'with the very photograph, who has trained on releases by the same method',
         'trained on a release of other people, of general features',
     ),
     'identity_trained': (
-        'who has the very photograph, a network that knows eyes, and has trained on the method',
+        'with the very photograph and a network that knows eyes, who has trained on the method',
         'trained on a release of other people',
     ),
 }
@@ -78,7 +78,7 @@ def _answers(row: Row, measures: list[Measure]) -> Iterator[Answer]:
         result = row.results[measure.name]
         if measure.attack:
             who, caveat = _ATTACKERS.get(measure.name, (f'by the attack {measure.name}', ''))
-            yield _membership(f'Can anybody tell that a person is in it, {who}?', result, caveat)
+            yield _membership(f'Can somebody tell that a person is in it, {who}?', result, caveat)
             if result.get('again'):
                 yield _another_photograph(result['again'])
             if result.get('linked'):

@@ -54,7 +54,7 @@ def trade_off_plot(rows: list[Row], measures: list[Measure], path: Path) -> None
     across = min(3, len(attacks))
     down = -(-len(attacks) // across)
     figure = Figure(figsize=(4.2 * across, 3.6 * down + 0.6), layout='constrained')
-    panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat
+    panels = list(figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat)
     for axes, attack in zip(panels, attacks):
         axes.axvline(0.5, color='grey', linestyle=':')
         axes.axhline(0.5, color='grey', linestyle=':')
@@ -75,12 +75,12 @@ def trade_off_plot(rows: list[Row], measures: list[Measure], path: Path) -> None
                 at = found['control']['auc']['value']
                 axes.plot(at, worth['value'], marker, markerfacecolor='none', color=colour)
         axes.set_title(attack.name, fontsize='medium')
-    for axes in list(panels)[len(attacks) :]:
+    for axes in panels[len(attacks) :]:
         axes.set_visible(False)
     figure.supxlabel('AUC of the attack (0.5: learns nothing); hollow: its control')
     figure.supylabel(utility.title)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=4, fontsize='small')
+    figure.legend(handles, labels, loc='outside upper center', ncols=4, fontsize='small')
     with atomic_path(path) as temp:
         figure.savefig(temp, format='png', dpi=120, metadata={'Software': None})
 
