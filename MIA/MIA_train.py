@@ -129,7 +129,7 @@ class PairTraining(Training):
     published.
     """
 
-    unit, averaged, remedy = 'epoch', False, 'lower --lr'
+    unit, means, remedy = 'epoch', False, 'lower --lr'
 
     def __init__(self, attack: PairAttack, release: tuple[np.ndarray, ...]) -> None:
         self.attack, self.release = attack, release

@@ -89,7 +89,7 @@ class GraderTraining(Training):
     UserError for too few pictures, an unfit weight file, and fp16 without a GPU.
     """
 
-    unit, averaged = 'epoch', False
+    unit, means = 'epoch', False
 
     def __init__(
         self,

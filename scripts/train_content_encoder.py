@@ -174,6 +174,12 @@ def _add_training(p: argparse.ArgumentParser) -> None:
         metavar='N',
         help='images per step, all processes together',
     )
+    _add_optimisation(g, d)
+    g.add_argument('--amp', choices=('no', 'bf16'), default=d.amp, help='mixed precision')
+    cli.add_common(g)
+
+
+def _add_optimisation(g: argparse._ArgumentGroup, d: MocoConfig) -> None:
     g.add_argument(
         '--queue_size',
         type=cli.positive_int,
@@ -209,8 +215,6 @@ def _add_training(p: argparse.ArgumentParser) -> None:
         metavar='NUMBER',
         help='of the InfoNCE loss',
     )
-    g.add_argument('--amp', choices=('no', 'bf16'), default=d.amp, help='mixed precision')
-    cli.add_common(g)
 
 
 def _add_records(p: argparse.ArgumentParser) -> None:

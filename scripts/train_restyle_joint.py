@@ -118,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f'--encoder_size {psp.input_size}: not a multiple of {2**N_BANDS}')
         if not opts.checkpoint_path:
             with torch.no_grad():
-                psp.encoder.head.weight.mul_(opts.first_spread)
+                encoder: Any = psp.encoder
+                encoder.head.weight.mul_(opts.first_spread)
         options['losses']['bands'] = BandTerm(opts.band_lambdas, variances(train_set)), 1.0
         game = GameConfig(opts.adv_ratio, opts.adv_start, opts.adv_ramp, opts.adv_lr)
         fields = {name: getattr(opts, name) for name in _HELP}

@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -160,6 +161,11 @@ def build_psp(opts: argparse.Namespace, default_encoder: str) -> PSP:
     return PSP(encoder, decoder, latent_avg, opts.encoder_size or 256)
 
 
+def configured_path(name: str) -> Path:
+    """Where configs/paths_config.py says the file of a network is."""
+    return Path(model_paths[name] or name)
+
+
 def check_size(opts: argparse.Namespace, size: int, path: Path) -> None:
     if opts.output_size not in (None, size):
         raise UserError(
@@ -171,7 +177,7 @@ def start_from_imagenet(encoder: nn.Module, opts: argparse.Namespace) -> None:
     if isinstance(encoder, LiteEncoder):
         init_from_lite0(encoder, generator=torch_generator(opts.seed, 'stem'))
         return
-    configured = Path(model_paths['resnet34'])
+    configured = configured_path('resnet34')
     if opts.resnet34_weights is None and 'ResNet' in type(encoder).__name__:
         if configured.is_file():
             opts.resnet34_weights = configured
@@ -211,8 +217,8 @@ def build_coach(
 ) -> Coach:
     """The networks, pictures and losses of the flags; fills in what those left open."""
     train_path, test_path = data_roots(opts)
-    opts.lpips_weights = opts.lpips_weights or Path(model_paths['alexnet'])
-    opts.content_weights = opts.content_weights or Path(model_paths['moco'])
+    opts.lpips_weights = opts.lpips_weights or configured_path('alexnet')
+    opts.content_weights = opts.content_weights or configured_path('moco')
     losses = build_losses(opts, device)
     psp = build_psp(opts, default_encoder)
     opts.encoder_type, opts.encoder_size = type(psp.encoder).__name__, psp.input_size
@@ -241,7 +247,7 @@ def build_coach(
 
 def record_of(opts: argparse.Namespace, coach: Coach) -> dict:
     """The run record: options, and digests of photographs and weights."""
-    sets = {'train_images': coach.train_set, 'test_images': coach.test_set}
+    sets: dict[str, Any] = {'train_images': coach.train_set, 'test_images': coach.test_set}
     described = {name: f'{len(part)} images, {part.digest()}' for name, part in sets.items()}
     return run_record(
         {**vars(opts), **described},

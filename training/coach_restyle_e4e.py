@@ -86,6 +86,11 @@ class E4ECoach(Coach):
             )
 
     @property
+    def _encoder(self) -> Any:
+        """The encoder in use, which has a `stage`."""
+        return self.psp.encoder
+
+    @property
     def stage(self) -> int:
         """The last style that has a delta of its own at this step, from 0."""
         steps = self.e4e.progressive_steps
@@ -95,7 +100,7 @@ class E4ECoach(Coach):
 
     def step(self, batch: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """As Coach.step, then one step of the latent discriminator."""
-        self.psp.encoder.stage = self.stage
+        self._encoder.stage = self.stage
         number = self.step_count
         values, pictures = super().step(batch)
         if self.game is not None:
@@ -104,14 +109,14 @@ class E4ECoach(Coach):
 
     def validate(self) -> tuple[dict[str, float], Tensor | None]:
         """As Coach.validate, with the deltas that are in use."""
-        self.psp.encoder.stage = self.stage
+        self._encoder.stage = self.stage
         return super().validate()
 
     def _terms(
         self, y: Tensor, targets: dict, ws: Tensor, part: slice
     ) -> tuple[dict[str, Tensor], Tensor]:
         values, total = super()._terms(y, targets, ws, part)
-        used = ws[:, : self.psp.encoder.stage + 1].float()
+        used = ws[:, : self._encoder.stage + 1].float()
         if self.e4e.progressive_steps is not None and used.shape[1] > 1:
             norms = torch.linalg.vector_norm(used[:, 1:] - used[:, :1], self.e4e.delta_norm, dim=2)
             values['delta'] = norms.sum(1).mean()

@@ -84,7 +84,7 @@ class JointCoach(E4ECoach):
             ],
             betas=_BETAS,
         )
-        self.opponents = None
+        self.opponents: PictureGame | None = None
         if joint.game is not None:
             self.opponents = PictureGame(features, joint.game, seed=cfg.seed, device=self.device)
         self.averaged = copy.deepcopy(self.psp).eval().requires_grad_(False)
@@ -122,8 +122,8 @@ class JointCoach(E4ECoach):
         if len(groups):
             more, term = self._means(pictures[n:], pooled[n:], targets, groups)
             values, total = values | more, total + term
-        if self.opponents is not None and joint.game.learns(self.step_count):
-            total = self._play(pictures, maps, targets, total, values)
+        if self.opponents is not None and self.opponents.config.learns(self.step_count):
+            total = self._play(self.opponents, pictures, maps, targets, total, values)
         return values, total
 
     def _groups(self, n: int, part: slice) -> Tensor:
@@ -153,6 +153,7 @@ class JointCoach(E4ECoach):
 
     def _play(
         self,
+        game: PictureGame,
         pictures: Tensor,
         maps: dict[int, Tensor],
         targets: dict,
@@ -160,7 +161,7 @@ class JointCoach(E4ECoach):
         values: dict[str, Tensor],
     ) -> Tensor:
         """Lets the opponents see this pass; adds to `values`; the new total."""
-        game, passes = self.opponents, self.config.accumulate
+        passes = self.config.accumulate
         heard, weighted = game.loss(pictures, maps, total, self.step_count)
         values |= heard
         total = total + weighted
@@ -174,7 +175,7 @@ class JointCoach(E4ECoach):
         """As E4ECoach.step, then one step of the opponents and of the averages."""
         number = self.step_count
         found = super().step(batch)
-        if self.opponents is not None and self.joint.game.learns(number):
+        if self.opponents is not None and self.opponents.config.learns(number):
             self.opponents.step()
         # A short average at first, which would otherwise remember the untrained networks.
         half_life = min(self.joint.average, 0.07 * self.step_count)

@@ -55,7 +55,7 @@ class Coach(Training):
     divided among processes and passes.
     """
 
-    averaged = False
+    means = False
     remedy = 'lower --learning_rate or use --amp no'
 
     def __init__(
@@ -79,7 +79,6 @@ class Coach(Training):
         self.n_test: int = len(test_set)  # type: ignore[arg-type]
         self.workers, self.test_workers = workers, test_workers
         self.step_count, self.best, self.images = 0, math.inf, config.batch_size
-        self._batches: Batches | None = None
         self._pictures: list[Tensor] = []
         self._check()
 
@@ -139,7 +138,7 @@ class Coach(Training):
         t = 'sample' for the pictures that the generator draws.
         """
         draw = torch_generator(self.config.seed, 'noise', self.step_count, t, device=self.device)
-        maps = self.psp.decoder.noise_maps('random', self.config.batch_size, self.device, draw)
+        maps: Any = self.psp.decoder.noise_maps('random', self.config.batch_size, self.device, draw)
         return [m[part] for m in maps]
 
     def _terms(
@@ -303,7 +302,8 @@ class Coach(Training):
         if self.latent_penalty is not None:
             found.append(self.latent_penalty[0](ws))
             weights.append(self.latent_penalty[1])
-        return [*found, sum(w * v for w, v in zip(weights, found))]
+        total: Any = sum(w * v for w, v in zip(weights, found))
+        return [*found, total]
 
     # -- checkpoints ------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ every backward pass: hundreds of small operations. What is computed is the same.
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class KeptCasts:
     def in_use(self) -> Iterator[None]:
         """The convolutions compute with the copies."""
         for conv, name, _, low in self._places:
-            conv._parameters[name] = low
+            conv._parameters[name] = low  # type: ignore[assignment]
         try:
             yield
         finally:
@@ -53,7 +54,7 @@ def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | Non
 
     gradients: one for each parameter, or None; of the parameter's type or a lower one.
     """
-    pairs = [(p, g) for p, g in zip(parameters, gradients) if g is not None]
+    pairs: list[tuple[Any, Any]] = [(p, g) for p, g in zip(parameters, gradients) if g is not None]
     low = [i for i, (p, g) in enumerate(pairs) if g.dtype != p.dtype]
     if low:
         wide = [torch.empty_like(pairs[i][1], dtype=pairs[i][0].dtype) for i in low]

@@ -209,7 +209,6 @@ class MocoTrainer(Training):
         self.n_images: int = len(train_set)  # type: ignore[arg-type]
         self.workers, self.step_count, self.images = workers, 0, config.batch_size
         self.queue_size = config.queue_size or automatic_queue(self.n_images, config.batch_size)
-        self._batches: Batches | None = None
         self._check()
         with torch.random.fork_rng(devices=[]):  # torch's layers draw from the global stream
             torch.manual_seed(derive(config.seed, 'moco'))

@@ -6,9 +6,10 @@ gradient at the pictures is a fixed part of that of the other losses.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.features.pretrained import FeatureNetwork
 from models.patches import PatchDiscriminator
@@ -55,7 +56,7 @@ class PictureGame:
     ) -> None:
         self.config = config
         seed_everything(seed, 'opponents')
-        self.nets: dict[str, nn.Module] = {
+        self.nets: dict[str, Any] = {
             'heads': ProjectedDiscriminator(features).to(device),
             'patches': PatchDiscriminator().to(device),
         }
@@ -91,7 +92,8 @@ class PictureGame:
         }
         if due:
             self._ratios.append(_ratios(values, others, pictures))
-        return values, strength * sum(self.weights.get(k, 0.0) * v for k, v in values.items())
+        total: Any = sum(self.weights.get(k, 0.0) * v for k, v in values.items())
+        return values, strength * total
 
     def _due(self, step: int) -> bool:
         """Whether the weights are measured in `step`; they change after it."""
@@ -111,7 +113,8 @@ class PictureGame:
         fakes = self._logits(fake.detach(), {k: v.detach() for k, v in fake_maps.items()})
         reals = self._logits(real, real_maps)
         values = {k: _LOSS.fake(fakes[k]).mean() + _LOSS.real(reals[k]).mean() for k in fakes}
-        (sum(values.values()) / passes).backward()
+        total: Any = sum(values.values())
+        (total / passes).backward()
         self._set_trained(False)
         return {f'{k}_lose': v.detach() for k, v in values.items()}
 

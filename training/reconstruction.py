@@ -50,12 +50,15 @@ class BandTerm:
     def __init__(self, weights: Sequence[float], variances: Sequence[float]) -> None:
         self.weights, self.variances = weights, variances
 
-    def targets(self, x: Tensor) -> list[Tensor]:
+    def targets(self, x: Float[Tensor, 'N 3 S S']) -> list[Float[Tensor, 'N 3 _ _']]:
         return bands(x)
 
-    def distance(self, y: Tensor, targets: list[Tensor]) -> Tensor:
+    def distance(
+        self, y: Float[Tensor, 'N 3 S S'], targets: list[Float[Tensor, 'N 3 _ _']]
+    ) -> Float[Tensor, ' N']:
         errors = band_errors(y, targets, self.variances)
-        return sum(w * e for w, e in zip(self.weights, errors))
+        total: Any = sum(w * e for w, e in zip(self.weights, errors))
+        return total
 
 
 class ContentTerm:

@@ -19,6 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from training.batches import Batches
 from training.checkpoints import Checkpoints
 from training.curves import Panel, plot_curves
 from utils import distributed
@@ -54,17 +55,18 @@ class Training:
 
     A subclass sets `device` and writes `progress`, `advance`, `state` and `load_state`; the other
     methods have a default. unit: what progress counts, `scale` of which make one on the status
-    line. stride: counts of a step. images: of one count. averaged: records hold means of the
+    line. stride: counts of a step. images: of one count. means: records hold means of the
     steps since the one before, not the last step's values. remedy: against values that are not
     finite.
     """
 
     device: torch.device
+    _batches: Batches | None = None
     unit: str = 'step'
     scale: int = 1
     stride: int = 1
     images: float = 1
-    averaged: bool = True
+    means: bool = True
     remedy: str = 'lower --learning_rate'
 
     @property
@@ -116,6 +118,10 @@ class Training:
         stopping: a scheduler that asks to stop waits seconds, not minutes.
         """
 
+    def close(self) -> None:
+        """Ends the loading processes; called when the run ends."""
+        self._batches = None
+
     def where(self) -> str:
         """The present progress with its unit."""
         return f'{self.unit} {self.progress / self.scale:g}'
@@ -146,7 +152,7 @@ class TrainingRun:
         self.record_every, self.save_every = record_every, save_every
         self.save_seconds = save_seconds
         self._scalars: ScalarLog | None = None
-        self._window, self._clock = _Window(training.averaged), _Clock(training.progress)
+        self._window, self._clock = _Window(training.means), _Clock(training.progress)
 
     def resume(self, path: str | Path | None = None) -> bool:
         """Loads the state `path`, or the newest readable one; whether there was one."""
@@ -177,6 +183,7 @@ class TrainingRun:
         stopping = False
         while training.progress < self.length and not stopping:
             stopping = self._step(asked)
+        training.close()
         if main and self._scalars is not None:
             self._scalars.close()
             if stopping:
@@ -271,13 +278,13 @@ class _Window:
     Values that are not finite count in no mean, and are reported.
     """
 
-    def __init__(self, averaged: bool) -> None:
-        self.averaged = averaged
+    def __init__(self, of_all_steps: bool) -> None:
+        self.of_all_steps = of_all_steps
         self.sums: dict[str, Tensor] = {}  # of each value, where finite, how often it was, steps
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Takes the values of a step; a value need not be there in every step."""
-        if not self.averaged:
+        if not self.of_all_steps:
             self.sums = {}
         for name, value in values.items():
             value = value.float() if torch.is_tensor(value) else torch.tensor(value).double()

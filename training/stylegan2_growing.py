@@ -43,7 +43,7 @@ def grow(trainer: Trainer, path: Path) -> None:
             f'--grow {path}: neither a generator file, a training snapshot nor a ReStyle checkpoint'
         )
     grow_generator(trainer.g_ema, weights['g_ema'], source=f'--grow {path}')
-    grow_generator(trainer.g, weights.get('g', weights['g_ema']), source=f'--grow {path}')
+    grow_generator(trainer.g, weights['g' if 'g' in weights else 'g_ema'], source=f'--grow {path}')
     if not trainer.config.use_noise:
         silence_noise(trainer.g)
         silence_noise(trainer.g_ema)

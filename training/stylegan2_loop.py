@@ -98,7 +98,6 @@ class Trainer(Training):
         # Steps in a row, to this one, of which a value was not finite in this process.
         self.spoilt_steps = torch.zeros([], dtype=torch.int64, device=self.device)
         self.dataset, self.workers = dataset, workers
-        self._batches: Batches | None = None
 
     def _build_networks(self) -> None:
         config = self.config
@@ -181,8 +180,10 @@ class Trainer(Training):
         Each is augmented and judged by itself.
         """
         if self.pipe is not None:
-            draws = {'generator': draw.host, 'pixel_generator': draw.images}
-            batches = tuple(self.pipe(images, self.ada.p, **draws) for images in batches)
+            batches = tuple(
+                self.pipe(images, self.ada.p, generator=draw.host, pixel_generator=draw.images)
+                for images in batches
+            )
         return self.d(torch.cat(batches), parts=len(batches))
 
     def _count_signs(self, logits: Tensor) -> None:

@@ -24,11 +24,14 @@ from datasets import images_dataset
 from MIA import MIA_train
 from models.stylegan2 import Generator
 from scripts import train_content_encoder, train_restyle_e4e, train_restyle_psp, train_stylegan2_ada
+from training import run as training_run
+from training import stylegan2_loop
 from training.run import TrainingRun
 from training.stylegan2_run import GeneratorTraining
 from utils.io import save_torch
 
 STEPS = 4
+_HANGS_AFTER = 1800  # seconds, of which a busy machine needs many
 
 
 class Toy(NamedTuple):
@@ -198,7 +201,7 @@ def play(
     context.set_forkserver_preload(['toy_trainings'])
     process = context.Process(target=_lead, args=(name, list(flags), workers, processes, stop))
     process.start()
-    process.join(300)
+    process.join(_HANGS_AFTER)
     if process.is_alive():
         os.killpg(process.pid, signal.SIGKILL)
         raise TimeoutError(f'{name} hangs')
@@ -239,6 +242,9 @@ def _work(name: str, flags: list[str], workers: int, stop: Stop | None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     toy = toys()[name]
     grader_training._SAVE_SECONDS = 0  # else no state is written in so short a training
+    # What takes longer than the steps and is looked at by other tests.
+    training_run.plot_curves = lambda *_, **__: None
+    stylegan2_loop._MEAN_LATENT_SAMPLES = 64
     for module in ('classification.grader', 'evaluation.attacks.pairs', 'training.moco'):
         importlib.import_module(module).build_resnet = TinyNet
     if toy.loads:
@@ -255,7 +261,7 @@ def _load_in_processes(workers: int) -> None:
         images_dataset._CACHE_LIMIT = 0
 
     def training(*arguments: Any, **options: Any) -> GeneratorTraining:
-        return GeneratorTraining(*arguments, **{**options, 'workers': workers})
+        return GeneratorTraining(*arguments, **{**options, 'workers': workers, 'n_grid': 1})
 
     train_stylegan2_ada.GeneratorTraining = training
 

@@ -8,13 +8,16 @@ loading processes, nor with two processes.
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import ROOT
 from toy_trainings import STEPS, Stop, Toy, make_inputs, play, toys
 
 from utils.io import load_weights
@@ -124,3 +127,28 @@ def test_stopped_and_gone_on_is_undisturbed(
     for result in results:
         (stopped,) = folder.glob(str(result))
         assert_same(load_weights(whole / result), load_weights(stopped), str(result))
+
+
+def test_torchrun_hands_the_signal_on(inputs: dict[str, str], tmp_path: Path) -> None:
+    """What a scheduler sends to the command reaches the processes that torchrun has started."""
+    toy, folder = toys()['generator'], tmp_path / 'stopped'
+    command = [str(ROOT / 'scripts/train_stylegan2_ada.py'), *flags_of(toy, folder, inputs)]
+    with subprocess.Popen(
+        [sys.executable, *command, '--kimg=1000', '--gpus=2', '--device=cpu'],
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
+        stderr=subprocess.PIPE,
+    ) as process:
+        while not list(folder.glob(toy.states)):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    steps = max(steps_of(path) for path in folder.glob(toy.states))
+    length = f'--kimg={(steps + 1) * 0.004}'
+    assert play('generator', [*toy.again(folder), length], processes=2) == 0
+    whole = tmp_path / 'whole'
+    assert play('generator', [*flags_of(toy, whole, inputs), length], processes=2) == 0
+    name = f'*/network-snapshot-{(steps + 1) * 0.004:09.3f}.pt'
+    (one,), (two,) = whole.glob(name), folder.glob(name)
+    assert_same(load_weights(one), load_weights(two))
