@@ -11,12 +11,12 @@ import torch
 from anonymization.audit import Audit
 from anonymization.card import Card, check_names, read_card
 from anonymization.networks import Networks
-from anonymization.photographs import read_digests
 from anonymization.pipeline import GROUP_TABLE, Pipeline
 from anonymization.publish import check_place, finished, publish
 from anonymization.release import MANIFEST, check_outside_release
 from anonymization.settings import Settings
 from anonymization.workers import one_thread
+from datasets.digests import read_digests
 from datasets.groups import Groups
 from datasets.table import Table
 from utils import distributed, options

@@ -4,9 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
-
 from anonymization.optimize import OptimizeConfig, style_term
+from models.features import FeatureNet
 from models.features.content import ContentNetwork, load_content_network
 from models.features.guide import FORMAT, Guide, load_guide
 from models.features.pretrained import FeatureNetwork, weight_file
@@ -21,7 +20,7 @@ class Loaded(NamedTuple):
 
     psp: PSP
     content: ContentNetwork | FeatureNetwork
-    style: nn.Module | None
+    style: FeatureNet | None
     guide: Guide | None
 
 
@@ -104,7 +103,7 @@ class Networks:
         }
 
 
-def _fact(net: nn.Module | None, file: Path | None) -> str:
+def _fact(net: FeatureNet | None, file: Path | None) -> str:
     if net is None:
         return 'none'
     return f'{net.name} {sha256_file(file)}' if file else str(net.name)

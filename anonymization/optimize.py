@@ -15,15 +15,17 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from criteria.content import content_loss
 from criteria.gram_style import MODES as STYLE_MODES
 from criteria.gram_style import STRIDES, StyleTargets, StyleTerm
+from models.features import FeatureNet
+from models.features.content import ContentNetwork
 from models.features.guide import Guide
 from models.features.pretrained import FeatureNetwork
 from models.psp import PSP
@@ -202,7 +204,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
 
 
-def style_term(net: nn.Module, config: OptimizeConfig) -> StyleTerm:
+def style_term(net: FeatureNet, config: OptimizeConfig) -> StyleTerm:
     """The style loss of a network under the settings of `config`."""
     mode = config.style_mode or ('whole' if isinstance(net, FeatureNetwork) else 'best_match')
     return StyleTerm(
@@ -230,8 +232,8 @@ class GroupOptimizer:
     def __init__(
         self,
         psp: PSP,
-        content_net: nn.Module,
-        style_net: nn.Module | None,
+        content_net: ContentNetwork | FeatureNetwork,
+        style_net: FeatureNet | None,
         *,
         config: OptimizeConfig,
         device: torch.device | str,
@@ -244,15 +246,20 @@ class GroupOptimizer:
         self.psp = psp.to(self.device).eval().requires_grad_(False)
         dtype = ACTIVATIONS[precision]
         self.synthesis = FrozenSynthesis(self.psp.decoder, dtype=dtype)
-        layout = {'device': self.device, 'dtype': dtype, 'memory_format': torch.channels_last}
+        layout: dict[str, Any] = {
+            'device': self.device,
+            'dtype': dtype,
+            'memory_format': torch.channels_last,
+        }
         self.content_net = content_net.to(**layout)
         self.style = None if style_net is None else style_term(style_net.to(**layout), config)
         self.guide = None if guide is None else guide.to(self.device)
-        shared = content_net is style_net and isinstance(content_net, FeatureNetwork)
-        self._shared_strides = content_net.pooled_strides if shared else ()
+        self._shared: FeatureNetwork | None = None  # the network of both losses, passed once
+        if content_net is style_net and isinstance(content_net, FeatureNetwork):
+            self._shared = content_net
 
     @torch.no_grad()
-    def targets(self, groups: list[Group]) -> Targets:
+    def targets(self, groups: Sequence[Group]) -> Targets:
         """Targets of a list of Group."""
         content = torch.stack([g.mean(g.content.to(self.device)) for g in groups])
         if self.style is None:
@@ -275,16 +282,17 @@ class GroupOptimizer:
         """(L_c [G], L_s [G], pictures [G, 3, R, R]) of latents ws [G, L, D]."""
         image = self.synthesis(ws)
         y = self.psp.pool(image)
-        if self.style is None:
+        if self.style is None or targets.style is None:
             content = self._content(self.content_net.features(y), targets)
             return content, torch.zeros_like(content), image
-        maps = self.style.maps(y, self._shared_strides)
-        features = (
-            self.content_net.pool(maps) if self._shared_strides else self.content_net.features(y)
-        )
-        return (self._content(features, targets), self.style.loss(maps, targets.style), image)
+        if self._shared is not None:
+            maps = self.style.maps(y, self._shared.pooled_strides)
+            features = self._shared.pool(maps)
+        else:
+            maps, features = self.style.maps(y), self.content_net.features(y)
+        return self._content(features, targets), self.style.loss(maps, targets.style), image
 
-    def _content(self, features: torch.Tensor, targets: Targets) -> torch.Tensor:
+    def _content(self, features: Float[Tensor, 'G F'], targets: Targets) -> Float[Tensor, ' G']:
         """L_c [G] of features [G, F]."""
         loss = content_loss(features, targets.content)
         if self.guide is None:
@@ -295,7 +303,7 @@ class GroupOptimizer:
         """The peak learning rate of the latents, 'auto' resolved."""
         if self.config.lr == AUTO:
             return _AUTO_RATE * latent_spread(self.psp.decoder)
-        return self.config.lr
+        return float(self.config.lr)
 
     def style_weights(self, start: Float[Tensor, 'G L D'], targets: Targets) -> Float[Tensor, ' G']:
         """The weight of each group's style loss, [G], for latents `start` [G, L, D].
@@ -304,7 +312,7 @@ class GroupOptimizer:
         """
         cfg = self.config
         if cfg.style_weight != AUTO or self.style is None or not cfg.content_weight:
-            weight = 1.0 if cfg.style_weight == AUTO else cfg.style_weight
+            weight = 1.0 if cfg.style_weight == AUTO else float(cfg.style_weight)
             return torch.full((len(start),), weight, device=self.device)
         norms = []
         for part in (0, 1):
@@ -371,16 +379,16 @@ class GroupOptimizer:
         return Result(ws.detach().cpu(), image.float().cpu(), history, centroid.float().cpu())
 
 
-def group_memory(psp: PSP, style_channels: int, precision: str) -> int:
+def group_memory(psp: PSP, style: StyleTerm | None, precision: str) -> int:
     """Rough bytes one group needs during a step: maps kept for the gradient and working copies."""
     item = 2 if precision == 'bf16' else 4
     maps = [channels * side**2 for side, channels in psp.decoder.channels.items()]
-    features = psp.input_size**2 * style_channels * 4
+    features = 4 * style.n_numbers(psp.input_size) if style is not None else 0
     return (2 * sum(maps) + 6 * max(maps) + features) * item
 
 
 def batch_that_fits(
-    psp: PSP, style_channels: int, precision: str, free_bytes: int, *, most: int
+    psp: PSP, style: StyleTerm | None, precision: str, free_bytes: int, *, most: int
 ) -> int:
     """How many groups to optimise together within `free_bytes`, at least 1, at most `most`."""
-    return int(max(1, min(most, 0.7 * free_bytes // group_memory(psp, style_channels, precision))))
+    return int(max(1, min(most, 0.7 * free_bytes // group_memory(psp, style, precision))))

@@ -1,11 +1,6 @@
 """The photographs of a run as the encoder sees them, and what tells them apart."""
 
-import hashlib
-import io
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.table import Table
-from utils.errors import UserError, listing
-from utils.images import as_rgb, decode_reason, load_rgb, open_image, resize
-from utils.logs import progress
-
-_READERS = 4  # threads that read and decode
+from utils.images import load_rgb, resize
 
 
 class Photographs(Dataset):
@@ -33,7 +24,7 @@ class Photographs(Dataset):
     def __getitem__(self, i: int) -> UInt8[Tensor, '3 S S']:
         picture = resize(load_rgb(self.table.paths[i]), self.size)
         u8 = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        if self.mirror_left and self.table.eyes[i] == 'left':
+        if self.mirror_left and self.table.eyes and self.table.eyes[i] == 'left':
             u8 = u8.flip(2)
         return u8
 
@@ -44,41 +35,3 @@ def copies(digests: Sequence[str], ids: Sequence[str]) -> Bool[np.ndarray, ' n']
     for digest, name in zip(digests, ids):
         kept[digest] = min(name, kept.get(digest, name))
     return np.array([kept[digest] != name for digest, name in zip(digests, ids)])
-
-
-class Digests(NamedTuple):
-    """What tells photographs apart.
-
-    pixels: SHA-256 of the decoded picture [n], equal for one photograph in two files; files: one
-    SHA-256 over those of all files.
-    """
-
-    pixels: list[str]
-    files: str
-
-
-def read_digests(paths: Sequence[Path]) -> Digests:
-    """Reads and decodes every file once; UserError that lists all unreadable ones."""
-
-    def one(path: Path) -> tuple[str, str, str]:
-        try:
-            data = Path(path).read_bytes()
-            with open_image(lambda: io.BytesIO(data), str(path)) as image:
-                picture = as_rgb(image)
-        except (OSError, UserError) as error:
-            return '', '', f'{path}: {decode_reason(error.__cause__ or error)}'
-        pixels = hashlib.sha256(repr(picture.size).encode() + picture.tobytes())
-        return hashlib.sha256(data).hexdigest(), pixels.hexdigest(), ''
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = list(progress(pool.map(one, paths), total=len(paths), desc='reading', unit='img'))
-    if bad := [reason for *_, reason in found if reason]:
-        raise UserError(
-            listing(
-                f'{len(bad)} of {len(found)} images cannot be read; replace them '
-                'or remove their rows',
-                bad,
-            )
-        )
-    joint = hashlib.sha256('\n'.join(file for file, *_ in found).encode()).hexdigest()
-    return Digests([pixels for _, pixels, _ in found], joint)

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from anonymization.grouping import assign_groups
@@ -34,6 +34,7 @@ from anonymization.optimize import (
     batch_that_fits,
     equal_shares,
     matmul_precision,
+    style_term,
 )
 from anonymization.photographs import Photographs, copies
 from anonymization.promises import check_groups
@@ -50,6 +51,7 @@ from anonymization.starts import KEY, read_key, start_offset
 from anonymization.workers import deterministic_algorithms, each, memory, run_within_memory
 from datasets.people import merge_duplicates
 from datasets.table import Table
+from models.features import FeatureNet
 from models.features.content import ContentNetwork
 from models.features.guide import Guide
 from models.features.pretrained import FeatureNetwork
@@ -100,7 +102,7 @@ class Pipeline:
         *,
         psp: PSP,
         content_net: ContentNetwork | FeatureNetwork,
-        style_net: nn.Module | None,
+        style_net: FeatureNet | None,
         guide: Guide | None = None,
         settings: Settings,
         device: str | torch.device,
@@ -135,11 +137,13 @@ class Pipeline:
     def _check_deterministic(self) -> None:
         """UserError for sizes whose resampling has no deterministic gradient on a GPU."""
         picture, side, seen = self.psp.decoder.size, self.psp.input_size, self.content_net
-        if picture % side or (seen.resize != 'nearest' and side % seen.input_size):
+        sides = [picture, side]
+        if isinstance(seen, ContentNetwork) and seen.resize != 'nearest':
+            sides.append(seen.input_size)
+        if any(large % small for large, small in zip(sides, sides[1:])):
             raise UserError(
-                f'--deterministic: the sides of pictures ({picture}), encoder ({side}) '
-                f'and content network ({seen.input_size}) must be multiples, each of '
-                'the next; leave it out, or use --device cpu'
+                f'--deterministic: the sides of pictures, encoder and content network ({sides}) '
+                'must be multiples, each of the next; leave it out, or use --device cpu'
             )
 
     def _strata(self) -> list[str] | None:
@@ -189,7 +193,7 @@ class Pipeline:
             if not is_intact(self._chunk_file(i))
         ]
         psp = FrozenPSP(self.psp.to(self.device), ACTIVATIONS[self.settings.precision])
-        net = self.content_net.to(device=self.device, memory_format=torch.channels_last)
+        net = self.content_net.to(self.device).to(memory_format=torch.channels_last)
         loader = DataLoader(
             self.photos,
             batch_sampler=[list(chunks[i]) for i in mine],
@@ -314,7 +318,7 @@ class Pipeline:
 
     def _check(self, labels: Int[np.ndarray, ' n']) -> None:
         check_groups(
-            labels,
+            labels.tolist(),
             self.settings.k,
             patients=self.people,
             strata=self.strata,
@@ -437,12 +441,14 @@ class Pipeline:
 
         Batches are decided once per run, since a resumed run must cut the same way.
         """
+        net = self.style_net
+        style = None if net is None else style_term(net, self.settings.optimize)
         world = distributed.world_size()
         free = memory(self.device) // (world if self.device.type == 'cpu' else 1)
         most = self.threads if self.device.type == 'cpu' else min(64, -(-n_groups // world))
         size = min(
             self.settings.group_batch or most,
-            batch_that_fits(self.psp, 102, self.settings.precision, free, most=most),
+            batch_that_fits(self.psp, style, self.settings.precision, free, most=most),
         )
         if self.alone:
             return size

@@ -127,8 +127,8 @@ def random_networks(size: int, seed: int) -> tuple[PSP, ContentNetwork, VGGStyle
     )
     offsets = set_statistics(encoder, torch.cat([pictures, pictures.flip(0)], 1))
     with torch.no_grad():
-        for style in encoder.styles:
-            style.linear.weight.mul_(0.2 / offsets.std())
+        for style in encoder.get_submodule('styles').children():
+            style.get_parameter('linear.weight').mul_(0.2 / offsets.std())
     resnet = torchvision.models.resnet50(weights=None)
     set_statistics(resnet, pictures[..., :224, :224])
     psp = PSP(encoder, generator, generator.mean_latent(1000), ENCODER_SIZE)
@@ -158,7 +158,8 @@ class Clock:
     """Seconds of named phases, after waiting for the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, {}
+        self.device = device
+        self.seconds: dict[str, float] = {}
 
     def time(self, name: str, function: Callable[[], Result]) -> Result:
         synchronize(self.device)
@@ -319,7 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = resolve_device(opts.device)
     torch.backends.cudnn.benchmark = True
     config = OptimizeConfig(n_steps=opts.steps)
-    psp, content, style = (net.to(device) for net in random_networks(opts.size, opts.seed))
+    psp, content, style = random_networks(opts.size, opts.seed)
+    psp, content, style = psp.to(device), content.to(device), style.to(device)
     photos = photographs(opts.k * opts.groups, opts.seed + 2)
     with matmul_precision(opts.precision):
         published, old_losses, found = run_published(

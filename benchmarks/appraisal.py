@@ -67,10 +67,10 @@ def described(table: Table, cache: Path, device: torch.device) -> Photographs:
         path = cache.with_name(f'{cache.name}_{name}.npz')
         if not path.exists():
             with atomic_path(path) as temp, open(temp, 'wb') as file:
-                np.savez(file, **features_of(name, pictures, device))
+                np.savez(file, allow_pickle=False, **features_of(name, pictures, device))
         with np.load(path) as data:
             features[name] = dict(data)
-    return Photographs(pictures, table.labels, np.array(table.patients), features)
+    return Photographs(pictures, table.grades, np.array(table.patients), features)
 
 
 @torch.no_grad()
@@ -143,7 +143,7 @@ class Appraiser:
             settings=settings,
             seed=self.seed,
             device=self.device,
-            checkpoint=checkpoint,
+            folder=checkpoint.with_suffix(''),
         )
         if trained is None:
             raise UserError('the training of the CNN was stopped; the same command goes on')
@@ -208,7 +208,7 @@ class Appraiser:
             reference,
             member_people=list(self.members.people[sides.inside]),
             other_people=list(self.others.people[sides.outside]),
-            group_of=sides.own,
+            group_of=sides.own.tolist(),
         )
         nearest = nearest_attack(
             inside['pooled'], outside['pooled'], reference['pooled'], lambda x: x

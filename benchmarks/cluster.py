@@ -21,6 +21,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +102,9 @@ def compare(args: argparse.Namespace) -> None:
         if args.features
         else {name: draw(name, args.n) for name in DATA}
     )
-    methods = {m: {'method': m} for m in ('published', 'mdav', 'kmeans-constrained', 'default')}
+    methods: dict[str, dict[str, Any]] = {
+        m: {'method': m} for m in ('published', 'mdav', 'kmeans-constrained', 'default')
+    }
     if args.long:
         methods['long runs'] = dict(rounds=1000, block=640, tolerance=1e-6, restarts=2)
     rows = []
@@ -132,7 +135,11 @@ def compare(args: argparse.Namespace) -> None:
 
 def scaling(args: argparse.Namespace) -> None:
     """Seconds against n of the default, the greedy with kept sums, and the greedy as published."""
-    times = {'default': {}, 'greedy, O(n d) memory': {}, 'greedy as published': {}}
+    times: dict[str, dict[int, float]] = {
+        'default': {},
+        'greedy, O(n d) memory': {},
+        'greedy as published': {},
+    }
     rows = []
     for n in args.sizes:
         features = draw('low-rank', n).astype(np.float32)
@@ -167,7 +174,7 @@ def scaling(args: argparse.Namespace) -> None:
         plot(times, args.plot)
 
 
-def plot(times: dict[str, list[tuple[float, float]]], path: str) -> None:
+def plot(times: dict[str, dict[int, float]], path: str) -> None:
     import matplotlib
 
     matplotlib.use('Agg')

@@ -18,6 +18,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         n_candidates=opts.candidates,
         seed=opts.seed,
     )
-    result = {
+    result: dict[str, Any] = {
         'start_noise': settings.start_noise,
         'k': settings.k,
         'subtraction_first': {**rate(ranks == 1), 'chance': chance, 'members': len(ranks)},

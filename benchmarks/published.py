@@ -8,6 +8,8 @@ anonymization/optimize.py.
 """
 
 import time
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -83,13 +85,14 @@ def to_rgb(
 
 def synthesis(generator: Generator, ws: Float[Tensor, 'N L D']) -> Float[Tensor, 'N 3 R R']:
     """ws [N, L, D] -> images [N, 3, R, R]."""
-    noise = generator.noise_maps('stored', len(ws), ws.device)
+    noise = generator.stored_noise()
     x = generator.input.input.repeat(len(ws), 1, 1, 1)
     x = styled_conv(generator.conv1, x, ws[:, 0], noise[0])
     rgb = to_rgb(generator.to_rgb1, x, ws[:, 1])
-    for j, layer in enumerate(generator.to_rgbs):
-        x = styled_conv(generator.convs[2 * j], x, ws[:, 2 * j + 1], noise[2 * j + 1])
-        x = styled_conv(generator.convs[2 * j + 1], x, ws[:, 2 * j + 2], noise[2 * j + 2])
+    convs = cast(Sequence[StyledConv], generator.convs)
+    for j, layer in enumerate(cast(Sequence[ToRGB], generator.to_rgbs)):
+        x = styled_conv(convs[2 * j], x, ws[:, 2 * j + 1], noise[2 * j + 1])
+        x = styled_conv(convs[2 * j + 1], x, ws[:, 2 * j + 2], noise[2 * j + 2])
         rgb = to_rgb(layer, x, ws[:, 2 * j + 3], rgb)
     return rgb
 
@@ -141,7 +144,7 @@ class PublishedWay:
         features = self.content_features(y.repeat(k, 1, 1, 1))
         targets = self.content_features(recon).detach()
         sources = self.content_features(self.sources)
-        loss, improvement = 0, 0.0
+        loss, improvement = features.new_zeros(()), 0.0
         for i in range(k):
             diff = features[i].dot(targets[i])
             improvement += float(diff.detach()) - float(targets[i].dot(sources[i]))
@@ -158,15 +161,15 @@ class PublishedWay:
         """Every source patch against its most similar patch of y, one pair after the other."""
         grid = self.config.n_crop
         y_grams = [gram(p) for p in patches(y_features[0], grid)]
-        loss = 0
+        loss = y_features.new_zeros(())
         for source in source_features:
-            own = 0
+            own = y_features.new_zeros(())
             for patch in patches(source, grid):
                 wanted = gram(patch)
                 similar = [
                     F.cosine_similarity(g.reshape(1, -1), wanted.reshape(1, -1)) for g in y_grams
                 ]
-                best = torch.cat(similar).argmax().item()
+                best = int(torch.cat(similar).argmax())
                 own = own + (y_grams[best] - wanted).square().sum()
             loss = loss + own / grid**2
         return loss / len(source_features)
@@ -185,19 +188,23 @@ class PublishedWay:
         n_steps: int,
     ) -> tuple[Float[Tensor, '{n_steps} 2'], list[float]]:
         """Optimises from the mean latent; returns (losses [n_steps, 2], seconds of each step)."""
-        cfg = self.config
+        cfg, rate, style_weight = (
+            self.config,
+            float(self.config.lr),
+            float(self.config.style_weight),
+        )
         w = ws.mean(0, keepdim=True).requires_grad_(True)
-        adam = torch.optim.Adam([w], lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8)
+        adam = torch.optim.Adam([w], lr=rate, betas=(0.9, 0.999), eps=1e-8)
         losses, seconds = [], []
         for step in range(n_steps):
             begin = time.perf_counter()
             for group in adam.param_groups:
-                group['lr'] = learning_rate(step, cfg.n_steps, cfg.lr)
+                group['lr'] = learning_rate(step, cfg.n_steps, rate)
             y = self.psp.pool(synthesis(self.psp.decoder, w))
             content = self.content_loss(y, recon)
             style = self.style_loss(self.style_features(y), source_features)
             adam.zero_grad()
-            (cfg.content_weight * content + cfg.style_weight * style).backward()
+            (cfg.content_weight * content + style_weight * style).backward()
             adam.step()
             losses.append((content.item(), style.item()))
             synchronize(self.device)

@@ -60,6 +60,8 @@ def parts_of_a_step(
 ) -> dict[str, Callable[[], None]]:
     """{name: function that does this part of a step, with its gradient}."""
     targets = engine.targets(groups)
+    term, wanted = engine.style, targets.style
+    assert term is not None and wanted is not None
     start = torch.stack([g.ws.to(engine.device).mean(0) for g in groups])
     with torch.no_grad():
         picture = engine.psp.pool(engine.synthesis(start))
@@ -72,7 +74,7 @@ def parts_of_a_step(
         return content_loss(engine.content_net.features(y), targets.content)
 
     def style(y: Float[Tensor, 'G 3 S S']) -> Float[Tensor, ' G']:
-        return engine.style.loss(engine.style.maps(y), targets.style)
+        return term.loss(term.maps(y), wanted)
 
     return {
         'generator': lambda: gradient(engine.synthesis, start),

@@ -19,6 +19,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torchvision
@@ -117,7 +118,7 @@ def encoder_step(
     )
     psp = PSP(encoder, generator, generator.mean_latent(1000), ENCODER_SIZE)
     with tempfile.TemporaryDirectory() as folder:
-        losses = {'l2': (L2Term(), 1.0)}
+        losses: dict[str, Any] = {'l2': (L2Term(), 1.0)}
         for name, term, net, weight in (
             ('lpips', LpipsTerm, torchvision.models.alexnet, 0.8),
             ('moco', ContentTerm, torchvision.models.resnet50, 0.5),

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from criteria.local_style import local_style_loss, patch_grams
+from models.features import FeatureNet
 from models.features.pretrained import FeatureNetwork
 from utils.errors import UserError
 
@@ -46,7 +47,7 @@ class StyleTerm:
 
     def __init__(
         self,
-        net: nn.Module,
+        net: FeatureNet,
         *,
         mode: str,
         n_crop: int,
@@ -74,6 +75,12 @@ class StyleTerm:
                 f'--num_crop {self.n_crop}: more than the {smallest} px of the maps '
                 f'of {self.net.name}'
             )
+
+    def n_numbers(self, side: int) -> int:
+        """How many numbers the `maps` of a picture of `side` px are."""
+        if not isinstance(self.net, FeatureNetwork):
+            return self.net.n_features * side**2
+        return sum(self.net.channels[s] * self.net.map_side(side, s) ** 2 for s in self.strides)
 
     def maps(
         self, img: Float[Tensor, 'N 3 S S'], also: Sequence[int] = ()

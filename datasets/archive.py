@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -36,8 +36,8 @@ class FileStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._zip = None
-        self._pid = None
+        self._zip: zipfile.ZipFile | None = None
+        self._pid: int | None = None
         self.is_zip = self.path.is_file()
         if self.is_zip:
             try:
@@ -71,7 +71,9 @@ class FileStore:
         )
         if size > _MAX_FILE:  # a small ZIP can claim and unpack to any size
             raise ValueError(f'{size >> 20} MiB, more than the {_MAX_FILE >> 20} MiB that are read')
-        return self._open_zip().open(name) if self.is_zip else open(self.path / name, 'rb')
+        if self.is_zip:
+            return cast(BinaryIO, self._open_zip().open(name))
+        return open(self.path / name, 'rb')
 
     def image_names(self) -> list[str]:
         """Names that end like an image file, sorted; resource forks of macOS archives left out."""
@@ -127,7 +129,8 @@ def encode_labels(labels: Sequence[object]) -> Float32[np.ndarray, 'n d']:
     if all(
         isinstance(v, int) and not isinstance(v, bool) and 0 <= v < _MAX_CLASSES for v in labels
     ):
-        return np.eye(max(labels) + 1, dtype=np.float32)[np.array(labels)]
+        classes = np.array(labels, dtype=np.int64)
+        return np.eye(classes.max() + 1, dtype=np.float32)[classes]
     try:
         array = np.array(labels, dtype=np.float32)
     except (ValueError, TypeError, OverflowError):
@@ -178,17 +181,18 @@ class ImageArchive(torch.utils.data.Dataset):
         self._labels = torch.from_numpy(table)
         self.label_dim = table.shape[1]
         self.mirror = mirror
-        self._cache = {} if cache else None
+        self._cache: dict[int, Tensor] | None = {} if cache else None
         self._digest: str | None = None
 
     def _check_headers(self) -> int:
-        sizes, bad = {}, {}
+        sizes: dict[str, tuple[int, int]] = {}
+        bad: dict[str, str] = {}
         for name in self.names:
             try:
                 sizes[name] = self.store.size(name)
             except UserError as error:
-                bad[name] = f'unreadable ({decode_reason(error.__cause__)})'
-        common = collections.Counter(sizes.values()).most_common(1)[0][0] if sizes else None
+                bad[name] = f'unreadable ({decode_reason(error.__cause__ or error)})'
+        common = collections.Counter(sizes.values()).most_common(1)[0][0] if sizes else (0, 0)
         for name, (w, h) in sizes.items():
             if w != h:
                 bad[name] = f'{w}x{h}, not square'
@@ -271,7 +275,7 @@ class ArchiveWriter:
             self.is_zip or not self.dest.is_dir() or any(self.dest.iterdir())
         ):
             raise UserError(f'--dest {self.dest} already exists; remove it or choose another name')
-        self._labels = []
+        self._labels: list[list[object]] = []
 
     def __enter__(self) -> 'ArchiveWriter':
         self.dest.parent.mkdir(parents=True, exist_ok=True)

@@ -135,7 +135,7 @@ def photograph_table(photographs: list[DicomPhotograph], ids: list[str]) -> pd.D
     Visits are numbered from 0 by study date within a patient; the dates stay behind. Columns that
     not every file fills are left out.
     """
-    columns = {'id_code': ids, 'patient_id': [p.patient for p in photographs]}
+    columns: dict[str, list] = {'id_code': ids, 'patient_id': [p.patient for p in photographs]}
     if all(p.eye for p in photographs):
         columns['eye'] = [p.eye for p in photographs]
     if all(p.date for p in photographs):

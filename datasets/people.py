@@ -1,20 +1,17 @@
-"""Which photographs show one person: by the patient column, and by identical files.
+"""Which photographs show one person: by the patient column, and by identical pictures.
 
-Photographs with the same bytes are one photograph, whatever a table says of them, so that they
-count once for k and fall on one side of every split.
+Files with the same pixels are one photograph, whatever a table says of them, so that they count
+once for k and fall on one side of every split.
 """
 
 import dataclasses
 import logging
-import os
-from collections import Counter
 from collections.abc import Hashable, Sequence
-from pathlib import Path
 
 from scipy.cluster.hierarchy import DisjointSet
 
+from datasets.digests import read_digests
 from datasets.table import Table
-from utils.io import sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +40,6 @@ def merge_duplicates(patients: Sequence[str] | None, digests: Sequence[str]) -> 
     return person_numbers(digests, *([] if patients is None else [patients]))
 
 
-def content_keys(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Keys [n] that are equal for files with equal bytes, and for them alone.
-
-    Only files that share their size with another one are read.
-    """
-    sizes = [os.stat(path).st_size for path in paths]
-    common = Counter(sizes)
-    return [
-        f'{size} {sha256_file(Path(path))}' if common[size] > 1 else f'{size}'
-        for path, size in zip(paths, sizes)
-    ]
-
-
 def merge_identical(table: Table) -> Table:
     """The table with `patients` such that identical photographs have the same patient.
 
@@ -65,7 +49,7 @@ def merge_identical(table: Table) -> Table:
     if not table.paths:
         return table
     names = table.patients or table.ids
-    people = person_numbers(names, content_keys(table.paths))
+    people = person_numbers(names, read_digests(table.paths).pixels)
     merged: dict[int, str] = {}
     for person, name in zip(people, names):
         merged[person] = min(name, merged.get(person, name))
@@ -80,12 +64,12 @@ def merge_identical(table: Table) -> Table:
 def shown_elsewhere(table: Table, *others: Table) -> list[bool]:
     """For every row of `table`, whether its person occurs in one of the other tables.
 
-    The same id, the same patient or the same bytes make the same person; tables without files are
+    The same id, the same patient or the same pixels make the same person; tables without files are
     compared by ids and patients alone.
     """
     tables = (table, *others)
     files = [p for t in tables for p in t.paths]
-    keys = iter(content_keys(files))
+    keys = iter(read_digests(files).pixels)
     people = person_numbers(
         [i for t in tables for i in t.ids],
         [p for t in tables for p in t.patients or [None] * len(t)],

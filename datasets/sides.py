@@ -7,7 +7,7 @@ left of it; of an inverted photograph the eye's name does not say where it is, t
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Shaped
 from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
 
@@ -56,12 +56,12 @@ def find_disc(image: Image.Image) -> DiscPlace:
     return DiscPlace(float(at[column]), float(at[row]), float(abs(right - left)))
 
 
-def _blur(values: Float[np.ndarray, 'H W'], width: float) -> Float[np.ndarray, 'H W']:
+def _blur(values: Shaped[np.ndarray, 'H W'], width: float) -> Float[np.ndarray, 'H W']:
     return gaussian_filter(values.astype(np.float64), width * _SIDE)
 
 
 def _flat(
-    values: Float[np.ndarray, 'H W'], inside: Num[np.ndarray, 'H W'], width: float = _AROUND
+    values: Float[np.ndarray, 'H W'], inside: Shaped[np.ndarray, 'H W'], width: float = _AROUND
 ) -> Float[np.ndarray, 'H W']:
     """Values relative to those around them in the field of view, 1 outside it."""
     level = _blur(values * inside, width) / (_blur(inside, width) + 1e-3)

@@ -72,20 +72,19 @@ class Table:
     def subset(self, keep: Iterable[int]) -> 'Table':
         """The rows with the given indices, in that order."""
         keep = [int(i) for i in keep]
-        pick = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        pick: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del pick['origin']
-        return Table(
-            **{
-                name: None
-                if value is None
-                else value[keep]
-                if name == 'labels'
-                else [value[i] for i in keep]
-                if value
-                else value
-                for name, value in pick.items()
-            }
-        )
+        picked: dict[str, Any] = {
+            name: None
+            if value is None
+            else value[keep]
+            if name == 'labels'
+            else [value[i] for i in keep]
+            if value
+            else value
+            for name, value in pick.items()
+        }
+        return Table(**picked)
 
     def digest(self) -> str:
         """SHA-256 that changes with ids, grades, patients, eyes, visits and splits."""
@@ -187,7 +186,8 @@ def _ids(frame: pd.DataFrame, csv: str | Path) -> list[str]:
     empty = [f'row {i + 2}' for i, v in enumerate(ids) if not v]
     if empty:
         raise UserError(listing(f'{csv}: empty ids in column {column}', empty))
-    seen, double = {}, []
+    seen: dict[str, int] = {}
+    double = []
     for i, v in enumerate(ids):
         if v in seen:
             double.append(f'{v}: rows {seen[v] + 2} and {i + 2}')
@@ -223,7 +223,7 @@ def _patients(frame: pd.DataFrame, ids: list[str], csv: Path) -> list[str] | Non
     column = next((c for c in PATIENT_COLUMNS if c in frame), None)
     if column is None:
         return _patients_of_ids(ids, csv)
-    patients = _strings(frame, column)
+    patients = _strings(frame, column) or []
     empty = [f'row {i + 2} ({ids[i]})' for i, v in enumerate(patients) if not v]
     if empty:
         raise UserError(
@@ -293,7 +293,8 @@ def _eyes(frame: pd.DataFrame, ids: Sequence[str]) -> list[str] | None:
             }
             return [named.get(v.strip().lower(), '') for v in frame[column]]
     matches = [_EYEPACS_ID.fullmatch(strip_suffix(v)) for v in ids]
-    return [m.group(2).lower() for m in matches] if all(matches) else None
+    sides = [m.group(2).lower() for m in matches if m]
+    return sides if len(sides) == len(ids) else None
 
 
 def _only_split(table: Table, split: str, csv: str | Path) -> Table:
@@ -314,7 +315,8 @@ def _find_files(ids: list[str], csv: Path, image_dir: str | Path | None) -> list
     image_dir = Path(image_dir)
     if not image_dir.is_dir():
         raise UserError(f'image folder not found: {image_dir}')
-    by_name, by_stem = {}, {}
+    by_name: dict[str, Path] = {}
+    by_stem: dict[str, list[Path]] = {}
     for path in sorted(image_dir.iterdir()):
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             by_name[path.name] = path

@@ -36,7 +36,7 @@ class InceptionNetwork(nn.Module):
     """torch-fidelity's Inception v3 with the interface of a content network."""
 
     input_size = 299
-    feature_dim = 2048
+    n_features = 2048
     name = 'inception'
 
     def __init__(self, path: str | Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from utils.errors import UserError
 from utils.io import load_weights
 
 _MAX_REASON = 300
+Network = TypeVar('Network', bound=nn.Module)
 
 
 def named_tensors(
@@ -40,18 +42,18 @@ def load_state(path: str | Path, *, what: str, hint: str = '') -> dict[str, torc
 
 
 def fill(
-    build: Callable[[], nn.Module], state: dict[str, torch.Tensor], *, optional: str | None = None
-) -> nn.Module:
+    build: Callable[[], Network], state: dict[str, torch.Tensor], *, optional: str | None = None
+) -> Network:
     """The module that `build()` makes, with the weights of `state`; RuntimeError if they differ.
 
     All shapes are compared before memory is taken for the module, which a few wide tensors of a
     file could otherwise make enormous. optional: when no name begins so, the module's own stay.
     """
-    own = optional is not None and not any(k.startswith(optional) for k in state)
+    own = '' if optional is None or any(k.startswith(optional) for k in state) else optional
     for meta in (True, False):
         with torch.device('meta') if meta else contextlib.nullcontext():
             net = build()
-        kept = {k: v for k, v in net.state_dict().items() if own and k.startswith(optional)}
+        kept = {k: v for k, v in net.state_dict().items() if own and k.startswith(own)}
         net.load_state_dict({**state, **kept}, assign=meta)
     return net
 

@@ -1,6 +1,7 @@
 """ResNets without a classifier, as feature networks (torchvision's own, so its key names)."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import torchvision
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ def fold_batch_norms(net: nn.Module) -> nn.Module:
     """
     for block in net.modules():
         if isinstance(block, nn.Sequential) and [type(m) for m in block] == _DOWNSAMPLE:
-            block[0], block[1] = fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
+            conv, norm = cast(nn.Conv2d, block[0]), cast(nn.BatchNorm2d, block[1])
+            block[0], block[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
         for i in ('1', '2', '3'):
             norm = getattr(block, f'bn{i}', None)
             if isinstance(norm, nn.BatchNorm2d):

@@ -24,11 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from datasets.digests import read_digests
 from models.psp import FrozenPSP, Inverter, invert, load_psp, refine
 from utils import cli
-from utils.errors import UserError
-from utils.images import check_image_files, find_images, grid, load_tensor, png_names, save_png
-from utils.io import digest_files, is_intact, load_weights, save_npy, save_torch, sealing, write_csv
+from utils.images import find_images, grid, load_tensor, png_names, save_png
+from utils.io import is_intact, load_weights, save_npy, save_torch, sealing, sha256_bytes, write_csv
 from utils.logs import progress, setup_logging
 from utils.runs import run_record, start_run
 
@@ -159,18 +159,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     device = cli.resolve_device(opts.device)
     paths = find_images(opts.data_path)
-    if bad := check_image_files(paths):
-        raise UserError(
-            '\n  '.join(
-                [
-                    f'{len(bad)} of {len(paths)} images cannot be read; replace or remove them:',
-                    *(f'{p}: {r}' for p, r in bad[:20]),
-                ]
-            )
-        )
+    contents = read_digests(paths).files
     psp = FrozenPSP(load_psp(opts.checkpoint_path, device))
     names = [p.relative_to(opts.data_path).as_posix() for p in paths]
-    options = {**vars(opts), 'images': digest_files(names, paths)}
+    options = {**vars(opts), 'images': sha256_bytes('\n'.join([contents, *names]).encode())}
     start_run(
         opts.out_dir,
         run_record(options, inputs={'checkpoint': opts.checkpoint_path}, seed=opts.seed),

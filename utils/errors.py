@@ -1,7 +1,7 @@
 """The two errors a user can meet; everything else is a bug."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 MAX_LISTED = 20
 
@@ -22,7 +22,7 @@ class PrivacyError(UserError):
     """A privacy promise would be broken; the run stops instead of releasing anything."""
 
 
-def listing(head: str, lines: Iterable[object]) -> str:
+def listing(head: str, lines: Sequence[object]) -> str:
     """The text of an error over many files or rows: the head, then the first 20 of them."""
     more = [f'... and {len(lines) - MAX_LISTED} more'] if len(lines) > MAX_LISTED else []
     return '\n  '.join([f'{head}:', *map(str, lines[:MAX_LISTED]), *more])

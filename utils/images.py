@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Num, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -28,7 +28,7 @@ def to_uint8(img: Float[Tensor, '*N H W']) -> UInt8[Tensor, '*N H W']:
     return img.detach().float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def from_uint8(u8: UInt8[Tensor, '*N']) -> Float32[Tensor, '*N']:
+def from_uint8(u8: Num[Tensor, '*N']) -> Float32[Tensor, '*N']:
     """uint8 in [0, 255] -> float32 in [-1, 1]."""
     return u8.float().div(127.5).sub(1)
 
@@ -180,14 +180,3 @@ def find_images(folder: str | Path) -> list[Path]:
     if not found:
         raise UserError(f'no images ({", ".join(IMAGE_SUFFIXES)}) in {folder}')
     return found
-
-
-def check_image_files(paths: Sequence[str | Path]) -> list[tuple[str | Path, str]]:
-    """Decodes every file fully; returns [(path, reason), ...] of those that fail."""
-    bad = []
-    for path in paths:
-        try:
-            load_rgb(path)
-        except UserError as error:
-            bad.append((path, decode_reason(error.__cause__)))
-    return bad

@@ -14,7 +14,7 @@ from utils.io import write_text
 
 def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO) -> None:
     """Sends log records to stderr and, when given, appends them to `log_file`."""
-    handlers = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file is not None:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file, encoding='utf-8'))

@@ -137,7 +137,7 @@ def build(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
         about = f.metadata.get(_KEY)
         if about is None:
             if dataclasses.is_dataclass(f.type):
-                found[f.name] = build(f.type, values)  # type: ignore[type-var]
+                found[f.name] = build(f.type, values)  # type: ignore[type-var, arg-type]
             continue
         for name in (recorded_name(f, about), f.name):
             if name in values:

@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 RECORD_NAME = 'options.json'
 _LOCK_NAME = '.lock'
-_held = {}  # the locks of this process, by path
+_held: dict[Path, filelock.BaseFileLock] = {}  # the locks of this process, by path
 
 
 def versions() -> dict[str, str | None]:
     """Versions of what shapes the numbers, and the commit of the code when it is a checkout."""
-    found = {'python': platform.python_version()}
+    found: dict[str, str | None] = {'python': platform.python_version()}
     for name in ('torch', 'torchvision', 'numpy', 'pillow', 'k-salsa'):
         try:
             found[name] = metadata.version(name)

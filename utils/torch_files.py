@@ -9,6 +9,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
+from typing import cast
 
 import torch
 
@@ -89,11 +90,11 @@ def check_pickle(stream: io.BytesIO, *, protocol: int | None = None) -> None:
                 stack.append(None)
             elif op.name in ('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'):
                 place = len(memo) if arg is None else arg
-                if not 0 <= place <= position:
+                if not 0 <= place <= (position or 0):
                     raise pickle.UnpicklingError('it asks for more memory than it can need')
                 memo[place] = stack[-1]
             elif op.name in ('GET', 'BINGET', 'LONG_BINGET'):
-                stack.append(memo[arg])
+                stack.append(memo[int(arg or 0)])
             else:
                 _apply(op, stack)
     except pickle.UnpicklingError:
@@ -105,7 +106,7 @@ def check_pickle(stream: io.BytesIO, *, protocol: int | None = None) -> None:
 def _apply(op: pickletools.OpcodeInfo, stack: list[int | None]) -> None:
     """Takes the operands of `op` off the stack and puts the sizes of its results there."""
     before = op.stack_before
-    taken = []
+    taken: list[int | None] = []
     if pickletools.markobject in before:
         while (item := stack.pop()) is not None:
             taken.append(item)
@@ -123,7 +124,7 @@ def _apply(op: pickletools.OpcodeInfo, stack: list[int | None]) -> None:
         'OBJ',
         'INST',
     ):
-        size += sum(taken)  # of lists, sets and dicts no key can be made
+        size += sum(cast(list[int], taken))  # of lists, sets and dicts no key can be made
     if size > _MAX_TUPLE and op.name.startswith(('TUPLE', 'FROZENSET')):
         raise pickle.UnpicklingError('it holds tuples of too many values')
     stack.extend([size] * len(op.stack_after))

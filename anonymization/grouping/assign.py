@@ -49,7 +49,7 @@ def assign_groups(
     *,
     patients: Sequence[Any] | None = None,
     strata: Sequence[Any] | None = None,
-    grades: Sequence[int] | None = None,
+    grades: Sequence[int] | Int[np.ndarray, ' n'] | None = None,
     grade_penalty: float = 0.0,
     method: str = 'default',
     policy: str = 'distinct',

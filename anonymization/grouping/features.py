@@ -134,7 +134,9 @@ def _random_pca(
 
 
 def with_grades(
-    features: Float[np.ndarray, 'n d'], grades: Sequence[int] | None, penalty: float
+    features: Float[np.ndarray, 'n d'],
+    grades: Sequence[int] | Int[np.ndarray, ' n'] | None,
+    penalty: float,
 ) -> Float[np.ndarray, 'n e']:
     """Features [n, d + 1] with the grades [n] as one more direction.
 

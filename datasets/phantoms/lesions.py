@@ -15,9 +15,13 @@ class LesionPlan:
         self, rng: np.random.Generator, grade: int, disc: tuple[float, float], tree: VesselTree
     ) -> None:
         self.rng, self.disc, self.tree = rng, disc, tree
-        self.marks = []
+        self.marks: list[Mark] = []
         self.beading = 0.0
-        u, count = rng.uniform, rng.integers
+        u = rng.uniform
+
+        def count(low: int, high: int) -> int:
+            return int(rng.integers(low, high))
+
         if grade == 1:
             self._microaneurysms(count(3, 9))
         elif grade == 2:

@@ -222,7 +222,7 @@ def _lesion_maps(
     """Maps of blood, exudate and white tissue [size, size], and the list of Lesions in view."""
     size = view.size
     maps = {name: np.zeros((size, size), np.float32) for name in ('blood', 'exudate', 'white')}
-    found = []
+    found: list[Lesion] = []
     if not eye.marks:
         return maps, found
     centres = view.to_pixels(np.array([(m.x, m.y) for m in eye.marks]))
@@ -319,8 +319,8 @@ def _add_disc(
 
 def _photograph(
     image: Float[np.ndarray, '3 S S'], view: View, traits: Traits
-) -> UInt8[np.ndarray, 'S S 3']:
-    """Camera: illumination, haze, blur, noise, field of view. float [3, S, S] -> uint8 [S, S, 3]"""
+) -> tuple[UInt8[np.ndarray, 'S S 3'], Float[np.ndarray, 'S S']]:
+    """Camera: illumination, haze, blur, noise. Picture uint8 [S, S, 3] and field of view [S, S]."""
     size = view.size
     offset = ((np.arange(size) + 0.5) / size - 0.5) / FIELD_FRACTION
     u, v = offset[None, :].astype(np.float32), offset[:, None].astype(np.float32)

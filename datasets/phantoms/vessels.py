@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 from scipy.interpolate import CubicSpline
 
 from datasets.phantoms.traits import FIELD, REACH, STEP, Traits, Vessel
@@ -19,8 +20,8 @@ class VesselTree:
         self, rng: np.random.Generator, patient: Traits, disc: tuple[float, float]
     ) -> None:
         self.rng, self.patient, self.disc = rng, patient, disc
-        self.vessels = []
-        self._cells = {True: {}, False: {}}
+        self.vessels: list[Vessel] = []
+        self._cells: dict[bool, dict[tuple[int, int], int]] = {True: {}, False: {}}
         self._count = 0
         self._normals, self._uniforms = iter(()), iter(())
         self.foveal_radius = rng.uniform(1.5, 2.1)
@@ -147,7 +148,12 @@ class VesselTree:
     def _claim(self, x: float, y: float, is_vein: bool, name: int) -> None:
         self._cells[is_vein][int((x + 64) / _CELL), int((y + 64) / _CELL)] = name
 
-    def _keep(self, points: Sequence, widths: Sequence, is_vein: bool) -> None:
+    def _keep(
+        self,
+        points: Sequence | Float[np.ndarray, 'n 2'],
+        widths: Sequence | Float[np.ndarray, ' n'],
+        is_vein: bool,
+    ) -> None:
         self.vessels.append(Vessel(np.asarray(points), np.asarray(widths), is_vein))
 
     def _branch(

@@ -14,13 +14,14 @@ from models.encoders.helpers import (
     GradualStyleBlock,
     IRSETrunk,
     ResNetTrunk,
+    Trunk,
     body_side,
 )
 
 COARSE_END, MIDDLE_END = 3, 7  # styles 0-2 are coarse, 3-6 middle, the rest fine
 
 
-class _PyramidStyles:
+class _PyramidStyles(Trunk):
     """Adds a two-step top-down pyramid and its style heads to a trunk."""
 
     def __init__(

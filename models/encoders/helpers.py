@@ -86,7 +86,7 @@ class BottleneckIRSE(nn.Module):
     def __init__(self, in_ch: int, out_ch: int, stride: int) -> None:
         super().__init__()
         if in_ch == out_ch:
-            self.shortcut_layer = nn.MaxPool2d(1, stride)
+            self.shortcut_layer: nn.Module = nn.MaxPool2d(1, stride)
         else:
             self.shortcut_layer = nn.Sequential(
                 nn.Conv2d(in_ch, out_ch, 1, stride, bias=False), nn.BatchNorm2d(out_ch)
@@ -104,7 +104,21 @@ class BottleneckIRSE(nn.Module):
         return self.res_layer(x) + self.shortcut_layer(x)
 
 
-class ResNetTrunk(nn.Module):
+class Trunk(nn.Module):
+    """What pSp's encoders stand on: a stem, blocks, and which blocks end at 1/4, 1/8 and 1/16."""
+
+    taps: tuple[int, int, int]
+    body: nn.Sequential
+
+    def __init__(self, input_nc: int) -> None:
+        super().__init__()
+
+    def stem(self, x: Float[Tensor, 'N C S S']) -> Float[Tensor, 'N 64 s s']:
+        """Pictures -> the first map."""
+        raise NotImplementedError
+
+
+class ResNetTrunk(Trunk):
     """7x7 stem (PReLU, no max-pooling) and the 16 blocks of ResNet-34 in one list, `body`.
 
     Taps 6, 12 and 15 are the last blocks at 1/4, 1/8 and 1/16 of the input.
@@ -113,7 +127,7 @@ class ResNetTrunk(nn.Module):
     taps = (6, 12, 15)
 
     def __init__(self, input_nc: int) -> None:
-        super().__init__()
+        super().__init__(input_nc)
         self.conv1 = nn.Conv2d(input_nc, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.PReLU(64)
@@ -124,14 +138,14 @@ class ResNetTrunk(nn.Module):
         return self.relu(self.bn1(self.conv1(x)))
 
 
-class IRSETrunk(nn.Module):
+class IRSETrunk(Trunk):
     """3x3 stem and the 24 units of IR-SE50, `body`; taps as in ResNetTrunk."""
 
     taps = (6, 20, 23)
     _units = ((64, 3), (128, 4), (256, 14), (512, 3))  # channels, units; the first has stride 2
 
     def __init__(self, input_nc: int) -> None:
-        super().__init__()
+        super().__init__(input_nc)
         self.input_layer = nn.Sequential(
             nn.Conv2d(input_nc, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64)
         )
@@ -142,5 +156,5 @@ class IRSETrunk(nn.Module):
                 in_ch = out_ch
         self.body = nn.Sequential(*units)
 
-    def stem(self, x: Float[Tensor, 'N C S S']) -> Float[Tensor, 'N 64 S S']:
+    def stem(self, x: Float[Tensor, 'N C S S']) -> Float[Tensor, 'N 64 s s']:
         return self.input_layer(x)

@@ -75,7 +75,7 @@ class LightEncoder(nn.Module):
         self.hidden = nn.Linear(squeeze * 16, hidden)
         self.head = nn.Linear(hidden, n_styles * style_dim)
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight, a=0.2)
                 nn.init.zeros_(module.bias)
         with torch.no_grad():

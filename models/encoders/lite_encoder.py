@@ -3,6 +3,8 @@
 Shapes: N images, L styles, D style dimension, S input side.
 """
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -35,9 +37,10 @@ class LiteEncoder(nn.Module):
         import timm  # half of the start-up time of every script, if imported with this module
 
         self.n_styles, self.style_dim = n_styles, style_dim
-        self.body = timm.create_model(
+        body = timm.create_model(
             ARCH, pretrained=False, in_chans=input_nc, features_only=True, out_indices=(2, 3, 4)
         )
+        self.body = cast(Any, body)  # timm's networks have attributes that nn.Module lacks
         self.squeeze = nn.ModuleList(
             nn.Conv2d(channels, out, 1)
             for channels, (out, _) in zip(self.body.feature_info.channels(), _STRIDES.values())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.encoders.light_encoder import LightEncoder
 from models.encoders.lite_encoder import LiteEncoder
@@ -28,7 +28,7 @@ def from_first(styles: Float[Tensor, 'N L D'], stage: int | None) -> Float[Tenso
     return torch.cat([first, first + deltas], 1)
 
 
-class _Progressive:
+class _Progressive(nn.Module):
     """Deltas in place of independent styles; they start at 0.
 
     stage: the last delta in use, 0 for none, None for all; it is no part of the state dict.
@@ -42,11 +42,13 @@ class _Progressive:
 
 
 class _ProgressiveBackbone(_Progressive):
+    styles: nn.ModuleList
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         with torch.no_grad():
             for style in self.styles[1:]:
-                style.linear.weight.zero_()
+                style.get_parameter('linear.weight').zero_()
 
 
 class ProgressiveBackboneEncoder(_ProgressiveBackbone, BackboneEncoder):
@@ -58,6 +60,9 @@ class ResNetProgressiveBackboneEncoder(_ProgressiveBackbone, ResNetBackboneEncod
 
 
 class _ProgressiveHead(_Progressive):
+    head: nn.Linear
+    style_dim: int
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         with torch.no_grad():

@@ -4,6 +4,9 @@ Source: Alaluf et al. 2021, 'ReStyle', section 3.3. Shapes: N images, L styles, 
 S input side.
 """
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,12 +16,13 @@ from models.encoders.helpers import (
     GradualStyleBlock,
     IRSETrunk,
     ResNetTrunk,
+    Trunk,
     body_side,
     styles_together,
 )
 
 
-class _BackboneStyles:
+class _BackboneStyles(Trunk):
     """Adds the style heads of the simplified encoder to a trunk."""
 
     def __init__(
@@ -34,7 +38,7 @@ class _BackboneStyles:
         """x [N, input_nc, S, S] -> latent offsets [N, L, D]."""
         x = self.body(self.stem(x))
         if x.is_cuda:
-            return styles_together(self.styles, x)
+            return styles_together(cast(Sequence[GradualStyleBlock], self.styles), x)
         return torch.stack([style(x) for style in self.styles], 1)
 
 

@@ -40,7 +40,7 @@ class ContentNetwork(nn.Module):
     def __init__(self, net: ResNet, *, input_size: int, resize: str, name: str) -> None:
         super().__init__()
         self.net, self.input_size, self.resize, self.name = net, input_size, resize, name
-        self.feature_dim = net.feature_dim
+        self.n_features = int(net.feature_dim)
         self.eval().requires_grad_(False)
         fold_batch_norms(self.net)
 
@@ -69,14 +69,15 @@ def content_network_from_state(checkpoint: object, *, source: str | Path) -> Con
 
     UserError naming `source` when it is none of them.
     """
-    own = isinstance(checkpoint, dict) and checkpoint.get('format') == FORMAT
-    state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    own = content.get('format') == FORMAT
+    state = content.get('state_dict', content)
     state = named_tensors(state, source=source, what='content network', remedy=_WHERE)
     try:
         if own:
-            arch = _checked(checkpoint, 'arch', ARCHS)
-            small_stem = _checked(checkpoint, 'small_stem', (False, True))
-            input_size = _checked(checkpoint, 'input_size', range(1, _MAX_SIZE + 1))
+            arch = _checked(content, 'arch', ARCHS)
+            small_stem = _checked(content, 'small_stem', (False, True))
+            input_size = _checked(content, 'input_size', range(1, _MAX_SIZE + 1))
             net = build_resnet(arch, small_stem=small_stem)
             net.load_state_dict(state)
             return ContentNetwork(net, input_size=input_size, resize='area', name=FORMAT)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,12 +82,15 @@ class FeatureNetwork(nn.Module):
 
     smallest_side = SMALLEST_SIDE
     of_photographs = True  # content targets: features of members' photographs
+    mean: Tensor
+    std: Tensor
 
-    def __init__(self, net: nn.Module, *, name: str, digest: str) -> None:
+    def __init__(self, net: Any, *, name: str, digest: str) -> None:
         super().__init__()
         import timm  # half of the start-up time of every script, if imported with this module
 
-        self.net, self.name, self.digest = net, name, digest
+        self.net: Any = net  # timm's networks have methods that nn.Module lacks
+        self.name, self.digest = name, digest
         self._norm = isinstance(net, timm.models.VisionTransformer)
         info = list(net.feature_info)
         # The last stage of each stride.
@@ -262,10 +265,10 @@ def _frozen(
 
     if not timm.is_model(arch):
         raise UserError(f'timm knows no architecture {arch}; see timm.list_models()')
-    flexible = (
+    flexible: dict[str, Any] = (
         {'dynamic_img_size': True, 'dynamic_img_pad': True} if arch.startswith('vit_') else {}
     )
-    net = timm.create_model(arch, pretrained=False, num_classes=0, **flexible)
+    net: Any = timm.create_model(arch, pretrained=False, num_classes=0, **flexible)
     if not (hasattr(net, 'forward_intermediates') and hasattr(net, 'feature_info')):
         raise UserError(
             f'timm gives no maps between the layers of {arch}; choose a ResNet, '
@@ -292,7 +295,7 @@ def _frozen(
     return FeatureNetwork(net, name=name, digest=digest)
 
 
-def _timm_names(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _timm_names(net: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The names of efficientnet-lite-pytorch, in timm's words."""
     prefixes = {
         '_conv_stem': 'conv_stem',

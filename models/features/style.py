@@ -24,6 +24,7 @@ class VGGStyle(nn.Module):
     """relu1_2 of VGG19: the two convolutions the loss uses, and none of the other fourteen."""
 
     name = 'vgg19-relu1_2'
+    n_features = 64
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,6 +50,7 @@ class FilterBank(nn.Module):
     name = FILTERS
     _SIGMAS = (1.0, 2.0)
     _DIRECTIONS = 4
+    kernels: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +68,7 @@ class FilterBank(nn.Module):
                     derivatives.append(kernel / kernel.abs().sum())
         kernels = torch.stack(smooth + derivatives)[:, None].repeat(3, 1, 1, 1)
         self.n_smooth, self.n_kernels, self.radius = len(smooth), len(kernels) // 3, radius
+        self.n_features = 3 * (2 * self.n_kernels - self.n_smooth)
         self.register_buffer('kernels', kernels, persistent=False)
 
     def features(self, img: Float[Tensor, 'N 3 H W']) -> Float[Tensor, 'N 102 H W']:

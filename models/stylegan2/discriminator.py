@@ -60,7 +60,7 @@ class ConvLayer(nn.Sequential):
         activate: bool = True,
         gain: float = 1.0,
     ) -> None:
-        layers = [Blur()] if downsample else []
+        layers: list[nn.Module] = [Blur()] if downsample else []
         layers.append(
             EqualConv2d(
                 in_ch,
@@ -76,19 +76,17 @@ class ConvLayer(nn.Sequential):
         self.kernel_size, self.gain = kernel_size, gain
 
     def forward(self, x: Float[Tensor, 'N C H W']) -> Float[Tensor, 'N K h w']:
-        blur, activate = isinstance(self[0], Blur), isinstance(self[-1], FusedLeakyReLU)
-        convolve = self[1] if blur else self[0]
-        if blur and self.kernel_size == 1:
+        blur, activate = self[0], self[-1]
+        convolve = self[1] if isinstance(blur, Blur) else self[0]
+        if isinstance(blur, Blur):
             # Decimated before the 1x1 convolution, which commutes with it, not after.
-            x = self[0](x, down=2, pad=(1, 1))
-        elif blur:
-            x = self[0](x, pad=(2, 2))
-        if not activate:
+            x = blur(x, down=2, pad=(1, 1)) if self.kernel_size == 1 else blur(x, pad=(2, 2))
+        if not isinstance(activate, FusedLeakyReLU):
             return convolve(x, gain=self.gain)
         if x.is_cuda:
-            return self[-1](convolve(x))
-        x = convolve(x, gain=self[-1].gain, bias=self[-1].scaled_bias(x.dtype))
-        return self[-1].after(x)
+            return activate(convolve(x))
+        x = convolve(x, gain=activate.gain, bias=activate.scaled_bias(x.dtype))
+        return activate.after(x)
 
 
 class ResBlock(nn.Module):
@@ -124,9 +122,10 @@ class Discriminator(nn.Module):
         check_size(size)
         self.size, self.mbstd_group = size, mbstd_group
         self.channels = check_channels(size, channels or channel_table(size, channel_multiplier))
-        self.low_precision = None  # (dtype, lowest resolution computed in it)
+        # dtype, lowest resolution computed in it
+        self.low_precision: tuple[torch.dtype, int] | None = None
         table = list(self.channels.items())[::-1]
-        blocks = [ConvLayer(3, table[0][1], 1)]
+        blocks: list[nn.Module] = [ConvLayer(3, table[0][1], 1)]
         blocks += [ResBlock(a[1], b[1]) for a, b in zip(table, table[1:])]
         self.convs = nn.Sequential(*blocks)
         c4 = self.channels[4]

@@ -39,7 +39,7 @@ class FrozenSynthesis:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         with torch.no_grad():
             self.start = generator.input.input.to(dtype).contiguous(memory_format=_LAST)
-            noises = generator.noise_maps('stored', 1, self.start.device)
+            noises = generator.stored_noise()
             self.layers = [
                 _Layer(conv, noise, dtype, wide)
                 for conv, noise in zip([generator.conv1, *generator.convs], noises)
@@ -102,7 +102,7 @@ class _Affines:
             self.groups.append((places, taken, bias.to(dtype), weight.to(dtype)))
 
     def __call__(self, ws: Float[Tensor, 'N L D']) -> list[Float[Tensor, 'N _']]:
-        found = {}
+        found: dict[int, Tensor] = {}
         for places, taken, bias, weight in self.groups:
             chosen = ws.index_select(1, taken).transpose(0, 1)  # [layers, N, D]
             found |= dict(zip(places, torch.baddbmm(bias, chosen, weight)))
@@ -127,7 +127,7 @@ class _Demodulations:
         self.least = torch.full((1, 1, 1), 1e-8 / _GAIN**2, device=powers[0].device, dtype=dtype)
 
     def __call__(self, styles: Sequence[Float[Tensor, 'N _']]) -> list[Float[Tensor, 'N _']]:
-        found = {}
+        found: dict[int, Tensor] = {}
         for places, powers in self.groups:
             squares = torch.stack([styles[i] for i in places]).square()  # [layers, N, Cin]
             found |= dict(zip(places, torch.baddbmm(self.least, squares, powers).rsqrt()))
@@ -203,7 +203,6 @@ class _ToRGB:
     def __init__(self, to_rgb: ToRGB, wide: torch.dtype) -> None:
         self.weight = (to_rgb.conv.weight[0, :, :, 0, 0] * to_rgb.conv.scale).to(wide)
         self.bias = to_rgb.bias.detach().to(wide)
-        self.kernel = self.adjoint_kernel = None
         if hasattr(to_rgb, 'upsample'):
             self.kernel = to_rgb.upsample.kernel.to(wide)
             self.adjoint_kernel = self.kernel.flip(0, 1)
@@ -257,7 +256,7 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     if tensors[0].dtype == dtype:
         return list(tensors)
     made = [torch.empty_like(t, dtype=dtype) for t in tensors]
-    torch._foreach_copy_(made, tensors)
+    torch._foreach_copy_(made, list(tensors))
     return made
 
 
@@ -282,7 +281,8 @@ class _Synthesis(torch.autograd.Function):
         scales = _cast([*styles, *factors], net.dtype)
         keep = any(ctx.needs_input_grad)
         x = net.start.expand(len(styles[0]), -1, -1, -1)
-        maps, image = [x], None
+        maps = [x]
+        image: Any = None
         for i, layer in enumerate(net.layers):
             y = layer.convolve(x * _columns(scales[i]))
             x = layer.activate(y, scales[n_layers + i], None if stored else sources[i])
@@ -304,7 +304,7 @@ class _Synthesis(torch.autograd.Function):
         factors, styles = saved[:n_layers], saved[n_layers : 2 * n_layers]
         rgb_styles, maps = saved[2 * n_layers : split], saved[split:]
         scales = _cast(torch._foreach_mul(styles[1:], factors[:-1]), net.dtype)
-        grads = [None] * split
+        grads: list[Any] = [None] * split
         grad_x = None  # of the scaled input of the layer above, [N, C, H, W]
         for i in reversed(range(n_layers)):
             layer, x, factor = net.layers[i], maps[i + 1], factors[i]

@@ -8,7 +8,7 @@ StyleGAN', section 2 and appendix B.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,8 @@ class PixelNorm(nn.Module):
 
 class Blur(nn.Module):
     """Holds a FIR kernel [4, 4] in the state dict; `gain` is its sum."""
+
+    kernel: Tensor
 
     def __init__(self, gain: float = 1.0) -> None:
         super().__init__()
@@ -284,7 +286,8 @@ class Generator(nn.Module):
         log_size = int(math.log2(size))
         self.n_latent = 2 * log_size - 2
         self.n_noise = 2 * log_size - 3
-        self.low_precision = None  # (dtype, lowest resolution computed in it)
+        # dtype, lowest resolution computed in it
+        self.low_precision: tuple[torch.dtype, int] | None = None
 
         self.style = nn.Sequential(
             PixelNorm(),
@@ -315,6 +318,10 @@ class Generator(nn.Module):
         """w [N, D] -> ws [N, L, D]."""
         return w[:, None].expand(-1, self.n_latent, -1)
 
+    def stored_noise(self) -> list[Float[Tensor, '1 1 _ _']]:
+        """The stored maps, one per layer that takes noise."""
+        return [getattr(self.noises, f'noise_{i}') for i in range(self.n_noise)]
+
     def noise_maps(
         self,
         mode: str,
@@ -323,7 +330,7 @@ class Generator(nn.Module):
         generator: torch.Generator | None = None,
     ) -> list[Tensor] | list[None]:
         """Noise for one synthesis: 'stored' buffers, fresh 'random' [n, 1, r, r], or 'none'."""
-        stored = [getattr(self.noises, f'noise_{i}') for i in range(self.n_noise)]
+        stored = self.stored_noise()
         if mode == 'stored':
             return stored
         if mode == 'random':
@@ -405,9 +412,17 @@ class Generator(nn.Module):
         return (total / n).float().to(device)
 
 
-def set_low_precision(
-    net: nn.Module, dtype: torch.dtype | None, n_resolutions: int = 4
-) -> nn.Module:
+class _Resolutions(Protocol):
+    """A generator or a discriminator."""
+
+    size: int
+    low_precision: tuple[torch.dtype, int] | None
+
+
+_Network = TypeVar('_Network', bound=_Resolutions)
+
+
+def set_low_precision(net: _Network, dtype: torch.dtype | None, n_resolutions: int = 4) -> _Network:
     """Computes the `n_resolutions` highest resolutions (never below 8) of G or D in `dtype`.
 
     dtype: torch.float16, torch.bfloat16, or None for full precision. Parameters stay float32.

@@ -23,7 +23,6 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from jaxtyping import Float32
-from torch import Tensor
 
 from models.loading import mismatch
 from models.stylegan2.checkpoint import (
@@ -44,6 +43,7 @@ _MAPPING_LR = 0.01
 _MAX_BYTES = 2**33
 _MAX_LAYERS = 10_000
 
+State = dict[str, torch.Tensor]  # by name
 Entry = tuple[str, str, str]  # this project's key, NVIDIA's key, operation
 
 
@@ -75,8 +75,8 @@ def _scalar(dtype: object, data: object) -> float:
 
 
 def _tensor(
-    storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *_: object
-) -> Tensor:
+    storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any
+) -> torch.Tensor:
     flat = torch.empty(0, dtype=storage.dtype).set_(storage)
     if not all(isinstance(n, int) for n in size) or math.prod(size) > flat.numel():
         raise pickle.UnpicklingError('it holds a tensor that reaches beyond its data')
@@ -162,7 +162,7 @@ def read_pickle(path: str | Path) -> dict:
     return content
 
 
-def tensors(module: PickledModule) -> dict[str, torch.Tensor]:
+def tensors(module: PickledModule) -> State:
     """All parameters and buffers of a PickledModule as {dotted name: float32 tensor}.
 
     Buffers count too: layers frozen in training are stored as such.
@@ -287,7 +287,7 @@ _OPERATIONS = {
 }
 
 
-def _rename(table: Sequence[Entry], found: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+def _rename(table: Sequence[Entry], found: State, what: str) -> State:
     missing = [theirs for _, theirs, _ in table if theirs not in found]
     if missing:
         raise UserError(f'the {what} has no {missing[0]}: its architecture differs. {_ADVICE}')
@@ -330,7 +330,7 @@ def _check_layers(module: PickledModule, what: str) -> None:
 
 def convert_generator(
     module: PickledModule, what: str = 'generator'
-) -> tuple[dict[str, Tensor], Float32[Tensor, ' D'] | None]:
+) -> tuple[State, Float32[torch.Tensor, ' D'] | None]:
     """PickledModule -> (state dict in this project's keys, w_avg [D] or None).
 
     Size, channels and mapping depth come from the shapes. UserError for what cannot be
@@ -355,14 +355,11 @@ def convert_generator(
                 f'{shape[0]} beside w_dim {w_dim}. {_ADVICE}'
             )
     _check_mapping_rate(module, what)
-    return generator_from_state(state, source=f'the {what}').state_dict(), found.get(
-        'mapping.w_avg'
-    )
+    net = generator_from_state(state, source=f'the {what}')
+    return net.state_dict(), found.get('mapping.w_avg')
 
 
-def _rename_rgb(
-    table: Sequence[Entry], found: dict[str, Tensor], colour_key: str, what: str
-) -> dict[str, Tensor]:
+def _rename_rgb(table: Sequence[Entry], found: State, colour_key: str, what: str) -> State:
     colours = found.get(colour_key)
     if colours is not None and colours.shape[0] != 3:
         raise UserError(f'the {what} makes images of {colours.shape[0]} channel(s). {_ADVICE}')
@@ -370,8 +367,7 @@ def _rename_rgb(
 
 
 def _check_mapping_rate(module: PickledModule, what: str) -> None:
-    """The run-time scale of the mapping layers is not stored in a state dict, so it must be the
-    one this project's generator applies."""
+    """UserError unless the mapping layers' scale, which no state dict holds, is this project's."""
     for layer in _walk(_part(module, '_modules')['mapping']):
         rate = layer.state.get('bias_gain', _MAPPING_LR)
         if not isinstance(rate, (int, float)):
@@ -383,7 +379,7 @@ def _check_mapping_rate(module: PickledModule, what: str) -> None:
             )
 
 
-def convert_discriminator(module: PickledModule, what: str = 'discriminator') -> dict[str, Tensor]:
+def convert_discriminator(module: PickledModule, what: str = 'discriminator') -> State:
     """PickledModule -> state dict in this project's keys; UserError as in convert_generator."""
     _check_layers(module, what)
     found = tensors(module)
@@ -441,7 +437,7 @@ def convert(content: dict, *, source: str | Path = 'the pickle') -> dict:
 def _convert(content: dict) -> dict:
     networks = {k: v for k, v in content.items() if isinstance(v, PickledModule)}
     state, w_avg = convert_generator(networks['G_ema'], 'generator G_ema')
-    weights = {'g_ema': state}
+    weights: dict[str, Any] = {'g_ema': state}
     if w_avg is not None:
         width = state['conv1.conv.modulation.weight'].shape[1]
         weights['latent_avg'] = latent_average(w_avg, width, source='the generator G_ema')

@@ -32,6 +32,8 @@ def seed_styles(
     """ws [N, L, D] of integer seeds, truncated towards `latent_avg` [D] when psi is not 1."""
     w = net.mapping(seed_latents(seeds, net.style_dim).to(net.input.input.device))
     if psi != 1:
+        if latent_avg is None:
+            raise ValueError('psi other than 1 needs latent_avg')
         w = truncate(w, latent_avg, psi)
     return net.broadcast(w)
 
@@ -79,7 +81,7 @@ def render(
     """
     for start in range(0, len(ws), batch):
         part = ws[start : start + batch]
-        maps = NOISE_MODES[noise]
+        maps: str | list[Tensor] = NOISE_MODES[noise]
         if noise == 'random':
             numbers = (
                 range(start, start + len(part))

@@ -1,4 +1,4 @@
-"""Who is one person: patients, and photographs with the same bytes."""
+"""Who is one person: patients, and photographs with the same pixels."""
 
 import argparse
 import shutil
@@ -6,9 +6,11 @@ import shutil
 import pandas as pd
 import pytest
 from conftest import load_script
+from PIL import Image
 from release_fixture import save_photographs
 
-from datasets.people import content_keys, merge_identical, person_numbers, shown_elsewhere
+from datasets.digests import read_digests
+from datasets.people import merge_identical, person_numbers, shown_elsewhere
 from datasets.table import read_table
 
 
@@ -25,13 +27,16 @@ def test_any_shared_key_makes_one_person():
     assert person_numbers([None, None]) == [0, 1]
 
 
-def test_only_equal_files_have_equal_keys(tmp_path):
-    contents = [b'abc', b'abd', b'abc', b'long']
-    paths = [tmp_path / str(i) for i in range(4)]
-    for path, content in zip(paths, contents):
-        path.write_bytes(content)
-    keys = content_keys(paths)
-    assert keys[0] == keys[2] and len(set(keys)) == 3
+def test_equal_pixels_have_equal_digests(tmp_path):
+    save_photographs(tmp_path, 3)
+    paths = sorted((tmp_path / 'images').iterdir())
+    with Image.open(paths[0]) as picture:
+        picture.save(paths[1].with_suffix('.bmp'))
+    before = read_digests([*paths, paths[1].with_suffix('.bmp')])
+    assert before.pixels[0] == before.pixels[3] and len(set(before.pixels)) == 3
+    paths[2].write_bytes(paths[1].read_bytes())  # what stands under a name may change
+    after = read_digests(paths)
+    assert after.pixels[1] == after.pixels[2] and after.files != read_digests(paths[:2]).files
 
 
 @pytest.mark.parametrize('patients', [None, ['d', 'c', 'b', 'a']])
@@ -54,8 +59,9 @@ def test_people_of_other_tables_are_found(tmp_path):
     )
     for i in range(3):
         source = second / f'images/eye{i:03d}x.png'
-        source.write_bytes(source.read_bytes() + b' ' * (i + 1))  # other bytes, readable still
-        source.rename(second / f'images/new{i}.png')
+        with Image.open(source) as picture:
+            picture.rotate(90).save(second / f'images/new{i}.png')
+        source.unlink()
     shutil.copy(first / 'images/eye003x.png', second / 'images/new2.png')
     tables = [read_table(f / 'labels.csv', f / 'images') for f in (second, first)]
     assert shown_elsewhere(*tables) == [False, True, True]

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from anonymization.photographs import read_digests
+from datasets.digests import read_digests
 from datasets.table import read_table
 from utils.errors import UserError
 

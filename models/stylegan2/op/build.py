@@ -50,10 +50,10 @@ def find_nvcc() -> Path:
         if os.environ.get(variable):
             candidates.append(Path(os.environ[variable]) / 'bin' / 'nvcc')
     spec = importlib.util.find_spec('nvidia')
-    for root in spec.submodule_search_locations if spec else []:
+    for root in (spec.submodule_search_locations if spec else None) or []:
         candidates += sorted(Path(root).glob('cu*/bin/nvcc'), reverse=True)
-    if shutil.which('nvcc'):
-        candidates.append(Path(shutil.which('nvcc')))
+    if found := shutil.which('nvcc'):
+        candidates.append(Path(found))
     for path in candidates:
         if path.is_file():
             return path
@@ -180,6 +180,11 @@ def declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     return kernels
 
 
+def kernels_of(x: torch.Tensor) -> ctypes.CDLL:
+    """The kernels for a tensor on a CUDA device; BuildError when there are none."""
+    return library(x.device.index) or load_kernels(x.device.index)
+
+
 def get(x: torch.Tensor, impl: str, op: str) -> ctypes.CDLL | None:
     """The kernels for tensor `x`, or None when the PyTorch path is to be taken.
 
@@ -191,7 +196,7 @@ def get(x: torch.Tensor, impl: str, op: str) -> ctypes.CDLL | None:
     if impl == 'cuda':
         if not x.is_cuda:
             raise BuildError("impl='cuda' needs a tensor on a CUDA device")
-        return library(x.device.index) or load_kernels(x.device.index)
+        return kernels_of(x)
     if impl == 'ref' or not x.is_cuda or x.dtype not in DTYPES or torch.compiler.is_compiling():
         return None
     kernels = library(x.device.index)

@@ -85,11 +85,13 @@ class _FusedLeakyReLUGrad(torch.autograd.Function):
         ctx: Any,
         grad: Float[Tensor, 'N C *s'],
         y: Float[Tensor, 'N C *s'],
-        *arguments: float | None,
+        slope: float,
+        gain: float,
+        clamp: float | None,
     ) -> Float[Tensor, 'N C *s']:
         ctx.save_for_backward(y)
-        ctx.arguments = arguments
-        return _launch(grad, None, y, *arguments)
+        ctx.arguments = slope, gain, clamp
+        return _launch(grad, None, y, slope, gain, clamp)
 
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, 'N C *s']) -> tuple[Tensor | None, ...]:
@@ -120,7 +122,7 @@ def _launch(
     inner = 1 if channels_last else x[0, 0].numel() if x.numel() else 1
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device(x.device):
-        code = build.library(x.device.index).ksalsa_activate(
+        code = build.kernels_of(x).ksalsa_activate(
             x.data_ptr(),
             None if bias is None else bias.data_ptr(),
             None if saved is None else saved.data_ptr(),

@@ -171,7 +171,7 @@ def _launch(
         x.shape[0], x.shape[1], x.shape[2], x.shape[3], height, width, *x.stride(), *y.stride()
     )
     with torch.cuda.device(x.device):
-        code = build.library(x.device.index).ksalsa_upfirdn2d(
+        code = build.kernels_of(x).ksalsa_upfirdn2d(
             x.data_ptr(),
             taps.data_ptr(),
             y.data_ptr(),
