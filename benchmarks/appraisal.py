@@ -20,9 +20,11 @@ from classification.train import train_grader
 from datasets.table import REFERABLE_FROM, Table
 from evaluation.attacks.nearest import nearest_attack
 from evaluation.attacks.projection import attack_features, projection_attack
+from evaluation.fidelity import feature_statistics, frechet_distance
 from evaluation.probe import Probe, fit_probe, read_release
 from evaluation.scores import auc
 from evaluation.spectra import high_frequency_ratio
+from evaluation.vessel_amount import vessel_ratios
 from models.features.pretrained import load_feature_network
 from models.features.style import FILTERS, FilterBank
 from utils.errors import UserError
@@ -60,9 +62,17 @@ def pictures_of(paths: list[Path]) -> UInt8[np.ndarray, 'n 3 S S']:
     return np.stack([np.asarray(load_rgb(p)).transpose(2, 0, 1) for p in paths])
 
 
-def described(table: Table, cache: Path, device: torch.device) -> Photographs:
-    """The photographs of a table with their features, kept in files that begin like `cache`."""
+def described(
+    table: Table, cache: Path, device: torch.device, *, mirror_left: bool = False
+) -> Photographs:
+    """The photographs of a table with their features, kept in files that begin like `cache`.
+
+    mirror_left: turns left eyes into right ones.
+    """
     pictures, features = pictures_of(table.paths), {}
+    if mirror_left:
+        left = np.array(table.eyes) == 'left'
+        pictures[left] = pictures[left][..., ::-1]
     for name in (*NETWORKS, FILTERS):
         path = cache.with_name(f'{cache.name}_{name}.npz')
         if not path.exists():
@@ -157,10 +167,14 @@ class Appraiser:
         shares = self.members.shares(groups)
         referable = shares[:, REFERABLE_FROM:].sum(1)
         sides = self._sides(groups)
+        real = feature_statistics(self.members.features[MAKER]['pooled'])
+        people = list(self.members.people)
         found: dict[str, Any] = {
             'n_groups': len(groups),
+            'vessels': vessel_ratios(self.members.pictures, pictures, people=people),
+            'frechet': frechet_distance(*real, *feature_statistics(seen[MAKER]['pooled'])),
             'high_frequencies': high_frequency_ratio(
-                self.members.pictures, pictures, people=list(self.members.people)
+                self.members.pictures, pictures, people=people
             ),
             'reading': read_release(self.judge.score(seen[JUDGE]['pooled']), referable)._asdict(),
             'lessons': {name: self._lesson(name, seen[name], shares) for name in seen},

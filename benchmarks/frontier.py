@@ -151,6 +151,16 @@ def build_parser() -> argparse.ArgumentParser:
         help='a network of this configuration of classification/configs (small.yaml), trained '
         "on the others' photographs, reads the releases too; give it from the first row on",
     )
+    p.add_argument(
+        '--n_iters_per_batch',
+        type=positive_int,
+        default=5,
+        metavar='N',
+        help='refinements by the encoder',
+    )
+    p.add_argument(
+        '--mirror_left', action='store_true', help='mirror left eyes, so that optic discs align'
+    )
     p.add_argument('--precision', choices=PRECISIONS, default='bf16', help='of the optimisation')
     return add_common(p)
 
@@ -163,7 +173,7 @@ def photographs(
     if not (folder / 'labels.csv').exists():
         make_dataset(folder, n_patients=opts.n_patients, size=side, seed=seed)
     table = read_table(folder / 'labels.csv', require_label=True)
-    return described(table, opts.out_dir / role, device)
+    return described(table, opts.out_dir / role, device, mirror_left=opts.mirror_left)
 
 
 def finished_run(
@@ -178,7 +188,8 @@ def finished_run(
     names = sorted(p.stem for p in (folder / 'release/images').iterdir())
     groups = [np.flatnonzero(frame.release_name == name) for name in names]
     mark = sha256_bytes(str(folder.resolve()).encode())[:8]
-    members = described(table, cache / f'run_{mark}', device)
+    mirrored = bool(options.get('mirror_left'))
+    members = described(table, cache / f'run_{mark}', device, mirror_left=mirrored)
     return members, groups, pictures_of([folder / f'release/images/{n}.png' for n in names])
 
 
@@ -190,7 +201,7 @@ def latents(
     if not path.exists():
         frozen = FrozenPSP(psp.to(device))
         found = [
-            invert(frozen, from_uint8(part).to(device)).ws.cpu()
+            invert(frozen, from_uint8(part).to(device), n_iters=opts.n_iters_per_batch).ws.cpu()
             for part in torch.from_numpy(members.pictures).split(_BATCH)
         ]
         with atomic_path(path) as temp, open(temp, 'wb') as file:
@@ -282,6 +293,8 @@ def markdown(results: dict[str, dict]) -> str:
             *(f'membership, {n}' for n in NETWORKS),
             'own group rank 1',
             'high frequencies',
+            'vessel length',
+            f'Frechet distance, {MAKER}, x 1000',
             'seconds a group',
         ],
         [
@@ -293,6 +306,8 @@ def markdown(results: dict[str, dict]) -> str:
                 *(f'{r[n]["auc"]:.2f}' for n in NETWORKS),
                 f'{r[MAKER]["rank_1"]:.2f}',
                 f'{r["high_frequencies"]["value"]:.2f}',
+                f'{r["vessels"]["length"]["value"]:.2f}' if 'vessels' in r else '-',
+                f'{1000 * r["frechet"]:.0f}' if 'frechet' in r else '-',
                 f'{r["seconds"]:.1f}',
             ]
             for name, r in results.items()

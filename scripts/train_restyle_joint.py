@@ -49,6 +49,7 @@ _HELP = {
     'mean_colour_lambda': 'weight of the colours of such pictures against the members',
     'spread_lambda': 'weight that holds the deviation of the latents near 1',
     'average': 'half-life, in steps, of the averaged weights that are exported',
+    'most': 'gradients are shortened to this many times their usual norm',
 }
 
 

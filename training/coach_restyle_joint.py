@@ -36,23 +36,25 @@ class JointConfig:
 
     mean_of: photographs behind a mean; n_means: means drawn from each pass, 0 for none; mean_start:
     step at which they come in. feature_lambda, content_lambda: of the distance of feature maps
-    place by place, and of their means and spreads. mean_content_lambda: of the latter, picture
-    of a mean latent against the mean of the members. mean_colour_lambda: of its coarsest band
+    place by place, and of pooled features. mean_content_lambda: of the latter, picture of a mean
+    latent against the mean of the members. mean_colour_lambda: of its coarsest band
     against that of the members' mean. spread_lambda: holds the deviation of each number of the
     latents near 1. average: half-life in steps of the averaged weights that are validated and
-    exported. game: None for no opponents.
+    exported. most: gradients of encoder and of generator are shortened to this many times their
+    usual norm. game: None for no opponents.
     """
 
-    decoder_lr: float = 4e-3
+    decoder_lr: float = 2e-3
     mean_of: int = 5
     n_means: int = 5
     mean_start: int = 400
     feature_lambda: float = 2.0
-    content_lambda: float = 5.0
-    mean_content_lambda: float = 5.0
+    content_lambda: float = 10.0
+    mean_content_lambda: float = 20.0
     mean_colour_lambda: float = 0.5
     spread_lambda: float = 0.5
     average: float = 350.0
+    most: float = 1.5
     game: GameConfig | None = GameConfig()
 
 
@@ -74,6 +76,7 @@ class JointCoach(E4ECoach):
                 'samples: --train_decoder --n_iters_per_batch=1 --synthetic=0'
             )
         self.joint, self.features = joint, features
+        self.norms: dict[str, float] = {}  # of the gradients, by network
         if self.amp_dtype == torch.bfloat16:
             features.to(torch.bfloat16)
         silence_noise(self.psp.decoder)
@@ -84,10 +87,11 @@ class JointCoach(E4ECoach):
             ],
             betas=_BETAS,
         )
+        self.optimizer.register_step_pre_hook(self._shorten)
         self.opponents: PictureGame | None = None
         if joint.game is not None:
             self.opponents = PictureGame(features, joint.game, seed=cfg.seed, device=self.device)
-        self.averaged = copy.deepcopy(self.psp).eval().requires_grad_(False)
+        self.mean_psp = copy.deepcopy(self.psp).eval().requires_grad_(False)
 
     def _noise(self, t: int | str, part: slice) -> list[None]:
         return [None] * self.psp.decoder.n_noise
@@ -116,7 +120,7 @@ class JointCoach(E4ECoach):
         pooled = self.features.pool(maps)
         ours = {s: m[:n] for s, m in maps.items()}
         values['features'] = map_distance(ours, targets['maps'], _STRIDES[:-1]).mean()
-        values['content'] = (1 - (pooled[:n] * targets['pooled']).sum(1)).mean()
+        values['content'] = 1 - F.cosine_similarity(pooled[:n], targets['pooled']).mean()
         total = total + joint.feature_lambda * values['features']
         total = total + joint.content_lambda * values['content']
         if len(groups):
@@ -125,6 +129,18 @@ class JointCoach(E4ECoach):
         if self.opponents is not None and self.opponents.config.learns(self.step_count):
             total = self._play(self.opponents, pictures, maps, targets, total, values)
         return values, total
+
+    def _shorten(self, *_: object) -> None:
+        """Shortens gradients that are far longer than usual, before the optimiser's step."""
+        for name in ('encoder', 'decoder'):
+            network = getattr(self.psp, name)
+            pairs = [(p, p.grad) for p in network.parameters() if p.grad is not None]
+            used, gradients = zip(*pairs)
+            norm = torch.nn.utils.get_total_norm(gradients)
+            usual = self.norms.get(name, float(norm))
+            longest = self.joint.most * usual
+            torch.nn.utils.clip_grads_with_norm_(used, longest, norm)
+            self.norms[name] = 0.98 * usual + 0.02 * min(float(norm), 3 * usual)
 
     def _groups(self, n: int, part: slice) -> Tensor:
         """Whose latents are averaged: positions in this pass of n images, [n_means, mean_of]."""
@@ -145,8 +161,7 @@ class JointCoach(E4ECoach):
         self, pictures: Tensor, pooled: Tensor, targets: dict, groups: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of the pictures of mean latents against the means of their members."""
-        wanted = F.normalize(targets['pooled'][groups].mean(1), dim=1)
-        content = (1 - (pooled * wanted).sum(1)).mean()
+        content = 1 - F.cosine_similarity(pooled, targets['pooled'][groups].mean(1)).mean()
         colour = (rest(pictures) - rest(targets['photographs'][groups].mean(1))).square().mean()
         total = self.joint.mean_content_lambda * content + self.joint.mean_colour_lambda * colour
         return {'mean_content': content, 'mean_colour': colour}, total
@@ -181,7 +196,7 @@ class JointCoach(E4ECoach):
         half_life = min(self.joint.average, 0.07 * self.step_count)
         with torch.no_grad():
             torch._foreach_lerp_(
-                list(self.averaged.parameters()),
+                list(self.mean_psp.parameters()),
                 list(self.psp.parameters()),
                 1 - 0.5 ** (1 / half_life),
             )
@@ -189,7 +204,7 @@ class JointCoach(E4ECoach):
 
     def validate(self) -> tuple[dict[str, float], Tensor | None]:
         """As E4ECoach.validate, of the averaged networks."""
-        trained, self.psp = self.psp, self.averaged
+        trained, self.psp = self.psp, self.mean_psp
         try:
             return super().validate()
         finally:
@@ -197,7 +212,7 @@ class JointCoach(E4ECoach):
 
     def export(self) -> dict:
         """As Coach.export, of the averaged networks."""
-        trained, self.psp = self.psp, self.averaged
+        trained, self.psp = self.psp, self.mean_psp
         try:
             return super().export()
         finally:
@@ -206,13 +221,19 @@ class JointCoach(E4ECoach):
     def state(self) -> dict:
         """As E4ECoach.state, with averages and opponents."""
         game = {} if self.opponents is None else self.opponents.state()
-        return {**super().state(), 'averaged': self.averaged.state_dict(), **game}
+        return {
+            **super().state(),
+            'averaged': self.mean_psp.state_dict(),
+            'norms': dict(self.norms),
+            **game,
+        }
 
     def load_state(self, state: dict, *, source: str | Path = 'state') -> None:
         """As E4ECoach.load_state."""
         super().load_state(state, source=source)
         try:
-            self.averaged.load_state_dict(state['averaged'])
+            self.mean_psp.load_state_dict(state['averaged'])
+            self.norms = dict(state['norms'])
             if self.opponents is not None:
                 self.opponents.load_state(state)
         except (KeyError, RuntimeError, ValueError) as error:

@@ -126,7 +126,7 @@ def by_hand(x: torch.Tensor, psp: PSP, game: PictureGame) -> tuple[torch.Tensor,
     )
     spread = (w[:, 0].std(0) - 1).square().mean()
     total = (
-        bands_missed + 2 * features / 4 + 5 * content + 5 * mean_content / 2 + 0.5 * colour / 2
+        bands_missed + 2 * features / 4 + 10 * content + 20 * mean_content / 2 + 0.5 * colour / 2
     ) + 0.5 * spread
     ratios = {}
     (wanted,) = torch.autograd.grad(total, shown, retain_graph=True)
@@ -184,13 +184,11 @@ def test_one_step_by_hand() -> None:
     # The averages: half-life of two steps.
     start = make_joint_psp().decoder.input.input
     want = start.lerp(coach.psp.decoder.input.input, 1 - 0.5 ** (1 / 2))
-    assert torch.allclose(coach.averaged.decoder.input.input, want, atol=1e-6)
+    assert torch.allclose(coach.mean_psp.decoder.input.input, want, atol=1e-6)
 
 
-def test_means_and_opponents_come_in_at_their_steps(tmp_path: Path) -> None:
-    coach = make_coach(
-        tmp_path, joint=JointConfig(mean_of=2, mean_start=2, game=GameConfig(0.3, 10, 4))
-    )
+def test_means_and_opponents_come_in_at_their_steps() -> None:
+    coach = make_coach(joint=JointConfig(mean_of=2, mean_start=2, game=GameConfig(0.3, 10, 4)))
     x = fill_image('psp/source', (4, 3, 64, 64))
     for step, has in (
         (1, set()),
@@ -209,6 +207,23 @@ def test_means_and_opponents_come_in_at_their_steps(tmp_path: Path) -> None:
         for n, m in coach.psp.decoder.named_modules()
         if n.endswith('noise') and hasattr(m, 'weight')
     )
+
+
+def test_long_gradients_are_shortened() -> None:
+    coach = make_coach()
+    (weight,) = coach.psp.decoder.input.parameters()
+    for p in coach.parameters:
+        p.grad = torch.zeros_like(p)
+    long = torch.ones_like(weight)
+    usual = float(long.norm()) / 10
+    coach.norms = {'encoder': 1.0, 'decoder': usual}
+    weight.grad = long.clone()
+    coach._shorten()
+    assert float(weight.grad.norm()) == pytest.approx(1.5 * usual, rel=1e-4)
+    assert coach.norms['decoder'] == pytest.approx((0.98 + 0.06) * usual)
+    weight.grad = long * 0.01
+    coach._shorten()
+    assert torch.equal(weight.grad, long * 0.01)
 
 
 def test_what_does_not_go_together_is_refused() -> None:

@@ -1,0 +1,99 @@
+"""Gives a generator that was trained with its encoder a mapping network for the latents it knows.
+
+    python scripts/fit_mapping.py --checkpoint_path=runs/joint/checkpoints/iteration_9000.pt \\
+        --data=right128.zip --dest=restyle.pt
+
+Inverts photographs and trains the mapping network to give latents of the same distribution;
+encoder and synthesis stay as they are. The main job takes its automatic rate from the spread of the
+mapping's latents, and scripts/generate.py draws from them.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import logging
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from datasets.images_dataset import ImagesDataset
+from models.psp import PSP, FrozenPSP, invert, psp_checkpoint, psp_from_checkpoint
+from training.mapping import fit_mapping
+from utils import cli
+from utils.images import from_uint8
+from utils.io import load_weights, save_torch
+from utils.logs import setup_logging
+
+log = logging.getLogger(__name__)
+_BATCH = 20
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    p.add_argument(
+        '--checkpoint_path', type=Path, required=True, metavar='FILE', help='ReStyle checkpoint'
+    )
+    p.add_argument(
+        '--data', type=Path, required=True, metavar='DIR|ZIP', help='photographs of the training'
+    )
+    p.add_argument('--dest', type=Path, required=True, metavar='FILE', help='written whole')
+    p.add_argument(
+        '--n_images',
+        type=cli.positive_int,
+        default=2000,
+        metavar='N',
+        help='how many photographs are inverted at most, the first ones',
+    )
+    p.add_argument(
+        '--steps', type=cli.positive_int, default=2000, metavar='N', help='training steps'
+    )
+    p.add_argument(
+        '--n_iters_per_batch',
+        type=cli.positive_int,
+        default=1,
+        metavar='N',
+        help='refinements by the encoder',
+    )
+    return cli.add_common(p)
+
+
+def latents_of(
+    psp: PSP, pictures: ImagesDataset, n: int, n_iters: int, device: torch.device
+) -> Float[Tensor, 'n D']:
+    """The latents of the first n photographs, mean over the styles."""
+    frozen, found = FrozenPSP(psp.to(device)), []
+    for start in range(0, min(n, len(pictures)), _BATCH):
+        rows = range(start, min(start + _BATCH, n, len(pictures)))
+        u8 = torch.stack([torch.as_tensor(pictures[i]) for i in rows])
+        found.append(invert(frozen, from_uint8(u8.to(device)), n_iters=n_iters).ws.mean(1))
+    return torch.cat(found)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    opts = build_parser().parse_args(argv)
+    setup_logging()
+    device = cli.resolve_device(opts.device)
+    checkpoint = load_weights(opts.checkpoint_path, what='ReStyle checkpoint')
+    psp = psp_from_checkpoint(checkpoint, source=str(opts.checkpoint_path)).eval()
+    pictures = ImagesDataset(opts.data, psp.input_size)
+    with torch.no_grad():
+        ws = latents_of(psp, pictures, opts.n_images, opts.n_iters_per_batch, device)
+    found = fit_mapping(psp.decoder, ws, steps=opts.steps, seed=opts.seed)
+    log.info(
+        'energy distance %.3f at first, %.3f at last; deviation of the latents %.3f',
+        found[0],
+        sum(found[-20:]) / len(found[-20:]),
+        ws.std(0).mean(),
+    )
+    half = any(v.dtype == torch.float16 for v in checkpoint['state_dict'].values())
+    save_torch(opts.dest, psp_checkpoint(psp, checkpoint.get('opts') or {}, half_encoder=half))
+    return 0
+
+
+if __name__ == '__main__':
+    cli.run(main)
