@@ -69,6 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar='PX',
         help='side of the generated pictures',
     )
+    p.add_argument(
+        '--encoder_size',
+        type=power_of_two,
+        default=ENCODER_SIZE,
+        metavar='PX',
+        help='side of the pictures encoder and losses see',
+    )
     p.add_argument('--k', type=positive_int, default=5, metavar='INT', help='group size')
     p.add_argument(
         '--groups',
@@ -107,7 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
-def random_networks(size: int, seed: int) -> tuple[PSP, ContentNetwork, VGGStyle]:
+def random_networks(
+    size: int, seed: int, side: int = ENCODER_SIZE
+) -> tuple[PSP, ContentNetwork, VGGStyle]:
     """(PSP, content network, style network): published sizes, random weights.
 
     Batch statistics are those of random pictures, and latents and generated pictures are scaled
@@ -121,17 +130,15 @@ def random_networks(size: int, seed: int) -> tuple[PSP, ContentNetwork, VGGStyle
         spread = generator(torch.randn(4, 512)).std()
         for layer in (generator.to_rgb1, *generator.to_rgbs):
             layer.conv.weight.mul_(0.5 / spread)
-    pictures = photographs(4, seed + 1).float().div(127.5).sub(1)
-    encoder = build_encoder(
-        'ResNetBackboneEncoder', n_styles=generator.n_latent, input_size=ENCODER_SIZE
-    )
+    pictures = photographs(4, seed + 1, side).float().div(127.5).sub(1)
+    encoder = build_encoder('ResNetBackboneEncoder', n_styles=generator.n_latent, input_size=side)
     offsets = set_statistics(encoder, torch.cat([pictures, pictures.flip(0)], 1))
     with torch.no_grad():
         for style in encoder.get_submodule('styles').children():
             style.get_parameter('linear.weight').mul_(0.2 / offsets.std())
     resnet = torchvision.models.resnet50(weights=None)
     set_statistics(resnet, pictures[..., :224, :224])
-    psp = PSP(encoder, generator, generator.mean_latent(1000), ENCODER_SIZE)
+    psp = PSP(encoder, generator, generator.mean_latent(1000), side)
     content = content_network_from_state(resnet.state_dict(), source='random weights')
     return psp.eval().requires_grad_(False), content, VGGStyle()
 
@@ -145,11 +152,11 @@ def set_statistics(net: nn.Module, x: Float[Tensor, 'N C H W']) -> Float[Tensor,
     return net.train()(x)
 
 
-def photographs(n: int, seed: int) -> UInt8[Tensor, 'n 3 S S']:
+def photographs(n: int, seed: int, side: int = ENCODER_SIZE) -> UInt8[Tensor, 'n 3 S S']:
     """[n, 3, S, S] uint8: coarse coloured shapes and a little grain."""
     draw = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, 3, 8, 8, generator=draw)
-    picture = F.interpolate(coarse, size=ENCODER_SIZE, mode='bicubic', align_corners=False)
+    picture = F.interpolate(coarse, size=side, mode='bicubic', align_corners=False)
     grain = torch.randn(picture.shape, generator=draw)
     return (255 * picture + 8 * grain).clamp(0, 255).to(torch.uint8)
 
@@ -320,9 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = resolve_device(opts.device)
     torch.backends.cudnn.benchmark = True
     config = OptimizeConfig(n_steps=opts.steps)
-    psp, content, style = random_networks(opts.size, opts.seed)
+    psp, content, style = random_networks(opts.size, opts.seed, opts.encoder_size)
     psp, content, style = psp.to(device), content.to(device), style.to(device)
-    photos = photographs(opts.k * opts.groups, opts.seed + 2)
+    photos = photographs(opts.k * opts.groups, opts.seed + 2, opts.encoder_size)
     with matmul_precision(opts.precision):
         published, old_losses, found = run_published(
             *copy.deepcopy((psp, content, style)), photos, config, opts, device

@@ -46,8 +46,9 @@ check() {
 }
 
 if [ -n "$toy" ]; then
-    sizes=(32) groups=1 train=(--cfg=small --batch=2 --steps=1) encoder=(--batch=2 --steps=1)
-    ours=(--k=2 --steps=1 --n_steps=1) step=(--k=2 --repeats=1)
+    sizes=(32) groups=1 train=(--cfg=small --batch=2 --steps=1) encoder=(--batch=2 --steps=1 --encoder_size=64)
+    ours=(--k=2 --steps=1 --n_steps=1 --encoder_size=64)
+    step=(--k=2 --repeats=1 --encoder_size=64)
     ops=(--shapes=1x4x8x8 --repeats=1 --no_compile)
 else
     sizes=(256 512) groups=32 train=() encoder=(--batch=8)

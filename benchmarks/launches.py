@@ -17,6 +17,7 @@ if __name__ == '__main__' and '--json' not in sys.argv:  # the other checkout is
     sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / 'tests' / 'support'))
 
+import inspect
 import json
 import os
 import subprocess
@@ -105,7 +106,8 @@ def count_encoder(gpu: PretendedGPU, size: int) -> Counts:
             torch.save(net(weights=None).state_dict(), path)
             losses[name] = term(path, DEVICE), 0.5
         config = CoachConfig(batch_size=2, amp='bf16')
-        coach = Coach(psp, pictures, pictures, config, run_dir=folder, losses=losses, device=DEVICE)
+        older = {'run_dir': folder} if 'run_dir' in inspect.signature(Coach).parameters else {}
+        coach = Coach(psp, pictures, pictures, config, losses=losses, device=DEVICE, **older)
     x = pictures.images[:2].to(DEVICE).float().div(127.5).sub(1)
     coach.step(x)
     gpu.clear()

@@ -27,7 +27,7 @@ from anonymization.optimize import (
     OptimizeConfig,
     matmul_precision,
 )
-from benchmarks.anonymise import one_step, operations, photographs, random_networks
+from benchmarks.anonymise import ENCODER_SIZE, one_step, operations, photographs, random_networks
 from benchmarks.layers import best_ms
 from benchmarks.machine import describe, matrix_rate
 from criteria.content import content_loss
@@ -43,6 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=256,
         metavar='PX',
         help='side of the generated pictures',
+    )
+    p.add_argument(
+        '--encoder_size',
+        type=power_of_two,
+        default=ENCODER_SIZE,
+        metavar='PX',
+        help='side of the pictures encoder and losses see',
     )
     p.add_argument('--k', type=positive_int, default=5, metavar='INT', help='group size')
     p.add_argument(
@@ -88,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     device = resolve_device(opts.device)
     torch.backends.cudnn.benchmark = True
-    psp, content, style = random_networks(opts.size, 0)
-    photos = photographs(opts.k * opts.groups, 2).split(opts.k)
+    psp, content, style = random_networks(opts.size, 0, opts.encoder_size)
+    photos = photographs(opts.k * opts.groups, 2, opts.encoder_size).split(opts.k)
     engine = GroupOptimizer(
         psp, content, style, config=OptimizeConfig(), device=device, precision=opts.precision
     )

@@ -64,6 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         '--size', type=power_of_two, default=256, metavar='PX', help='side of the generated images'
     )
+    p.add_argument(
+        '--encoder_size',
+        type=power_of_two,
+        default=ENCODER_SIZE,
+        metavar='PX',
+        help='side of the pictures encoders see',
+    )
     p.add_argument('--cfg', choices=PRESETS, default='auto', help='configuration of generators')
     p.add_argument(
         '--batch',
@@ -114,9 +121,9 @@ def encoder_step(
     batch = opts.batch or ENCODER_BATCH
     generator = Generator(opts.size)
     encoder = build_encoder(
-        'ResNetBackboneEncoder', n_styles=generator.n_latent, input_size=ENCODER_SIZE
+        'ResNetBackboneEncoder', n_styles=generator.n_latent, input_size=opts.encoder_size
     )
-    psp = PSP(encoder, generator, generator.mean_latent(1000), ENCODER_SIZE)
+    psp = PSP(encoder, generator, generator.mean_latent(1000), opts.encoder_size)
     with tempfile.TemporaryDirectory() as folder:
         losses: dict[str, Any] = {'l2': (L2Term(), 1.0)}
         for name, term, net, weight in (
@@ -127,7 +134,7 @@ def encoder_step(
             torch.save(net(weights=None).state_dict(), path)
             losses[name] = term(path, device), weight
         amp = 'no' if opts.precision == 'fp32' else opts.precision
-        images = RandomImages(batch, ENCODER_SIZE)
+        images = RandomImages(batch, opts.encoder_size)
         coach = Coach(
             psp,
             images,
