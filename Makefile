@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo_output
 
-.PHONY: demo test lint env clean-demo
+.PHONY: demo test check lint env clean-demo
 
 # Rebuilt only when the list of dependencies changes.
 $(VENV)/.installed: pyproject.toml environment/requirements.txt
-	$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))" \
-		|| (echo "k-SALSA needs Python 3.10 to 3.12; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1)
+	$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))" \
+		|| (echo "k-SALSA needs Python 3.10 to 3.13; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --progress-bar off -r environment/requirements.txt
@@ -24,6 +24,10 @@ demo: $(VENV)/.installed
 # for each other spin. Tests of one file stay together, for the modules' fixtures.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# For daily use: lint, and the tests that tests/slow.txt does not name.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -16,7 +16,18 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def slow_tests():
+    """Beginnings of the ids of slow tests."""
+    lines = (ROOT / 'tests' / 'slow.txt').read_text(encoding='utf-8').splitlines()
+    return tuple(line for line in lines if not line.startswith('#'))
+
+
 def pytest_collection_modifyitems(items):
+    slow = slow_tests()
+    for item in items:
+        path = item.path.relative_to(ROOT).as_posix()
+        if f'{path}::{item.name}'.startswith(slow):
+            item.add_marker('slow')
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason='no CUDA device on this machine')
