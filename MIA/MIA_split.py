@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
-    p.add_argument('--df', type=Path, required=True, metavar='CSV', help='table of photographs')
+    p.add_argument(
+        '--df', '--table', type=Path, required=True, metavar='CSV', help='table of photographs'
+    )
     p.add_argument(
         '--image_dir',
         type=Path,
@@ -52,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()

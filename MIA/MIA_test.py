@@ -82,6 +82,7 @@ def report(found: dict) -> str:
     return '\n'.join(lines)
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()

@@ -169,6 +169,7 @@ class PairTraining(Training):
             save_torch(run.folder.with_name(name), exported)
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()

@@ -22,6 +22,7 @@ def add_release_flags(p: argparse._ArgumentGroup, part: str) -> None:
     table, photographs, pictures = _names(part)
     p.add_argument(
         '--samek',
+        '--k',
         type=cli.positive_int,
         default=5,
         metavar='INT',

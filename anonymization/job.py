@@ -165,9 +165,9 @@ def _check_table(table: Table, settings: Settings, card: Card | None) -> None:
     people = len(set(table.patients)) if table.patients else len(table)
     if people < settings.k:
         kind = 'patients' if table.patients else 'images'
-        raise UserError(f'--same_k {settings.k}: the table has only {people} {kind}')
+        raise UserError(f'`k` {settings.k}: the table has only {people} {kind}')
     if settings.grade_penalty and table.labels is None:
-        raise UserError('--grade_penalty needs a grade column in the table')
+        raise UserError('`grade_penalty` needs a grade column in the table')
     if not table.patients:
         log.warning(
             'the table has no patient column: images are counted, not people; two photographs '

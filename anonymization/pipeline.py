@@ -129,7 +129,7 @@ class Pipeline:
                 self.copies.sum(),
             )
         if settings.mirror_left and not table.eyes:
-            raise UserError('--mirror_left needs an eye column in the table')
+            raise UserError('`mirror_left` needs an eye column in the table')
         self.strata = self._strata()
         if settings.deterministic and self.device.type == 'cuda':
             self._check_deterministic()
@@ -142,7 +142,7 @@ class Pipeline:
             sides.append(seen.input_size)
         if any(large % small for large, small in zip(sides, sides[1:])):
             raise UserError(
-                f'--deterministic: the sides of pictures, encoder and content network ({sides}) '
+                f'`deterministic`: the sides of pictures, encoder and content network ({sides}) '
                 'must be multiples, each of the next; leave it out, or use --device cpu'
             )
 
@@ -153,7 +153,7 @@ class Pipeline:
         for name in self.settings.strata:
             values = getattr(self.table, name)
             if values is None:
-                raise UserError(f'--strata {name}: the table has no such column')
+                raise UserError(f'`strata` {name}: the table has no such column')
             columns.append([str(v) for v in values])
         return ['/'.join(parts) for parts in zip(*columns)]
 

@@ -36,7 +36,15 @@ from classification.settings import Config, load_config
 from datasets.pictures import load_pictures
 from models.features.pretrained import WHEELS, wheel_file
 from training.run import open_folder
-from utils.cli import boolean, nonnegative_int, parser, positive_int, resolve_device, run
+from utils.cli import (
+    boolean,
+    names_flags,
+    nonnegative_int,
+    parser,
+    positive_int,
+    resolve_device,
+    run,
+)
 from utils.errors import UserError
 from utils.io import sha256_bytes, write_json, write_text
 from utils.logs import setup_logging
@@ -89,7 +97,11 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument('--images_path', type=Path, metavar='DIR', help='synthetic pictures')
     g.add_argument('--test_images_path', type=Path, metavar='DIR', help='real test photographs')
     g.add_argument(
-        '--df', type=Path, metavar='CSV', help='groups: id_code, centers (and release_name)'
+        '--df',
+        '--table',
+        type=Path,
+        metavar='CSV',
+        help='groups: id_code, centers (and release_name)',
     )
     g.add_argument(
         '--labels_train', type=Path, metavar='CSV', help='grades of the source photographs'
@@ -225,6 +237,7 @@ def record_of(
     return record
 
 
+@names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     config = load_config(

@@ -36,7 +36,7 @@ from evaluation.probe import pooled_features
 from evaluation.spectra import high_frequency_ratio, sharpness
 from evaluation.vessel_amount import vessel_ratios
 from models.features.pretrained import SMALLEST_SIDE
-from utils.cli import add_common, parser, positive_int, resolve_device, run
+from utils.cli import add_common, names_flags, parser, positive_int, resolve_device, run
 from utils.errors import UserError, listing
 from utils.logs import setup_logging
 from utils.runs import versions
@@ -192,6 +192,7 @@ def detail(
     }
 
 
+@names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()

@@ -105,6 +105,7 @@ def self_check(weights: dict[str, Any], device: torch.device, seed: int) -> Gene
     return net
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging()

@@ -145,6 +145,7 @@ def check_paths(sources: Sequence[str], dest: str | Path) -> None:
         )
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging()

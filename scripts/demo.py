@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         '--same_k',
+        '--k',
         type=cli.positive_int,
         default=5,
         metavar='K',
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     return cli.add_common(p)
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()

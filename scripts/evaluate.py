@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     return cli.add_common(p)
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()

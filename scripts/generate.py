@@ -64,7 +64,9 @@ def psi_list(text: str) -> list[float]:
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__, EPILOG)
     p.add_argument('--network', required=True, metavar='FILE', help='generator .pt file')
-    p.add_argument('--outdir', required=True, metavar='DIR', help='where the pictures go')
+    p.add_argument(
+        '--outdir', '--out_dir', required=True, metavar='DIR', help='where the pictures go'
+    )
     p.add_argument('--seeds', type=number_list, metavar='LIST', help='e.g. 0,3,5-9')
     p.add_argument(
         '--trunc',
@@ -304,6 +306,7 @@ def interpolate(
     return f'{path.name}, {len(ws)} frames,'
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging()

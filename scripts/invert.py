@@ -41,10 +41,16 @@ _FREE = ('out_dir', 'device', 'data_path', 'checkpoint_path')
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
     p.add_argument(
-        '--checkpoint_path', type=Path, required=True, metavar='FILE', help='ReStyle-pSp checkpoint'
+        '--checkpoint_path',
+        '--checkpoint',
+        type=Path,
+        required=True,
+        metavar='FILE',
+        help='ReStyle-pSp checkpoint',
     )
     p.add_argument(
         '--data_path',
+        '--image_dir',
         type=Path,
         required=True,
         metavar='DIR',
@@ -53,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument('--out_dir', type=Path, required=True, metavar='DIR', help='output folder')
     p.add_argument(
         '--n_iters_per_batch',
+        '--n_iters',
         type=cli.positive_int,
         default=5,
         metavar='N',
@@ -60,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         '--test_batch_size',
+        '--batch_size',
         type=cli.positive_int,
         default=8,
         metavar='N',
@@ -154,6 +162,7 @@ def draw(psp: Inverter, ws: Float[Tensor, 'L D'], device: torch.device) -> Float
     return psp.pool(psp.decode(ws[None].to(device)))[0].clamp(-1, 1).cpu()
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()

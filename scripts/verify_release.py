@@ -41,11 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument('--private', type=Path, metavar='DIR', help='the private folder of the same run')
     p.add_argument(
         '--data_path',
+        '--image_dir',
         type=Path,
         metavar='DIR',
         help='folder of the photographs (default: as in the run)',
     )
-    p.add_argument('--df', type=Path, metavar='CSV', help='their table (default: as in the run)')
+    p.add_argument(
+        '--df', '--table', type=Path, metavar='CSV', help='their table (default: as in the run)'
+    )
     p.add_argument(
         '--recompute',
         type=_how_many,
@@ -55,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         '--checkpoint_path',
+        '--checkpoint',
         type=Path,
         metavar='FILE',
         help='networks for --recompute (default: as in the run)',
@@ -112,6 +116,7 @@ def check_flags(opts: argparse.Namespace) -> None:
         raise UserError('--signature needs --public_key')
 
 
+@cli.names_flags(build_parser)
 def main(argv: list[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()

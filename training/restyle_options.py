@@ -28,7 +28,9 @@ def add_options(
 
 def _add_data(p: argparse.ArgumentParser, dataset_types: Iterable[str]) -> None:
     g = p.add_argument_group('required')
-    g.add_argument('--exp_dir', type=Path, required=True, metavar='DIR', help='run folder')
+    g.add_argument(
+        '--exp_dir', '--out_dir', type=Path, required=True, metavar='DIR', help='run folder'
+    )
     g.add_argument(
         '--stylegan_weights',
         type=Path,

@@ -110,7 +110,7 @@ def assign_groups(
     if count == 0:
         raise UserError(
             f'no stratum has the {k} distinct patients that one group needs; lower '
-            '--same_k or use coarser strata'
+            '`k` or use coarser strata'
         )
     check_groups(
         labels.tolist(),

@@ -74,7 +74,7 @@ def placeable(
             return rows[:0], rows, f'stratum {name!r} has fewer than {k} distinct patients'
         raise UserError(
             f'{len(counts)} distinct patients in {len(rows)} images cannot form a '
-            f'group of {k}; lower --same_k or add images'
+            f'group of {k}; lower `k` or add images'
         )
     if people is None or policy == 'together':
         return rows, rows[:0], ''
@@ -87,7 +87,7 @@ def placeable(
             f'{len(excess)} patients of {where} have more images than there are groups (up to '
             f'{max(excess.values())} images, {groups} groups of {k}), so that no patient can stay '
             "apart from themselves; use the policy 'together', let the surplus be suppressed, or "
-            'lower --same_k'
+            'lower `k`'
         )
     # The largest number of groups that can all be filled when each patient enters one at most once.
     groups = max(

@@ -36,3 +36,32 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r'\]\(([^)#]+)\)', text):
         if not target.startswith('http'):
             assert (page.parent / target).exists(), f'{page.name}: {target}'
+
+
+def spellings():
+    """(house, published) -> scripts, of flags that have both."""
+    found = {}
+    for folder in ('scripts', 'MIA', 'classification'):
+        for file in sorted((ROOT / folder).glob('*.py')):
+            if 'def build_parser(' not in file.read_text(encoding='utf-8'):
+                continue
+            for action in load_script(file.stem, folder).build_parser()._actions:
+                names = [s[2:].replace('-', '_') for s in action.option_strings if s[:2] == '--']
+                names.sort(key='moco_weights'.__ne__)  # published, and listed second
+                for name in dict.fromkeys(names):
+                    if name != names[0] and not name.startswith('no_'):
+                        found.setdefault((name, names[0]), []).append(file.stem)
+    return found
+
+
+def table_of_spellings():
+    return [
+        f'| `--{house}` | `--{published}` | {", ".join(scripts)} |'
+        for (house, published), scripts in sorted(spellings().items())
+    ]
+
+
+def test_the_table_of_spellings_is_that_of_the_parsers():
+    page = (ROOT / 'docs' / 'options.md').read_text(encoding='utf-8').splitlines()
+    start = page.index('|---|---|---|') + 1
+    assert page[start : page.index('', start)] == table_of_spellings()
