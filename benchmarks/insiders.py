@@ -67,7 +67,8 @@ def read_run(run: Path) -> tuple[dict, Table, Int[np.ndarray, ' n'], list[Path]]
         record = json.loads((run / 'private/options.json').read_text(encoding='utf-8'))
         options = record['options']
         groups = read_groups(run / 'private/groups.csv')
-        table = read_table(options['df'], options['data_path'], split=options['split'])
+        part = {name: options.get(name) for name in ('split', 'n_images')}
+        table = read_table(options['df'], options['data_path'], **part)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'--run {run}: not a finished run of scripts/k-SALSA.py') from error
     of = {member: i for i, group in enumerate(groups) for member in group.members}

@@ -28,12 +28,12 @@ SETTINGS = Settings(
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp('inputs')
     save_networks(folder)
-    save_photographs(folder / 'data', 12)
+    save_photographs(folder / 'data', 14)
     return folder
 
 
 def make(inputs, run, settings):
-    table = read_table(inputs / 'data/labels.csv')
+    table = read_table(inputs / 'data/labels.csv', n_images=12)  # two more are left out
     anonymize(table, Networks(inputs / 'psp.pt', inputs / 'content.pt'), settings, run, workers=0)
     return tree_bytes(run / 'release/images'), (run / 'private' / KEY)
 
