@@ -5,13 +5,22 @@ import os
 import signal
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
+from typed_calls import checking
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests' / 'golden'
 os.environ.setdefault('MPLBACKEND', 'Agg')
+# Arrays are compared with the shapes and dtypes of the signature at every call of these folders'
+# functions, whose modules are imported after this line, in the tests of CHECKED; the other tests
+# follow. KSALSA_TYPED_CALLS=0 turns it off.
+TYPED = ('utils', 'models', 'criteria', 'datasets', 'anonymization', 'evaluation')
+CHECKED = ('criteria', 'datasets', 'models', 'project', 'utils')
+if os.environ.get('KSALSA_TYPED_CALLS') != '0':
+    jaxtyping.install_import_hook(TYPED, 'typed_calls.check')
 # Background jobs of a shell ignore Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -46,6 +55,14 @@ def exact_float32(request):
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
+def typed_calls(request):
+    """Shapes are checked in the tests of CHECKED."""
+    folder = request.path.relative_to(ROOT / 'tests').parts[0]
+    with checking(folder in CHECKED):
+        yield
 
 
 @pytest.fixture(scope='session')

@@ -117,7 +117,7 @@ def _interval(
 
 
 def _balanced(
-    right: Num[np.ndarray, ' p'], side: Shaped[np.ndarray, ' p'], weights: Num[np.ndarray, 'b p']
+    right: Shaped[np.ndarray, ' p'], side: Shaped[np.ndarray, ' p'], weights: Num[np.ndarray, 'b p']
 ) -> Float[np.ndarray, ' b']:
     """Mean share of right answers on the two sides, per weighting [b]."""
     shares = [

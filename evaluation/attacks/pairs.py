@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Int, Num, UInt8
+from jaxtyping import Float, Float32, Int, Shaped, UInt8
 from torch import Tensor, nn
 
 from models.loading import load_state, mismatch
@@ -125,7 +125,7 @@ def step_pairs(
     drawn: Int[np.ndarray, ' d'],
     pairs: str,
     rng: np.random.Generator,
-) -> tuple[Int[np.ndarray, ' p'], Int[np.ndarray, ' p'], Num[np.ndarray, ' p']]:
+) -> tuple[Int[np.ndarray, ' p'], Int[np.ndarray, ' p'], Shaped[np.ndarray, ' p']]:
     """One step's pairs: photographs [p], release pictures [p], membership [p].
 
     drawn: indices of the step's photographs. pairs: of PAIRS.

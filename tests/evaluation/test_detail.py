@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
+from typed_calls import unchecked
 
 from datasets.phantoms import render_phantom
 from evaluation.bootstrap import draw_weights, ratio_of_means
@@ -51,7 +52,7 @@ def test_blur_takes_vessels_and_high_frequencies_away(phantoms):
     assert high_frequency_ratio(pictures, blurred(pictures, 2))['high'] < 0.2
     same = vessel_ratios(pictures, pictures)['area']
     assert same['value'] == 1 and same['low'] < 1 < same['high']
-    with pytest.raises(ValueError, match='cannot be compared'):
+    with unchecked(), pytest.raises(ValueError, match='cannot be compared'):
         high_frequency_ratio(pictures, pictures[..., ::2, ::2])
 
 
