@@ -135,7 +135,14 @@ def encoder_from_state(
 
 
 def _describe(state: Mapping[str, Tensor]) -> tuple[str, int, int, dict[str, int]]:
-    """Class name, input channels, input side and further options of an encoder's state dict."""
+    """Class name, input channels, input side and further options of an encoder's state dict.
+
+    Classes with a `describe` of their own are asked first; the others share names of weights.
+    """
+    for name, kind in _CLASSES.items():
+        own = getattr(kind, 'describe', None)
+        if own is not None and (found := own(state)) is not None:
+            return name, *found
     if 'body.conv_stem.weight' in state:
         cells = state['hidden.weight'].shape[1] // NUMBERS_PER_CELL
         return 'LiteEncoder', 6, 32 * math.isqrt(cells), {}

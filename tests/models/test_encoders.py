@@ -1,13 +1,15 @@
 """Encoders and pSp: published key names, golden numbers, checkpoints, ImageNet start."""
 
 import json
+import re
 
 import pytest
 import torch
-from conftest import GOLDEN, relative_error
+from conftest import GOLDEN, ROOT, relative_error
 from golden_fill import fill_image, fill_state_dict, fill_tensor
 from torchvision.models import resnet34
 
+from models import encoders
 from models.encoders import (
     ENCODERS,
     build_encoder,
@@ -207,3 +209,22 @@ def test_all_styles_together_are_those_of_each():
     leaves = [x, *blocks.parameters()]
     for one, other in zip(*(torch.autograd.grad((f * weighting).sum(), leaves) for f in found)):
         assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_the_toy_encoder_of_contributing(tmp_path, monkeypatch):
+    """The documented class, as it stands there, from training's checkpoint to inversion."""
+    page = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
+    (code,) = re.findall(r'```python\n(.*?class ToyEncoder.*?)```', page, re.S)
+    assert code.count('\n') < 30
+    space = {}
+    exec(code, space)
+    for known in (encoders.ENCODERS, encoders._CLASSES):
+        monkeypatch.setitem(known, 'ToyEncoder', space['ToyEncoder'])
+    psp = small_psp('ToyEncoder').eval()
+    save_torch(tmp_path / 'toy.pt', psp_checkpoint(psp, {}))
+    loaded = load_psp(tmp_path / 'toy.pt')
+    assert type(loaded.encoder) is space['ToyEncoder'] and loaded.input_size == 32
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    found = invert(loaded, x, n_iters=2).ws
+    assert found.shape == (2, psp.decoder.n_latent, 16)
+    assert torch.equal(found, invert(psp, x, n_iters=2).ws)
