@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pytorch_optimizer  # noqa: F401, slow to import in every process, like the next two
 import torch
+import torch._dynamo
 from golden_fill import fill_state_dict
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter  # noqa: F401, slow to import in every process
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
 from classification import main as grader_command
 from classification import train as grader_training
