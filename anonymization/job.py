@@ -10,13 +10,15 @@ import torch
 
 from anonymization.audit import Audit
 from anonymization.card import Card, check_names, read_card
+from anonymization.context import Context
+from anonymization.grouped import GROUP_TABLE
 from anonymization.networks import Networks
-from anonymization.pipeline import GROUP_TABLE, Pipeline
+from anonymization.photographs import check_unchanged, read_photographs
+from anonymization.pipeline import run_stages
 from anonymization.publish import check_place, finished, publish
 from anonymization.release import MANIFEST, check_outside_release
 from anonymization.settings import Settings
 from anonymization.workers import one_thread
-from datasets.digests import read_digests
 from datasets.groups import Groups
 from datasets.table import Table
 from utils import distributed, options
@@ -67,7 +69,8 @@ def anonymize(
     a finished release in seconds; a run of other photographs, settings or networks is refused.
     Works alone or as one of the processes of torchrun, each of which calls it.
 
-    device: for the networks. workers: loading processes. card: the institution's fields
+    device: for the networks. workers: photographs decoded at a time, at least one per thread of
+    torch. card: the institution's fields
     (`anonymization.card.read_card`); another one than before rewrites the pages of a finished
     release, None leaves them as they are.
 
@@ -98,7 +101,6 @@ def _compute(
     threads: int,
 ) -> None:
     """All stages up to the staged release, or none where a release is published."""
-    digests = distributed.from_main(lambda: read_digests(table.paths))
     loaded = networks.load(settings.optimize)
     private = run_folder / 'private'
     if distributed.is_main():
@@ -111,26 +113,33 @@ def _compute(
             'device': str(device),
         }
         record = run_record(asked, inputs=networks.files(), seed=settings.seed)
-        record['inputs'] |= {'table': table.digest(), 'photographs': digests.files}
+        record['inputs']['table'] = table.digest()
         start_run(private, record, resume=True, free_options=_FREE)
     distributed.barrier()
     if (run_folder / 'release' / MANIFEST).exists():
+        if distributed.is_main():
+            check_unchanged(private, table)
         return
-    pipeline = Pipeline(
-        run_folder,
+    photographs = read_photographs(
+        private,
         table,
-        digests.pixels,
-        psp=loaded.psp,
-        content_net=loaded.content,
-        style_net=loaded.style,
-        guide=loaded.guide,
-        settings=settings,
-        device=device,
-        facts=_facts(networks.facts(loaded), card),
-        workers=workers,
-        threads=threads,
+        size=loaded.psp.input_size,
+        sides=settings.sides,
+        threads=max(workers, threads),
     )
-    pipeline.run(private / 'staging')
+    device = torch.device(device)
+    run = Context(
+        private,
+        table,
+        photographs,
+        loaded,
+        settings,
+        device,
+        threads if device.type == 'cpu' else 1,
+        _facts(networks.facts(loaded), card),
+    )
+    run.check()
+    run_stages(run, private / 'staging')
 
 
 def _publish(run_folder: Path, table: Table, card: Card | None) -> Audit:

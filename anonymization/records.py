@@ -6,29 +6,32 @@ groups.csv. facts.json: what the manifest says besides counts and file hashes. E
 (utils.io). C groups, L styles, D style dimension, R side of the pictures.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
 from anonymization.card import Card
 from anonymization.photographs import Photographs
+from datasets.groups import Groups
 from utils.images import grid, pil_to_tensor, save_png
-from utils.io import save_npy, sealing, write_json, write_text
+from utils.io import append_npy, save_npy, sealing, write_json, write_text
 
 PICTURES, LATENTS, FACTS = 'pictures.json', 'group_latents.npy', 'facts.json'
 _SHEET_GROUPS = 6
 _README = """This folder holds what must never leave: which photographs stand behind which picture
 (groups.csv), every patient's latent (latents.npy: it reconstructs the photograph), the latents of
-the groups, losses, options with paths, and contact_sheet.png, which shows photographs. The files
-NAME.sha256 tell whether NAME was damaged. Publish ../release/ only.
+the groups, losses, options with paths, the photographs (photographs.npy) and contact_sheet.png,
+which shows some of them. The files NAME.sha256 tell whether NAME was damaged.
+Publish ../release/ only.
 """
 
 
@@ -55,21 +58,52 @@ def to_picture(u8: UInt8[Tensor, '3 R R']) -> Image.Image:
     return Image.fromarray(u8.permute(1, 2, 0).numpy())
 
 
-def write_records(
-    private: Path, results: dict[str, GroupResult], *, facts: dict, soft_labels: bool
-) -> None:
-    """Writes pictures.json, group_latents.npy, facts.json, losses.npy and README.txt.
+class Recorder:
+    """Keeps what a run's results leave in private/, as they come by; nothing holds them all.
 
-    results: by release name, in the order of the group numbers.
+    add: a result by release name, in the order of the groups. close: once, after all.
     """
-    with sealing(private / PICTURES):
-        write_json(private / PICTURES, {n: {'pixels': r.pixels} for n, r in results.items()})
-    with sealing(private / LATENTS):
-        save_npy(private / LATENTS, torch.stack([r.ws for r in results.values()]).float().numpy())
-    with sealing(private / FACTS):
-        write_json(private / FACTS, {'soft_labels': soft_labels, 'facts': facts})
-    save_npy(private / 'losses.npy', np.stack([r.losses.numpy() for r in results.values()]))
-    write_text(private / 'README.txt', _README)
+
+    def __init__(
+        self, private: Path, groups: Groups, photographs: Photographs, *, centroids: bool
+    ) -> None:
+        self.private, self.groups, self.photographs = private, groups, photographs
+        self._centroids = centroids
+        self._pixels: dict[str, dict[str, str]] = {}
+        self._losses: list[np.ndarray] = []
+        self._shown: dict[int, GroupResult] = {}
+        step = max(1, len(groups) // _SHEET_GROUPS)
+        self._to_show = set(range(0, len(groups), step)[:_SHEET_GROUPS])
+        self._files = contextlib.ExitStack()
+        self._files.enter_context(sealing(private / LATENTS))
+        self._add_latents = self._files.enter_context(append_npy(private / LATENTS, len(groups)))
+
+    def add(self, name: str, result: GroupResult) -> None:
+        """Takes the next group's result."""
+        number = len(self._pixels)
+        self._pixels[name] = {'pixels': result.pixels}
+        self._losses.append(result.losses.numpy())
+        self._add_latents(result.ws[None].float().numpy())
+        if self._centroids:
+            save_png(to_picture(result.centroid), self.private / 'centroids' / f'{name}.png')
+        if number in self._to_show:
+            self._shown[number] = result
+
+    def close(self, *, facts: dict[str, Any], soft_labels: bool) -> None:
+        """Writes pictures.json, group_latents.npy, facts.json, losses.npy, README.txt, a sheet."""
+        self._files.close()
+        private = self.private
+        with sealing(private / PICTURES):
+            write_json(private / PICTURES, self._pixels)
+        with sealing(private / FACTS):
+            write_json(private / FACTS, {'soft_labels': soft_labels, 'facts': facts})
+        save_npy(private / 'losses.npy', np.stack(self._losses))
+        write_text(private / 'README.txt', _README)
+        rows = [
+            ([self.photographs[int(i)] for i in self.groups.members[number]], result)
+            for number, result in self._shown.items()
+        ]
+        write_contact_sheet(private / 'contact_sheet.png', rows)
 
 
 def write_card(private: Path, card: Card) -> None:
@@ -81,25 +115,16 @@ def write_card(private: Path, card: Card) -> None:
 
 
 def write_contact_sheet(
-    path: Path, labels: Int[np.ndarray, ' n'], results: Sequence[GroupResult], photos: Photographs
+    path: Path, groups: Sequence[tuple[Sequence[torch.Tensor], GroupResult]]
 ) -> None:
-    """Rows of members, centroid, k-SALSA image. Shows photographs: private.
-
-    labels: group numbers [n]; results: in the order of the group numbers.
-    """
-    rows, most = [], 0
-    step = max(1, len(results) // _SHEET_GROUPS)
-    for number in range(0, len(results), step)[:_SHEET_GROUPS]:
-        members = np.flatnonzero(labels == number + 1)
-        shown = [photos[int(i)] for i in members]
-        rows.append((shown, results[number].centroid, results[number].image))
-        most = max(most, len(shown))
-    side = max(128, min(256, photos.size))
+    """Rows of members uint8 [3, S, S], centroid, k-SALSA image. Shows photographs: private."""
+    most = max(len(members) for members, _ in groups)
+    side = max(128, min(256, groups[0][0][0].shape[-1]))
     cells = []
-    for shown, centroid, image in rows:
-        blank = [torch.full_like(shown[0], 255)] * (most - len(shown))
-        cells += [*shown, *blank, centroid, image]
-    cells = [
+    for members, result in groups:
+        blank = [torch.full_like(members[0], 255)] * (most - len(members))
+        cells += [*members, *blank, result.centroid, result.image]
+    shown = [
         pil_to_tensor(to_picture(c).resize((side, side), Image.Resampling.BICUBIC)) for c in cells
     ]
-    save_png(grid(torch.stack(cells), most + 2, fill=1.0), path)
+    save_png(grid(torch.stack(shown), most + 2, fill=1.0), path)

@@ -10,7 +10,7 @@ import html
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,10 @@ README, CROISSANT = 'README.md', 'croissant.json'
 # All but manifest and pictures, which say the same in the forms that people and tools read.
 PAGES = (LABELS, METADATA, DATASHEET, REPORT, README, CROISSANT)
 # Stands for the wording of the templates too: a recipient renders them again and compares.
-FORMAT, OLDER_FORMATS = 'k-salsa-release-3', ('k-salsa-release-1', 'k-salsa-release-2')
+FORMAT, OLDER_FORMATS = (
+    'k-salsa-release-4',
+    ('k-salsa-release-1', 'k-salsa-release-2', 'k-salsa-release-3'),
+)
 # International scale for diabetic retinopathy.
 GRADE_NAMES = ('none', 'mild', 'moderate', 'severe', 'proliferative')
 RISK_LINE = 0.09  # re-identification risk accepted by EMA policy 0070 and Health Canada
@@ -227,21 +230,26 @@ def check_outside_release(path: str | Path, flag: str) -> None:
 def write_release(
     folder: str | Path,
     groups: list[GroupFacts],
-    pictures: Callable[[str], Image.Image | torch.Tensor],
+    pictures: Iterable[tuple[str, Image.Image | torch.Tensor]],
     *,
     facts: dict[str, Any],
     soft_labels: bool = False,
 ) -> dict[str, Any]:
     """Writes images/, the PAGES and manifest.json into `folder`.
 
-    groups: list of GroupFacts; pictures: function name -> float [3, R, R] or PIL picture;
+    groups: list of GroupFacts; pictures: pairs of name and
+    float [3, R, R] or PIL picture, in any order, written one by one;
     facts: plain dict for the manifest (k, unit, policy, networks, settings, versions, card,
     png_encoder, ...). `folder` must be new. Returns the manifest.
     """
     folder = Path(folder)
     (folder / 'images').mkdir(parents=True)
-    for group in sorted(groups, key=lambda g: g.name):
-        save_png(pictures(group.name), folder / 'images' / f'{group.name}.png')
+    written = []
+    for name, picture in pictures:
+        save_png(picture, folder / 'images' / f'{name}.png')
+        written.append(name)
+    if sorted(written) != sorted(g.name for g in groups):
+        raise ValueError('the pictures are not those of the groups')
     labels = label_table(groups, soft_labels=soft_labels)
     return _write_pages(
         folder,

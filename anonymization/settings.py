@@ -6,6 +6,7 @@ from typing import Any
 
 from anonymization.grouping import METHODS, POLICIES, SURPLUS
 from anonymization.optimize import PRECISIONS, OptimizeConfig
+from anonymization.photographs import SIDES
 from utils import options
 from utils.errors import UserError
 from utils.kinds import (
@@ -20,6 +21,7 @@ from utils.kinds import (
 )
 from utils.options import option
 
+_STRIDES, _MOST_STEPS = (2, 4, 8, 16, 32), 100_000
 # Value of --strata -> attribute of a table.
 STRATA = {
     'eye': 'eyes',
@@ -40,9 +42,10 @@ class Settings:
     in the grouping beside the latents, in parts of the latents' total variance. start_noise: how
     far from the mean of its members a group starts, by secret noise, in standard deviations of the
     generator's latents; start_key: file of its key (anonymization.starts), None draws one.
-    reduce_dim: group on that many principal components. mirror_left: left eyes are mirrored, so
-    that optic discs align. n_iters: refinements of the inversion. batch_size: photographs per unit
-    of work. group_batch: most groups optimised at a time, None takes what memory allows.
+    reduce_dim: group on that many principal components. sides: 'mirror' (left eyes
+    are mirrored before anything else, so that optic discs align), 'apart' (groups never cross
+    sides), 'mixed' (published). n_iters: refinements of the inversion. batch_size: photographs per
+    unit of work. group_batch: most groups optimised at a time, None takes what memory allows.
     deterministic: the same bytes again on a GPU, too, more slowly. data: a name for the run record.
     """
 
@@ -94,8 +97,13 @@ class Settings:
         group=_GROUPS,
         metavar='D',
     )
-    mirror_left: bool = option(
-        False, boolean, 'mirror left eyes, so that optic discs align', group=_GROUPS
+    sides: str = option(
+        'mirror',
+        choice(*SIDES),
+        'mirror: left eyes are mirrored first, so that optic discs align; which eyes those are '
+        'says the eye column, else the picture; apart: groups never cross sides; mixed: as they '
+        'come (published)',
+        group=_GROUPS,
     )
     start_noise: float = option(
         0.0,
@@ -199,3 +207,13 @@ class Settings:
             raise UserError(
                 f"`k` {self.k}: a group of one is the patient's own picture; use 2 or more"
             )
+        strides, steps = self.optimize.style_strides, self.optimize.n_steps
+        if len(set(strides)) < len(strides) or not set(strides) <= set(_STRIDES):
+            raise UserError(
+                f'`style_strides` {list(strides)}: want different ones of '
+                f'{", ".join(map(str, _STRIDES))}'
+            )
+        if steps > _MOST_STEPS:
+            raise UserError(f'`n_steps` {steps}: at most {_MOST_STEPS}')
+        if self.seed >= 2**63:
+            raise UserError(f'`seed` {self.seed}: want less than 2^63')

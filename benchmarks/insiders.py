@@ -27,7 +27,7 @@ from jaxtyping import Float, Int, UInt8
 from anonymization import Networks, Settings
 from anonymization.networks import Loaded
 from anonymization.optimize import Group, GroupOptimizer
-from anonymization.photographs import Photographs
+from anonymization.photographs import open_photographs
 from benchmarks.machine import describe
 from datasets.groups import read_groups
 from datasets.pictures import load_pictures
@@ -89,7 +89,7 @@ def remaker(
     loaded: Loaded, settings: Settings, table: Table, run: Path
 ) -> Callable[[Int[np.ndarray, ' k']], UInt8[np.ndarray, '3 R R']]:
     """Makes the picture of any rows of a run, as the run would, without a secret start."""
-    photos = Photographs(table, loaded.psp.input_size, settings.mirror_left)
+    photos = open_photographs(run / 'private')
     latents, content = (np.load(run / f'private/{n}.npy') for n in ('latents', 'content'))
     engine = GroupOptimizer(
         loaded.psp,

@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.info('starting from random weights; --imagenet_weights starts from a file')
 
     size = config.settings.image_size
-    pictures = load_pictures(data.sources, size), load_pictures([[p] for p in test.paths], size)
+    pictures = load_pictures(data.sources, size), load_pictures(test, size)
     out_dir = output_folder(opts, config)
     if opts.overwrite:
         remove_run(out_dir)

@@ -57,10 +57,13 @@ class FileStore:
             raise UserError(f'no such folder or ZIP archive: {self.path}')
 
     def _open_zip(self) -> zipfile.ZipFile:
-        # A handle inherited through a fork shares its file offset with the parent.
-        if self._zip is None or self._pid != os.getpid():
-            self._zip, self._pid = zipfile.ZipFile(self.path), os.getpid()
-        return self._zip
+        # A handle inherited through a fork shares its file offset with the parent. Threads share
+        # one, whose reads take turns while their decoding goes on side by side.
+        handle = self._zip
+        if handle is None or self._pid != os.getpid():
+            handle, self._pid = zipfile.ZipFile(self.path), os.getpid()
+            self._zip = handle
+        return handle
 
     def open(self, name: str) -> BinaryIO:
         """A binary file object for one name; ValueError when it is too large to be read."""
@@ -85,10 +88,13 @@ class FileStore:
             and not n.rsplit('/', 1)[-1].startswith('._')
         ]
 
-    def image(self, name: str) -> Image.Image:
-        """One file as a PIL RGB picture; UserError when it cannot be decoded."""
+    def image(self, name: str, at_least: int | None = None) -> Image.Image:
+        """One file as a PIL RGB picture; UserError when it cannot be decoded.
+
+        at_least: as in `utils.images.as_rgb`.
+        """
         with open_image(lambda: self.open(name), f'{self.path}: {name}') as image:
-            return as_rgb(image)
+            return as_rgb(image, at_least)
 
     def size(self, name: str) -> tuple[int, int]:
         """(width, height) of one image, from its header; UserError when it cannot be read."""

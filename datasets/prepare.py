@@ -1,24 +1,22 @@
-"""Turning collections of photographs into a training archive: sources, transforms, the report."""
+"""Turning collections of photographs into a training archive: transforms, and the report."""
 
 import concurrent.futures
-import dataclasses
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import pandas as pd
 from PIL import Image
 
-from datasets.archive import ArchiveWriter, FileStore
-from datasets.dicom import DICOM_SUFFIXES, DicomPhotograph, find_dicom, list_photographs, load_dicom
+from datasets.archive import ArchiveWriter
 from datasets.fov import UnusableFrame, crop_fov, find_fov
+from datasets.pictures import OVERSAMPLING
 from datasets.sides import disc_to_the_right
-from datasets.table import read_table
+from datasets.sources import SourceImage
 from utils.errors import UserError, listing
-from utils.images import decode_reason, load_rgb
+from utils.images import decode_reason
 from utils.io import sha256_bytes
 from utils.logs import progress
 
@@ -32,106 +30,6 @@ FILTERS = {
     'hamming': Image.Resampling.HAMMING,
 }
 TRANSFORMS = ('none', 'center-crop', 'center-crop-wide', 'fundus')
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceImage:
-    """One picture of a source: `load()` decodes it (UserError when it is damaged)."""
-
-    source: str
-    name: str
-    load: Callable[[], Image.Image]
-    label: object = None
-    dicom: DicomPhotograph | None = None
-
-
-def list_source(
-    path: str | Path,
-    *,
-    image_dir: str | None = None,
-    split: str | None = None,
-    burned_in: bool = False,
-) -> list[SourceImage]:
-    """The pictures of a folder, a ZIP or a CSV table, in sorted (table: given) order.
-
-    Folder and ZIP take labels from a dataset.json inside; a CSV from its label column, its images
-    from `image_dir`, or else from `images/` beside it, or its own folder. `split` keeps the CSV
-    rows of that split. A folder of DICOM files gives its fundus photographs; loading one of the
-    others raises UnusableFrame with the reason (burned_in: text in the picture is accepted).
-    """
-    path = Path(path)
-    if path.suffix.lower() == '.csv':
-        return _list_table(path, image_dir, split)
-    if split is not None:
-        raise UserError(f'--split {split}: {path} is no CSV table; splits are read from tables')
-    store = FileStore(path)
-    names = store.image_names()
-    if dicom := find_dicom(path) if path.is_dir() else []:
-        if names:
-            raise UserError(
-                f'{path} holds DICOM files and other pictures ({names[0]}); give them '
-                'in two folders, as two --source'
-            )
-        return _list_dicom(path, dicom, burned_in)
-    if not names:
-        raise UserError(f'no images in {path}')
-    labels = store.labels() or {}
-    return [SourceImage(str(path), n, _Loader(store, n), labels.get(n)) for n in names]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Loader:
-    store: FileStore
-    name: str
-
-    def __call__(self) -> Image.Image:
-        return self.store.image(self.name)
-
-
-@dataclasses.dataclass(frozen=True)
-class _FileLoader:
-    path: Path
-
-    def __call__(self) -> Image.Image:
-        return load_rgb(self.path)
-
-
-@dataclasses.dataclass(frozen=True)
-class _DicomLoader:
-    path: Path
-
-    def __call__(self) -> Image.Image:
-        return load_dicom(self.path)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Refused:
-    reason: str
-
-    def __call__(self) -> NoReturn:
-        raise UnusableFrame(self.reason)
-
-
-def _list_dicom(folder: Path, paths: Sequence[Path], burned_in: bool) -> list[SourceImage]:
-    found, refused = list_photographs(paths, burned_in=burned_in)
-    reasons, photographs = dict(refused), {p.path: p for p in found}
-    images = []
-    for path in paths:
-        name = path.relative_to(folder).as_posix()
-        if path.suffix.lower() not in DICOM_SUFFIXES:  # the last part of a UID is no suffix
-            name += DICOM_SUFFIXES[0]
-        load = _Refused(reasons[path]) if path in reasons else _DicomLoader(path)
-        images.append(SourceImage(str(folder), name, load, dicom=photographs.get(path)))
-    return images
-
-
-def _list_table(path: Path, image_dir: str | None, split: str | None) -> list[SourceImage]:
-    table = read_table(path, image_dir, split=split)
-    labels = [None] * len(table) if table.labels is None else table.labels.tolist()
-    return [
-        SourceImage(str(path), file.name, _FileLoader(file), label)
-        for file, label in zip(table.paths, labels)
-    ]
 
 
 def transform_image(
@@ -169,6 +67,20 @@ def transform_image(
         canvas = Image.new('RGB', (width, width))
         canvas.paste(image, (0, (width - height) // 2))
         return canvas
+    return image
+
+
+def _load(item: SourceImage, transform: str, width: int | None) -> Image.Image:
+    """The picture with at least twice as many pixels a side as the result shows of it."""
+    if width is None:
+        return item.load(None)
+    wanted = OVERSAMPLING * width
+    image = item.load(wanted)
+    if transform == 'fundus':
+        left, top, right, bottom = find_fov(image).box
+        field = max(right - left, bottom - top)
+        if field < wanted:  # the field fills a part of the frame only
+            return item.load(-(-wanted * min(image.size) // field))
     return image
 
 
@@ -238,7 +150,7 @@ def build_archive(
     def prepare(item: SourceImage) -> tuple[Image.Image | None, bool, str]:
         try:
             image = transform_image(
-                item.load(),
+                _load(item, transform, width),
                 transform=transform,
                 width=width,
                 height=height,

@@ -6,7 +6,6 @@ Shapes: n pictures, feature dimension d.
 """
 
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from datasets.archive import FileStore
+from datasets.pictures import read_into
+from datasets.sources import list_stored
 from models.features.content import ContentNetwork, load_content_network
 from models.loading import load_state, mismatch
-from utils.errors import UserError, listing
+from utils.errors import UserError
 from utils.images import CONTACT_SHEET, from_uint8, to_uint8
 from utils.io import save_torch
 from utils.logs import progress
@@ -114,32 +115,9 @@ def read_pictures(
     Antialiased bicubic, aspect ratio not kept; in the order of their names. UserError that lists
     all unreadable files.
     """
-    store, names = picture_names(path)
-    pictures = np.empty((len(names), 3, size, size), np.uint8)
-
-    def read(i: int) -> str | None:
-        try:
-            image = store.image(names[i])
-        except UserError as error:
-            return str(error)
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-        pictures[i] = np.asarray(image).transpose(2, 0, 1)
-        return None
-
-    # A ZIP handle cannot be read from several threads at once.
-    with ThreadPoolExecutor(1 if store.is_zip else threads) as pool:
-        answers = list(
-            progress(
-                pool.map(read, range(len(names))),
-                total=len(names),
-                desc='reading images',
-                unit='img',
-            )
-        )
-    bad = [a for a in answers if a is not None]
-    if bad:
-        raise UserError(listing(f'{len(bad)} of {len(names)} images of {path} cannot be read', bad))
+    items = list_stored(*picture_names(path))
+    pictures = np.empty((len(items), 3, size, size), np.uint8)
+    read_into(pictures, items, size, resample=Image.Resampling.BICUBIC, threads=threads)
     return pictures
 
 

@@ -50,7 +50,7 @@ class Study:
 
     def pictures(self, paths: list[Path]) -> UInt8[np.ndarray, 'n 3 S S']:
         """Picture files at the grader's size."""
-        return load_pictures([[p] for p in paths], self.grader.settings.image_size)
+        return load_pictures(paths, self.grader.settings.image_size)
 
     @functools.cached_property
     def members(self) -> UInt8[np.ndarray, 'n 3 S S']:

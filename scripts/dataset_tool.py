@@ -7,12 +7,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
 from anonymization.release import check_outside_release
 from datasets.dicom import photograph_table
-from datasets.prepare import FILTERS, TRANSFORMS, build_archive, check_options, list_source
+from datasets.prepare import FILTERS, TRANSFORMS, build_archive, check_options
+from datasets.sources import list_source
 from utils import cli
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES
@@ -145,6 +147,15 @@ def check_paths(sources: Sequence[str], dest: str | Path) -> None:
         )
 
 
+def write_reports(dest: Path, summary: dict[str, Any], report: pd.DataFrame) -> None:
+    """Writes the two reports beside `dest`, for the owner alone: they name source files."""
+    files = [dest.with_name(f'{dest.name}.report.{kind}') for kind in ('json', 'csv')]
+    write_json(files[0], summary)
+    write_csv(files[1], report)
+    for path in files:
+        path.chmod(0o600)
+
+
 @cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
@@ -206,8 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for r in left_out.rename(columns={'name': 'name_'}).itertuples()
         ],
     }
-    write_json(beside.with_name(beside.name + '.report.json'), summary)
-    write_csv(beside.with_name(beside.name + '.report.csv'), report)
+    write_reports(beside, summary, report)
     print(f'{summary["images_kept"]} images written to {args.dest}, {len(left_out)} left out')
     return 0
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from datasets.images_dataset import ImagesDataset
+from datasets.pictures import Pictures
 from models.psp import PSP, FrozenPSP, invert, psp_checkpoint, psp_from_checkpoint
 from training.mapping import fit_mapping
 from utils import cli
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def latents_of(
-    psp: PSP, pictures: ImagesDataset, n: int, n_iters: int, device: torch.device
+    psp: PSP, pictures: Pictures, n: int, n_iters: int, device: torch.device
 ) -> Float[Tensor, 'n D']:
     """The latents of the first n photographs, mean over the styles."""
     frozen, found = FrozenPSP(psp.to(device)), []
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = cli.resolve_device(opts.device)
     checkpoint = load_weights(opts.checkpoint_path, what='ReStyle checkpoint')
     psp = psp_from_checkpoint(checkpoint, source=str(opts.checkpoint_path)).eval()
-    pictures = ImagesDataset(opts.data, psp.input_size)
+    pictures = Pictures(opts.data, psp.input_size)
     with torch.no_grad():
         ws = latents_of(psp, pictures, opts.n_images, opts.n_iters_per_batch, device)
     found = fit_mapping(psp.decoder, ws, steps=opts.steps, seed=opts.seed)

@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=cli.nonnegative_int,
         default=2,
         metavar='N',
-        help='loading processes',
+        help='photographs decoded at a time, at least one per core',
     )
     g = p.add_argument_group('published flags without effect')
     for name in _NO_EFFECT:

@@ -35,10 +35,9 @@ import logging
 import numpy as np
 import torch
 
-from datasets.images_dataset import ImagesDataset
 from datasets.people import merge_identical
+from datasets.pictures import Pictures
 from datasets.table import Table, read_table
-from datasets.table_images import TableImages
 from evaluation.feature_quality import describe_quality, feature_quality
 from models.features.content import ContentNetwork, content_network_from_state
 from models.resnet import ARCHS, build_resnet
@@ -273,10 +272,10 @@ def check_options(opts: argparse.Namespace) -> None:
             raise UserError(f'--{flag} goes with --labels')
 
 
-def training_set(opts: argparse.Namespace) -> ImagesDataset | TableImages:
+def training_set(opts: argparse.Namespace) -> Pictures:
     if is_table(opts.data):
-        return TableImages(read_table(opts.data, opts.image_dir, split=opts.split), opts.input_size)
-    return ImagesDataset(opts.data, opts.input_size)
+        return Pictures(read_table(opts.data, opts.image_dir, split=opts.split), opts.input_size)
+    return Pictures(opts.data, opts.input_size)
 
 
 def quality_table(opts: argparse.Namespace) -> Table | None:
@@ -299,7 +298,7 @@ def quality_table(opts: argparse.Namespace) -> Table | None:
 
 @torch.no_grad()
 def image_features(
-    net: ContentNetwork, dataset: TableImages, device: torch.device, *, amp: str, batch: int = 64
+    net: ContentNetwork, dataset: Pictures, device: torch.device, *, amp: str, batch: int = 64
 ) -> np.ndarray:
     """[n, F] unit vectors of all pictures of a dataset."""
     net, found = net.to(device), []
@@ -314,7 +313,7 @@ def report_quality(
     opts: argparse.Namespace, trainer: MocoTrainer, table: Table, device: torch.device
 ) -> None:
     """Writes quality.json (the trained network beside an untrained one) and logs its numbers."""
-    pictures, result = TableImages(table, opts.input_size), {}
+    pictures, result = Pictures(table, opts.input_size), {}
     trained = trainer.export()
     seed_everything(opts.seed, 'untrained')
     untrained = {
@@ -339,9 +338,7 @@ def report_quality(
     write_json(opts.out_dir / 'quality.json', result)
 
 
-def build_trainer(
-    opts: argparse.Namespace, images: ImagesDataset | TableImages, device: torch.device
-) -> MocoTrainer:
+def build_trainer(opts: argparse.Namespace, images: Pictures, device: torch.device) -> MocoTrainer:
     given = vars(opts)
     views = ViewConfig(**{f.name: given[f.name] for f in dataclasses.fields(ViewConfig)})
     fields = {f.name: given[f.name] for f in dataclasses.fields(MocoConfig) if f.name in given}

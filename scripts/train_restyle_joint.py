@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from criteria.laplacian import N_BANDS, band_variances
-from datasets.images_dataset import ImagesDataset
+from datasets.pictures import Pictures
 from models.features.pretrained import load_feature_network
 from models.psp import PSP
 from scripts import train_restyle_e4e, train_restyle_psp
@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
-def variances(pictures: ImagesDataset) -> list[float]:
+def variances(pictures: Pictures) -> list[float]:
     """Of the bands of the first photographs of a set, see criteria.laplacian."""
     some = [np.asarray(pictures[i]) for i in range(min(len(pictures), _VARIANCE_IMAGES))]
     found = band_variances(from_uint8(torch.from_numpy(np.stack(some))))
@@ -112,9 +112,7 @@ def variances(pictures: ImagesDataset) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
 
-    def make_coach(
-        psp: PSP, train_set: ImagesDataset, *arguments: Any, **options: Any
-    ) -> JointCoach:
+    def make_coach(psp: PSP, train_set: Pictures, *arguments: Any, **options: Any) -> JointCoach:
         if psp.input_size % 2**N_BANDS:
             raise UserError(f'--encoder_size {psp.input_size}: not a multiple of {2**N_BANDS}')
         if not opts.checkpoint_path:

@@ -38,7 +38,7 @@ from torch import nn
 from configs.data_configs import DATASETS
 from configs.paths_config import model_paths
 from criteria.w_norm import latent_norm
-from datasets.images_dataset import ImagesDataset
+from datasets.pictures import Pictures
 from models.encoders import (
     ENCODERS,
     LiteEncoder,
@@ -225,8 +225,8 @@ def build_coach(
     opts.output_size = psp.decoder.size
     if opts.mirror is None:
         opts.mirror = DATASETS[opts.dataset_type]['transforms'].mirror
-    train_set = ImagesDataset(train_path, psp.input_size)
-    test_set = ImagesDataset(test_path, psp.input_size)
+    train_set = Pictures(train_path, psp.input_size)
+    test_set = Pictures(test_path, psp.input_size)
     penalty = None
     if opts.w_norm_lambda:
         average = psp.latent_avg.to(device) if opts.start_from_latent_avg else None

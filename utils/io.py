@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,29 @@ def save_npy(path: str | Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
+@contextlib.contextmanager
+def append_npy(path: str | Path, n: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """Writes a .npy file of `n` rows part by part, atomically; yields what takes the next rows.
+
+    The first part says type and shape. ValueError when there are more or fewer rows in the end.
+    """
+    count = 0
+    with atomic_path(path) as temp, open(temp, 'wb') as file:
+
+        def add(rows: np.ndarray) -> None:
+            nonlocal count
+            if not count:
+                header = np.lib.format.header_data_from_array_1_0(rows)
+                header |= {'shape': (n, *rows.shape[1:]), 'fortran_order': False}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(rows).data)
+            count += len(rows)
+
+        yield add
+        if count != n:
+            raise ValueError(f'{count} rows for an array of {n}')
+
+
 def load_weights(path: str | Path, *, what: str = 'checkpoint', hint: str = '') -> Any:
     """Loads a torch file of tensors and plain containers on the CPU; never executes a pickle.
 
@@ -178,6 +201,13 @@ def check_intact(path: str | Path, *, remedy: str) -> None:
         raise UserError(
             f'{path} {what} (its SHA-256 is not that of {_seal_path(Path(path)).name}); {remedy}'
         )
+
+
+def load_intact(path: str | Path, *, what: str, context: str = '') -> Any:
+    """`load_weights` of a file that was sealed; UserError when it is not as it was."""
+    if not is_intact(path, context):
+        raise UserError(f'{path} is damaged; run the same command again: it is computed anew')
+    return load_weights(path, what=what)
 
 
 def remove_sealed(path: str | Path) -> None:

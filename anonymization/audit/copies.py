@@ -14,46 +14,23 @@ Shapes: n sources, V views, S = 32 the side of a map, F = 2 maps.
 import functools
 import itertools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Num, UInt8
+from jaxtyping import Float, Float32, Int
 from matplotlib.axes import Axes
-from PIL import Image
-from scipy.ndimage import gaussian_filter
 from scipy.sparse import csr_matrix
-from scipy.stats import rankdata
 
 from anonymization.audit.checks import Audit, Check, Findings
+from anonymization.audit.maps import SIDE, Features
 from anonymization.audit.records import Run
-from utils.errors import UserError
-from utils.images import load_rgb
-from utils.logs import progress
 
 COPIES = 'no release picture looks like a copy of a photograph'
-SIDE, COARSE = 32, 16
+COARSE = 16
 LEFT_OVER = 0.12  # a copy leaves at most this share of the variance unexplained,
 RATIO = 0.45  # and at most this part of what the nearest other person leaves
 _CANDIDATES = 24  # sources per map that are compared at full side
 _YARDSTICK = 300  # sources that are compared with the other people's
-_STEP = 4  # grey levels that count as equal, so that noise in black gets no ranks
-
-Features = np.ndarray  # float32 [F, S, S]
-
-
-def features(pixels: UInt8[np.ndarray, 'H W 3']) -> Features:
-    """Tone and detail of a picture uint8 [H, W, 3], float32 [2, 32, 32] in [-0.5, 0.5]."""
-    small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX)
-    grey = np.asarray(small, dtype=np.float64).mean(2)
-    detail = grey - gaussian_filter(grey, 2.0, mode='nearest')
-    return np.stack([_ranks(grey, _STEP), _ranks(detail, _STEP / 4)]).astype(np.float32)
-
-
-def _ranks(values: Num[np.ndarray, '*s'], step: float) -> Num[np.ndarray, '*s']:
-    ranks = rankdata(np.round(values / step)).reshape(values.shape)
-    return ranks / values.size - 0.5
 
 
 class _Views(NamedTuple):
@@ -190,11 +167,7 @@ def is_copy(left: float, other: float) -> bool:
 def check_copies(pictures: Sequence[tuple[str, Features | None]], run: Run, audit: Audit) -> Check:
     """The check, and distances for the report in `audit`. pictures: (name, features)."""
     found = Findings(COPIES)
-    try:
-        sources = np.stack(_source_features(run.table.paths))
-    except UserError as error:
-        found.add('a photograph cannot be read', [error])
-        return found.check('')
+    sources = np.stack([look.features for look in run.looks])
     detector = Detector(sources, run.people)
     rows = np.linspace(0, len(run.people) - 1, min(_YARDSTICK, len(run.people))).astype(int)
     yardstick = [detector.compare(sources[i], other_than=run.people[i])[0] for i in rows]
@@ -220,18 +193,6 @@ def check_copies(pictures: Sequence[tuple[str, Features | None]], run: Run, audi
         f"picture's variance unexplained, median {np.median(distances):.0%}; between two "
         f"people's photographs the median is {np.median(yardstick):.0%}"
     )
-
-
-def _source_features(paths: Sequence[Path]) -> list[Features]:
-    with ThreadPoolExecutor(4) as pool:
-        return list(
-            progress(
-                pool.map(lambda p: features(np.asarray(load_rgb(p))), paths),
-                total=len(paths),
-                desc='comparing',
-                unit='img',
-            )
-        )
 
 
 def _quantiles(values: Float[np.ndarray, ' n']) -> dict[str, float]:

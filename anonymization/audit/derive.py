@@ -5,7 +5,6 @@ writing, so that a fault there is not repeated here. Grades and patients are tho
 photographs, and identical photographs are found in the files; the run's copies are compared.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
@@ -21,8 +20,15 @@ from utils.io import sha256_file
 RECORDS = 'the records of the run are whole and belong to these photographs'
 TWICE = 'no patient is counted twice in a group'
 GRADES = 'grades within groups'
-_SEALED = ('groups.csv', 'pictures.json', 'group_latents.npy', 'facts.json')
+_SEALED = ('photographs.csv', 'groups.csv', 'pictures.json', 'group_latents.npy', 'facts.json')
 _N_GRADES = 5
+# Column of photographs.csv -> what it means when it is not what the second look gives.
+_PHOTOGRAPHS = {
+    'file': 'photographs are not those of the run',
+    'content': 'photographs do not have the pixels that the run compared',
+    'eye': 'photographs were taken for an eye of the other side',
+    'stored': 'photographs were not given to the networks as the settings say',
+}
 _STRATA = {
     'eye': 'eyes',
     'label': 'labels',
@@ -48,9 +54,10 @@ def check_records(run: Run) -> Check:
             continue
         if sha256_file(run.private / name) != wanted:
             found.add(f'private/{name} is not the file that the run wrote')
-    joint = hashlib.sha256('\n'.join(run.digests).encode()).hexdigest()
-    if joint != run.record['inputs'].get('photographs'):
-        found.add('the photographs are not those of the run')
+    for column, words in _PHOTOGRAPHS.items():
+        own = [getattr(look, column) for look in run.looks]
+        if odd := [i for i, a, b in zip(run.table.ids, own, run.recorded[column]) if a != b]:
+            found.add(f'{len(odd)} {words}', odd)
     table, groups = run.table, run.groups
     if groups['id_code'].tolist() != list(table.ids):
         found.add(
@@ -135,6 +142,11 @@ def _check_strata(run: Run, found: Findings) -> None:
         ]
         if mixed:
             found.add(f'{len(mixed)} groups cross the strata of {name}')
+    if run.options['sides'] == 'apart':
+        eyes = [look.eye for look in run.looks]
+        mixed = [n for n, rows in run.members.items() if len({eyes[r] for r in rows}) != 1]
+        if mixed:
+            found.add(f'{len(mixed)} groups hold eyes of both sides')
 
 
 def _derived_names(run: Run) -> dict[int, str]:

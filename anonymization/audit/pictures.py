@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from anonymization.audit.checks import Check, Findings
-from anonymization.audit.copies import Features, features
 from anonymization.audit.files import MAX_PICTURE, Fault, read_regular
+from anonymization.audit.maps import Features, features
 from anonymization.audit.png import decode, encode
 from anonymization.release import png_encoder
 

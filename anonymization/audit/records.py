@@ -5,11 +5,9 @@ this is shared with the code that made the run.
 """
 
 import dataclasses
-import hashlib
 import io
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,10 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from anonymization.audit.files import Fault, read_regular
+from anonymization.audit.photographs import Look, look_again, read_records, stored_side
 from anonymization.card import FIELDS, Card, is_card
 from datasets.table import Table
 from utils.errors import UserError
-from utils.images import load_rgb
-from utils.io import sha256_file
 
 _COLUMNS = ('id_code', 'centers', 'count_centers', 'release_name', 'patient_id')
 # manifest setting -> option of scripts/k-SALSA.py
@@ -38,7 +35,7 @@ SETTINGS = {
     'style_ratio': 'style_ratio',
     'guide_weight': 'guide_weight',
     'precision': 'precision',
-    'mirror_left': 'mirror_left',
+    'sides': 'sides',
 }
 
 
@@ -47,7 +44,8 @@ class Run:
     """The private records of a run and the photographs, as read for the audit.
 
     numbers: group of each photograph, 0 for left out. people: person of each photograph, by
-    patient id and identical pixels. pictures: release name -> SHA-256 of the pixels.
+    patient id and identical pixels. pictures: release name -> SHA-256 of the pixels. looks: what
+    the photographs are; recorded: what the run took them for (photographs.COLUMNS).
     """
 
     private: Path
@@ -58,9 +56,14 @@ class Run:
     groups: pd.DataFrame
     numbers: list[int]
     table: Table
-    digests: list[str]
-    contents: list[str]
+    looks: list[Look]
+    recorded: pd.DataFrame
     people: list[int]
+
+    @property
+    def contents(self) -> list[str]:
+        """Equal for photographs of the same pixels, however their files are written."""
+        return [look.content for look in self.looks]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -109,9 +112,7 @@ def read_run(private: Path, table: Table) -> Run:
     record = _json(private / 'options.json')
     facts, pictures = _json(private / 'facts.json'), _json(private / 'pictures.json')
     groups = _read_groups(private / 'groups.csv', len(table))
-    with ThreadPoolExecutor(4) as pool:
-        digests = list(pool.map(sha256_file, table.paths))
-        contents = list(pool.map(_content, table.paths))
+    recorded, side = read_records(private, len(table)), stored_side(private)
     try:
         pixels = {name: str(entry['pixels']) for name, entry in pictures.items()}
         # Looked up here, so that a record without them is an error in the input.
@@ -128,6 +129,7 @@ def read_run(private: Path, table: Table) -> Run:
             f'the records in {private} lack {error}; were they written by this '
             'version of scripts/k-SALSA.py?'
         ) from error
+    looks = look_again(table, side, record['options']['sides'])
     return Run(
         private,
         record,
@@ -137,9 +139,9 @@ def read_run(private: Path, table: Table) -> Run:
         groups,
         groups['centers'].tolist(),
         table,
-        digests,
-        contents,
-        people_of(table.patients, contents),
+        looks,
+        recorded,
+        people_of(table.patients, [look.content for look in looks]),
     )
 
 
@@ -173,12 +175,6 @@ def _read_groups(path: Path, n: int) -> pd.DataFrame:
             'numbered 1, 2, ... (0: left out)'
         )
     return table
-
-
-def _content(path: Path) -> str:
-    """Equal for photographs of the same pixels, however their files are written."""
-    picture = load_rgb(path)
-    return f'{picture.size} {hashlib.sha256(picture.tobytes()).hexdigest()}'
 
 
 def people_of(patients: Sequence[str] | None, contents: Sequence[str]) -> list[int]:

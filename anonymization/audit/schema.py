@@ -117,7 +117,7 @@ _MANIFEST: dict[str, Callable[[Any], bool]] = {
         style_ratio=_number(),
         guide_weight=_number(),
         precision=_one_of('fp32', 'tf32', 'bf16'),
-        mirror_left=lambda v: isinstance(v, bool),
+        sides=lambda v: v in ('mirror', 'apart', 'mixed'),
     ),
     'networks': _networks,
     'versions': _versions,

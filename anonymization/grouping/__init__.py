@@ -10,7 +10,22 @@ land in different groups), all images of a patient under 'together'. Either way 
 units, and never holds two units of one patient.
 """
 
-from anonymization.grouping.assign import METHODS, POLICIES, SURPLUS, Grouping, assign_groups
+from anonymization.grouping.assign import (
+    METHODS,
+    POLICIES,
+    SURPLUS,
+    Grouping,
+    assign_groups,
+    check_groupable,
+)
 from anonymization.grouping.features import squared_errors
 
-__all__ = ['METHODS', 'POLICIES', 'SURPLUS', 'Grouping', 'assign_groups', 'squared_errors']
+__all__ = [
+    'METHODS',
+    'POLICIES',
+    'SURPLUS',
+    'Grouping',
+    'assign_groups',
+    'check_groupable',
+    'squared_errors',
+]

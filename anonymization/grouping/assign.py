@@ -25,6 +25,11 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_NO_STRATUM = (
+    'no stratum has the {k} distinct patients that one group needs; lower `k` or use '
+    'coarser `strata`'
+)
+
 
 @dataclass
 class Grouping:
@@ -108,10 +113,7 @@ def assign_groups(
             {'stratum': name, 'images': len(rows), 'suppressed': len(dropped), 'groups': groups}
         )
     if count == 0:
-        raise UserError(
-            f'no stratum has the {k} distinct patients that one group needs; lower '
-            '`k` or use coarser strata'
-        )
+        raise UserError(_NO_STRATUM.format(k=k))
     check_groups(
         labels.tolist(),
         k,
@@ -131,6 +133,29 @@ def assign_groups(
             '%d of %d images suppressed, because no group may hold them', len(suppressed), n
         )
     return Grouping(labels, sorted(suppressed), method, sse, info)
+
+
+def check_groupable(
+    k: int,
+    *,
+    patients: Sequence[Any],
+    strata: Sequence[Any] | None = None,
+    policy: str = 'distinct',
+    surplus: str = 'error',
+) -> None:
+    """UserError when `assign_groups` would refuse these patients whatever their features are."""
+    n = len(patients)
+    owners, kinds = as_ids(patients, n, 'patient'), as_ids(strata, n, 'stratum')
+    _check_homes(owners, kinds, policy)
+    n_groups = 0
+    for name, rows in strata_of(kinds, n):
+        people = owners[rows] if owners is not None else None
+        counts = len(rows) if people is None else len(set(people.tolist()))
+        n_groups += counts >= k
+        if surplus == 'error' or not name:
+            placeable(rows, people, np.zeros(n, np.int64), k, policy, surplus, name)
+    if not n_groups:
+        raise UserError(_NO_STRATUM.format(k=k))
 
 
 def _check_homes(

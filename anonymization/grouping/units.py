@@ -86,8 +86,8 @@ def placeable(
         raise UserError(
             f'{len(excess)} patients of {where} have more images than there are groups (up to '
             f'{max(excess.values())} images, {groups} groups of {k}), so that no patient can stay '
-            "apart from themselves; use the policy 'together', let the surplus be suppressed, or "
-            'lower `k`'
+            'apart from themselves; use `policy` together, or `surplus` suppress, which leaves out '
+            'what fits nowhere, or a lower `k`'
         )
     # The largest number of groups that can all be filled when each patient enters one at most once.
     groups = max(

@@ -98,8 +98,8 @@ def read_known_release(
     own = {i: c for c, group in enumerate(groups) for i in group.members}
     table = merge_identical(table.subset([n for n, i in enumerate(table.ids) if i in own]))
     return KnownRelease(
-        load_pictures([[p] for p in table.paths], size),
-        load_pictures([[p] for p in pictures], size),
+        load_pictures(table, size),
+        load_pictures(pictures, size),
         np.array([own[i] for i in table.ids]),
         table.patients or table.ids,
     )

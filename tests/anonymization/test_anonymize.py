@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from release_fixture import save_networks, save_photographs, tree_bytes
 
-from anonymization import Networks, OptimizeConfig, Release, Settings, anonymize, job, publish
+from anonymization import Networks, OptimizeConfig, Release, Settings, anonymize, pipeline, publish
 from anonymization.card import read_card
 from datasets.groups import Groups
 from datasets.table import Table, read_table
@@ -125,15 +125,15 @@ def test_a_foreign_release_is_looked_at(copy, monkeypatch):
 
 def test_nothing_unverified_is_published(copy, monkeypatch):
     shutil.rmtree(copy / 'run/release')
-    written = job.Pipeline.write
+    written = pipeline.write
 
-    def swap(self, labels, names, results, staging):
-        manifest = written(self, labels, names, results, staging)
+    def swap(run, groups, n_batches, staging):
+        manifest = written(run, groups, n_batches, staging)
         first, second, *_ = sorted((staging / 'images').iterdir())
         shutil.copy(first, second)
         return manifest
 
-    monkeypatch.setattr(job.Pipeline, 'write', swap)
+    monkeypatch.setattr(pipeline, 'write', swap)
     with pytest.raises(PrivacyError, match='not published'):
         make(copy)
     assert not (copy / 'run/release').exists()

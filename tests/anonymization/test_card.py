@@ -13,7 +13,7 @@ from conftest import ROOT, load_script
 from PIL import Image
 from release_fixture import arguments, release_facts, save_networks, save_photographs, tree_bytes
 
-from anonymization import pipeline, publish
+from anonymization import job, publish
 from anonymization.audit import audit_release, report_text
 from anonymization.card import FIELDS, check_names, filled, read_card
 from anonymization.release import CROISSANT, README, GroupFacts, describe_anew, write_release
@@ -46,7 +46,7 @@ def make_release(
     write_release(
         folder / 'release',
         groups,
-        lambda name: Image.new('RGB', (8, 8), COLOURS[name]),
+        [(g.name, Image.new('RGB', (8, 8), COLOURS[g.name])) for g in groups],
         facts=release_facts(card),
         soft_labels=soft_labels,
     )
@@ -110,7 +110,7 @@ def test_a_finished_release_gets_another_card(tmp_path, card, monkeypatch, capsy
     release = tmp_path / 'run/release'
     before = tree_bytes(release)
     signature_path(release).write_bytes(b'x')
-    monkeypatch.delattr(pipeline.Pipeline, 'run')
+    monkeypatch.delattr(job, 'run_stages')
     command = [*command, '--soft_labels', f'--card={card}']
     assert k_salsa.main(command) == 0
     after = tree_bytes(release)
@@ -134,7 +134,7 @@ def test_a_finished_release_gets_another_card(tmp_path, card, monkeypatch, capsy
 def test_no_other_card_for_a_release_of_another_version(tmp_path):
     release = make_release(tmp_path)
     path = release / 'manifest.json'
-    path.write_text(path.read_text().replace('k-salsa-release-3', 'k-salsa-release-2'))
+    path.write_text(path.read_text().replace('k-salsa-release-4', 'k-salsa-release-2'))
     with pytest.raises(UserError, match='made by another version'):
         describe_anew(release, tmp_path / 'new', read_card(None))
     assert not (tmp_path / 'new').exists()

@@ -11,8 +11,8 @@ import torch
 from conftest import load_script
 from release_fixture import arguments, save_networks, save_photographs, tree_bytes
 
-from anonymization import pipeline
-from models.psp import load_psp
+from anonymization import inversion, pipeline
+from models.psp import FrozenPSP, load_psp
 from utils.errors import UserError
 from utils.images import load_rgb
 from utils.io import check_intact, has_seal, is_intact, sealing
@@ -31,23 +31,17 @@ def stopped(tmp_path_factory):
     save_networks(folder)
     save_photographs(folder / 'data', 13)
 
-    def run(name, method, calls):
-        exp_dir, left = folder / name, [calls]
+    def stop(*args, **kwargs):
+        raise Stop
 
-        def stop(self, *args, **kwargs):
-            if left[0] == 0:
-                raise Stop
-            left[0] -= 1
-            return real(self, *args, **kwargs)
-
-        real = getattr(pipeline.Pipeline, method)
+    def run(name, module, stage):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-            patch.setattr(pipeline.Pipeline, method, stop)
-            k_salsa.main(command(folder, exp_dir))
+            patch.setattr(module, stage, stop)
+            k_salsa.main(command(folder, folder / name))
 
-    run('inverting', '_collect', 0)
-    run('grouped', 'optimise', 0)
-    run('optimised', 'write', 0)
+    run('inverting', inversion, '_collect')
+    run('grouped', pipeline, 'optimise')
+    run('optimised', pipeline, 'write')
     assert k_salsa.main(command(folder, folder / 'whole')) == 0
     return folder
 
@@ -136,7 +130,7 @@ def test_records_tell_the_release(stopped):
     latents = np.load(private / 'group_latents.npy')
     assert list(pictures) == [groups.release_name[c + 1] for c in range(len(groups))]
     assert latents.shape == (len(groups), 8, 16) and latents.dtype == np.float32
-    psp = pipeline.FrozenPSP(load_psp(stopped / 'psp.pt'))
+    psp = FrozenPSP(load_psp(stopped / 'psp.pt'))
     for name, w in zip(pictures, torch.from_numpy(latents)):
         u8 = np.asarray(load_rgb(release / f'images/{name}.png'))
         assert hashlib.sha256(u8.tobytes()).hexdigest() == pictures[name]['pixels']

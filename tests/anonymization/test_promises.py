@@ -1,15 +1,19 @@
 """Whatever the table says: no group below k people, no photograph twice, no patient where he must
 not be. People are counted here by themselves, from patients and files."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
-from anonymization.pipeline import Pipeline
+from anonymization.context import Context
+from anonymization.grouped import _assign
 from anonymization.settings import Settings
 from datasets.table import read_table
 from utils.errors import UserError
@@ -56,19 +60,24 @@ def test_no_group_below_k_people(tmp_path_factory, table, k, policy, surplus, st
     latents = np.array(
         [np.random.default_rng(int(d)).standard_normal(6) for d in digests], np.float32
     )
-    pipeline = Pipeline(
+    run = Context(
         tmp_path_factory.getbasetemp(),
         read_table(csv, ids_only=True),
-        digests,
-        psp=SimpleNamespace(input_size=8),
-        content_net=None,
-        style_net=None,
-        device='cpu',
+        SimpleNamespace(contents=digests, eyes=eyes),
+        SimpleNamespace(psp=None, content=None),
+        Settings(k=k, policy=policy, surplus=surplus, strata=strata, clustering=method),
+        torch.device('cpu'),
+        threads=1,
         facts={},
-        settings=Settings(k=k, policy=policy, surplus=surplus, strata=strata, clustering=method),
     )
     try:
-        labels = pipeline._assign(latents)
+        run.check()
+    except UserError as error:
+        with pytest.raises(UserError, match=re.escape(str(error))):  # not one too many
+            _assign(run, latents)
+        return
+    try:
+        labels = _assign(run, latents)
     except UserError:
         return
     people = people_of(patients, digests)

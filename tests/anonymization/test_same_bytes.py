@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, load_script
 from release_fixture import arguments, save_networks, save_photographs, tree_bytes
 
-from anonymization import pipeline
+from anonymization import optimisation
 from anonymization.workers import deterministic_algorithms, each, one_thread
 
 k_salsa = load_script('k-SALSA')
@@ -55,7 +55,7 @@ def test_groups_and_threads(one, tmp_path, threads, options):
 
 
 def test_free_memory(one, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, 'memory', lambda device: 1)
+    monkeypatch.setattr(optimisation, 'memory', lambda device: 1)
     with one_thread():
         torch.set_num_threads(2)
         assert k_salsa.main(command(one, tmp_path / 'run', test_workers=2)) == 0

@@ -24,7 +24,7 @@ def release(tmp_path):
     write_release(
         tmp_path / 'release',
         [GroupFacts(n, 5, 5, (3, 2, 0, 0, 0)) for n in NAMES],
-        lambda name: Image.new('RGB', (8, 8), name[0] == 'b' and 'red' or 'blue'),
+        [(n, Image.new('RGB', (8, 8), n[0] == 'b' and 'red' or 'blue')) for n in NAMES],
         facts=release_facts(),
     )
     return tmp_path / 'release'

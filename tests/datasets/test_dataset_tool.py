@@ -56,6 +56,8 @@ def test_fundus_mode(photos, tmp_path, capsys):
     reasons = {r['name']: r['reason'] for r in report['left_out']}
     assert reasons.keys() == {'dark.png', 'broken.png'}
     assert 'near-black' in reasons['dark.png'] and reasons['broken.png'].startswith('damaged')
+    for kind in ('json', 'csv'):  # both name photographs
+        assert (tmp_path / f'out.zip.report.{kind}').stat().st_mode & 0o077 == 0
     table = pd.read_csv(tmp_path / 'out.zip.report.csv', keep_default_na=False)
     kept = table[table.kept]
     assert list(kept.name) == ['a.png', 'c.png', 'sub/b.jpg']

@@ -165,7 +165,7 @@ def test_no_machine_paths(pattern):
 
 
 # Longer than the house wants, with the lines they have: a list that only shrinks.
-LONG_FILES = {'anonymization/pipeline.py': 582}
+LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS = {
     'datasets/phantoms/dataset.py make_dataset': 63,
     'datasets/phantoms/vessels.py _branch': 63,

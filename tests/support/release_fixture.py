@@ -76,7 +76,7 @@ def release_facts(card: Path | None = None) -> dict[str, Any]:
             'style_ratio': 0.05,
             'guide_weight': 0.1,
             'precision': 'fp32',
-            'mirror_left': False,
+            'sides': 'mirror',
         },
         'networks': {
             'generator and encoder': 64 * 'a',

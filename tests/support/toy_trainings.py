@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
 from classification import main as grader_command
 from classification import train as grader_training
-from datasets import images_dataset
+from datasets import pictures
 from MIA import MIA_train
 from models.stylegan2 import Generator
 from scripts import train_content_encoder, train_restyle_e4e, train_restyle_psp, train_stylegan2_ada
@@ -260,7 +260,7 @@ def _work(name: str, flags: list[str], workers: int, stop: Stop | None) -> int:
 def _load_in_processes(workers: int) -> None:
     """Also where sets are small, and for the generator on a CPU."""
     if workers:
-        images_dataset._CACHE_LIMIT = 0
+        pictures._CACHE_LIMIT = 0
 
     def training(*arguments: Any, **options: Any) -> GeneratorTraining:
         return GeneratorTraining(*arguments, **{**options, 'workers': workers, 'n_grid': 1})

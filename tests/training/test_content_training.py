@@ -13,8 +13,8 @@ import torch
 from conftest import relative_error
 from PIL import Image
 
+from datasets.pictures import Pictures as TablePictures
 from datasets.table import read_table
-from datasets.table_images import TableImages
 from evaluation.feature_quality import (
     chance_to_share,
     describe_quality,
@@ -526,9 +526,9 @@ def test_script_takes_folders_with_labels_beside_them(photographs, tmp_path):
     assert quality['trained']['images'] == 9
 
 
-def test_table_images(photographs, tmp_path):
+def test_pictures_of_a_table(photographs, tmp_path):
     table = read_table(photographs / 'labels.csv')
-    data = TableImages(table, 16)
+    data = TablePictures(table, 16)
     assert len(data) == 36 and data[3].shape == (3, 16, 16) and data.names == table.ids
     assert torch.equal(data[3, True], data[3].flip(2))
     broken = tmp_path / 'images'
@@ -537,7 +537,7 @@ def test_table_images(photographs, tmp_path):
         (broken / f'{name}.png').write_bytes(b'nothing')
     (tmp_path / 'labels.csv').write_text('image\na\nb\n')
     with pytest.raises(UserError, match='2 of 2 images') as caught:
-        TableImages(read_table(tmp_path / 'labels.csv'), 16)
+        TablePictures(read_table(tmp_path / 'labels.csv'), 16)
     assert 'a.png' in str(caught.value) and 'b.png' in str(caught.value)
 
 

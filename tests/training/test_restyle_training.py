@@ -16,7 +16,7 @@ from golden_fill import fill_image, fill_state_dict, fill_tensor
 from PIL import Image
 
 from criteria.w_norm import latent_norm
-from datasets.images_dataset import ImagesDataset
+from datasets import pictures
 from models.encoders import build_encoder
 from models.psp import PSP, invert, load_psp, psp_checkpoint
 from models.stylegan2 import Generator
@@ -533,6 +533,6 @@ def test_all_unreadable_pictures_are_listed(project, tmp_path):
         (tmp_path / f'{i}.png').write_bytes(b'not a picture')
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / 'grey.png')
     with pytest.raises(UserError, match='(?s)2 of 3.*3.png.*5.png'):
-        ImagesDataset(tmp_path, 32)
-    dataset = ImagesDataset(project / 'train', 16)
+        pictures.Pictures(tmp_path, 32)
+    dataset = pictures.Pictures(project / 'train', 16)
     assert torch.equal(dataset[2, True], dataset[2].flip(2))

@@ -14,7 +14,7 @@ from anonymization.audit.files import Fault
 from anonymization.audit.png import decode
 from datasets.archive import FileStore
 from datasets.digests import read_digests
-from datasets.images_dataset import ImagesDataset
+from datasets.pictures import Pictures
 from utils.errors import UserError
 from utils.images import load_rgb, png_names
 
@@ -49,7 +49,7 @@ def test_a_program_named_as_a_picture_does_not_run(program, tmp_path):
         lambda p: FileStore(p.parent).image('x.png'),
         lambda p: FileStore(tmp_path / 'x.zip').image('x.png'),
         lambda p: FileStore(p.parent).size('x.png'),
-        lambda p: ImagesDataset(p.parent, 8),
+        lambda p: Pictures(p.parent, 8),
         lambda p: read_digests([p]),
     ):
         with pytest.raises(UserError, match='of no known image format'):
