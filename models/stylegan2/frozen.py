@@ -68,7 +68,7 @@ class FrozenSynthesis:
         return _Synthesis.apply(self, noise is None, sources, *factors, *styles)
 
     @torch.no_grad()
-    def _drawn(self, noise: Sequence[Float[Tensor, 'N 1 _ _']]) -> list[Float[Tensor, 'N 2 P']]:
+    def _drawn(self, noise: Sequence[Float[Tensor, 'N 1 _ _']]) -> list[Float[Tensor, '_ 2 _']]:
         """What _Layer.sources is, for noise of this call."""
         scaled = torch._foreach_mul(list(noise), [layer.strength for layer in self.layers])
         sources = [m.new_empty(2, len(m), m[0].numel(), dtype=self.dtype) for m in scaled]
@@ -272,7 +272,7 @@ class _Synthesis(torch.autograd.Function):
         ctx: Any,
         net: FrozenSynthesis,
         stored: bool,
-        sources: Sequence[Float[Tensor, '*N 2 P']],
+        sources: Sequence[Float[Tensor, '... 2 _']],
         *modulation: Float[Tensor, 'N _'],
     ) -> Float[Tensor, 'N 3 R R']:
         n_layers = len(net.layers)
