@@ -26,7 +26,7 @@ _CACHE_LIMIT = 2 << 30  # bytes of decoded pictures kept in memory
 _IN_MEMORY = 4 << 30  # bytes of an array in memory; larger ones live in a temporary file
 _THREADS = 4
 # Sides, in those wanted, that scaled decoding leaves at least: so much detail that the antialiased
-# resize gives what it gives of the whole picture, up to a few grey levels (docs/performance.md).
+# resize gives what it gives of the whole picture, up to a few grey levels (test_pictures.py).
 OVERSAMPLING = 2
 
 Item = SourceImage | Sequence[SourceImage]
