@@ -74,7 +74,31 @@ _OVERRIDING = (
 
 def build_parser() -> argparse.ArgumentParser:
     p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
-    g = p.add_argument_group('published flags')
+    _add_published(p.add_argument_group('published flags'))
+    _add_data(p.add_argument_group('training data'))
+    g = p.add_argument_group('training (each overrides the configuration)')
+    add_flags(g, Config, names=_OVERRIDING, default=None)
+    g.add_argument(
+        '--seed',
+        '--seeds',
+        dest='seeds',
+        type=nonnegative_int,
+        nargs='+',
+        metavar='INT',
+        help='one training per seed',
+    )
+    g = p.add_argument_group('general')
+    g.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
+    g.add_argument(
+        '--out_dir',
+        type=Path,
+        metavar='DIR',
+        help='output folder (default: save_path of the configuration and the published suffix)',
+    )
+    return p
+
+
+def _add_published(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         '-config',
         default='aptos.yaml',
@@ -114,7 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar='BOOL',
         help='read <id>_centroids.png, the plain latent averages',
     )
-    g = p.add_argument_group('training data')
+
+
+def _add_data(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         '--release',
         type=Path,
@@ -147,26 +173,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     g.add_argument('--train_split', metavar='NAME', help='rows of --labels_train with that split')
     g.add_argument('--test_split', metavar='NAME', help='rows of --labels_test with that split')
-    g = p.add_argument_group('training (each overrides the configuration)')
-    add_flags(g, Config, names=_OVERRIDING, default=None)
-    g.add_argument(
-        '--seed',
-        '--seeds',
-        dest='seeds',
-        type=nonnegative_int,
-        nargs='+',
-        metavar='INT',
-        help='one training per seed',
-    )
-    g = p.add_argument_group('general')
-    g.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
-    g.add_argument(
-        '--out_dir',
-        type=Path,
-        metavar='DIR',
-        help='output folder (default: save_path of the configuration and the published suffix)',
-    )
-    return p
 
 
 def output_folder(opts: argparse.Namespace, config: Config) -> Path:

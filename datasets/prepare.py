@@ -1,11 +1,13 @@
 """Turning collections of photographs into a training archive: transforms, and the report."""
 
 import concurrent.futures
+import functools
 import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from PIL import Image
@@ -142,30 +144,20 @@ def build_archive(
     squares of one power of two (listed together).
     """
     if keep_names:
-        names = [f'{Path(item.name).stem}.png' for item in images]
+        names = [_own_name(item) for item in images]
         if double := sorted(n for n, times in Counter(names).items() if times > 1):
             raise UserError(listing('--keep_names: several images of one name', double))
     width, height = check_options(transform, width, height, mask=mask, unsqueeze=unsqueeze)
-
-    def prepare(item: SourceImage) -> tuple[Image.Image | None, bool, str]:
-        try:
-            image = transform_image(
-                _load(item, transform, width),
-                transform=transform,
-                width=width,
-                height=height,
-                resample=resample,
-                mask=mask,
-                unsqueeze=unsqueeze,
-            )
-            return *(disc_to_the_right(image) if one_side else (image, False)), ''
-        except UnusableFrame as error:
-            return None, False, str(error)
-        except UserError as error:
-            return None, False, f'damaged: {decode_reason(error.__cause__ or error)}'
-
-    rows, misfits, n_kept, size = [], [], 0, None
-    seen: dict[str, SourceImage] = {}
+    prepare = functools.partial(
+        _prepare,
+        transform=transform,
+        width=width,
+        height=height,
+        resample=resample,
+        mask=mask,
+        unsqueeze=unsqueeze,
+        one_side=one_side,
+    )
     with ArchiveWriter(dest) as writer, concurrent.futures.ThreadPoolExecutor(workers) as pool:
         # In blocks: decoding ahead of the writer must not fill the memory.
         step = 16 * workers
@@ -173,49 +165,100 @@ def build_archive(
         results = itertools.chain.from_iterable(
             zip(block, pool.map(prepare, block)) for block in blocks
         )
-        for item, (image, mirrored, reason) in progress(results, total=len(images), desc='images'):
-            if max_images is not None and n_kept >= max_images:
+        intake = _Intake(writer, keep_names)
+        for item, prepared in progress(results, total=len(images), desc='images'):
+            if max_images is not None and intake.n_kept >= max_images:
                 break
-            name, same_as = None, ''
-            if image is not None:
-                size = size or image.size
-                w, h = image.size
-                if w != h or w & (w - 1) or image.size != size:
-                    misfits.append(f'{item.source}: {item.name}: {w}x{h}')
-                else:
-                    own = f'{Path(item.name).stem}.png' if keep_names else None
-                    name = writer.add(image, item.label, name=own)
-                    n_kept += 1
-                    first = seen.setdefault(sha256_bytes(image.tobytes()), item)
-                    same_as = '' if first is item else first.name
-            else:
-                log.warning('left out %s: %s (%s)', item.name, reason, item.source)
-            rows.append(
-                {
-                    'source': item.source,
-                    'name': item.name,
-                    'kept': name is not None,
-                    'reason': reason,
-                    'archive_name': name or '',
-                    'label': item.label,
-                    'same_as': same_as,
-                    'mirrored': mirrored,
-                }
+            intake.add(item, *prepared)
+        intake.check(len(images))
+    _warn(intake.rows, intake.n_kept)
+    return pd.DataFrame(intake.rows)
+
+
+def _own_name(item: SourceImage) -> str:
+    return f'{Path(item.name).stem}.png'
+
+
+def _prepare(
+    item: SourceImage, *, transform: str, width: int | None, one_side: bool, **options: Any
+) -> tuple[Image.Image | None, bool, str]:
+    """The picture (None: unusable), whether it was mirrored, and why it is unusable."""
+    try:
+        image = transform_image(
+            _load(item, transform, width), transform=transform, width=width, **options
+        )
+        return *(disc_to_the_right(image) if one_side else (image, False)), ''
+    except UnusableFrame as error:
+        return None, False, str(error)
+    except UserError as error:
+        return None, False, f'damaged: {decode_reason(error.__cause__ or error)}'
+
+
+class _Intake:
+    """Adds pictures to an archive one by one and keeps the rows of the report."""
+
+    def __init__(self, writer: ArchiveWriter, keep_names: bool) -> None:
+        self.writer, self.keep_names = writer, keep_names
+        self.rows: list[dict[str, Any]] = []
+        self.n_kept = 0
+        self._misfits: list[str] = []
+        self._size: tuple[int, int] | None = None
+        self._seen: dict[str, SourceImage] = {}
+
+    def add(
+        self, item: SourceImage, image: Image.Image | None, mirrored: bool, reason: str
+    ) -> None:
+        name, same_as = None, ''
+        if image is None:
+            log.warning('left out %s: %s (%s)', item.name, reason, item.source)
+        elif self._fits(image):
+            name = self.writer.add(
+                image, item.label, name=_own_name(item) if self.keep_names else None
             )
-        if misfits:
+            self.n_kept += 1
+            first = self._seen.setdefault(sha256_bytes(image.tobytes()), item)
+            same_as = '' if first is item else first.name
+        else:
+            self._misfits.append(f'{item.source}: {item.name}: {image.width}x{image.height}')
+        self.rows.append(
+            {
+                'source': item.source,
+                'name': item.name,
+                'kept': name is not None,
+                'reason': reason,
+                'archive_name': name or '',
+                'label': item.label,
+                'same_as': same_as,
+                'mirrored': mirrored,
+            }
+        )
+
+    def _fits(self, image: Image.Image) -> bool:
+        """Whether it is a square of a power of two, of the size of the first picture."""
+        self._size = self._size or image.size
+        w, h = image.size
+        return w == h and not w & (w - 1) and image.size == self._size
+
+    def check(self, n_images: int) -> None:
+        """UserError when pictures did not fit, or none is left."""
+        if self._misfits:
             raise UserError(
                 listing(
-                    f'{len(misfits)} of {len(images)} images are not squares of one power of two '
-                    'after the transform; give --width and --height (e.g. --width 256 '
+                    f'{len(self._misfits)} of {n_images} images are not squares of one power of '
+                    'two after the transform; give --width and --height (e.g. --width 256 '
                     '--height 256)',
-                    misfits,
+                    self._misfits,
                 )
             )
-        if not n_kept:
+        if not self.n_kept:
             raise UserError(
-                f'none of the {len(images)} images can be used: '
-                + '; '.join(sorted({r['reason'] for r in rows})[:5])
+                f'none of the {n_images} images can be used: '
+                + '; '.join(sorted({r['reason'] for r in self.rows})[:5])
             )
+
+
+def _warn(rows: Sequence[dict[str, Any]], n_kept: int) -> None:
+    """Of identical pictures, and of an archive without labels because some have none."""
     if twins := [r for r in rows if r['same_as']]:
         log.warning(
             'identical pixels, kept all the same: %d times, as %s and %s; see same_as in '
@@ -227,4 +270,3 @@ def build_archive(
     unlabelled = sum(1 for r in rows if r['kept'] and r['label'] is None)
     if 0 < unlabelled < n_kept:
         log.warning('%d of %d images have no label, so the archive has none', unlabelled, n_kept)
-    return pd.DataFrame(rows)

@@ -216,6 +216,21 @@ def fidelity(
         for who, n in ((people, n_real), (None, n_fake))
     )
     result = {'n_real': n_real, 'n_fake': n_fake, 'dim': dim, 'rank_deficient': bool(deficient)}
+    result |= _intervals(real, fake, terms, counts_real, counts_fake, level)
+    result['real_split'] = _real_split(real, people, n_fake, seed)
+    return result
+
+
+def _intervals(
+    real: Float[np.ndarray, 'n d'],
+    fake: Float[np.ndarray, 'm d'],
+    terms: dict[str, Float[np.ndarray, ' _']],
+    counts_real: Num[np.ndarray, 'b n'],
+    counts_fake: Num[np.ndarray, 'b m'],
+    level: float,
+) -> dict[str, dict[str, float]]:
+    """fd, kid and the neighbourhood scores with the intervals of b draws of the pictures."""
+    result = {}
     result['fd'] = _interval(
         _distance_of_samples(real, fake),
         [
@@ -238,7 +253,6 @@ def fidelity(
             level,
             most=np.inf if name == 'density' else 1,
         )
-    result['real_split'] = _real_split(real, people, n_fake, seed)
     return result
 
 

@@ -27,11 +27,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
 
-from evaluation.features import load_feature_network, picture_names, read_pictures
+from evaluation.features import Network, load_feature_network, picture_names, read_pictures
 from evaluation.fidelity import compare_pictures, fidelity, scaled
-from evaluation.judges import load_judges, networks_of
+from evaluation.judges import Judge, load_judges, networks_of
 from evaluation.probe import pooled_features
 from evaluation.spectra import high_frequency_ratio, sharpness
 from evaluation.vessel_amount import vessel_ratios
@@ -145,7 +146,7 @@ def picture_side(path: str | Path, *, one_size: bool) -> int:
     return min(next(iter(sizes.values())))
 
 
-def table(results: dict[str, Any]) -> list[list[str]]:
+def table(results: dict[str, Any]) -> str:
     """Printable rows: statistic, value, interval, real against real."""
     lines = [f'{"statistic":<24}{"value":>10}  {"95 % interval":<22}{"real split":>10}']
     for kind, found in results.items():
@@ -192,6 +193,58 @@ def detail(
     }
 
 
+def judged(
+    judge: Judge,
+    pictures: Sequence[UInt8[np.ndarray, '_ 3 S S']],
+    opts: argparse.Namespace,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The statistics of real and synthetic pictures by the pooled features of one network."""
+    real, synthetic = (
+        scaled(pooled_features(judge.network, u8, device=device, batch_size=opts.batch_size))
+        for u8 in pictures
+    )
+    return fidelity(real, synthetic, n_bootstrap=opts.n_bootstrap, seed=opts.seed)
+
+
+def compute(
+    opts: argparse.Namespace,
+    kinds: Sequence[str],
+    judges: Sequence[Judge],
+    networks: dict[str, Network],
+    device: torch.device,
+) -> dict[str, Any]:
+    """The statistics of every kind, by the names under which the table shows them."""
+    side = min(picture_side(opts.real, one_size=False), picture_side(opts.synthetic, one_size=True))
+    pictures = []
+    if set(kinds) - LABELS.keys():
+        pictures = [read_pictures(path, side) for path in (opts.real, opts.synthetic)]
+    if judges and side < SMALLEST_SIDE and opts.metrics is None:
+        log.warning(
+            'pictures of %d px are too small for %s: left out',
+            side,
+            ', '.join(j.label for j in judges),
+        )
+        judges = []
+    results = {judge.label: judged(judge, pictures, opts, device) for judge in judges}
+    for kind, network in networks.items():
+        results[kind] = compare_pictures(
+            opts.real,
+            opts.synthetic,
+            network,
+            device=device,
+            n_bootstrap=opts.n_bootstrap,
+            seed=opts.seed,
+            batch_size=opts.batch_size,
+        )
+    if 'detail' in kinds:
+        real, synthetic = pictures
+        results['detail'] = detail(real, synthetic, opts.seed)
+    if 'spectrum' in kinds:
+        results['spectrum'] = sharpness(*pictures)
+    return results
+
+
 @names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
@@ -210,66 +263,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     judges = (
         load_judges(opts.features, [networks_of(opts.synthetic)]) if 'features' in kinds else []
     )
-    side = min(picture_side(opts.real, one_size=False), picture_side(opts.synthetic, one_size=True))
+    results = compute(opts, kinds, judges, networks, device)
     count = {
         name: len(picture_names(path)[1])
         for name, path in (('n_real', opts.real), ('n_synthetic', opts.synthetic))
     }
-    results = {}
-    if set(kinds) - LABELS.keys():
-        pictures = [read_pictures(path, side) for path in (opts.real, opts.synthetic)]
-    if judges and side < SMALLEST_SIDE and opts.metrics is None:
-        log.warning(
-            'pictures of %d px are too small for %s: left out',
-            side,
-            ', '.join(j.label for j in judges),
-        )
-        judges = []
-    for judge in judges:
-        results[judge.label] = fidelity(
-            *(
-                scaled(
-                    pooled_features(judge.network, u8, device=device, batch_size=opts.batch_size)
-                )
-                for u8 in pictures
-            ),
-            n_bootstrap=opts.n_bootstrap,
-            seed=opts.seed,
-        )
-    results |= {
-        kind: compare_pictures(
-            opts.real,
-            opts.synthetic,
-            network,
-            device=device,
-            n_bootstrap=opts.n_bootstrap,
-            seed=opts.seed,
-            batch_size=opts.batch_size,
-        )
-        for kind, network in networks.items()
-    }
-    if 'detail' in kinds:
-        results['detail'] = detail(*pictures, opts.seed)
-    if 'spectrum' in kinds:
-        results['spectrum'] = sharpness(*pictures)
     print(f'{count["n_real"]} real and {count["n_synthetic"]} synthetic pictures')
     print(table(results))
     if opts.out is not None:
+        facts = {'real': str(opts.real), 'synthetic': str(opts.synthetic), **count}
+        row = {**facts, 'seed': opts.seed, 'versions': versions(), **results}
         opts.out.parent.mkdir(parents=True, exist_ok=True)
         with open(opts.out, 'a', encoding='utf-8') as file:
-            file.write(
-                json.dumps(
-                    {
-                        'real': str(opts.real),
-                        'synthetic': str(opts.synthetic),
-                        **count,
-                        'seed': opts.seed,
-                        'versions': versions(),
-                        **results,
-                    }
-                )
-                + '\n'
-            )
+            file.write(json.dumps(row) + '\n')
     return 0
 
 

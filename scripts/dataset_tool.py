@@ -14,7 +14,7 @@ import pandas as pd
 from anonymization.release import check_outside_release
 from datasets.dicom import photograph_table
 from datasets.prepare import FILTERS, TRANSFORMS, build_archive, check_options
-from datasets.sources import list_source
+from datasets.sources import SourceImage, list_source
 from utils import cli
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES
@@ -35,6 +35,12 @@ A report of every source image (kept or left out, and why) is written beside the
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__, EPILOG)
+    for add in (_add_source, _add_transform, _add_output):
+        add(p)
+    return p
+
+
+def _add_source(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         '--source',
         action='append',
@@ -59,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar='N',
         help='stop after N kept images',
     )
+
+
+def _add_transform(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         '--transform',
         choices=TRANSFORMS,
@@ -95,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
         help='mirror photographs whose optic disc lies left of the centre (found in '
         'the picture; the report says which), so that all look like right eyes',
     )
+
+
+def _add_output(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         '--keep_names',
         '--keep-names',
@@ -115,7 +127,6 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         '--workers', type=cli.positive_int, default=4, metavar='N', help='decoding threads'
     )
-    return p
 
 
 def copy_table(source: str | Path, split: str | None, kept: pd.DataFrame, dest: str | Path) -> None:
@@ -156,10 +167,8 @@ def write_reports(dest: Path, summary: dict[str, Any], report: pd.DataFrame) -> 
         path.chmod(0o600)
 
 
-@cli.names_flags(build_parser)
-def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    setup_logging()
+def check_flags(args: argparse.Namespace) -> tuple[int | None, int | None]:
+    """UserError for flags that do not go together; returns (width, height)."""
     check_paths(args.source, args.dest)
     width, height = check_options(
         args.transform, args.width, args.height, mask=args.mask, unsqueeze=args.unsqueeze
@@ -171,6 +180,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError('--image_dir belongs to a CSV table; none is among --source')
     if args.keep_names and args.dest.lower().endswith('.zip'):
         raise UserError('--keep_names makes a folder; give a --dest that does not end in .zip')
+    return width, height
+
+
+def write_table(
+    args: argparse.Namespace, images: Sequence[SourceImage], kept: pd.DataFrame
+) -> None:
+    """--keep_names: labels.csv beside the images, from the one CSV table or the DICOM tags."""
+    dest = Path(args.dest) / 'labels.csv'
+    if len(args.source) == 1 and args.source[0].lower().endswith('.csv'):
+        copy_table(args.source[0], args.split, kept, dest)
+        return
+    found = [
+        (item.dicom, Path(item.name).stem)
+        for item, keep in zip(images, kept)
+        if keep and item.dicom is not None
+    ]
+    if found:
+        photographs, ids = map(list, zip(*found))
+        write_csv(dest, photograph_table(photographs, ids))
+
+
+@cli.names_flags(build_parser)
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    setup_logging()
+    width, height = check_flags(args)
     images = [
         item
         for source in args.source
@@ -195,16 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_names=args.keep_names,
         one_side=args.one_side,
     )
-    if args.keep_names and len(args.source) == 1 and args.source[0].lower().endswith('.csv'):
-        copy_table(args.source[0], args.split, report['kept'], Path(args.dest) / 'labels.csv')
-    elif args.keep_names and any(item.dicom for item in images):
-        kept = [item for item, keep in zip(images, report['kept']) if keep]
-        write_csv(
-            Path(args.dest) / 'labels.csv',
-            photograph_table(
-                [item.dicom for item in kept], [Path(item.name).stem for item in kept]
-            ),
-        )
+    if args.keep_names:
+        write_table(args, images, report['kept'])
     left_out = report[~report['kept']]
     beside = Path(args.dest)
     summary = {

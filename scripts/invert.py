@@ -107,6 +107,7 @@ def encode(
         if not is_intact(file):
             x = torch.stack([load_tensor(p, psp.input_size) for p in part]).to(device)
             found = invert(psp, x, n_iters=opts.n_iters_per_batch, keep_iterations=True)
+            assert found.iterations is not None  # they are kept
             with torch.no_grad():
                 errors = torch.stack(
                     [
@@ -162,6 +163,27 @@ def draw(psp: Inverter, ws: Float[Tensor, 'L D'], device: torch.device) -> Float
     return psp.pool(psp.decode(ws[None].to(device)))[0].clamp(-1, 1).cpu()
 
 
+def write_pictures(
+    psp: Inverter,
+    paths: Sequence[Path],
+    names: Sequence[str],
+    ws: Float[Tensor, 'N L D'],
+    errors: Float[Tensor, ' N'],
+    out_dir: Path,
+    device: torch.device,
+) -> None:
+    """reconstructions/, latents.npy, and sheet.png of the worst and best."""
+    for name, w in zip(png_names(names), ws):
+        save_png(draw(psp, w, device), out_dir / 'reconstructions' / name)
+    save_npy(out_dir / 'latents.npy', ws.numpy())
+    order = np.argsort(-errors.numpy())
+    shown = [*order[: _SHEET_ROWS // 2], *order[-_SHEET_ROWS // 2 :]][: len(order)]
+    cells = [
+        c for i in shown for c in (load_tensor(paths[i], psp.input_size), draw(psp, ws[i], device))
+    ]
+    save_png(grid(torch.stack(cells), 4), out_dir / 'sheet.png')
+
+
 @cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
@@ -202,15 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             int(changed.sum()),
             *(float(e[changed].mean()) if changed.any() else 0.0 for e in (errors[:, -1], last)),
         )
-    for name, w in zip(png_names(names), ws):
-        save_png(draw(psp, w, device), opts.out_dir / 'reconstructions' / name)
-    save_npy(opts.out_dir / 'latents.npy', ws.numpy())
-    order = np.argsort(-last.numpy())
-    shown = [*order[: _SHEET_ROWS // 2], *order[-_SHEET_ROWS // 2 :]][: len(order)]
-    cells = [
-        c for i in shown for c in (load_tensor(paths[i], psp.input_size), draw(psp, ws[i], device))
-    ]
-    save_png(grid(torch.stack(cells), 4), opts.out_dir / 'sheet.png')
+    write_pictures(psp, paths, names, ws, last, opts.out_dir, device)
     write_csv(opts.out_dir / 'quality.csv', pd.DataFrame(columns))
     for file in work.iterdir():
         file.unlink()

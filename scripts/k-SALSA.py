@@ -46,7 +46,34 @@ _NO_EFFECT = (
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
-    g = p.add_argument_group('required')
+    _add_required(p.add_argument_group('required'))
+    add_networks(p.add_argument_group('networks'))
+    add_flags(p, Settings)
+    p.set_defaults(data='aptos')
+    g = p.add_argument_group('beside the release')
+    g.add_argument(
+        '--card',
+        type=Path,
+        metavar='YAML',
+        help='licence, name, contact and the like for README.md and croissant.json: '
+        f'any of {", ".join(CARD_FIELDS)} (default: [brackets] in their place)',
+    )
+    cli.add_device(g)
+    g.add_argument(
+        '--test_workers',
+        '--workers',
+        type=cli.nonnegative_int,
+        default=2,
+        metavar='N',
+        help='photographs decoded at a time, at least one per core',
+    )
+    g = p.add_argument_group('published flags without effect')
+    for name in _NO_EFFECT:
+        g.add_argument(f'--{name}', metavar='X', help='accepted, never used')
+    return p
+
+
+def _add_required(g: argparse._ArgumentGroup) -> None:
     g.add_argument(
         '--exp_dir', '--out_dir', type=Path, required=True, metavar='DIR', help='output folder'
     )
@@ -82,30 +109,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar='N',
         help='use the first N rows of the table only, for a trial',
     )
-    add_networks(p.add_argument_group('networks'))
-    add_flags(p, Settings)
-    p.set_defaults(data='aptos')
-    g = p.add_argument_group('beside the release')
-    g.add_argument(
-        '--card',
-        type=Path,
-        metavar='YAML',
-        help='licence, name, contact and the like for README.md and croissant.json: '
-        f'any of {", ".join(CARD_FIELDS)} (default: [brackets] in their place)',
-    )
-    cli.add_device(g)
-    g.add_argument(
-        '--test_workers',
-        '--workers',
-        type=cli.nonnegative_int,
-        default=2,
-        metavar='N',
-        help='photographs decoded at a time, at least one per core',
-    )
-    g = p.add_argument_group('published flags without effect')
-    for name in _NO_EFFECT:
-        g.add_argument(f'--{name}', metavar='X', help='accepted, never used')
-    return p
 
 
 def add_networks(g: argparse._ArgumentGroup) -> None:
@@ -140,13 +143,10 @@ def networks_of(opts: argparse.Namespace) -> Networks:
     style = opts.style_weights or model_paths['vgg19']
     if opts.style_weights is None and opts.style_weight == 0:
         style = None
+    content = opts.content_weights or model_paths['moco']
+    assert content is not None  # paths_config gives it a default
     return Networks(
-        opts.checkpoint_path,
-        opts.content_weights or model_paths['moco'],
-        style,
-        opts.content_arch,
-        opts.style_arch,
-        opts.guide,
+        opts.checkpoint_path, content, style, opts.content_arch, opts.style_arch, opts.guide
     )
 
 

@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,16 +95,51 @@ def assign_groups(
     if grade_penalty:
         x = with_grades(x, grades, grade_penalty)
 
-    labels = np.zeros(n, np.int64)
+    effort = Effort(rounds, block, restarts, tolerance)
+    rules = _Rules(k, method, policy, surplus, seed, effort, device)
+    labels, suppressed, found = _label_strata(x, owners, kinds, hashes, rules)
+    people, homes = (None if ids is None else ids.tolist() for ids in (owners, kinds))
+    check_groups(labels.tolist(), k, patients=people, strata=homes, policy=policy)
+    sse, sst = squared_errors(matrix, labels)
+    ratio = sse / sst if sst else 0.0
+    info = _describe(labels, owners, k)
+    info.update(sst=sst, sse_ratio=ratio, policy=policy, seed=seed, reduction=reduction)
+    if kinds is not None:
+        info['strata'] = found
+    return Grouping(labels, suppressed, method, sse, info)
+
+
+class _Rules(NamedTuple):
+    """What holds in every stratum."""
+
+    k: int
+    method: str
+    policy: str
+    surplus: str
+    seed: int
+    effort: Effort
+    device: torch.device | str
+
+
+def _label_strata(
+    x: Float[np.ndarray, 'n d'],
+    owners: Shaped[np.ndarray, ' n'] | None,
+    kinds: Shaped[np.ndarray, ' n'] | None,
+    hashes: Shaped[np.ndarray, ' n'],
+    rules: _Rules,
+) -> tuple[Int[np.ndarray, ' n'], list[tuple[int, str]], list[dict[str, Any]]]:
+    """Labels [n] counted on over the strata, the suppressed (row, reason), a record per stratum."""
+    k, method, policy, surplus, seed, effort, device = rules
+    labels = np.zeros(len(hashes), np.int64)
     suppressed, strata_info, count = [], [], 0
-    for name, rows in strata_of(kinds, n):
+    for name, rows in strata_of(kinds, len(hashes)):
         people = owners[rows] if owners is not None else None
         keep, dropped, reason = placeable(rows, people, hashes, k, policy, surplus, name)
         suppressed += [(int(row), reason) for row in dropped]
         groups = 0
         if len(keep):
             units = make_units(x, keep, owners, hashes, policy, method, device)
-            assignment = solve(units, k, method, seed, Effort(rounds, block, restarts, tolerance))
+            assignment = solve(units, k, method, seed, effort)
             for unit_rows, group in zip(units.rows, assignment):
                 labels[unit_rows] = count + 1 + group
             groups = int(assignment.max()) + 1
@@ -114,25 +149,13 @@ def assign_groups(
         )
     if count == 0:
         raise UserError(_NO_STRATUM.format(k=k))
-    check_groups(
-        labels.tolist(),
-        k,
-        patients=None if owners is None else owners.tolist(),
-        strata=None if kinds is None else kinds.tolist(),
-        policy=policy,
-    )
-    sse, sst = squared_errors(matrix, labels)
-    info = _describe(labels, owners, k)
-    info.update(
-        sst=sst, sse_ratio=sse / sst if sst else 0.0, policy=policy, seed=seed, reduction=reduction
-    )
-    if kinds is not None:
-        info['strata'] = strata_info
     if suppressed:
         log.warning(
-            '%d of %d images suppressed, because no group may hold them', len(suppressed), n
+            '%d of %d images suppressed, because no group may hold them',
+            len(suppressed),
+            len(hashes),
         )
-    return Grouping(labels, sorted(suppressed), method, sse, info)
+    return labels, sorted(suppressed), strata_info
 
 
 def check_groupable(

@@ -79,16 +79,7 @@ def make_dataset(
         for v in range(visits)
     ]
     (out_dir / 'images').mkdir(parents=True)
-    bar = progress(total=len(jobs), desc='phantoms', unit='img')
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            for _ in pool.map(_write_one, jobs, chunksize=16):
-                bar.update()
-    else:
-        for job in jobs:
-            _write_one(job)
-            bar.update()
-    bar.close()
+    _write_all(jobs, workers)
     rows = [
         {
             'id_code': _id_code(p, e, v),
@@ -106,6 +97,19 @@ def make_dataset(
 
 def _id_code(patient: int, side: str, visit: int) -> str:
     return f'p{patient:05d}_{side}_{visit}'
+
+
+def _write_all(jobs: Sequence[tuple], workers: int) -> None:
+    bar = progress(total=len(jobs), desc='phantoms', unit='img')
+    if workers > 1:
+        with ProcessPoolExecutor(workers) as pool:
+            for _ in pool.map(_write_one, jobs, chunksize=16):
+                bar.update()
+    else:
+        for job in jobs:
+            _write_one(job)
+            bar.update()
+    bar.close()
 
 
 def _write_one(job: tuple) -> None:

@@ -165,7 +165,7 @@ class VesselTree:
         is_vein: bool,
         parent: int,
         *,
-        inward: float,
+        inward: bool,
         depth: int = 0,
     ) -> None:
         """Walks a branch from a parent's axis, forking on the way, until it is too fine."""
@@ -177,14 +177,7 @@ class VesselTree:
         fovea = self.foveal_radius * self._uniform(0.9, 1.3)
         while True:
             distance = math.hypot(x, y)
-            if inward and distance > 2.2:
-                wanted = math.atan2(-y, -x)
-                pull = 0.05
-            else:
-                wanted = math.atan2(y, x - 7.0)
-                pull = 0.06
-            if distance < fovea + 0.8:
-                pull, wanted = 0.2, math.atan2(y, x)
+            wanted, pull = _attraction(x, y, inward=inward, near=distance < fovea + 0.8)
             gap = (wanted - heading + math.pi) % (2 * math.pi) - math.pi
             bend = 0.8 * bend + wander * self._normal()
             heading += pull * gap + bend
@@ -206,12 +199,8 @@ class VesselTree:
             cells[int((x + 64) / _CELL), int((y + 64) / _CELL)] = name
             if travelled > due and width > 0.11 and depth < 4:
                 due = travelled + self._uniform(1.5, 4.5)
-                ratio = self._uniform(0.5, 0.85)
-                child = ratio * width
-                width = (width**3 - child**3) ** (1 / 3)
-                side = 1 if self._uniform() < 0.5 else -1
-                forks.append((x, y, heading + side * self._uniform(0.5, 1.0), child))
-                heading -= side * 0.25 * ratio**2
+                fork, heading, width = self._fork(x, y, heading, width)
+                forks.append(fork)
         n = len(points)
         if n < 4:
             return
@@ -219,6 +208,17 @@ class VesselTree:
         self._keep(np.array(points), np.array(widths) * (0.45 + 0.55 * taper), is_vein)
         for fx, fy, turn, child in forks:
             self._branch(fx, fy, turn, child, is_vein, name, inward=inward, depth=depth + 1)
+
+    def _fork(
+        self, x: float, y: float, heading: float, width: float
+    ) -> tuple[tuple[float, float, float, float], float, float]:
+        """A child (x, y, heading, width), and heading and width of its parent from there on."""
+        ratio = self._uniform(0.5, 0.85)
+        child = ratio * width
+        width = (width**3 - child**3) ** (1 / 3)
+        side = 1 if self._uniform() < 0.5 else -1
+        turn = heading + side * self._uniform(0.5, 1.0)
+        return (x, y, turn, child), heading - side * 0.25 * ratio**2, width
 
     def bead(self, amount: float) -> None:
         """Venous beading: sausage-like calibre changes along stretches of the larger veins."""
@@ -248,3 +248,12 @@ class VesselTree:
                 px += 0.55 * STEP * math.cos(heading)
                 py += 0.55 * STEP * math.sin(heading)
             self._keep(np.array(points), np.full(len(points), self._uniform(0.11, 0.17)), True)
+
+
+def _attraction(x: float, y: float, *, inward: bool, near: bool) -> tuple[float, float]:
+    """The direction a branch at (x, y) is drawn to, and how strongly; away from a near fovea."""
+    if near:
+        return math.atan2(y, x), 0.2
+    if inward and math.hypot(x, y) > 2.2:
+        return math.atan2(-y, -x), 0.05
+    return math.atan2(y, x - 7.0), 0.06
