@@ -17,11 +17,13 @@ if __name__ == '__main__' and '--json' not in sys.argv:  # the other checkout is
     sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / 'tests' / 'support'))
 
+import importlib
 import inspect
 import json
 import os
 import subprocess
 import tempfile
+from typing import Any
 
 import torch
 import torchvision
@@ -39,11 +41,9 @@ from training.stylegan2_loop import Trainer
 from utils.cli import parser, power_of_two, run
 
 try:
-    from models.features.content import content_network_from_state
-    from models.features.style import VGGStyle
+    networks = [importlib.import_module(f'models.features.{name}') for name in ('content', 'style')]
 except ModuleNotFoundError:  # where checkouts before models/features have them
-    from criteria.content import content_network_from_state
-    from criteria.local_style import VGGStyle
+    networks = [importlib.import_module(f'criteria.{name}') for name in ('content', 'local_style')]
 
 Counts = dict[str, tuple[float, float]]  # waits and operations of a step, by its name
 DEVICE = torch.device('cuda')
@@ -79,14 +79,14 @@ def count_generator(gpu: PretendedGPU, size: int) -> Counts:
         augment_names=PIPES['bgc'],
         precision='fp16',
     )
-    total = [0.0, 0.0]
+    waits, operations = 0.0, 0.0
     for number, share in ((0, 1 / 16), (4, 3 / 16), (1, 12 / 16)):
         trainer.n_steps = number
         gpu.clear()
         trainer.step()
-        total[0] += share * gpu.n_waits
-        total[1] += share * gpu.n_operations
-    return {'generator, fp16, mean of 16 steps': tuple(total)}
+        waits += share * gpu.n_waits
+        operations += share * gpu.n_operations
+    return {'generator, fp16, mean of 16 steps': (waits, operations)}
 
 
 def count_encoder(gpu: PretendedGPU, size: int) -> Counts:
@@ -97,7 +97,7 @@ def count_encoder(gpu: PretendedGPU, size: int) -> Counts:
     )
     psp, pictures = PSP(encoder, generator, torch.zeros(512), ENCODER_SIZE), Pictures(ENCODER_SIZE)
     with tempfile.TemporaryDirectory() as folder:
-        losses = {'l2': (L2Term(), 1.0)}
+        losses: dict[str, tuple[Any, float]] = {'l2': (L2Term(), 1.0)}
         for name, term, net in (
             ('lpips', LpipsTerm, torchvision.models.alexnet),
             ('moco', ContentTerm, torchvision.models.resnet50),
@@ -106,7 +106,9 @@ def count_encoder(gpu: PretendedGPU, size: int) -> Counts:
             torch.save(net(weights=None).state_dict(), path)
             losses[name] = term(path, DEVICE), 0.5
         config = CoachConfig(batch_size=2, amp='bf16')
-        older = {'run_dir': folder} if 'run_dir' in inspect.signature(Coach).parameters else {}
+        older: dict[str, Any] = {}
+        if 'run_dir' in inspect.signature(Coach).parameters:  # of older checkouts
+            older['run_dir'] = folder
         coach = Coach(psp, pictures, pictures, config, losses=losses, device=DEVICE, **older)
     x = pictures.images[:2].to(DEVICE).float().div(127.5).sub(1)
     coach.step(x)
@@ -127,9 +129,14 @@ def count_groups(gpu: PretendedGPU, size: int) -> Counts:
     )
     found = {}
     for precision in ('fp32', 'bf16'):
-        content = content_network_from_state(state, source='random weights')
+        content = networks[0].content_network_from_state(state, source='random weights')
         engine = GroupOptimizer(
-            psp, content, VGGStyle(), config=OptimizeConfig(), device=DEVICE, precision=precision
+            psp,
+            content,
+            networks[1].VGGStyle(),
+            config=OptimizeConfig(),
+            device=DEVICE,
+            precision=precision,
         )
         for n_groups in (6, 1):
             counts = []

@@ -70,7 +70,7 @@ def read_port(path: str | Path) -> dict[str, Any]:
         net = generator_from_state(content[key], source=f'{path} ({key})', remedy=_REMEDY)
         return net.state_dict()
 
-    weights = {'g_ema': generator('g_ema')}
+    weights: dict[str, Any] = {'g_ema': generator('g_ema')}
     width = weights['g_ema']['conv1.conv.modulation.weight'].shape[1]
     latent_avg = latent_average(content.get('latent_avg'), width, source=path)
     if latent_avg is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,7 +38,7 @@ the left and the columns' on top; an interpolation is interpolation.webp, .gif, 
 
 def number_list(text: str) -> list[int]:
     """'0,3,5-7' -> [0, 3, 5, 6, 7]."""
-    numbers = []
+    numbers: list[int] = []
     for part in text.split(','):
         first, dash, last = part.partition('-')
         if not first.isdigit() or (dash and not last.isdigit()):
@@ -154,8 +155,9 @@ def read_latents(path: str, net: Generator) -> Float32[Tensor, 'N L D']:
         # Mapped: a short file cannot claim an array of any size.
         loaded = np.load(path, mmap_mode='r', allow_pickle=False)
         if isinstance(loaded, np.lib.npyio.NpzFile):
-            if loaded.zip.getinfo('w.npy').file_size > _MAX_LATENTS:
-                raise UserError(f'--projected_w {path}: its array "w" is too large')
+            with zipfile.ZipFile(path) as archive:
+                if archive.getinfo('w.npy').file_size > _MAX_LATENTS:
+                    raise UserError(f'--projected_w {path}: its array "w" is too large')
             w = loaded['w']
         else:
             w = loaded
@@ -208,8 +210,8 @@ def sample(
     net: Generator,
     styles: Callable[[Sequence[int], float], Tensor],
     out: Path,
-) -> None:
-    """--seeds: one picture per seed and truncation."""
+) -> str:
+    """--seeds: one picture per seed and truncation; returns what was made."""
     one = len(args.trunc) == 1
     names = [
         f'seed{s:04d}.png' if one else f'seed{s:04d}-trunc{psi:.2f}.png'
@@ -228,8 +230,8 @@ def sample(
     return f'{len(names)} pictures'
 
 
-def project(args: argparse.Namespace, net: Generator, device: torch.device, out: Path) -> None:
-    """--projected_w: one picture per latent."""
+def project(args: argparse.Namespace, net: Generator, device: torch.device, out: Path) -> str:
+    """--projected_w: one picture per latent; returns what was made."""
     ws = read_latents(args.projected_w, net).to(device)
     names = [f'latent{i:04d}.png' for i in range(len(ws))]
     guard([out / n for n in [*names, CONTACT_SHEET]], args.overwrite)
@@ -244,8 +246,8 @@ def mix(
     net: Generator,
     styles: Callable[[Sequence[int], float], Tensor],
     out: Path,
-) -> None:
-    """--rows and --cols: a sheet with the sources on its rim."""
+) -> str:
+    """--rows and --cols: a sheet with the sources on its rim; returns what was made."""
     if max(args.styles) >= net.n_latent:
         raise UserError(f'--styles: this generator has the layers 0-{net.n_latent - 1}')
     guard([out / CONTACT_SHEET], args.overwrite)
@@ -279,8 +281,8 @@ def interpolate(
     net: Generator,
     styles: Callable[[Sequence[int], float], Tensor],
     out: Path,
-) -> None:
-    """--interpolate: numbered frames or one animated file."""
+) -> str:
+    """--interpolate: numbered frames or one animated file; returns what was made."""
     ws = loop_styles(styles(args.seeds, args.trunc[0]), args.frames)
     # One noise for the whole film: fresh noise per frame would flicker.
     images = render(net, ws, noise=args.noise_mode, seeds=[args.seed] * len(ws), batch=args.batch)
