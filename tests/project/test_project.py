@@ -17,6 +17,7 @@ ALLOWED = {
     'training': {'models', 'criteria', 'datasets', 'utils'},
     'anonymization': {'models', 'criteria', 'datasets', 'utils'},
     'evaluation': {'models', 'criteria', 'datasets', 'anonymization', 'classification', 'utils'},
+    'stages': {'models', 'datasets', 'anonymization', 'evaluation', 'utils'},
     'scripts': {
         'configs',
         'models',
@@ -25,6 +26,7 @@ ALLOWED = {
         'training',
         'anonymization',
         'evaluation',
+        'stages',
         'classification',
         'MIA',
         'utils',
@@ -33,7 +35,7 @@ ALLOWED = {
     'MIA': {'configs', 'models', 'datasets', 'training', 'evaluation', 'utils'},
 }
 # Folders whose code is a library: it never prints, exits or picks a device.
-LIBRARY = ('models', 'criteria', 'datasets', 'training', 'anonymization', 'evaluation')
+LIBRARY = ('models', 'criteria', 'datasets', 'training', 'anonymization', 'evaluation', 'stages')
 
 
 def sources(*folders):

@@ -1,0 +1,142 @@
+"""The first two stages: the photographs are checked, shared out by people, and cropped."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+
+from datasets.people import person_numbers
+from datasets.pictures import load_pictures
+from datasets.table import Table, read_table
+from evaluation.splits import MEMBER, split_by_patient
+from stages.figures import sheet
+from stages.runner import Finding, Outcome, Places
+from stages.settings import Request
+from utils.errors import UserError
+from utils.images import find_images
+from utils.io import sha256_file, write_csv, write_json
+
+log = logging.getLogger(__name__)
+
+RELEASED, HELD_OUT = 'release', 'held_out'  # values of the column `split`
+LABELS = 'labels.csv'
+MIN_HELD_OUT = 8  # people: 4 non-members and 4 whom an attacker knows
+_LEAST_GROUPS = 10
+_LEAST_KEPT = 0.9
+_READERS = 4
+_SHOWN = 24
+
+# A command of the project: takes flags, returns an exit code.
+Command = Callable[[Sequence[str]], int | None]
+
+
+def file_hashes(paths: Sequence[Path], known_in: Path) -> list[str]:
+    """SHA-256 of files [n]; those of files with size and time as before come from `known_in`."""
+    known = json.loads(known_in.read_text(encoding='utf-8')) if known_in.exists() else {}
+
+    def one(path: Path) -> tuple[str, list]:
+        state = path.stat()
+        seen, name = [state.st_size, state.st_mtime_ns], str(path.resolve())
+        if name in known and known[name][:2] == seen:
+            return name, known[name]
+        return name, [*seen, sha256_file(path)]
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(one, paths))
+    if any(known.get(name) != entry for name, entry in found):
+        write_json(known_in, dict(found))
+    return [entry[2] for _, entry in found]
+
+
+def people_of(table: Table, hashes: Sequence[str]) -> list[str]:
+    """The person of each photograph [n]; identical files show one person."""
+    return [str(n) for n in person_numbers(table.patients or table.ids, hashes)]
+
+
+def check_photographs(request: Request, table: Table, hashes: Sequence[str]) -> Callable:
+    """The stage that counts people and decides who is held out."""
+
+    def work(folder: Path, places: Places) -> Outcome:
+        people = people_of(table, hashes)
+        roles = split_by_patient(people, 1 - request.held_out, seed=request.seed)
+        rows = pd.read_csv(
+            request.labels, dtype=str, keep_default_na=False, encoding='utf-8-sig'
+        ).rename(columns=str.strip)
+        write_csv(
+            folder / LABELS,
+            rows.assign(split=[RELEASED if r == MEMBER else HELD_OUT for r in roles]),
+        )
+        inside = {p for p, role in zip(people, roles) if role == MEMBER}
+        outside = set(people) - inside
+        if len(outside) < MIN_HELD_OUT:
+            raise UserError(
+                f'`held_out` {request.held_out:g}: {len(outside)} people would be held out, at '
+                f'least {MIN_HELD_OUT} are needed to test the release; raise it'
+            )
+        known = '' if table.patients else ' The table names no patients: photographs are counted.'
+        groups = len(inside) // request.k
+        finding = Finding(
+            'groups',
+            groups,
+            _LEAST_GROUPS,
+            True,
+            f'{len(table)} photographs of {len(set(people))} people; {len(outside)} people are '
+            f'held out for tests, {len(inside)} make groups of {request.k}.{known}',
+            'more photographs, or a smaller `k`',
+        )
+        return Outcome([finding], {}, [LABELS])
+
+    return work
+
+
+def crop_photographs(request: Request, dataset_tool: Command) -> Callable:
+    """The stage that crops to the field of view; left eyes are mirrored to look like right ones."""
+
+    def work(folder: Path, places: Places) -> Outcome:
+        reports = []
+        for part in (RELEASED, HELD_OUT):
+            dest = folder / part
+            if dest.exists() and not (folder / f'{part}.report.csv').exists():
+                shutil.rmtree(dest)  # a killed run's: the report is written last
+            if not dest.exists():
+                dataset_tool(
+                    [
+                        f'--source={places["check"] / LABELS}',
+                        f'--image_dir={request.photos}',
+                        f'--split={part}',
+                        f'--dest={dest}',
+                        '--transform=fundus',
+                        '--mask',
+                        f'--width={request.how.size}',
+                        '--one_side',
+                        '--keep_names',
+                    ]
+                )
+            reports.append(pd.read_csv(folder / f'{part}.report.csv'))
+        report = pd.concat(reports)
+        shown = find_images(folder / RELEASED)[:_SHOWN]
+        sheet([load_pictures([[p] for p in shown], request.how.size)], folder / 'crops.png')
+        finding = Finding(
+            'kept photographs',
+            float(report['kept'].mean()),
+            _LEAST_KEPT,
+            True,
+            f'{int(report["kept"].sum())} of {len(report)} photographs were cropped; the rest is '
+            'damaged or shows no field of view.',
+            f'see who was left out and why in {RELEASED}.report.csv and {HELD_OUT}.report.csv, '
+            'and replace those photographs',
+        )
+        tables = [f'{part}/{LABELS}' for part in (RELEASED, HELD_OUT)]
+        return Outcome([finding], {'Cropped photographs': 'crops.png'}, tables)
+
+    return work
+
+
+def cropped(places: Places, part: str) -> Table:
+    """The table of the cropped photographs that are released, or held out."""
+    folder = places['crop'] / part
+    return read_table(folder / LABELS, folder)

@@ -1,0 +1,173 @@
+"""The last stages: the release, its verification, and what it is worth and gives away."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from anonymization import Networks, OptimizeConfig, Settings, anonymize
+from anonymization.audit import audit_release, report_dict
+from anonymization.pipeline import GROUP_TABLE
+from datasets.groups import Groups
+from datasets.pictures import load_pictures
+from datasets.table import Table
+from evaluation.attacks.metrics import attack_metrics
+from evaluation.attacks.nearest import nearest_attack
+from evaluation.splits import MEMBER, split_by_patient
+from evaluation.vessel_amount import vessel_ratios
+from models.features.pretrained import load_feature_network
+from stages.figures import JUDGE, distance_ratio, pooled, sheet
+from stages.preparation import HELD_OUT, RELEASED, cropped
+from stages.runner import Finding, Outcome, Places
+from stages.settings import Request
+from stages.training import ENCODER, distance_finding, refinements, vessel_findings
+from utils.images import find_images
+from utils.io import write_json
+
+FOLDER = 'release'  # in the folder of the stage: what may be shared
+_LEAST_GROUPED = 0.8
+_MOST_AUC = 0.65
+_LARGER = 'a larger `k`, and networks that were trained longer or on more people'
+
+
+def make_release(request: Request) -> Callable:
+    """The stage that groups the photographs and draws a picture for each group."""
+
+    def work(folder: Path, places: Places) -> Outcome:
+        encoder = places['encoder'] / ENCODER
+        table = cropped(places, RELEASED)
+        optimize = OptimizeConfig(n_steps=request.how.release_steps, style_weight='auto', lr='auto')
+        settings = Settings(
+            k=request.k,
+            surplus='suppress',
+            soft_labels=table.labels is not None,
+            n_iters=refinements(encoder),
+            seed=request.seed,
+            optimize=optimize,
+        )
+        run = folder / 'run'
+        found = anonymize(
+            table, Networks(encoder, 'lite0', 'lite0'), settings, run, device=request.device
+        )
+        people = table.patients or table.ids
+        sizes = [len({people[row] for row in rows}) for rows in found.groups.members]
+        finding = Finding(
+            'photographs in groups',
+            1 - found.groups.n_left_out / len(table),
+            _LEAST_GROUPED,
+            True,
+            f'{len(found.groups)} pictures, each of at least {min(sizes)} people; '
+            f'{found.groups.n_left_out} of {len(table)} photographs are in none.',
+            'photographs of more people, or a smaller `k`',
+        )
+        pictures = {'Groups: members, centroid, result': 'run/private/contact_sheet.png'}
+        return Outcome([finding], pictures, ['run/release/manifest.json'])
+
+    return work
+
+
+def verify_release(request: Request) -> Callable:
+    """The stage that derives the release once more and draws every picture anew."""
+
+    def work(folder: Path, places: Places) -> Outcome:
+        run = places['release'] / 'run'
+        audit = audit_release(
+            run / FOLDER,
+            private=run / 'private',
+            source_table=cropped(places, RELEASED),
+            recompute_n=None,
+            checkpoint=places['encoder'] / ENCODER,
+            device=request.device,
+        )
+        write_json(folder / 'audit.json', report_dict(audit))
+        failed = [check for check in audit.checks if not check.passed]
+        finding = Finding(
+            'failed checks',
+            len(failed),
+            0,
+            False,
+            f'{len(audit.checks)} checks of the release against its photographs and groups.',
+            'do not share it; ' + '; '.join(f'{check.name}: {check.detail}' for check in failed),
+            final=True,
+        )
+        return Outcome([finding], {}, ['audit.json'])
+
+    return work
+
+
+class _Sides(NamedTuple):
+    """Pictures and people of members, of non-members, and of those whom an attacker knows."""
+
+    members: np.ndarray
+    nonmembers: np.ndarray
+    reference: np.ndarray
+    member_people: list[str]
+    other_people: list[str]
+
+
+def _sides(request: Request, places: Places, size: int) -> _Sides:
+    table, others = cropped(places, RELEASED), cropped(places, HELD_OUT)
+    groups = Groups.read(places['release'] / 'run' / 'private' / GROUP_TABLE, table.ids)
+    members = table.subset(np.flatnonzero(groups.of >= 0))
+    roles = split_by_patient(_people(others), 0.5, seed=request.seed)
+    here = [i for i, role in enumerate(roles) if role == MEMBER]
+    there = [i for i, role in enumerate(roles) if role != MEMBER]
+    nonmembers, reference = others.subset(here), others.subset(there)
+
+    def read(part: Table) -> np.ndarray:
+        return load_pictures([[path] for path in part.paths], size)
+
+    return _Sides(
+        read(members), read(nonmembers), read(reference), _people(members), _people(nonmembers)
+    )
+
+
+def _people(table: Table) -> list[str]:
+    return table.patients or table.ids
+
+
+def evaluate_release(request: Request) -> Callable:
+    """The stage that holds the release against photographs, and attacks it."""
+
+    def work(folder: Path, places: Places) -> Outcome:
+        size, network = request.how.size, load_feature_network(JUDGE)
+        sides = _sides(request, places, size)
+        images = find_images(places['release'] / 'run' / FOLDER / 'images')
+        release = load_pictures([[path] for path in images], size)
+        scores = nearest_attack(
+            sides.members,
+            sides.nonmembers,
+            sides.reference,
+            lambda pictures: pooled(network, pictures, request.device),
+        )
+        attack = attack_metrics(
+            *scores(release),
+            member_people=sides.member_people,
+            other_people=sides.other_people,
+            seed=request.seed,
+        )
+        vessels = vessel_ratios(sides.members, release, people=sides.member_people)
+        features = [pooled(network, p, request.device) for p in (sides.members, release)]
+        distance = distance_ratio(features[0], features[1], request.seed)
+        write_json(
+            folder / 'figures.json', {'attack': attack, 'vessels': vessels, 'distance': distance}
+        )
+        sheet([release], folder / 'release.png')
+        auc, better = attack['auc'], 'train longer (`hours`), or on more photographs'
+        findings = [
+            distance_finding(distance, 'the release', better),
+            *vessel_findings(vessels['length']['value'], 'the release', better),
+            Finding(
+                'attack',
+                auc['value'],
+                _MOST_AUC,
+                False,
+                'How well the nearest picture tells members from people held out (AUC; 0.5 is '
+                f'chance; 95 % interval {auc["low"]:.2f} to {auc["high"]:.2f}).',
+                _LARGER,
+            ),
+        ]
+        return Outcome(findings, {'The release': 'release.png'}, ['figures.json'])
+
+    return work

@@ -1,0 +1,153 @@
+"""What is asked of the whole way from photographs to a release, and what a preset means."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from models.features.pretrained import load_feature_network
+from utils.errors import UserError
+from utils.io import write_json
+
+_CHANNELS = (256, 256, 256, 96, 48, 16, 8)  # of the small generator at 4, 8, ... px
+_BATCH = 8
+
+
+class Preset(NamedTuple):
+    """size: of the pictures. joint: encoder and generator are trained together.
+
+    batch: photographs of a training step. image_passes: what a photograph costs in the training,
+    in passes through Lite0. release_steps: of the optimisation of a group.
+    """
+
+    size: int
+    joint: bool
+    batch: int
+    image_passes: float
+    release_steps: int
+
+
+# image_passes of `small` is measured at 128 px (docs/training.md); of the others it is a guess.
+PRESETS = {
+    'small': Preset(128, True, 10, 6.0, 60),
+    'gpu256': Preset(256, False, 8, 20.0, 60),
+    'gpu512': Preset(512, False, 8, 40.0, 60),
+}
+GROUP_PASSES = 11.0  # of a step of one group
+READ_SECONDS = 0.3  # of a photograph: check and crop
+TRAINING_SHARE = 0.8  # of the hours
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a user asks for.
+
+    photos, labels: photographs and their table. k: fewest people in a group. size: side in
+    pixels, None: the preset's. hours: for everything. held_out: share of the people who are
+    neither trained on nor released, and test both. steps: of the (last) training, None: what the
+    hours allow. generator_weights, encoder_weights: files in place of trainings.
+    """
+
+    photos: Path
+    labels: Path
+    out_dir: Path
+    k: int = 5
+    size: int | None = None
+    preset: str = 'small'
+    hours: float = 8.0
+    held_out: float = 0.2
+    steps: int | None = None
+    release_steps: int | None = None
+    generator_weights: Path | None = None
+    encoder_weights: Path | None = None
+    seed: int = 0
+    device: torch.device = torch.device('cpu')
+
+    @property
+    def how(self) -> Preset:
+        """The preset with the size and the steps that were asked for."""
+        preset = PRESETS[self.preset]
+        return preset._replace(
+            size=self.size or preset.size, release_steps=self.release_steps or preset.release_steps
+        )
+
+    def check(self) -> None:
+        """UserError for what does not go together, before anything is read."""
+        size = self.how.size
+        if size & (size - 1) or not 64 <= size <= 1024:
+            raise UserError(f'`size` {size}: use a power of two from 64 to 1024')
+        if self.how.joint and size > 256 and not self.encoder_weights:
+            raise UserError(f'`size` {size}: `preset` small trains up to 256 px; use gpu512')
+        if self.k < 2:
+            raise UserError(f'`k` {self.k}: use 2 or more')
+        if not 0 < self.held_out < 1:
+            raise UserError(f'`held_out` {self.held_out}: use a share between 0 and 1')
+        if self.generator_weights and self.encoder_weights:
+            raise UserError(
+                '`generator_weights` and `encoder_weights`: the encoder file holds its generator; '
+                'give one of them'
+            )
+        if self.generator_weights and self.how.joint:
+            raise UserError(
+                '`generator_weights`: `preset` small trains encoder and generator together; give '
+                '`encoder_weights`, or another preset'
+            )
+        for name in ('labels', 'generator_weights', 'encoder_weights'):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise UserError(f'`{name}` {path}: no such file')
+        if not self.photos.is_dir():
+            raise UserError(f'`photos` {self.photos}: no such folder')
+
+
+def channels(size: int) -> list[int]:
+    """Channels of the small generator, from 4 px to `size`."""
+    return list(_CHANNELS[: size.bit_length() - 2])
+
+
+def pass_seconds(size: int, device: torch.device) -> float:
+    """Seconds that a picture of `size` takes through Lite0 and back, of one core or the GPU."""
+    net = load_feature_network('lite0').to(device)
+    x = torch.zeros(_BATCH, 3, size, size, device=device, requires_grad=True)
+    clock = time.perf_counter if device.type == 'cuda' else time.process_time
+    best = float('inf')
+    for _ in range(3):
+        started = clock()
+        net.pooled(x).sum().backward()
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        best = min(best, clock() - started)
+    return best / _BATCH
+
+
+class Pace(NamedTuple):
+    """seconds: of a picture through Lite0 and back. steps: what the hours allow a training."""
+
+    seconds: float
+    steps: int
+
+
+def pace(request: Request) -> Pace:
+    """Measured once for an output folder, a size and the hours, and kept in pace.json.
+
+    So a run that goes on trains as long as it was to at first, whatever else the machine does.
+    """
+    how, path = request.how, request.out_dir / 'pace.json'
+    name = f'{request.preset} {how.size} px {request.hours:g} hours {request.device.type}'
+    known = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    if name not in known:
+        seconds = pass_seconds(how.size, request.device)
+        trainings = 1 if how.joint or request.generator_weights else 2
+        image = seconds * how.image_passes
+        steps = 3600 * request.hours * TRAINING_SHARE / trainings / (image * how.batch)
+        known[name] = [seconds, _two_digits(steps)]
+        write_json(path, known)
+    seconds, steps = known[name]
+    return Pace(seconds, request.steps or steps)
+
+
+def _two_digits(steps: float) -> int:
+    return max(100, int(float(f'{steps:.1e}')))

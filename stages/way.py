@@ -1,0 +1,92 @@
+"""The stages of a request, in their order."""
+
+from typing import Any
+
+from datasets.table import read_table
+from evaluation.cache import digest
+from stages import preparation, release, training
+from stages.runner import Job, Stage
+from stages.settings import GROUP_PASSES, READ_SECONDS, Request, pace
+from stages.training import Commands
+from utils.io import sha256_file
+
+
+def build_job(request: Request, commands: Commands) -> Job:
+    """All stages with what they depend on, and hours estimated from a short measurement.
+
+    UserError for bad flags, a bad table and photographs that are not there.
+    """
+    request.check()
+    table = read_table(request.labels, request.photos)
+    hashes = preparation.file_hashes(table.paths, request.out_dir / 'photographs.json')
+    speed = pace(request)
+    reading = len(table) * READ_SECONDS / 3600
+    groups = len(table) * (1 - request.held_out) / request.k
+    drawing = groups * request.how.release_steps * GROUP_PASSES * speed.seconds / 3600
+    seeded = {'seed': request.seed}
+    inputs = {'photographs': digest(hashes), 'table': sha256_file(request.labels), **seeded}
+    stages = [
+        Stage(
+            'check',
+            'Counting people',
+            {**inputs, 'k': request.k, 'held_out': request.held_out},
+            reading / 10,
+            preparation.check_photographs(request, table, hashes),
+        ),
+        Stage(
+            'crop',
+            'Cropping to the field of view',
+            {'size': request.how.size},
+            reading,
+            preparation.crop_photographs(request, commands.dataset_tool),
+        ),
+        *_trainings(request, speed.steps, speed.seconds, commands),
+        Stage(
+            'release',
+            'Making the release',
+            {'k': request.k, 'steps': request.how.release_steps, **seeded},
+            drawing,
+            release.make_release(request),
+        ),
+        Stage(
+            'verification',
+            'Verifying the release',
+            {},
+            drawing / 20,
+            release.verify_release(request),
+        ),
+        Stage(
+            'evaluation',
+            'Holding the release against photographs, attacking it',
+            seeded,
+            reading,
+            release.evaluate_release(request),
+        ),
+    ]
+    return Job(request.out_dir, stages)
+
+
+def _trainings(
+    request: Request, steps: int, pass_seconds: float, commands: Commands
+) -> list[Stage]:
+    """The stages that make the file of generator and encoder."""
+    how = request.how
+    hours = steps * how.batch * how.image_passes * pass_seconds / 3600
+    settings: dict[str, Any] = {'preset': request.preset, 'steps': steps, 'seed': request.seed}
+
+    if request.encoder_weights is not None:
+        given = {'encoder': sha256_file(request.encoder_weights)}
+        title = 'Looking at the given encoder'
+        return [Stage('encoder', title, given, 0.01, training.take_encoder(request))]
+    if how.joint:
+        work = training.train_jointly(request, steps, commands)
+        return [Stage('encoder', 'Training encoder and generator', settings, hours, work)]
+    encoder = training.train_encoder(request, steps, commands)
+    if request.generator_weights is not None:
+        given = settings | {'generator': sha256_file(request.generator_weights)}
+        return [Stage('encoder', 'Training the encoder', given, hours, encoder)]
+    generator = training.train_generator(request, steps, commands)
+    return [
+        Stage('generator', 'Training the generator', settings, hours, generator),
+        Stage('encoder', 'Training the encoder', settings, hours, encoder),
+    ]
