@@ -127,7 +127,7 @@ class Job:
         first: str | None = None,
         last: str | None = None,
         force: bool = False,
-        after: Callable[[list[Done]], None] = lambda done: None,
+        after: Callable[[list[Done]], object] = lambda done: None,
     ) -> list[Done]:
         """Runs what is not done. first: the stages before it must be done. last: ends behind it.
 
