@@ -67,7 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
         help='their table: ids, grades, patients',
     )
     p.add_argument(
-        '--out_dir', '--out', type=Path, required=True, metavar='DIR', help='private output folder'
+        '--out',
+        '--out_dir',
+        dest='out_dir',
+        type=Path,
+        required=True,
+        metavar='DIR',
+        help='private output folder',
     )
     p.add_argument(
         '--k', type=cli.positive_int, default=5, metavar='K', help='fewest people in a group'
@@ -156,10 +162,10 @@ def check_places(opts: argparse.Namespace, job: Job) -> None:
 
 def open_out_dir(opts: argparse.Namespace) -> None:
     """Makes the private output folder and keeps other processes out of it."""
-    check_outside_release(opts.out_dir, '--out_dir')
+    check_outside_release(opts.out_dir, '--out')
     place, photos = opts.out_dir.resolve(), opts.photos.resolve()
     if place == photos or photos in place.parents:
-        raise UserError(f'--out_dir {opts.out_dir} lies in --photos {opts.photos}: choose another')
+        raise UserError(f'--out {opts.out_dir} lies in --photos {opts.photos}: choose another')
     opts.out_dir.mkdir(parents=True, exist_ok=True)
     opts.out_dir.chmod(0o700)
     hold_run(opts.out_dir)
