@@ -119,7 +119,7 @@ def crop_photographs(request: Request, dataset_tool: Command) -> Callable:
             reports.append(pd.read_csv(folder / f'{part}.report.csv'))
         report = pd.concat(reports)
         shown = find_images(folder / RELEASED)[:_SHOWN]
-        sheet([load_pictures([[p] for p in shown], request.how.size)], folder / 'crops.png')
+        sheet([load_pictures(shown, request.how.size)], folder / 'crops.png')
         finding = Finding(
             'kept photographs',
             float(report['kept'].mean()),

@@ -8,7 +8,7 @@ import numpy as np
 
 from anonymization import Networks, OptimizeConfig, Settings, anonymize
 from anonymization.audit import audit_release, report_dict
-from anonymization.pipeline import GROUP_TABLE
+from anonymization.grouped import GROUP_TABLE
 from datasets.groups import Groups
 from datasets.pictures import load_pictures
 from datasets.table import Table
@@ -42,6 +42,7 @@ def make_release(request: Request) -> Callable:
             k=request.k,
             surplus='suppress',
             soft_labels=table.labels is not None,
+            sides='mixed',  # the crops are turned to one side
             n_iters=refinements(encoder),
             seed=request.seed,
             optimize=optimize,
@@ -116,7 +117,7 @@ def _sides(request: Request, places: Places, size: int) -> _Sides:
     nonmembers, reference = others.subset(here), others.subset(there)
 
     def read(part: Table) -> np.ndarray:
-        return load_pictures([[path] for path in part.paths], size)
+        return load_pictures(part.paths, size)
 
     return _Sides(
         read(members), read(nonmembers), read(reference), _people(members), _people(nonmembers)
@@ -134,7 +135,7 @@ def evaluate_release(request: Request) -> Callable:
         size, network = request.how.size, load_feature_network(JUDGE)
         sides = _sides(request, places, size)
         images = find_images(places['release'] / 'run' / FOLDER / 'images')
-        release = load_pictures([[path] for path in images], size)
+        release = load_pictures(images, size)
         scores = nearest_attack(
             sides.members,
             sides.nonmembers,

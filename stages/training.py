@@ -263,7 +263,7 @@ def _photographs(places: Places, part: str, size: int) -> np.ndarray:
     paths = cropped(places, part).paths[:_MOST_JUDGED]
     if len(paths) < 4:
         raise UserError(f'{len(paths)} cropped photographs are held out; at least 4 are needed')
-    return load_pictures([[path] for path in paths], size)
+    return load_pictures(paths, size)
 
 
 def _vessels(photographs: np.ndarray, drawn: np.ndarray) -> float:

@@ -19,7 +19,7 @@ def flags(data, out):
         f'--out_dir={out}',
         '--size=64',
         '--k=3',
-        '--steps=8',
+        '--steps=4',
         '--release_steps=2',
         '--held_out=0.3',
         '--device=cpu',
@@ -35,7 +35,7 @@ def release_files(out):
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('eyes') / 'phantoms'
-    make_dataset(folder, n_patients=30, size=64, seed=3, eyes=('left',))
+    make_dataset(folder, n_patients=28, size=64, seed=3, eyes=('left',))
     return folder
 
 
