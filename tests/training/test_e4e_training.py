@@ -1,8 +1,5 @@
 """e4e and known latents: encoders, one step by hand, exact resume, processes, command."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch.nn.functional as F
 from golden_fill import fill_image, fill_state_dict, fill_tensor
 from PIL import Image
 from test_restyle_training import Pictures, make_psp, photographs
+from two_processes import run_in_one_and_two
 
 from models.encoders import build_encoder
 from models.psp import PSP, invert, load_psp, psp_checkpoint, psp_from_checkpoint
@@ -273,10 +271,7 @@ def test_samples_do_not_depend_on_passes() -> None:
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     """Same global batch, with latent discriminator and samples, under torchrun with gloo."""
-    script = tmp_path / 'run.py'
-    script.write_text(f"""
-import sys
-sys.path[:] = {sys.path!r}
+    code = """
 from pathlib import Path
 from test_e4e_training import encoder_run, make_coach
 from utils import distributed
@@ -284,28 +279,8 @@ distributed.init('cpu')
 coach = make_coach(synthetic=0.5, learning_rate=1e-3, optim_name='ranger')
 encoder_run(coach, Path(sys.argv[1])).to_the_end()
 distributed.shutdown()
-""")
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
-    jobs = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                '-m',
-                'torch.distributed.run',
-                '--standalone',
-                f'--nproc_per_node={n}',
-                str(script),
-                str(tmp_path / str(n)),
-            ],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for n in (1, 2)
-    ]
-    for job in jobs:
-        output = job.communicate(timeout=900)[0]
-        assert job.returncode == 0, output.decode()
+"""
+    run_in_one_and_two(code, tmp_path)
     one, two = (load_weights(tmp_path / n / 'checkpoints' / 'state_4.pt') for n in '12')
     start = make_coach(synthetic=0.5).state()
     for part in ('weights', 'discriminator_state_dict'):

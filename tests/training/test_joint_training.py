@@ -1,8 +1,5 @@
 """Joint training: bands, one step by hand, exact resume, processes, the commands."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch.nn.functional as F
 from golden_fill import fill_image
 from PIL import Image
 from test_restyle_training import Pictures, photographs
+from two_processes import run_in_one_and_two
 
 from criteria.laplacian import band_errors, band_variances, bands, rest
 from models.encoders import build_encoder
@@ -256,10 +254,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     """Same global batch in the same passes, under torchrun with gloo."""
-    script = tmp_path / 'run.py'
-    script.write_text(f"""
-import sys
-sys.path[:] = {sys.path!r}
+    code = """
 from pathlib import Path
 from test_joint_training import encoder_run, make_coach
 from utils import distributed
@@ -267,21 +262,8 @@ distributed.init('cpu')
 coach = make_coach(batch_size=6, accumulate=2 // distributed.world_size())
 encoder_run(coach, Path(sys.argv[1])).to_the_end()
 distributed.shutdown()
-""")
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    jobs = [
-        subprocess.Popen(
-            [*launch, f'--nproc_per_node={n}', str(script), str(tmp_path / str(n))],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for n in (1, 2)
-    ]
-    for job in jobs:
-        output = job.communicate(timeout=900)[0]
-        assert job.returncode == 0, output.decode()
+"""
+    run_in_one_and_two(code, tmp_path)
     one, two = (load_weights(tmp_path / n / 'checkpoints' / 'state_4.pt') for n in '12')
     start = make_coach().state()
     parts = [(s['weights'], s['averaged'], *s['opponents'].values()) for s in (one, two, start)]

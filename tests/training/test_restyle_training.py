@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from golden_fill import fill_image, fill_state_dict, fill_tensor
 from PIL import Image
+from two_processes import run_in_one_and_two
 
 from criteria.w_norm import latent_norm
 from datasets import pictures
@@ -291,10 +292,7 @@ def test_validation_does_not_depend_on_the_batch():
 
 def test_two_processes_agree_with_one(tmp_path):
     """Same global batch, batch normalisation included, under torchrun with gloo."""
-    script = tmp_path / 'run.py'
-    script.write_text(f"""
-import sys
-sys.path[:] = {sys.path!r}
+    code = """
 import torch
 from pathlib import Path
 from test_restyle_training import encoder_run, make_coach, make_psp
@@ -303,28 +301,8 @@ distributed.init('cpu')
 coach = make_coach(make_psp('ResNetBackboneEncoder'), max_steps=3, learning_rate=1e-3)
 encoder_run(coach, Path(sys.argv[1])).to_the_end()
 distributed.shutdown()
-""")
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
-    jobs = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                '-m',
-                'torch.distributed.run',
-                '--standalone',
-                f'--nproc_per_node={n}',
-                str(script),
-                str(tmp_path / str(n)),
-            ],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for n in (1, 2)
-    ]
-    for job in jobs:
-        output = job.communicate(timeout=900)[0]
-        assert job.returncode == 0, output.decode()
+"""
+    run_in_one_and_two(code, tmp_path)
     one, two = (torch.load(tmp_path / n / 'checkpoints' / 'state_3.pt') for n in '12')
     start = make_psp('ResNetBackboneEncoder').encoder.state_dict()
     moved = sum(float((one['weights'][k] - v).float().square().sum()) for k, v in start.items())
