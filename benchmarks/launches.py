@@ -17,6 +17,7 @@ if __name__ == '__main__' and '--json' not in sys.argv:  # the other checkout is
     sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT / 'tests' / 'support'))
 
+import argparse
 import importlib
 import inspect
 import json
@@ -174,14 +175,18 @@ def count_elsewhere(folder: str, parts: list[str], size: int) -> Counts:
     return json.loads(done.stdout)
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     lines = __doc__.splitlines()
     p = parser(lines[0], epilog='\n'.join(lines[1:]))
     p.add_argument('--size', type=power_of_two, default=512, metavar='PX', help='of the pictures')
     p.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS), help='what is counted')
     p.add_argument('--against', metavar='FOLDER', help='another checkout, to be counted beside')
     p.add_argument('--json', action='store_true', help='print JSON, of the project on PYTHONPATH')
-    opts = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    opts = build_parser().parse_args(argv)
     found = count(opts.parts, opts.size)
     if opts.json:
         print(json.dumps(found))
