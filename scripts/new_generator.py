@@ -6,6 +6,7 @@ The channels of 4 px, 8 px and so on say its size too. It adds no noise to its p
 with pale ones.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def untrained(channels: Sequence[int], *, n_mlp: int, style_dim: int, seed: int)
     return generator
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
     p.add_argument(
         '--channels',
@@ -59,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument(
         '--seed', type=cli.nonnegative_int, default=0, metavar='N', help='of the weights'
     )
-    opts = p.parse_args(argv)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    opts = build_parser().parse_args(argv)
     try:
         net = untrained(opts.channels, n_mlp=opts.n_mlp, style_dim=opts.style_dim, seed=opts.seed)
     except ValueError as error:
