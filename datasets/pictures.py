@@ -7,6 +7,7 @@ all that cannot be read are named together. Shapes: n pictures, S side.
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -166,8 +167,16 @@ def _read(item: Item, size: int, resample: Image.Resampling) -> np.ndarray:
     return np.rint(total / len(parts)).astype(np.uint8).transpose(2, 0, 1)
 
 
+def _digest_dicom(names: Sequence[str], folder: Path) -> str:
+    return digest_files(names, find_dicom(folder))
+
+
+def _digest_store(names: Sequence[str], path: Path) -> str:
+    return FileStore(path).digest(names)
+
+
 def _resolve(source: Source) -> tuple[list[str], Sequence[Item], Callable[[], str]]:
-    """Names, pictures, and what computes their digest."""
+    """Names, pictures, and what computes their digest (can be pickled, for loading processes)."""
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.suffix.lower() == '.csv':
@@ -175,16 +184,16 @@ def _resolve(source: Source) -> tuple[list[str], Sequence[Item], Callable[[], st
         items = list_source(path)
         names = [item.name for item in items]
         if any(item.dicom for item in items):
-            return names, items, lambda: digest_files(names, find_dicom(path))
-        return names, items, lambda: FileStore(path).digest(names)
+            return names, items, partial(_digest_dicom, names, path)
+        return names, items, partial(_digest_store, names, path)
     if isinstance(source, Table):
         table = source
-        return table.ids, list_table(table), lambda: digest_files(table.ids, table.paths)
+        return table.ids, list_table(table), partial(digest_files, table.ids, table.paths)
     lists = [[Path(p) for p in ([one] if isinstance(one, (str, Path)) else one)] for one in source]
     flat = [p for files in lists for p in files]
     pictures: list[Item] = [list_files(files) for files in lists]
     return (
         [files[0].stem for files in lists],
         pictures,
-        lambda: digest_files([p.name for p in flat], flat),
+        partial(digest_files, [p.name for p in flat], flat),
     )

@@ -126,8 +126,8 @@ class ProjectedDiscriminator(nn.Module):
         refresh_spectral_norms(self.heads)
 
     def mixed(
-        self, maps: dict[int, Float[Tensor, 'N C h w']]
-    ) -> dict[int, Float[Tensor, 'N K h w']]:
+        self, maps: dict[int, Float[Tensor, 'N _ _ _']]
+    ) -> dict[int, Float[Tensor, 'N _ _ _']]:
         """Maps of the features by stride -> {stride: [N, channels, R / stride, R / stride]}."""
         found: dict[int, Tensor] = {}
         above = None
@@ -153,7 +153,7 @@ class ProjectedDiscriminator(nn.Module):
         """
         return self.judge(self._features[0].maps(x, STRIDES))
 
-    def judge(self, maps: dict[int, Float[Tensor, 'N C h w']]) -> Float[Tensor, 'N K']:
+    def judge(self, maps: dict[int, Float[Tensor, 'N _ _ _']]) -> Float[Tensor, 'N K']:
         """As `forward`, from the feature network's maps of the STRIDES (others are passed over)."""
         mixed = self.mixed(maps)
         return torch.cat([self.heads[str(s)](mixed[s]) for s in STRIDES], 1)

@@ -59,7 +59,7 @@ def strata_of(
 
 def placeable(
     rows: Int[np.ndarray, ' r'],
-    people: Shaped[np.ndarray, ' n'] | None,
+    people: Shaped[np.ndarray, ' r'] | None,
     hashes: Shaped[np.ndarray, ' n'],
     k: int,
     policy: str,

@@ -110,7 +110,7 @@ class FeatureNetwork(nn.Module):
 
     def maps(
         self, x: Float[Tensor, 'n 3 H W'], strides: Iterable[int] = (2, 4, 8)
-    ) -> dict[int, Float[Tensor, 'n C h w']]:
+    ) -> dict[int, Float[Tensor, 'n _ _ _']]:
         """{stride: [n, C, h, w]}, in the network's dtype; differentiable in x.
 
         h and w are those of the enlarged picture over the stride. UserError when the pictures
@@ -135,7 +135,7 @@ class FeatureNetwork(nn.Module):
         """Unit vectors [n, n_features], float32: see `pool`. UserError when x is too small."""
         return self.pool(self.maps(x, self.pooled_strides))
 
-    def pool(self, maps: Mapping[int, Float[Tensor, 'n C h w']]) -> Float32[Tensor, 'n F']:
+    def pool(self, maps: Mapping[int, Float[Tensor, 'n _ _ _']]) -> Float32[Tensor, 'n F']:
         """Unit vectors [n, n_features] of maps of all strides of 4 and more.
 
         Means and standard deviations of each channel over the positions; every stride is scaled

@@ -217,7 +217,7 @@ def test_small_strata_are_suppressed_and_listed():
 
 def test_surplus_images_are_an_error_or_suppressed():
     x, patients = normal(12), ['a'] * 8 + list('bcde')
-    with pytest.raises(UserError, match="'together'"):
+    with pytest.raises(UserError, match='`policy` together'):
         assign_groups(x, 2, patients=patients)
     found = assign_groups(x, 2, patients=patients, surplus='suppress')
     assert found.info['n_groups'] == 4 and (found.labels[:8] > 0).sum() == 4

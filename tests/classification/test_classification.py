@@ -457,9 +457,9 @@ def test_command_on_every_release_kind(study, tiny_net, kind, capsys):
     assert results['seeds'][0]['n_train'] + results['seeds'][0]['n_validation'] == 20
     for name in ('roc.png', 'confusion.png', 'training.png'):
         Image.open(out / name).verify()
-    assert {'best_validation_weights.pt', 'final_weights.pt', 'result.json'} == {
-        p.name for p in (out / 'seed_1').iterdir()
-    }
+    kept = {'best_validation_weights.pt', 'final_weights.pt', 'result.json'}
+    records = {'stats.jsonl', 'curves.png', 'logs'}
+    assert kept | records == {p.name for p in (out / 'seed_1').iterdir()}
     assert 'auc_referable' in capsys.readouterr().out
 
 

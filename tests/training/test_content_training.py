@@ -491,7 +491,7 @@ def test_script_end_to_end(photographs, tmp_path):
     assert not any(k.startswith(('fc.', 'backbone.', 'head.')) for k in file['state_dict'])
     state = load_weights(out / 'checkpoints' / 'state_2.pt')['moco']
     net = load_content_network(out / EXPORT_NAME)
-    for name, value in net.net.state_dict().items():
+    for name, value in file['state_dict'].items():
         want = state[f'key.backbone.{name}']
         assert torch.allclose(value.float(), want.float(), atol=1e-6, rtol=2e-3), name
     features = net.features(pictures(3, 48))
