@@ -21,6 +21,7 @@ from anonymization.audit import (
     audit_release,
     copies,
     derive,
+    maps,
     pictures,
     recompute,
     records,
@@ -402,10 +403,10 @@ def test_what_the_diagnostic_of_copies_finds(tmp_path):
     paths = read_table(tmp_path / 'labels.csv', tmp_path / 'images').paths
     sources = [load_rgb(p) for p in paths]
     people = np.arange(len(sources)) // 2
-    detector = copies.Detector(np.stack([copies.features(np.asarray(s)) for s in sources]), people)
+    detector = copies.Detector(np.stack([maps.features(np.asarray(s)) for s in sources]), people)
 
     def taken_for_a_copy(picture):
-        return copies.is_copy(*detector.compare(copies.features(np.asarray(picture)))[:2])
+        return copies.is_copy(*detector.compare(maps.features(np.asarray(picture)))[:2])
 
     for name, disguise in DISGUISES.items():
         if name not in UNSEEN:
