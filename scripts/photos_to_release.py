@@ -152,8 +152,8 @@ def request_of(opts: argparse.Namespace) -> Request:
     return Request(**given, device=cli.resolve_device(opts.device))
 
 
-def check_places(opts: argparse.Namespace, job: Job) -> None:
-    """UserError for an output folder among the photographs, and stages that are not there."""
+def check_stages(opts: argparse.Namespace, job: Job) -> None:
+    """UserError for --from and --until that name stages this run does not have."""
     names = [stage.name for stage in job.stages]
     for flag, name in (('--from', opts.first), ('--until', opts.last)):
         if name is not None and name not in names:
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     request.check()
     open_out_dir(opts)
     job = build_job(request, COMMANDS)
-    check_places(opts, job)
+    check_stages(opts, job)
     if opts.dry_run:
         plan = job.plan(opts.last)
         for name, state, hours in plan:

@@ -12,7 +12,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from evaluation.fidelity import feature_statistics, frechet_distance
-from models.features.pretrained import FeatureNetwork
 from models.psp import PSP, FrozenPSP, invert
 from utils.images import from_uint8, grid, save_png, to_uint8
 from utils.seeds import numpy_generator
@@ -20,19 +19,6 @@ from utils.seeds import numpy_generator
 JUDGE = 'lite1'  # Lite0 makes pictures here, so another network judges them
 _BATCH = 16
 _SHOWN = 24
-
-
-@torch.no_grad()
-def pooled(
-    network: FeatureNetwork, pictures: UInt8[np.ndarray, 'n 3 S S'], device: torch.device
-) -> Float[np.ndarray, 'n F']:
-    """Pooled features of a feature network."""
-    network = network.to(device)
-    parts = [
-        network.pooled(from_uint8(torch.from_numpy(pictures[i : i + _BATCH]).to(device))).cpu()
-        for i in range(0, len(pictures), _BATCH)
-    ]
-    return torch.cat(parts).numpy()
 
 
 def distance_ratio(

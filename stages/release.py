@@ -14,10 +14,12 @@ from datasets.pictures import load_pictures
 from datasets.table import Table
 from evaluation.attacks.metrics import attack_metrics
 from evaluation.attacks.nearest import nearest_attack
+from evaluation.population import people_of
+from evaluation.probe import pooled_features
 from evaluation.splits import MEMBER, split_by_patient
 from evaluation.vessel_amount import vessel_ratios
 from models.features.pretrained import load_feature_network
-from stages.figures import JUDGE, distance_ratio, pooled, sheet
+from stages.figures import JUDGE, distance_ratio, sheet
 from stages.preparation import HELD_OUT, RELEASED, cropped
 from stages.runner import Finding, Outcome, Places
 from stages.settings import Request
@@ -51,7 +53,7 @@ def make_release(request: Request) -> Callable:
         found = anonymize(
             table, Networks(encoder, 'lite0', 'lite0'), settings, run, device=request.device
         )
-        people = table.patients or table.ids
+        people = people_of(table)
         sizes = [len({people[row] for row in rows}) for rows in found.groups.members]
         finding = Finding(
             'photographs in groups',
@@ -111,7 +113,7 @@ def _sides(request: Request, places: Places, size: int) -> _Sides:
     table, others = cropped(places, RELEASED), cropped(places, HELD_OUT)
     groups = Groups.read(places['release'] / 'run' / 'private' / GROUP_TABLE, table.ids)
     members = table.subset(np.flatnonzero(groups.of >= 0))
-    roles = split_by_patient(_people(others), 0.5, seed=request.seed)
+    roles = split_by_patient(people_of(others), 0.5, seed=request.seed)
     here = [i for i, role in enumerate(roles) if role == MEMBER]
     there = [i for i, role in enumerate(roles) if role != MEMBER]
     nonmembers, reference = others.subset(here), others.subset(there)
@@ -120,12 +122,8 @@ def _sides(request: Request, places: Places, size: int) -> _Sides:
         return load_pictures(part.paths, size)
 
     return _Sides(
-        read(members), read(nonmembers), read(reference), _people(members), _people(nonmembers)
+        read(members), read(nonmembers), read(reference), people_of(members), people_of(nonmembers)
     )
-
-
-def _people(table: Table) -> list[str]:
-    return table.patients or table.ids
 
 
 def evaluate_release(request: Request) -> Callable:
@@ -140,7 +138,7 @@ def evaluate_release(request: Request) -> Callable:
             sides.members,
             sides.nonmembers,
             sides.reference,
-            lambda pictures: pooled(network, pictures, request.device),
+            lambda pictures: pooled_features(network, pictures, device=request.device),
         )
         attack = attack_metrics(
             *scores(release),
@@ -149,7 +147,9 @@ def evaluate_release(request: Request) -> Callable:
             seed=request.seed,
         )
         vessels = vessel_ratios(sides.members, release, people=sides.member_people)
-        features = [pooled(network, p, request.device) for p in (sides.members, release)]
+        features = [
+            pooled_features(network, p, device=request.device) for p in (sides.members, release)
+        ]
         distance = distance_ratio(features[0], features[1], request.seed)
         write_json(
             folder / 'figures.json', {'attack': attack, 'vessels': vessels, 'distance': distance}

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from datasets.pictures import load_pictures
+from evaluation.probe import pooled_features
 from evaluation.vessel_amount import vessel_ratios
 from models.features.pretrained import load_feature_network
 from models.psp import load_psp
 from models.stylegan2 import load_generator
-from stages.figures import JUDGE, distance_ratio, means, pooled, reconstruct, sheet
+from stages.figures import JUDGE, distance_ratio, means, reconstruct, sheet
 from stages.preparation import HELD_OUT, RELEASED, Command, cropped
 from stages.runner import Finding, Outcome, Places, Stopped
 from stages.settings import Request, channels
@@ -272,5 +273,5 @@ def _vessels(photographs: np.ndarray, drawn: np.ndarray) -> float:
 
 def _distance(request: Request, photographs: np.ndarray, drawn: np.ndarray) -> float:
     network = load_feature_network(JUDGE)
-    real, fake = (pooled(network, p, request.device) for p in (photographs, drawn))
+    real, fake = (pooled_features(network, p, device=request.device) for p in (photographs, drawn))
     return distance_ratio(real, fake, request.seed)
