@@ -15,7 +15,7 @@ from models.features.pretrained import FeatureNetwork
 from models.psp import FrozenPSP, invert
 from utils import distributed
 from utils.errors import UserError
-from utils.images import png_names, save_png
+from utils.images import from_uint8, png_names, save_png
 from utils.io import (
     append_npy,
     check_intact,
@@ -101,7 +101,7 @@ def _invert_batch(
     run: Context, psp: FrozenPSP, net: ContentNetwork | FeatureNetwork, u8: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Of photographs uint8 [N, 3, S, S]: ws, recon, content features, error [N], on the CPU."""
-    x = u8.to(run.device).float().div(127.5).sub(1)
+    x = from_uint8(u8.to(run.device))
     found = invert(psp, x, n_iters=run.settings.n_iters)
     if not torch.isfinite(found.ws).all():
         raise UserError(

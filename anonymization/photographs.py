@@ -6,7 +6,6 @@ Blocks of rows are shared out among processes, and a run that was killed goes on
 block. n photographs.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -18,7 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
+from datasets.digests import picture_digest
 from datasets.fov import UnusableFrame, check_frame
 from datasets.pictures import OVERSAMPLING, decoding_scales
 from datasets.sides import find_disc
@@ -255,9 +256,13 @@ def _read(
     if sides == 'mirror' and eye == 'left':
         pixels = pixels[:, ::-1]
     stored = np.ascontiguousarray(pixels.transpose(2, 0, 1)).tobytes()
-    content = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
     return stored, Record(
-        sha256_bytes(data), content, sha256_bytes(stored), stat.st_size, stat.st_mtime_ns, eye
+        sha256_bytes(data),
+        picture_digest(picture),
+        sha256_bytes(stored),
+        stat.st_size,
+        stat.st_mtime_ns,
+        eye,
     )
 
 
@@ -289,8 +294,6 @@ def _collect(private: Path, n: int) -> None:
 
 def _check_eyes(photographs: Photographs, eyes: Sequence[str]) -> None:
     """UserError when most left eyes do not look like left eyes: they may be mirrored already."""
-    from PIL import Image
-
     rows = [i for i, eye in enumerate(eyes) if eye == 'left']
     rows = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLED))]
     if len(rows) < _FEWEST:

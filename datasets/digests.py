@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from utils.errors import UserError, listing
 from utils.images import as_rgb, decode_reason, open_image
 from utils.logs import progress
@@ -56,5 +58,9 @@ def _digests_of(path: Path, size: int, time: int) -> tuple[str, str]:
     data = path.read_bytes()
     with open_image(lambda: io.BytesIO(data), str(path)) as image:
         picture = as_rgb(image)
-    pixels = hashlib.sha256(repr(picture.size).encode() + picture.tobytes())
-    return hashlib.sha256(data).hexdigest(), pixels.hexdigest()
+    return hashlib.sha256(data).hexdigest(), picture_digest(picture)
+
+
+def picture_digest(picture: Image.Image) -> str:
+    """SHA-256 of the size and the pixels of a decoded picture."""
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()

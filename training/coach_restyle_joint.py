@@ -8,8 +8,10 @@ means both meet the opponents (training.picture_game). The generator adds no noi
 Shapes: N images, L styles, D style dimension, S side the encoder sees.
 """
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,21 +204,24 @@ class JointCoach(E4ECoach):
             )
         return found
 
-    def validate(self) -> tuple[dict[str, float], Tensor | None]:
-        """As E4ECoach.validate, of the averaged networks."""
+    @contextlib.contextmanager
+    def _averages(self) -> Iterator[None]:
+        """The averaged networks in the place of the trained ones."""
         trained, self.psp = self.psp, self.mean_psp
         try:
-            return super().validate()
+            yield
         finally:
             self.psp = trained
 
+    def validate(self) -> tuple[dict[str, float], Tensor | None]:
+        """As E4ECoach.validate, of the averaged networks."""
+        with self._averages():
+            return super().validate()
+
     def export(self) -> dict:
         """As Coach.export, of the averaged networks."""
-        trained, self.psp = self.psp, self.mean_psp
-        try:
+        with self._averages():
             return super().export()
-        finally:
-            self.psp = trained
 
     def state(self) -> dict:
         """As E4ECoach.state, with averages and opponents."""

@@ -155,10 +155,11 @@ def _attack(
         score = scores_of(candidate)
         known, member_people, other_people = sides(study, candidate)
         member, other = score(study.members)[known], score(study.nonmembers)
+        others = readings(other)
         read = {
             name: (
                 best_of_people(values, member_people),
-                best_of_people(readings(other)[name], other_people),
+                best_of_people(others[name], other_people),
             )
             for name, values in readings(member).items()
         }
@@ -197,11 +198,11 @@ def _again(study: Study, candidate: Candidate, score: Scores) -> dict | None:
     if not counts.any() or not strange.any():
         return None
     member, other = score(study.again[counts]), score(study.others_again[strange])
-    found = {}
+    found, others = {}, readings(other)
     for name, values in readings(member).items():
         found[name] = attack_metrics(
             best_of_people(values, list(people[0][counts])),
-            best_of_people(readings(other)[name], list(people[1][strange])),
+            best_of_people(others[name], list(people[1][strange])),
             seed=study.seed,
         )
     best = max(found, key=lambda name: found[name]['auc']['value'])
