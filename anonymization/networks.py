@@ -1,8 +1,9 @@
 """The networks behind a release, as files: what is loaded, recorded and named in the manifest."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from anonymization.optimize import OptimizeConfig, style_term
 from models.features import FeatureNet
@@ -61,6 +62,18 @@ class Networks:
             'style_arch': self.style_arch,
             'guide': None if self.guide is None else str(self.guide),
         }
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> 'Networks':
+        """The networks of a run, from `options` as it recorded them."""
+        return cls(
+            options['checkpoint_path'],
+            options['content_weights'],
+            options['style_weights'],
+            options['content_arch'],
+            options['style_arch'],
+            options['guide'],
+        )
 
     def load(self, config: OptimizeConfig) -> Loaded:
         """Reads them; UserError for a file that is none, or a network that needs larger pictures.

@@ -188,7 +188,7 @@ def finished_run(
     names = sorted(p.stem for p in (folder / 'release/images').iterdir())
     groups = [np.flatnonzero(frame.release_name == name) for name in names]
     mark = sha256_bytes(str(folder.resolve()).encode())[:8]
-    mirrored = bool(options.get('mirror_left'))
+    mirrored = options.get('sides') == 'mirror'
     members = described(table, cache / f'run_{mark}', device, mirror_left=mirrored)
     return members, groups, pictures_of([folder / f'release/images/{n}.png' for n in names])
 

@@ -37,7 +37,7 @@ from evaluation.bootstrap import rate_interval
 from models.psp import PSP, FrozenPSP, invert
 from utils import cli
 from utils.errors import UserError
-from utils.images import to_uint8
+from utils.images import from_uint8, to_uint8
 from utils.io import write_json, write_text
 from utils.logs import setup_logging
 
@@ -81,7 +81,7 @@ def inverted(
 ) -> Float[np.ndarray, 'C L D']:
     """Latents of pictures, as the encoder finds them."""
     frozen = FrozenPSP(psp, torch.float32)
-    x = torch.from_numpy(pictures).float().div(127.5).sub(1)
+    x = from_uint8(torch.from_numpy(pictures))
     return torch.cat([invert(frozen, part, n_iters=n_iters).ws for part in x.split(8)]).numpy()
 
 
@@ -98,6 +98,7 @@ def remaker(
         config=settings.optimize,
         device='cpu',
         precision=settings.precision,
+        guide=loaded.guide,
     )
 
     def remake(rows: Int[np.ndarray, ' k']) -> UInt8[np.ndarray, '3 R R']:
@@ -121,13 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     options, table, group_of, files = read_run(opts.run)
     settings = Settings.from_options(options)
-    loaded = Networks(
-        options['checkpoint_path'],
-        options['content_weights'],
-        options['style_weights'],
-        options['content_arch'],
-        options['style_arch'],
-    ).load(settings.optimize)
+    loaded = Networks.from_options(options).load(settings.optimize)
     side = loaded.psp.input_size
     seen = inverted(loaded.psp, load_pictures([[f] for f in files], side), settings.n_iters)
     ranks, chance = subtraction_ranks(seen, np.load(opts.run / 'private/latents.npy'), group_of)

@@ -194,3 +194,10 @@ def test_the_page_of_the_docs(made, tmp_path, monkeypatch, capsys):
     exec(compile(code, 'docs/python.md', 'exec'), {})
     assert 'False' not in capsys.readouterr().out
     assert (tmp_path / 'run/release/manifest.json').exists()
+
+
+def test_recorded_networks_are_the_same_networks():
+    given = Networks('restyle.pt', 'content.pt', 'vgg.pt', 'resnet50', 'vgg19', 'guide.pt')
+    recorded = given.options()
+    assert all(recorded.values())
+    assert Networks.from_options(recorded) == given
