@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     p.add_argument(
         '--df', '--table', type=Path, required=True, metavar='CSV', help='table of photographs'
     )

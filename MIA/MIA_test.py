@@ -31,7 +31,7 @@ from utils.runs import run_record
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     g = p.add_argument_group('published flags')
     g.add_argument(
         '--ckpt_path',

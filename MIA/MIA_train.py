@@ -49,7 +49,7 @@ _FREE = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     g = p.add_argument_group('published flags')
     g.add_argument(
         '--lr',

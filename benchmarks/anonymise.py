@@ -46,7 +46,8 @@ from models.features.content import ContentNetwork, content_network_from_state
 from models.features.style import VGGStyle
 from models.psp import PSP, FrozenPSP, invert
 from models.stylegan2 import Generator
-from utils.cli import parser, positive_int, power_of_two, resolve_device, run
+from utils.cli import parser_of, positive_int, power_of_two, resolve_device, run
+from utils.images import from_uint8
 
 ENCODER_SIZE = 256
 # Relative differences of the total loss allowed over the first steps and at the last one. In low
@@ -59,9 +60,8 @@ Found = tuple[Tensor, Tensor]  # latents and reconstructions
 Result = TypeVar('Result')
 
 
-def build_parser() -> argparse.ArgumentParser:
-    lines = __doc__.splitlines()
-    p = parser(lines[0], epilog='\n'.join(lines[1:]))
+def add_sizes(p: argparse.ArgumentParser) -> None:
+    """Adds the sides of `random_networks` and the size of the groups."""
     p.add_argument(
         '--size',
         type=power_of_two,
@@ -77,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
         help='side of the pictures encoder and losses see',
     )
     p.add_argument('--k', type=positive_int, default=5, metavar='INT', help='group size')
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = parser_of(__doc__)
+    add_sizes(p)
     p.add_argument(
         '--groups',
         type=positive_int,
@@ -130,7 +135,7 @@ def random_networks(
         spread = generator(torch.randn(4, 512)).std()
         for layer in (generator.to_rgb1, *generator.to_rgbs):
             layer.conv.weight.mul_(0.5 / spread)
-    pictures = photographs(4, seed + 1, side).float().div(127.5).sub(1)
+    pictures = from_uint8(photographs(4, seed + 1, side))
     encoder = build_encoder('ResNetBackboneEncoder', n_styles=generator.n_latent, input_size=side)
     offsets = set_statistics(encoder, torch.cat([pictures, pictures.flip(0)], 1))
     with torch.no_grad():
@@ -188,7 +193,7 @@ def run_published(
 ) -> tuple[dict[str, float], Float[Tensor, 'steps 2'], Found]:
     """(seconds per phase, losses [steps, 2], (latents, reconstructions)) of the first group."""
     way, clock = PublishedWay(psp, content, style, config), Clock(device)
-    x = photos[: opts.k].to(device).float().div(127.5).sub(1)
+    x = from_uint8(photos[: opts.k].to(device))
     if device.type == 'cuda':
         way.invert(x, 1)  # loads kernels
     ws, recon = clock.time('first inversion', lambda: way.invert(x))
@@ -217,7 +222,7 @@ def run_ours(
     """
     frozen, clock = FrozenPSP(psp, ACTIVATIONS[opts.precision]), Clock(device)
     work = {}
-    x_batches = photos.to(device).float().div(127.5).sub(1).split(opts.batch_size)
+    x_batches = from_uint8(photos.to(device)).split(opts.batch_size)
     with matmul_precision(opts.precision):
         if device.type == 'cuda':
             invert(frozen, x_batches[0], n_iters=1)

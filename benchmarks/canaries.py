@@ -52,7 +52,7 @@ _TEACHERS = 100  # people who teach the identity head
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     p.add_argument('what', choices=('plant', 'attack'))
     p.add_argument('--out_dir', type=Path, required=True, metavar='DIR', help='run folder')
     p.add_argument('--image_dir', type=Path, metavar='DIR', help='plant: training photographs')

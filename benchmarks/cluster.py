@@ -29,7 +29,7 @@ from jaxtyping import Float, Float64, Int64
 from scipy.spatial.distance import pdist, squareform
 
 from anonymization.grouping import assign_groups, squared_errors
-from utils.cli import parser, positive_int, resolve_device, run
+from utils.cli import parser_of, positive_int, resolve_device, run
 
 DATA = {
     'gaussian': 'isotropic, 512-d',
@@ -255,7 +255,7 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
+    p = parser_of(__doc__)
     mode = p.add_mutually_exclusive_group()
     mode.add_argument('--scaling', action='store_true', help='time against n')
     mode.add_argument('--memory', action='store_true', help='features from disk')

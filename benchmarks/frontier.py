@@ -40,7 +40,7 @@ from models.features.pretrained import load_feature_network
 from models.features.style import FILTERS
 from models.psp import PSP, FrozenPSP, invert, load_psp
 from models.stylegan2.sampling import seed_latents
-from utils.cli import add_common, nonnegative_int, parser, positive_int, resolve_device, run
+from utils.cli import add_common, nonnegative_int, parser_of, positive_int, resolve_device, run
 from utils.errors import UserError
 from utils.images import from_uint8, grid, save_png, to_uint8
 from utils.io import atomic_path, sha256_bytes, write_json, write_text
@@ -102,8 +102,7 @@ ROWS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    lines = __doc__.splitlines()
-    p = parser(lines[0], epilog='\n'.join(lines[1:]))
+    p = parser_of(__doc__)
     p.add_argument('--out_dir', type=Path, required=True, metavar='DIR', help='results and caches')
     p.add_argument(
         '--checkpoint',

@@ -25,15 +25,14 @@ from torch import Tensor
 from anonymization.optimize import ACTIVATIONS, PRECISIONS, matmul_precision
 from benchmarks.machine import describe, matrix_rate, synchronize
 from models.stylegan2.model import channel_table
-from utils.cli import parser, positive_int, power_of_two, resolve_device, run
+from utils.cli import parser_of, positive_int, power_of_two, resolve_device, run
 
 Layer = Callable[[Tensor], Tensor]
 LAYOUTS = {'NCHW': torch.contiguous_format, 'NHWC': torch.channels_last}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    lines = __doc__.splitlines()
-    p = parser(lines[0], epilog='\n'.join(lines[1:]))
+    p = parser_of(__doc__)
     p.add_argument('--size', type=power_of_two, default=256, metavar='PX', help='image side')
     p.add_argument(
         '--from_size', type=power_of_two, default=64, metavar='PX', help='lowest resolution'

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.stylegan2.op import build, fused_leaky_relu, upfirdn2d
-from utils.cli import parser, positive_int, resolve_device, run
+from utils.cli import parser_of, positive_int, resolve_device, run
 
 # (name, function of (x, kernel, bias, impl), output elements per input element)
 OPS = {
@@ -37,7 +37,7 @@ DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
+    p = parser_of(__doc__)
     p.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
     p.add_argument(
         '--repeats',

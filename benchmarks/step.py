@@ -27,31 +27,17 @@ from anonymization.optimize import (
     OptimizeConfig,
     matmul_precision,
 )
-from benchmarks.anonymise import ENCODER_SIZE, one_step, operations, photographs, random_networks
+from benchmarks.anonymise import add_sizes, one_step, operations, photographs, random_networks
 from benchmarks.layers import best_ms
 from benchmarks.machine import describe, matrix_rate
 from criteria.content import content_loss
-from utils.cli import parser, positive_int, power_of_two, resolve_device, run
+from utils.cli import parser_of, positive_int, resolve_device, run
+from utils.images import from_uint8
 
 
 def build_parser() -> argparse.ArgumentParser:
-    lines = __doc__.splitlines()
-    p = parser(lines[0], epilog='\n'.join(lines[1:]))
-    p.add_argument(
-        '--size',
-        type=power_of_two,
-        default=256,
-        metavar='PX',
-        help='side of the generated pictures',
-    )
-    p.add_argument(
-        '--encoder_size',
-        type=power_of_two,
-        default=ENCODER_SIZE,
-        metavar='PX',
-        help='side of the pictures encoder and losses see',
-    )
-    p.add_argument('--k', type=positive_int, default=5, metavar='INT', help='group size')
+    p = parser_of(__doc__)
+    add_sizes(p)
     p.add_argument(
         '--groups', type=positive_int, default=1, metavar='INT', help='groups optimised together'
     )
@@ -105,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rate = matrix_rate(device, ACTIVATIONS[opts.precision])
         # Seen as content features, so that a photograph stands for its reconstruction.
         with torch.no_grad():
-            features = [content.features(p.to(device).float().div(127.5).sub(1)) for p in photos]
+            features = [content.features(from_uint8(p.to(device))) for p in photos]
         latents = psp.latent_avg + 0.2 * torch.randn(opts.k, *psp.latent_avg.shape, device=device)
         groups = [Group(latents, p, f) for p, f in zip(photos, features)]
         for name, function in parts_of_a_step(engine, groups).items():

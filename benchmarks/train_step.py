@@ -36,7 +36,8 @@ from training.coach_restyle_psp import Coach
 from training.reconstruction import ContentTerm, L2Term, LpipsTerm
 from training.stylegan2_config import PRESETS, make_config
 from training.stylegan2_loop import Trainer
-from utils.cli import fraction, parser, positive_int, power_of_two, resolve_device, run
+from utils.cli import fraction, parser_of, positive_int, power_of_two, resolve_device, run
+from utils.images import from_uint8
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 ENCODER_SIZE, ENCODER_BATCH = 256, 8
@@ -56,8 +57,7 @@ class RandomImages(torch.utils.data.Dataset):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    lines = __doc__.splitlines()
-    p = parser(lines[0], epilog='\n'.join(lines[1:]))
+    p = parser_of(__doc__)
     p.add_argument(
         '--net', choices=('generator', 'encoder'), default='generator', help='what is trained'
     )
@@ -143,7 +143,7 @@ def encoder_step(
             losses=losses,
             device=device,
         )
-    x = images.images.to(device).float().div(127.5).sub(1)
+    x = from_uint8(images.images.to(device))
     return lambda: coach.step(x), batch, 1
 
 

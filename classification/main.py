@@ -40,7 +40,7 @@ from utils.cli import (
     boolean,
     names_flags,
     nonnegative_int,
-    parser,
+    parser_of,
     positive_int,
     resolve_device,
     run,
@@ -73,7 +73,7 @@ _OVERRIDING = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
+    p = parser_of(__doc__)
     _add_published(p.add_argument_group('published flags'))
     _add_data(p.add_argument_group('training data'))
     g = p.add_argument_group('training (each overrides the configuration)')

@@ -37,7 +37,7 @@ from evaluation.probe import pooled_features
 from evaluation.spectra import high_frequency_ratio, sharpness
 from evaluation.vessel_amount import vessel_ratios
 from models.features.pretrained import SMALLEST_SIDE
-from utils.cli import add_common, names_flags, parser, positive_int, resolve_device, run
+from utils.cli import add_common, names_flags, parser_of, positive_int, resolve_device, run
 from utils.errors import UserError, listing
 from utils.logs import setup_logging
 from utils.runs import versions
@@ -50,7 +50,7 @@ LABELS = {'fundus': ('FD-fundus', 'KID-fundus'), 'inception': ('FID', 'KID')}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
+    p = parser_of(__doc__)
     p.add_argument('real', type=Path, metavar='REAL', help='real pictures')
     p.add_argument('synthetic', type=Path, metavar='SYNTHETIC', help='synthetic pictures')
     p.add_argument(

@@ -27,7 +27,7 @@ WEIGHTS = ROOT / 'pretrained_models' / 'demo'
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     p.add_argument(
         '--out_dir', type=Path, default=Path('demo_output'), metavar='DIR', help='output folder'
     )

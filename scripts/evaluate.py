@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     p.add_argument(
         '--config', type=Path, required=True, metavar='YAML', help='what to compare on which data'
     )

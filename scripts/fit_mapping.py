@@ -34,7 +34,7 @@ _BATCH = 20
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     p.add_argument(
         '--checkpoint_path', type=Path, required=True, metavar='FILE', help='ReStyle checkpoint'
     )

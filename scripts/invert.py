@@ -39,7 +39,7 @@ _FREE = ('out_dir', 'device', 'data_path', 'checkpoint_path')
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     p.add_argument(
         '--checkpoint_path',
         '--checkpoint',

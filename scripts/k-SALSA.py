@@ -45,7 +45,7 @@ _NO_EFFECT = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     _add_required(p.add_argument_group('required'))
     add_networks(p.add_argument_group('networks'))
     add_flags(p, Settings)

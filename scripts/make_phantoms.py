@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from datasets.phantoms import EYES, GRADE_SHARES, MAX_SIZE, MIN_SIZE, make_dataset
-from utils.cli import fraction, nonnegative_int, parser, positive_int, run
+from utils.cli import fraction, nonnegative_int, parser_of, positive_int, run
 from utils.errors import UserError
 from utils.images import grid, load_tensor, save_png
 from utils.logs import setup_logging
@@ -46,7 +46,7 @@ def grade_shares(text: str) -> list[float]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
+    p = parser_of(__doc__)
     p.add_argument('--out_dir', required=True, type=Path, metavar='DIR', help='a new folder')
     p.add_argument(
         '--n_patients', required=True, type=positive_int, metavar='INT', help='patients to draw'

@@ -36,7 +36,7 @@ def untrained(channels: Sequence[int], *, n_mlp: int, style_dim: int, seed: int)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     p.add_argument(
         '--channels',
         type=cli.positive_int,

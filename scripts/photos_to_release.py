@@ -55,7 +55,7 @@ COMMANDS = Commands(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     p.add_argument(
         '--photos', type=Path, required=True, metavar='DIR', help='folder of the photographs'
     )

@@ -22,7 +22,7 @@ from utils.logs import setup_logging
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     p.add_argument('release', type=Path, nargs='?', metavar='RELEASE', help='release folder')
     p.add_argument('--key', type=Path, metavar='PEM', help='private Ed25519 key to sign with')
     p.add_argument(

@@ -62,7 +62,7 @@ _MIN_SIZE, _SMALL_SIZE = 32, 96
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     for add in (_add_data, _add_network, _add_training, _add_records):
         add(p)
     return p

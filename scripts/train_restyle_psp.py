@@ -99,7 +99,7 @@ def build_parser(
     doc: str = __doc__, encoders: Iterable[str] = ENCODERS, default_encoder: str = DEFAULT_ENCODER
 ) -> argparse.ArgumentParser:
     """The flags of an encoder training; doc: what its script says of itself."""
-    p = cli.parser(doc.splitlines()[0], '\n'.join(doc.splitlines()[1:]))
+    p = cli.parser_of(doc)
     add_options(p, encoders, default_encoder, sorted(DATASETS))
     return p
 

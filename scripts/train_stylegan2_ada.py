@@ -48,9 +48,7 @@ log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return add_options(
-        cli.parser(__doc__.splitlines()[0], epilog='\n'.join(__doc__.splitlines()[1:]))
-    )
+    return add_options(cli.parser_of(__doc__))
 
 
 def run_name(opts: argparse.Namespace, batch: int) -> str:

@@ -36,7 +36,7 @@ def _how_many(text: str) -> int | None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     p.add_argument('release', type=Path, metavar='RELEASE', help='release folder')
     p.add_argument('--private', type=Path, metavar='DIR', help='the private folder of the same run')
     p.add_argument(

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__.splitlines()[0], '\n'.join(__doc__.splitlines()[1:]))
+    p = cli.parser_of(__doc__)
     p.add_argument('--run', type=Path, required=True, metavar='DIR', help='run of k-SALSA.py')
     p.add_argument('--out_dir', type=Path, required=True, metavar='DIR', help='a new folder')
     p.add_argument(

@@ -72,6 +72,12 @@ def parser(description: str, epilog: str | None = None) -> argparse.ArgumentPars
     )
 
 
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """The `parser` of a script with this docstring: its first line on top, the rest at the end."""
+    first, _, rest = doc.partition('\n')
+    return parser(first, rest)
+
+
 def add_common(p: Group) -> Group:
     """Adds --device and --seed to a parser (or argument group) and returns it."""
     add_device(p)
