@@ -108,11 +108,11 @@ def read_groups(path: str | Path, *, flag: str = '--df') -> list[Group]:
         raise UserError(f'{flag} {path} holds no group')
     return [
         Group(
-            int(number),
+            int(rows['centers'].iloc[0]),
             list(rows['id_code']),
             rows['release_name'].iloc[0] if 'release_name' in rows else None,
         )
-        for number, rows in frame.groupby('centers', sort=True)
+        for _, rows in frame.groupby('centers', sort=True)
     ]
 
 

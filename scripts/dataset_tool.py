@@ -129,7 +129,7 @@ def _add_output(p: argparse.ArgumentParser) -> None:
     )
 
 
-def copy_table(source: str | Path, split: str | None, kept: pd.DataFrame, dest: str | Path) -> None:
+def copy_table(source: str | Path, split: str | None, kept: pd.Series, dest: str | Path) -> None:
     """The rows of the table `source` whose images were kept, in a new table."""
     rows = pd.read_csv(source, dtype=str, keep_default_na=False, encoding='utf-8-sig')
     rows.columns = [c.strip() for c in rows.columns]
@@ -183,9 +183,7 @@ def check_flags(args: argparse.Namespace) -> tuple[int | None, int | None]:
     return width, height
 
 
-def write_table(
-    args: argparse.Namespace, images: Sequence[SourceImage], kept: pd.DataFrame
-) -> None:
+def write_table(args: argparse.Namespace, images: Sequence[SourceImage], kept: pd.Series) -> None:
     """--keep_names: labels.csv beside the images, from the one CSV table or the DICOM tags."""
     dest = Path(args.dest) / 'labels.csv'
     if len(args.source) == 1 and args.source[0].lower().endswith('.csv'):
