@@ -9,7 +9,7 @@ import torch
 
 from anonymization.context import Context
 from anonymization.optimize import ACTIVATIONS, matmul_precision
-from anonymization.workers import each
+from anonymization.workers import each, unfinished
 from models.features.content import ContentNetwork
 from models.features.pretrained import FeatureNetwork
 from models.psp import FrozenPSP, invert
@@ -20,7 +20,6 @@ from utils.io import (
     append_npy,
     check_intact,
     has_seal,
-    is_intact,
     load_intact,
     remove_sealed,
     save_torch,
@@ -37,8 +36,8 @@ ANEW = 'remove it and its .sha256 and run the same command again: it is computed
 def invert_all(run: Context) -> tuple[np.ndarray, np.ndarray]:
     """Latents of all photographs [n, L, D], content features [n, F] of their pictures.
 
-    Both as memory-mapped files in private/, computed once, in chunks that are shared out among
-    the processes. UserError where a latent is not finite, or a file of the run is damaged.
+    Both as memory-mapped files in private/, computed once, in chunks that the processes take as
+    they get on. UserError where a latent is not finite, or a file of the run is damaged.
     """
     latents, content = run.private / LATENTS, run.private / CONTENT
     done = has_seal(latents) and has_seal(content)
@@ -66,15 +65,11 @@ def _chunk_file(run: Context, i: int) -> Path:
 
 def _invert_chunks(run: Context) -> None:
     settings, chunks = run.settings, _chunks(run)
-    mine = [
-        i
-        for i in range(distributed.rank(), len(chunks), distributed.world_size())
-        if not is_intact(_chunk_file(run, i))
-    ]
+    todo = unfinished([_chunk_file(run, i) for i in range(len(chunks))])
     psp = FrozenPSP(run.networks.psp.to(run.device), ACTIVATIONS[settings.precision])
     net = run.networks.content.to(run.device).to(memory_format=torch.channels_last)
     log.info('inverting %d photographs, %d refinements', len(run.table), settings.n_iters)
-    bar = progress(total=sum(len(chunks[i]) for i in mine), desc='inversion', unit='img')
+    bar = progress(total=sum(len(chunks[i]) for i in todo), desc='inversion', unit='img')
     names = png_names(run.table.ids)
 
     def one(i: int, check: Callable[[], None]) -> None:
@@ -93,7 +88,7 @@ def _invert_chunks(run: Context) -> None:
         bar.update(len(u8))
 
     with matmul_precision(settings.precision):
-        each(one, mine, run.threads)
+        each(one, distributed.handed_out(todo), run.threads)
     bar.close()
 
 

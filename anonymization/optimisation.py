@@ -21,7 +21,7 @@ from anonymization.optimize import (
 )
 from anonymization.records import GroupResult, pixel_digest
 from anonymization.starts import KEY, read_key, start_offset
-from anonymization.workers import each, memory, run_within_memory
+from anonymization.workers import each, memory, run_within_memory, unfinished
 from datasets.groups import Groups
 from models.stylegan2.sampling import latent_spread
 from utils import distributed
@@ -30,7 +30,6 @@ from utils.images import to_uint8
 from utils.io import (
     check_intact,
     has_seal,
-    is_intact,
     load_intact,
     save_torch,
     sealing,
@@ -55,13 +54,9 @@ def optimise(run: Context, latents: np.ndarray, content: np.ndarray, groups: Gro
     at_once = _at_once(run, len(groups))
     size = 1 if run.alone else at_once
     batches = [range(i, min(i + size, len(groups))) for i in range(0, len(groups), size)]
-    sources = _sources(run)
-    mine = [
-        i
-        for i in range(distributed.rank(), len(batches), distributed.world_size())
-        if not is_intact(_batch_file(run, i), sources)
-    ]
-    if mine:
+    sources = distributed.from_main(lambda: _sources(run))
+    todo = unfinished([_batch_file(run, i) for i in range(len(batches))], sources)
+    if todo:
         engine = GroupOptimizer(
             run.networks.psp,
             run.networks.content,
@@ -73,7 +68,7 @@ def optimise(run: Context, latents: np.ndarray, content: np.ndarray, groups: Gro
         )
         steps = run.settings.optimize.n_steps
         log.info('optimising %d groups, %d at a time, %d steps', len(groups), at_once, steps)
-        total = steps * sum(len(batches[i]) for i in mine)
+        total = steps * sum(len(batches[i]) for i in todo)
         bar = progress(total=total, desc='optimisation', unit='step')
 
         def one(i: int, check: Callable[[], None]) -> None:
@@ -87,7 +82,7 @@ def optimise(run: Context, latents: np.ndarray, content: np.ndarray, groups: Gro
             _save_batch(run, i, result, sources)
 
         with matmul_precision(run.settings.precision):  # set once for all threads
-            each(one, mine, min(at_once, run.threads))
+            each(one, distributed.handed_out(todo), min(at_once, run.threads))
         bar.close()
     distributed.barrier()
     return len(batches)

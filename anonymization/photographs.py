@@ -182,7 +182,7 @@ def _blocks(n: int) -> list[range]:
 
 
 def _read_blocks(private: Path, table: Table, size: int, sides: str, threads: int) -> None:
-    """Reads this process's blocks that have no record yet; UserError on all for bad ones."""
+    """Reads the blocks without a record, each whoever asks first; UserError on all bad ones."""
     n = len(table)
     scales = distributed.from_main(
         lambda: decoding_scales(table.paths, OVERSAMPLING * size, threads=threads)
@@ -202,11 +202,11 @@ def _read_blocks(private: Path, table: Table, size: int, sides: str, threads: in
             reason = str(error) if isinstance(error, UnusableFrame) else ''
             return f'{table.paths[i]}: {reason or decode_reason(error.__cause__ or error)}'
 
-    mine = range(distributed.rank(), len(_blocks(n)), distributed.world_size())
-    bar = progress(total=sum(len(_blocks(n)[b]) for b in mine), desc='reading', unit='img')
+    blocks = _blocks(n)
+    bar = progress(total=n, desc='reading', unit='img')
     with ThreadPoolExecutor(threads) as pool, open(private / PIXELS, 'rb+') as file:
-        for b in mine:
-            rows, path = _blocks(n)[b], _block_file(private, b)
+        for b in distributed.handed_out(range(len(blocks))):
+            rows, path = blocks[b], _block_file(private, b)
             if is_intact(path):
                 changed += _changed(_records(path), [table.paths[i] for i in rows])
                 bar.update(len(rows))

@@ -2,7 +2,8 @@
 
 Every stage leaves its result in `private/` before the next begins, so a run that was killed goes
 on where it stopped. With torchrun, blocks of photographs, inversion chunks and batches of groups
-are shared out among the processes; process 0 groups and writes. No stage holds more than a batch.
+are handed out to the processes as they ask for them; process 0 groups and writes. No stage holds
+more than a batch.
 
 On a CPU every photograph and every group is computed alone by one thread (see workers), several
 at a time, so the release does not depend on how many, nor on memory. On a GPU they are computed

@@ -8,15 +8,18 @@ at a time.
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
 import torch
 
 from anonymization.optimize import Group, GroupOptimizer, Result
+from utils import distributed
 from utils.errors import UserError
+from utils.io import is_intact
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +91,16 @@ def each(
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def unfinished(files: Sequence[Path], context: str = '') -> list[int]:
+    """The numbers of the files that are not there whole, made from `context` (utils.io.sealing).
+
+    Each is looked at by one process; the same answer in all.
+    """
+    mine = range(distributed.rank(), len(files), distributed.world_size())
+    found = distributed.all_gather_object([i for i in mine if not is_intact(files[i], context)])
+    return sorted(i for part in found for i in part)
 
 
 def memory(device: str | torch.device) -> int:

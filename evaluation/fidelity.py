@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from datasets.archive import ImageArchive
 from evaluation.bootstrap import People, draw_weights, unit_numbers
 from evaluation.features import Network, extract_features, load_feature_network, read_pictures
 from models.stylegan2 import Generator
+from utils import distributed
 from utils.errors import UserError
 from utils.images import to_uint8
 from utils.io import save_npy, sha256_bytes
@@ -32,6 +33,7 @@ METRICS = ('fd_fundus', 'kid_fundus', 'fid', 'kid')
 PR_NEIGHBOURS = 3  # Kynkäänniemi et al. 2019
 DC_NEIGHBOURS = 5  # Naeem et al. 2020
 N_SPLITS = 5
+_PART = 512  # pictures that a process takes at a time
 
 
 def scaled(features: Float[np.ndarray, 'n d']) -> Float[np.ndarray, 'n d']:
@@ -293,6 +295,26 @@ def check_metric_names(names: Iterable[str]) -> None:
         )
 
 
+def _feature_file(network: Network, dataset: ImageArchive, folder: Path) -> Path:
+    """Where the archive's features are kept, named after its content and the network's weights."""
+    weights = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        weights.update(name.encode() + value.cpu().numpy().tobytes())
+    key = sha256_bytes(f'{dataset.digest()} {weights.hexdigest()} {network.input_size}'.encode())
+    return folder / f'real-features-{key[:16]}.npy'
+
+
+def _kept_features(path: Path | None) -> Float[np.ndarray, 'n d'] | None:
+    """What `path` holds, or None where it cannot be read."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        log.warning('%s cannot be read (%s) and is made again', path, error)
+        return None
+
+
 def _real_features(
     network: Network,
     dataset: ImageArchive,
@@ -300,32 +322,33 @@ def _real_features(
     *,
     device: torch.device,
     batch_size: int,
-) -> Float[np.ndarray, 'n d']:
-    """Features [n, d] of the archive's pictures, kept in `folder` under their content's name."""
-    path = None
-    if folder is not None:
-        weights = hashlib.sha256()
-        for name, value in sorted(network.state_dict().items()):
-            weights.update(name.encode() + value.cpu().numpy().tobytes())
-        key = sha256_bytes(
-            f'{dataset.digest()} {weights.hexdigest()} {network.input_size}'.encode()
-        )[:16]
-        path = Path(folder) / f'real-features-{key}.npy'
-        if path.is_file():
-            try:
-                return np.load(path, allow_pickle=False)
-            except (ValueError, OSError, EOFError) as error:
-                log.warning('%s cannot be read (%s) and is made again', path, error)
+) -> Float[np.ndarray, 'n d'] | None:
+    """Features [n, d] of the archive's pictures, in process 0; None in the others.
+
+    Computed by all processes, and kept in `folder` under their content's name.
+    """
+    main = distributed.is_main()
+    path = _feature_file(network, dataset, Path(folder)) if main and folder is not None else None
+    kept = _kept_features(path)
+    if distributed.from_main(lambda: kept is not None):
+        return kept
     n = len(dataset.names)
-    found = np.concatenate(
-        [
-            extract_features(network, dataset.images(part), device=device, batch_size=batch_size)
-            for part in np.array_split(np.arange(n), -(-n // 512))
-        ]
+    parts = distributed.by_turns(
+        np.array_split(np.arange(n), -(-n // _PART)),
+        lambda part: extract_features(
+            network, dataset.images(part), device=device, batch_size=batch_size
+        ),
     )
-    if path is not None:
+    found = _in_main(parts)
+    if path is not None and found is not None:
         save_npy(path, found)
     return found
+
+
+def _in_main(parts: Iterable[Float[np.ndarray, '_ d']]) -> Float[np.ndarray, 'n d'] | None:
+    """All rows in process 0; the others only take part."""
+    kept = [part for part in parts if distributed.is_main()]
+    return np.concatenate(kept) if kept else None
 
 
 def training_metric(
@@ -339,6 +362,9 @@ def training_metric(
     batch_size: int = 32,
 ) -> Callable[..., dict[str, float]]:
     """A function (generator, device, folder=None) -> {name: number}, for snapshots of a training.
+
+    All processes of a training call it and share the work; process 0 gets the numbers, the others
+    nothing.
 
     names: of METRICS. dataset: ImageArchive with the real pictures, all of which are used once,
     without the mirror images that a training adds.
@@ -354,32 +380,43 @@ def training_metric(
         )
         for name, kind in kinds.items()
     }
-    real: dict[str, np.ndarray] = {}
+    real: dict[str, np.ndarray | None] = {}
 
     @torch.no_grad()
-    def generate(generator: Generator, device: torch.device | str) -> UInt8[Tensor, 'n 3 S S']:
-        z = torch.randn(
-            n_images, generator.style_dim, generator=torch_generator(seed, 'metric images')
-        )
-        return torch.cat(
-            [to_uint8(generator(part.to(device))).cpu() for part in z.split(batch_size)]
-        )
+    def generate(
+        generator: Generator, z: Float[Tensor, 'n D'], device: torch.device
+    ) -> UInt8[Tensor, 'n 3 S S']:
+        return torch.cat([to_uint8(generator(p.to(device))).cpu() for p in z.split(batch_size)])
 
     def metric(
         generator: Generator, device: torch.device, folder: Path | None = None
     ) -> dict[str, float]:
-        pictures = generate(generator, device)
-        fake = {}
+        z = torch.randn(
+            n_images, generator.style_dim, generator=torch_generator(seed, 'metric images')
+        )
+
+        def features(part: Float[Tensor, 'n D']) -> dict[str, np.ndarray]:
+            pictures = generate(generator, part, device)
+            return {
+                kind: extract_features(network, pictures, device=device, batch_size=batch_size)
+                for kind, network in networks.items()
+            }
+
         for kind, network in networks.items():
             if kind not in real:
                 real[kind] = _real_features(
                     network, dataset, folder, device=device, batch_size=batch_size
                 )
-            fake[kind] = extract_features(network, pictures, device=device, batch_size=batch_size)
+        # Whole batches, so that the number of processes changes none.
+        parts = distributed.by_turns(z.split(batch_size * max(1, _PART // batch_size)), features)
+        found = [part for part in parts if distributed.is_main()]
+        for network in networks.values():
             network.cpu()
+        if not found:
+            return {}
         return {
             name: (_distance_of_samples if name.startswith('f') else kernel_distance)(
-                real[kind], fake[kind]
+                cast(np.ndarray, real[kind]), np.concatenate([part[kind] for part in found])
             )
             for name, kind in kinds.items()
         }

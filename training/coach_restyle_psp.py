@@ -83,7 +83,7 @@ class Coach(Training):
         self._check()
 
         if distributed.world_size() > 1:
-            share_batch_statistics(psp.encoder)
+            share_batch_statistics(psp.encoder, self.device)
         self.psp = psp.to(self.device)
         psp.encoder.to(memory_format=torch.channels_last)
         self.psp.requires_grad_(False)

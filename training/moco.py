@@ -219,7 +219,7 @@ class MocoTrainer(Training):
                 generator=torch_generator(config.seed, 'queue'),
             )
         if distributed.world_size() > 1:
-            share_batch_statistics(moco.query)
+            share_batch_statistics(moco.query, self.device)
         self.moco = moco.to(self.device).to(memory_format=torch.channels_last)
         self.parameters = [p for p in self.moco.query.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(

@@ -113,10 +113,13 @@ class Training:
         """Called in every process after a step and its record, before a state is saved."""
 
     def after_save(self, run: 'TrainingRun', *, stopping: bool) -> None:
-        """Called in the first process after a state was saved: exports, pictures, measures.
+        """Called in the first process after a state was saved: exports, pictures.
 
         stopping: a scheduler that asks to stop waits seconds, not minutes.
         """
+
+    def measure(self, run: 'TrainingRun') -> None:
+        """Called in every process after `after_save`, unless the run stops: costly measures."""
 
     def close(self) -> None:
         """Ends the loading processes; called when the run ends."""
@@ -176,7 +179,7 @@ class TrainingRun:
         training.begin(self)
         if training.progress >= self.length:
             log.info('%salready at %s of %s', self.label, training.where(), self._goal())
-            if main and not self.checkpoints.path(training.progress).exists():
+            if distributed.from_main(lambda: not self.checkpoints.path(training.progress).exists()):
                 self._save(stopping=False)
         asked = Stopping(training.device, requested=requested, max_minutes=max_minutes)
         self._clock = _Clock(training.progress)
@@ -217,8 +220,7 @@ class TrainingRun:
             self._status(self._window.means()[0])
         training.after_step(self, last=last)
         if saving:
-            if distributed.is_main():
-                self._save(stopping=stopping)
+            self._save(stopping=stopping)
             distributed.barrier()
             clock.saved = time.monotonic()
         if recording:
@@ -255,9 +257,13 @@ class TrainingRun:
         clock.spoke = time.monotonic()
 
     def _save(self, *, stopping: bool) -> None:
-        self.checkpoints.save(self.training.progress, self.training.state())
-        self.training.after_save(self, stopping=stopping)
-        if (self.folder / STATS).is_file():
+        main = distributed.is_main()
+        if main:
+            self.checkpoints.save(self.training.progress, self.training.state())
+            self.training.after_save(self, stopping=stopping)
+        if not stopping:
+            self.training.measure(self)
+        if main and (self.folder / STATS).is_file():
             records = read_jsonl(self.folder / STATS)
             names = {name for record in records for name in record} - _NOT_DRAWN
             plot_curves(

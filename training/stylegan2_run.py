@@ -30,8 +30,8 @@ Metric = Callable[..., dict[str, float]]
 class GeneratorTraining(Trainer):
     """A Trainer with what its run leaves behind; the other arguments are Trainer's.
 
-    metric: function(generator, device, folder=) -> numbers, called at every snapshot. n_grid:
-    pictures of a grid.
+    metric: function(generator, device, folder=) -> numbers, called at every snapshot in every
+    process; those of the first are kept. n_grid: pictures of a grid.
     """
 
     def __init__(
@@ -50,11 +50,16 @@ class GeneratorTraining(Trainer):
         self._save_grid(self._samples(), run.folder / 'fakes_init.png')
 
     def after_save(self, run: TrainingRun, *, stopping: bool) -> None:
-        """A grid of generated pictures; unless the run stops, the measures of the snapshot."""
+        """A grid of generated pictures."""
         number = run.checkpoints.number(self.n_img)
         self._save_grid(self._samples(), run.folder / f'fakes{number}.png')
-        if self.metric is not None and not stopping:
-            values = self.metric(self.g_ema, self.device, folder=run.folder)
+
+    def measure(self, run: TrainingRun) -> None:
+        """The metrics of the snapshot."""
+        if self.metric is None:
+            return
+        values = self.metric(self.g_ema, self.device, folder=run.folder)
+        if distributed.is_main():
             run.log(values)
             log.info('%s  %s', self.where(), super().describe(values))
 

@@ -29,7 +29,7 @@ class _Sum(torch.autograd.Function):
 class CrossProcessBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics cover every process's batch (of equal sizes).
 
-    Unlike torch.nn.SyncBatchNorm it also works between CPU processes.
+    Unlike torch.nn.SyncBatchNorm it works between CPU processes.
     """
 
     running_mean: Tensor
@@ -54,15 +54,18 @@ class CrossProcessBatchNorm2d(nn.BatchNorm2d):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def share_batch_statistics(module: nn.Module) -> nn.Module:
-    """Replaces every BatchNorm2d below `module` in place, keeping parameters and buffers."""
+def share_batch_statistics(module: nn.Module, device: torch.device) -> nn.Module:
+    """Replaces every BatchNorm2d below `module` in place, keeping parameters and buffers.
+
+    device: where the module will compute. On GPUs torch.nn.SyncBatchNorm takes the place, whose
+    statistics are fused; it works nowhere else.
+    """
+    kind = nn.SyncBatchNorm if device.type == 'cuda' else CrossProcessBatchNorm2d
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
-            shared = CrossProcessBatchNorm2d(
-                child.num_features, eps=child.eps, momentum=child.momentum
-            )
+            shared = kind(child.num_features, eps=child.eps, momentum=child.momentum)
             shared.load_state_dict(child.state_dict())
             setattr(module, name, shared.to(child.weight.device))
         else:
-            share_batch_statistics(child)
+            share_batch_statistics(child, device)
     return module

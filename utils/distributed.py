@@ -3,7 +3,8 @@
 import datetime
 import importlib
 import os
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from utils.errors import UserError
 
+S = TypeVar('S')
 T = TypeVar('T')
 
 # How long a process waits for the others. One of them may group, measure distances or check files
@@ -159,6 +161,34 @@ def from_main(function: Callable[[], T]) -> T:
     return cast(T, box[0])
 
 
+def handed_out(items: Sequence[T]) -> Iterator[T]:
+    """The items, each in the process that asks for it first: a slow one takes fewer.
+
+    To be called by all processes, with the same items.
+    """
+    if not dist.is_initialized():
+        return iter(items)
+    counter = broadcast_object(uuid.uuid4().hex)
+    store = dist.distributed_c10d._get_default_store()
+
+    def taken() -> Iterator[T]:
+        while (number := store.add(counter, 1) - 1) < len(items):
+            yield items[number]
+
+    return taken()
+
+
+def by_turns(items: Sequence[S], function: Callable[[S], T]) -> Iterator[T]:
+    """`function` of every item, in order, in every process; each is computed in one of them.
+
+    To be called by all processes, with the same items; the results have to be picklable.
+    """
+    for first in range(0, len(items), world_size()):
+        mine = first + rank()
+        found = all_gather_object(function(items[mine]) if mine < len(items) else None)
+        yield from cast(list[T], found[: len(items) - first])
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Averages the gradients of `parameters` over the processes, in one message.
 
@@ -171,7 +201,5 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     flat /= world_size()
-    offset = 0
-    for g in grads:
-        g.copy_(flat[offset : offset + g.numel()].view_as(g))
-        offset += g.numel()
+    parts = flat.split([g.numel() for g in grads])
+    torch._foreach_copy_(grads, [part.view(g.shape) for part, g in zip(parts, grads)])

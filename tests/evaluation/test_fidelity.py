@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
+from two_processes import run_in_one_and_two
 
 from datasets.archive import ArchiveWriter, ImageArchive
 from datasets.phantoms import render_phantom
@@ -295,6 +296,54 @@ def test_training_metric(content_file, folders, tmp_path, monkeypatch):
         training_metric(['is'], None, n_images=1)
     with pytest.raises(UserError, match='--inception_weights'):
         training_metric(['fid'], None, n_images=1)
+
+
+METRIC = """
+import json, torch
+from pathlib import Path
+from datasets.archive import ImageArchive
+from evaluation import fidelity
+from models.stylegan2 import Generator
+from utils import distributed
+
+device = distributed.init('cpu')
+torch.manual_seed(0)
+generator = Generator(32, channels={4: 8, 8: 8, 16: 8, 32: 8}, n_mlp=2, style_dim=16).eval()
+out = Path(sys.argv[1])
+fidelity._PART, counts = 4, [0]
+images = ImageArchive.images
+def counted(self, part):
+    counts[0] += len(part)
+    return images(self, part)
+ImageArchive.images = counted
+for _ in range(2):
+    metric = fidelity.training_metric(
+        ['fd_fundus', 'kid_fundus'],
+        ImageArchive(out.parent / 'data.zip'),
+        n_images=10,
+        content_weights=Path((out.parent / 'weights').read_text()),
+        batch_size=2,
+    )
+    values = metric(generator, device, out)
+    assert bool(values) == distributed.is_main()
+read = distributed.all_gather_object(counts[0])
+if distributed.is_main():
+    (out / 'found.json').write_text(json.dumps([read, values]))
+distributed.shutdown()
+"""
+
+
+def test_processes_share_the_metric_of_a_snapshot(content_file, folders, tmp_path):
+    with ArchiveWriter(tmp_path / 'data.zip') as writer:
+        for picture in read_pictures(folders[0], 32):
+            writer.add(Image.fromarray(picture.transpose(1, 2, 0)))
+    (tmp_path / 'weights').write_text(str(content_file))
+    for n in '12':
+        (tmp_path / n).mkdir()
+    run_in_one_and_two(METRIC, tmp_path)
+    one, two = (json.loads((tmp_path / n / 'found.json').read_text()) for n in '12')
+    assert two[1] == one[1]
+    assert len(two[0]) == 2 and min(two[0]) > 0 and sum(two[0]) == one[0][0]  # once, and kept
 
 
 def test_people_are_the_unit_of_the_photographs():

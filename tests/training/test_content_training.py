@@ -1,5 +1,6 @@
 """Content encoder training: views, InfoNCE, queue, key network, resume, processes, quality."""
 
+import copy
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import relative_error
 from PIL import Image
+from torch import nn
 
 from datasets.pictures import Pictures as TablePictures
 from datasets.table import read_table
@@ -24,6 +26,7 @@ from evaluation.feature_quality import (
     neighbour_quality,
 )
 from models.features.content import load_content_network
+from models.resnet import build_resnet
 from scripts import train_content_encoder as script
 from training.moco import (
     EXPORT_NAME,
@@ -38,6 +41,7 @@ from training.moco import (
     learning_rate,
 )
 from training.moco_views import ViewConfig, apply_views, draw_views
+from training.sync_batchnorm import CrossProcessBatchNorm2d, share_batch_statistics
 from utils.errors import UserError
 from utils.images import from_uint8
 from utils.io import load_weights
@@ -106,6 +110,19 @@ def units(n, d=PROJECTION_DIM, seed=0):
 
 
 # --- views ------------------------------------------------------------------------------------
+
+
+def test_gpus_share_batch_statistics_by_the_fused_module() -> None:
+    torch.manual_seed(0)
+    net = build_resnet('resnet18', small_stem=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        net.train()(x)  # statistics that are not those of the beginning
+        want = net.eval()(x)
+        for kind, device in ((nn.SyncBatchNorm, 'cuda'), (CrossProcessBatchNorm2d, 'cpu')):
+            shared = share_batch_statistics(copy.deepcopy(net), torch.device(device)).eval()
+            kinds = {type(m) for m in shared.modules() if hasattr(m, 'running_mean')}
+            assert kinds == {kind} and torch.equal(shared(x), want)
 
 
 def test_views_that_change_nothing():

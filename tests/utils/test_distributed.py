@@ -20,6 +20,28 @@ from utils import distributed
 distributed.init('cpu')
 import torch.distributed.nn.functional
 assert distributed.all_reduce_sum(torch.ones(3)).tolist() == [2, 2, 2]
+
+# Process 1 is slow: it is not done with its first piece of work before the others are gone.
+for _ in range(2):
+    first, items = distributed.rank() == 1, distributed.handed_out('abcdefg')
+    mine = [next(items)] if first else []
+    distributed.barrier()
+    mine += [] if first else list(items)
+    distributed.barrier()
+    assert not list(items)
+    assert distributed.all_gather_object(mine) == [list('bcdefg'), ['a']]
+
+rows = list(distributed.by_turns('abc', lambda name: (name, distributed.rank())))
+assert rows == [('a', 0), ('b', 1), ('c', 0)]
+
+weights = [torch.nn.Parameter(torch.zeros(2, 3, 4, 4)), torch.nn.Parameter(torch.zeros(3))]
+for i, weight in enumerate(weights):
+    weight.grad = torch.arange(weight.numel()).view(weight.shape).float() * (1 + distributed.rank())
+weights[0].grad = weights[0].grad.to(memory_format=torch.channels_last)
+distributed.average_gradients(weights)
+for weight in weights:
+    wanted = torch.arange(weight.numel()).view(weight.shape).float() * 1.5
+    assert torch.equal(weight.grad, wanted)
 distributed.shutdown()
 names = [open(f'/proc/self/task/{{t}}/comm').read() for t in os.listdir('/proc/self/task')]
 assert not [n for n in names if 'gloo' in n], names
@@ -27,8 +49,8 @@ assert not [n for n in names if 'gloo' in n], names
 
 
 @pytest.mark.skipif(not Path('/proc/self/task').is_dir(), reason="lists threads in Linux's /proc")
-def test_shutdown_ends_the_threads_of_the_group(tmp_path):
-    """Threads that outlive it abort a finished run now and then while Python shuts down."""
+def test_two_processes_share_work_and_end_the_threads_of_the_group(tmp_path):
+    """Threads that outlive the group abort a finished run now and then while Python shuts down."""
     (tmp_path / 'program.py').write_text(PROGRAM)
     done = subprocess.run(
         [
