@@ -2,6 +2,7 @@
 
     python benchmarks/anonymise.py --size=256 --precision=fp32 --markdown
     python benchmarks/anonymise.py --size=256 --precision=bf16 --steps=100    # not extrapolated
+    python benchmarks/anonymise.py --size=256 --against=FOLDER    # another checkout's code and ours
 
 Both sides get the same networks (published sizes, random weights), photographs, losses and
 settings. Each side's steps are timed over --steps steps of an optimisation of that length, the
@@ -39,17 +40,18 @@ from anonymization.optimize import (
     Targets,
     matmul_precision,
 )
+from benchmarks.against import add_against, print_comparison
 from benchmarks.machine import OperationCount, describe, matrix_rate, synchronize
 from benchmarks.published import PublishedWay, synthesis
+from benchmarks.sizes import ENCODER_SIZE, add_sizes, channels_up_to
 from models.encoders import build_encoder
 from models.features.content import ContentNetwork, content_network_from_state
 from models.features.style import VGGStyle
 from models.psp import PSP, FrozenPSP, invert
 from models.stylegan2 import Generator
-from utils.cli import parser_of, positive_int, power_of_two, resolve_device, run
+from utils.cli import parser_of, positive_int, resolve_device, run
 from utils.images import from_uint8
 
-ENCODER_SIZE = 256
 # Relative differences of the total loss allowed over the first steps and at the last one. In low
 # precision the beginning is not judged: the best-matching patch of the style loss is a choice among
 # near equals, so the loss jumps where the pictures hardly differ.
@@ -60,28 +62,15 @@ Found = tuple[Tensor, Tensor]  # latents and reconstructions
 Result = TypeVar('Result')
 
 
-def add_sizes(p: argparse.ArgumentParser) -> None:
-    """Adds the sides of `random_networks` and the size of the groups."""
-    p.add_argument(
-        '--size',
-        type=power_of_two,
-        default=256,
-        metavar='PX',
-        help='side of the generated pictures',
-    )
-    p.add_argument(
-        '--encoder_size',
-        type=power_of_two,
-        default=ENCODER_SIZE,
-        metavar='PX',
-        help='side of the pictures encoder and losses see',
-    )
+def add_group_sizes(p: argparse.ArgumentParser) -> None:
+    """Adds the sizes of `random_networks` and of the groups."""
+    add_sizes(p)
     p.add_argument('--k', type=positive_int, default=5, metavar='INT', help='group size')
 
 
 def build_parser() -> argparse.ArgumentParser:
     p = parser_of(__doc__)
-    add_sizes(p)
+    add_group_sizes(p)
     p.add_argument(
         '--groups',
         type=positive_int,
@@ -116,19 +105,21 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
     p.add_argument('--seed', type=int, default=0, help='of weights and photographs')
     p.add_argument('--markdown', action='store_true', help='print a Markdown table')
+    add_against(p)
     return p
 
 
 def random_networks(
-    size: int, seed: int, side: int = ENCODER_SIZE
+    size: int, seed: int, side: int = ENCODER_SIZE, channels: int = 512
 ) -> tuple[PSP, ContentNetwork, VGGStyle]:
     """(PSP, content network, style network): published sizes, random weights.
 
+    size, side: of generated pictures and of those the encoder sees; channels: most of a map.
     Batch statistics are those of random pictures, and latents and generated pictures are scaled
     to a usual spread, so that activations and losses have ordinary sizes.
     """
     torch.manual_seed(seed)
-    generator = Generator(size)
+    generator = Generator(size, channels=channels_up_to(size, channels))
     with torch.no_grad():
         for layer in (generator.conv1, *generator.convs):
             layer.noise.weight.fill_(0.1)
@@ -330,9 +321,12 @@ def loss_differences(
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     device = resolve_device(opts.device)
+    if opts.against:
+        print_comparison('anonymise', opts, device)
+        return 0
     torch.backends.cudnn.benchmark = True
     config = OptimizeConfig(n_steps=opts.steps)
-    psp, content, style = random_networks(opts.size, opts.seed, opts.encoder_size)
+    psp, content, style = random_networks(opts.size, opts.seed, opts.encoder_size, opts.channels)
     psp, content, style = psp.to(device), content.to(device), style.to(device)
     photos = photographs(opts.k * opts.groups, opts.seed + 2, opts.encoder_size)
     with matmul_precision(opts.precision):

@@ -4,8 +4,9 @@
 #     benchmarks/gpu_check.sh OUTPUT_DIR
 #
 # Each command writes OUTPUT_DIR/<name>.txt and may take 8 minutes; OUTPUT_DIR/table.md has a row of
-# each. What has passed is not run again, so an interrupted check goes on where it was. A failure
-# does not stop the others; the exit code is the number of failures (at most 125).
+# each. What has passed is not run again, so an interrupted check goes on where it was; whoever
+# interrupts it stops the command that runs, too. A failure does not stop the others; the exit code
+# is the number of failures (at most 125).
 # PYTHON: the interpreter (default: python3). TOY=1: the smallest sizes, without the tests, to see
 # that every command runs; with PYTHON="python3 tests/support/pretended_device.py" on no GPU at all.
 set -u
@@ -20,7 +21,14 @@ cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 read -ra python <<< "${PYTHON:-python3}"
 toy=${TOY:-}
-failed=()
+failed=() running=
+# `timeout` gives its command a process group of its own, which no Ctrl-C reaches.
+stop() {
+    [ -z "$running" ] || kill "$running" 2> /dev/null
+    exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
 { echo "| check | result | seconds |"; echo "|---|---|---|"; } > "$out/table.md"
 
 # The line of a result that says most.
@@ -34,8 +42,12 @@ check() {
     shift
     if ! tail -n 1 "$file" 2> /dev/null | grep -q '^exit code 0,'; then
         echo "$name: $*"
-        { echo "\$ $*"; timeout 480 "$@" 2>&1; code=$?
-          echo "exit code $code, $((SECONDS - begin)) s"; } > "$file"
+        echo "\$ $*" > "$file"
+        timeout 480 "$@" >> "$file" 2>&1 &
+        running=$!
+        wait $running
+        code=$? running=
+        echo "exit code $code, $((SECONDS - begin)) s" >> "$file"
         if [ "$code" -ne 0 ]; then
             failed+=("$name")
             echo "    FAILED, see $file"
@@ -46,13 +58,21 @@ check() {
 }
 
 if [ -n "$toy" ]; then
-    sizes=(32) groups=1 train=(--cfg=small --batch=2 --steps=1) encoder=(--batch=2 --steps=1 --encoder_size=64)
-    ours=(--k=2 --steps=1 --n_steps=1 --encoder_size=64)
-    step=(--k=2 --repeats=1 --encoder_size=64)
+    sizes=(32) groups=1 train=(--cfg=small --batch=2 --steps=1)
+    narrow=(--encoder_size=64 --channels=16)
+    encoder=(--batch=2 --steps=1 "${narrow[@]}")
+    ours=(--k=2 --steps=1 --n_steps=1 "${narrow[@]}")
+    full=(--size=32 --groups=2 --group_batch=1 "${ours[@]}")
+    step=(--k=2 --repeats=1 "${narrow[@]}")
     ops=(--shapes=1x4x8x8 --repeats=1 --no_compile)
+    cluster=(--sizes 60) features=(--sizes 60 --reduce=8)
 else
     sizes=(256 512) groups=32 train=() encoder=(--batch=8)
-    ours=(--steps=20) step=() ops=()
+    ours=(--steps=20) step=() ops=() cluster=()
+    # Nothing extrapolated: 100 groups of 100 steps, 25 at a time.
+    full=(--size=512 --groups=100 --group_batch=25 --steps=100)
+    # All 8192 dimensions: the exact result.
+    features=(--reduce=8192)
     check gpu nvidia-smi
     check tests_ops "${python[@]}" -m pytest -q tests/models/test_cuda_ops.py
     check tests_gpu "${python[@]}" -m pytest -q -m gpu tests
@@ -84,14 +104,10 @@ for size in "${sizes[@]}"; do
     check "train_encoder_${size}_fp32" "${python[@]}" benchmarks/train_step.py \
         --net=encoder --size="$size" --precision=fp32 "${encoder[@]}" --device=cuda
 done
-if [ -z "$toy" ]; then
-    # Nothing extrapolated: 100 groups of 100 steps, 25 at a time.
-    check anonymise_512_full "${python[@]}" benchmarks/anonymise.py --size=512 --groups=100 \
-        --group_batch=25 --steps=100 --precision=bf16 --device=cuda --markdown
-    check cluster "${python[@]}" benchmarks/cluster.py --scaling --device=cuda
-    # All 8192 dimensions: the exact result.
-    check cluster_full "${python[@]}" benchmarks/cluster.py --memory --reduce=8192 --device=cuda
-fi
+check anonymise_full "${python[@]}" benchmarks/anonymise.py "${full[@]}" --precision=bf16 \
+    --device=cuda --markdown
+check cluster "${python[@]}" benchmarks/cluster.py --scaling "${cluster[@]}" --device=cuda
+check cluster_full "${python[@]}" benchmarks/cluster.py --memory "${features[@]}" --device=cuda
 
 cat "$out/table.md"
 if [ ${#failed[@]} -gt 0 ]; then

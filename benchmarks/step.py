@@ -27,7 +27,7 @@ from anonymization.optimize import (
     OptimizeConfig,
     matmul_precision,
 )
-from benchmarks.anonymise import add_sizes, one_step, operations, photographs, random_networks
+from benchmarks.anonymise import add_group_sizes, one_step, operations, photographs, random_networks
 from benchmarks.layers import best_ms
 from benchmarks.machine import describe, matrix_rate
 from criteria.content import content_loss
@@ -37,7 +37,7 @@ from utils.images import from_uint8
 
 def build_parser() -> argparse.ArgumentParser:
     p = parser_of(__doc__)
-    add_sizes(p)
+    add_group_sizes(p)
     p.add_argument(
         '--groups', type=positive_int, default=1, metavar='INT', help='groups optimised together'
     )
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     device = resolve_device(opts.device)
     torch.backends.cudnn.benchmark = True
-    psp, content, style = random_networks(opts.size, 0, opts.encoder_size)
+    psp, content, style = random_networks(opts.size, 0, opts.encoder_size, opts.channels)
     photos = photographs(opts.k * opts.groups, 2, opts.encoder_size).split(opts.k)
     engine = GroupOptimizer(
         psp, content, style, config=OptimizeConfig(), device=device, precision=opts.precision

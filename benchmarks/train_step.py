@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py --size=256 --cfg=auto --precision=fp16 --breakdown
     python benchmarks/train_step.py --net=encoder --size=512 --precision=bf16
+    python benchmarks/train_step.py --size=64 --against=FOLDER    # another checkout's code and ours
 
 `--net=generator` is one step of the StyleGAN2-ADA training (generator and discriminator, with
 their regularisation in its true share), `--net=encoder` one step of the ReStyle training with the
@@ -26,7 +27,9 @@ import torchvision
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from benchmarks.against import add_against, print_comparison
 from benchmarks.machine import OperationCount, describe, matrix_rate, synchronize
+from benchmarks.sizes import add_sizes, channels_up_to
 from models.encoders import build_encoder
 from models.psp import PSP
 from models.stylegan2 import Generator
@@ -36,11 +39,11 @@ from training.coach_restyle_psp import Coach
 from training.reconstruction import ContentTerm, L2Term, LpipsTerm
 from training.stylegan2_config import PRESETS, make_config
 from training.stylegan2_loop import Trainer
-from utils.cli import fraction, parser_of, positive_int, power_of_two, resolve_device, run
+from utils.cli import fraction, parser_of, positive_int, resolve_device, run
 from utils.images import from_uint8
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
-ENCODER_SIZE, ENCODER_BATCH = 256, 8
+ENCODER_BATCH = 8
 
 
 class RandomImages(torch.utils.data.Dataset):
@@ -61,16 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         '--net', choices=('generator', 'encoder'), default='generator', help='what is trained'
     )
-    p.add_argument(
-        '--size', type=power_of_two, default=256, metavar='PX', help='side of the generated images'
-    )
-    p.add_argument(
-        '--encoder_size',
-        type=power_of_two,
-        default=ENCODER_SIZE,
-        metavar='PX',
-        help='side of the pictures encoders see',
-    )
+    add_sizes(p)
     p.add_argument('--cfg', choices=PRESETS, default='auto', help='configuration of generators')
     p.add_argument(
         '--batch',
@@ -94,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument('--device', default='auto', help='cpu, cuda, cuda:N or auto')
     p.add_argument('--breakdown', action='store_true', help='print the costliest operations')
+    add_against(p)
     return p
 
 
@@ -119,7 +114,7 @@ def encoder_step(
 ) -> tuple[Callable[[], object], int, int]:
     """As generator_step; every step is alike."""
     batch = opts.batch or ENCODER_BATCH
-    generator = Generator(opts.size)
+    generator = Generator(opts.size, channels=channels_up_to(opts.size, opts.channels))
     encoder = build_encoder(
         'ResNetBackboneEncoder', n_styles=generator.n_latent, input_size=opts.encoder_size
     )
@@ -150,6 +145,9 @@ def encoder_step(
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     device = resolve_device(opts.device)
+    if opts.against:
+        print_comparison('train_step', opts, device)
+        return 0
     torch.backends.cudnn.benchmark = True
     prepare = generator_step if opts.net == 'generator' else encoder_step
     step, batch, period = prepare(opts, device)
