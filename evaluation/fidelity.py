@@ -351,6 +351,22 @@ def _in_main(parts: Iterable[Float[np.ndarray, '_ d']]) -> Float[np.ndarray, 'n 
     return np.concatenate(kept) if kept else None
 
 
+@torch.no_grad()
+def _features_of_samples(
+    networks: dict[str, Network],
+    generator: Generator,
+    z: Float[Tensor, 'n D'],
+    device: torch.device,
+    batch_size: int,
+) -> dict[str, Float[np.ndarray, 'n d']]:
+    """What every network sees of the pictures of z."""
+    pictures = torch.cat([to_uint8(generator(p.to(device))).cpu() for p in z.split(batch_size)])
+    return {
+        kind: extract_features(network, pictures, device=device, batch_size=batch_size)
+        for kind, network in networks.items()
+    }
+
+
 def training_metric(
     names: Sequence[str],
     dataset: ImageArchive,
@@ -382,12 +398,6 @@ def training_metric(
     }
     real: dict[str, np.ndarray | None] = {}
 
-    @torch.no_grad()
-    def generate(
-        generator: Generator, z: Float[Tensor, 'n D'], device: torch.device
-    ) -> UInt8[Tensor, 'n 3 S S']:
-        return torch.cat([to_uint8(generator(p.to(device))).cpu() for p in z.split(batch_size)])
-
     def metric(
         generator: Generator, device: torch.device, folder: Path | None = None
     ) -> dict[str, float]:
@@ -396,11 +406,7 @@ def training_metric(
         )
 
         def features(part: Float[Tensor, 'n D']) -> dict[str, np.ndarray]:
-            pictures = generate(generator, part, device)
-            return {
-                kind: extract_features(network, pictures, device=device, batch_size=batch_size)
-                for kind, network in networks.items()
-            }
+            return _features_of_samples(networks, generator, part, device, batch_size)
 
         for kind, network in networks.items():
             if kind not in real:
