@@ -149,7 +149,7 @@ def build_metric(opts: argparse.Namespace, dataset: ImageArchive) -> Metric | No
     """The function that measures snapshots, or None for --metrics=none."""
     if opts.metrics == 'none':
         return None
-    from evaluation.fidelity import training_metric
+    from evaluation.snapshots import training_metric
 
     names = opts.metrics.split(',')
     return training_metric(

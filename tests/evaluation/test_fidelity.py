@@ -24,8 +24,8 @@ from evaluation.fidelity import (
     frechet_distance,
     kernel_distance,
     neighbourhood_scores,
-    training_metric,
 )
+from evaluation.snapshots import training_metric
 from evaluation.spectra import radial_spectrum, sharpness
 from models.features.content import content_checkpoint, load_content_network
 from models.features.pretrained import load_feature_network
@@ -302,7 +302,7 @@ METRIC = """
 import json, torch
 from pathlib import Path
 from datasets.archive import ImageArchive
-from evaluation import fidelity
+from evaluation import snapshots
 from models.stylegan2 import Generator
 from utils import distributed
 
@@ -310,14 +310,14 @@ device = distributed.init('cpu')
 torch.manual_seed(0)
 generator = Generator(32, channels={4: 8, 8: 8, 16: 8, 32: 8}, n_mlp=2, style_dim=16).eval()
 out = Path(sys.argv[1])
-fidelity._PART, counts = 4, [0]
+snapshots._PART, counts = 4, [0]
 images = ImageArchive.images
 def counted(self, part):
     counts[0] += len(part)
     return images(self, part)
 ImageArchive.images = counted
 for _ in range(2):
-    metric = fidelity.training_metric(
+    metric = snapshots.training_metric(
         ['fd_fundus', 'kid_fundus'],
         ImageArchive(out.parent / 'data.zip'),
         n_images=10,
