@@ -135,16 +135,16 @@ def training_metric(
             n_images, generator.style_dim, generator=torch_generator(seed, 'metric images')
         )
 
-        def features(part: Float[Tensor, 'n D']) -> dict[str, np.ndarray]:
-            return _features_of_samples(networks, generator, part, device, batch_size)
-
         for kind, network in networks.items():
             if kind not in real:
                 real[kind] = _real_features(
                     network, dataset, folder, device=device, batch_size=batch_size
                 )
         # Whole batches, so that the number of processes changes none.
-        parts = distributed.by_turns(z.split(batch_size * max(1, _PART // batch_size)), features)
+        parts = distributed.by_turns(
+            z.split(-(-_PART // batch_size) * batch_size),
+            lambda part: _features_of_samples(networks, generator, part, device, batch_size),
+        )
         found = [part for part in parts if distributed.is_main()]
         for network in networks.values():
             network.cpu()
