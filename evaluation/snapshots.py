@@ -134,7 +134,6 @@ def training_metric(
         z = torch.randn(
             n_images, generator.style_dim, generator=torch_generator(seed, 'metric images')
         )
-
         for kind, network in networks.items():
             if kind not in real:
                 real[kind] = _real_features(
