@@ -8,6 +8,7 @@ extent of the bright pixels.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ _DARK_MARGIN = 50  # edges brighter than this are retina, not margin
 _WHITE = 240  # all channels at least this: a white margin
 _RAYS = 360
 _HYPOTHESES = 300
+_EARNED = 0.1  # share of the rim points that an ellipse explains beyond what a circle does
 _TOLERANCE = 0.012  # rim points this close to the disc (in radii) count as on it
 
 
@@ -65,12 +67,13 @@ def find_fov(image: Image.Image) -> Fov:
     """Finds the field of view of a PIL RGB picture; UnusableFrame when there is no picture."""
     shrink = max(max(image.size) / _WORK_SIZE, 1.0)
     size = [max(round(s / shrink), 1) for s in image.size]
-    rgb = np.asarray(image.resize(size, Image.Resampling.BOX))
-    values = rgb.max(axis=2).astype(np.int16)
+    small = image.resize(size, Image.Resampling.BOX, reducing_gap=1.0)
+    bands = [np.asarray(band) for band in small.split()]
+    values = functools.reduce(np.maximum, bands).astype(np.int16)
     check_frame(values)
-    scale = [full / small for full, small in zip(image.size, size)]
+    scale = [full / part for full, part in zip(image.size, size)]
 
-    white = _white_margin(rgb)
+    white = _white_margin(functools.reduce(np.minimum, bands))
     if white is not None:
         fov = _fit(np.where(white, 0, values), scale, image.size)
         if fov.kind == 'disc':
@@ -78,10 +81,10 @@ def find_fov(image: Image.Image) -> Fov:
     return _fit(values, scale, image.size)
 
 
-def _white_margin(rgb: UInt8[np.ndarray, 'H W 3']) -> Bool[np.ndarray, 'H W'] | None:
-    """Mask of the white surroundings, or None. An over-exposed retina is not one: a margin is
+def _white_margin(darkest: UInt8[np.ndarray, 'H W']) -> Bool[np.ndarray, 'H W'] | None:
+    """Mask of the white surroundings, or None; darkest: least channel. An over-exposed retina is not one: a margin is
     white in at least three corners of the frame."""
-    white = rgb.min(axis=2) >= _WHITE
+    white = darkest >= _WHITE
     labels, _ = ndimage.label(white)
     corners = {int(labels[y, x]) for y in (0, -1) for x in (0, -1)} - {0}
     n_white = sum(bool(white[y, x]) for y in (0, -1) for x in (0, -1))
@@ -165,7 +168,7 @@ def _main_parts(mask: Bool[np.ndarray, 'H W']) -> Bool[np.ndarray, 'H W']:
         return mask
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    return np.isin(labels, np.nonzero(sizes >= 0.05 * sizes.max())[0])
+    return (sizes >= 0.05 * sizes.max())[labels]
 
 
 def _rim_points(mask: Bool[np.ndarray, 'H W']) -> Float[np.ndarray, 'n 2']:
@@ -255,14 +258,15 @@ def _fit_disc(
     rim: Float[np.ndarray, 'n 2'], mask: Bool[np.ndarray, 'H W']
 ) -> Float[np.ndarray, ' 4'] | None:
     """cx, cy, rx, ry of the disc behind the rim points, or None when the picture is not one."""
-    circle, ellipse = _ransac(rim, mask.shape, True), _ransac(rim, mask.shape, False)
     # One parameter more always fits a little better: an ellipse has to earn its place.
-    if circle is not None and (ellipse is None or circle[1] > ellipse[1] - 0.1):
-        disc, share = circle
-    elif ellipse is not None:
-        disc, share = ellipse
-    else:
+    found = _ransac(rim, mask.shape, True)
+    if found is None or found[1] <= 1 - _EARNED:
+        ellipse = _ransac(rim, mask.shape, False)
+        if ellipse is not None and (found is None or found[1] <= ellipse[1] - _EARNED):
+            found = ellipse
+    if found is None:
         return None
+    disc, share = found
     ys, xs = np.nonzero(mask)
     outside = np.hypot((xs + 0.5 - disc[0]) / disc[2], (ys + 0.5 - disc[1]) / disc[3]) > 1.03
     return None if share < 0.3 or outside.mean() > 0.05 else disc
@@ -325,6 +329,8 @@ def crop_fov(
         round(min(max(side / 2 - c, 0), side - s))
         for c, s in zip((cx, cy), image.size, strict=True)
     )
-    canvas = Image.new('RGB', (side, side))
-    canvas.paste(image, (x, y))
+    canvas = image
+    if image.size != (side, side):
+        canvas = Image.new('RGB', (side, side))
+        canvas.paste(image, (x, y))
     return canvas if size is None else canvas.resize((size, size), resample)

@@ -13,7 +13,7 @@ import pandas as pd
 from PIL import Image
 
 from datasets.archive import ArchiveWriter
-from datasets.fov import UnusableFrame, crop_fov, find_fov
+from datasets.fov import Fov, UnusableFrame, crop_fov, find_fov
 from datasets.pictures import OVERSAMPLING
 from datasets.sides import disc_to_the_right
 from datasets.sources import SourceImage
@@ -43,18 +43,18 @@ def transform_image(
     resample: str = 'lanczos',
     mask: bool = False,
     unsqueeze: bool = False,
+    fov: Fov | None = None,
 ) -> Image.Image:
     """PIL RGB -> PIL RGB of `width` x `height` (None: as large as it comes).
 
     none: plain resize. center-crop: the largest central square. center-crop-wide: the largest
     central width:height region, on a black width x width square. fundus: the field of view,
-    padded to a square (UnusableFrame for near-black and blank frames).
+    padded to a square (UnusableFrame for near-black and blank frames); fov: where it is known.
     """
     kernel = FILTERS[resample]
     if transform == 'fundus':
-        return crop_fov(
-            image, find_fov(image), size=width, mask=mask, unsqueeze=unsqueeze, resample=kernel
-        )
+        fov = fov or find_fov(image)
+        return crop_fov(image, fov, size=width, mask=mask, unsqueeze=unsqueeze, resample=kernel)
     w, h = image.size
     if transform == 'center-crop':
         image = _central(image, min(w, h), min(w, h))
@@ -72,18 +72,24 @@ def transform_image(
     return image
 
 
-def _load(item: SourceImage, transform: str, width: int | None) -> Image.Image:
-    """The picture with at least twice as many pixels a side as the result shows of it."""
+def _load(item: SourceImage, transform: str, width: int | None) -> tuple[Image.Image, Fov | None]:
+    """The picture with at least twice as many pixels a side as the result shows of it.
+
+    Its field of view, where it was looked for.
+    """
     if width is None:
-        return item.load(None)
+        return item.load(None), None
     wanted = OVERSAMPLING * width
     image = item.load(wanted)
-    if transform == 'fundus':
-        left, top, right, bottom = find_fov(image).box
-        field = max(right - left, bottom - top)
-        if field < wanted:  # the field fills a part of the frame only
-            return item.load(-(-wanted * min(image.size) // field))
-    return image
+    if transform != 'fundus':
+        return image, None
+    fov = find_fov(image)
+    left, top, right, bottom = fov.box
+    field = max(right - left, bottom - top)
+    if field >= wanted or min(image.size) < wanted:  # the latter was decoded whole
+        return image, fov
+    # The field fills a part of the frame only.
+    return item.load(-(-wanted * min(image.size) // field)), None
 
 
 def _central(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -184,9 +190,8 @@ def _prepare(
 ) -> tuple[Image.Image | None, bool, str]:
     """The picture (None: unusable), whether it was mirrored, and why it is unusable."""
     try:
-        image = transform_image(
-            _load(item, transform, width), transform=transform, width=width, **options
-        )
+        image, fov = _load(item, transform, width)
+        image = transform_image(image, transform=transform, width=width, fov=fov, **options)
         return *(disc_to_the_right(image) if one_side else (image, False)), ''
     except UnusableFrame as error:
         return None, False, str(error)

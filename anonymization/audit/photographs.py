@@ -63,7 +63,7 @@ def look_again(table: Table, side: int, sides: str) -> list[Look]:
             hashlib.sha256(f'{picture.size}'.encode() + picture.tobytes()).hexdigest(),
             hashlib.sha256(np.moveaxis(seen, 2, 0).tobytes()).hexdigest(),
             eye,
-            features(np.asarray(picture)),
+            features(np.asarray(picture)).astype(np.float16),  # exact: multiples of 1/2048
         )
 
     with ThreadPoolExecutor(_THREADS) as pool:

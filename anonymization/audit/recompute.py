@@ -25,7 +25,7 @@ ONE_PERSON = 'no group latent is the latent of one person'
 # Largest and mean difference in grey levels of 255 between machines, by precision.
 TOLERANCE = {'fp32': (2, 0.1), 'tf32': (16, 1.0), 'bf16': (32, 3.0)}
 _NEAR = 0.05  # of the members' own spread
-_DIRECTIONS, _BLOCK = 64, 512
+_DIRECTIONS, _BLOCK = 64, 128
 
 
 def read_latents(run: Run) -> Float32[np.ndarray, 'C L D']:

@@ -403,7 +403,9 @@ def test_what_the_diagnostic_of_copies_finds(tmp_path):
     paths = read_table(tmp_path / 'labels.csv', tmp_path / 'images').paths
     sources = [load_rgb(p) for p in paths]
     people = np.arange(len(sources)) // 2
-    detector = copies.Detector(np.stack([maps.features(np.asarray(s)) for s in sources]), people)
+    features = np.stack([maps.features(np.asarray(s)) for s in sources])
+    assert (features.astype(np.float16) == features).all()  # which is how they are kept
+    detector = copies.Detector(features.astype(np.float16), people)
 
     def taken_for_a_copy(picture):
         return copies.is_copy(*detector.compare(maps.features(np.asarray(picture)))[:2])
@@ -415,6 +417,12 @@ def test_what_the_diagnostic_of_copies_finds(tmp_path):
     for _ in range(20):
         members = [np.asarray(sources[i], float) for i in rng.choice(24, 5, replace=False)]
         assert not taken_for_a_copy(np.mean(members, 0).astype(np.uint8))
+    # Where not all are searched, those of the picture's own group are looked at all the same.
+    some = copies.Detector(features, people, searched=6)
+    assert 7 not in some.searched
+    assert not copies.is_copy(*some.compare(features[7])[:2])
+    left, other, source = some.compare(features[7], members=[7, 12])
+    assert copies.is_copy(left, other) and source == 7
 
 
 # -- the command ----------------------------------------------------------------------------
