@@ -82,8 +82,10 @@ def find_fov(image: Image.Image) -> Fov:
 
 
 def _white_margin(darkest: UInt8[np.ndarray, 'H W']) -> Bool[np.ndarray, 'H W'] | None:
-    """Mask of the white surroundings, or None; darkest: least channel. An over-exposed retina is not one: a margin is
-    white in at least three corners of the frame."""
+    """Mask of the white surroundings, or None. darkest: the least channel.
+
+    An over-exposed retina is not one: a margin is white in at least three corners of the frame.
+    """
     white = darkest >= _WHITE
     labels, _ = ndimage.label(white)
     corners = {int(labels[y, x]) for y in (0, -1) for x in (0, -1)} - {0}

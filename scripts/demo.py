@@ -1,10 +1,10 @@
-"""Runs the main job on phantoms with the embedded weights: what `make demo` does.
+"""From phantoms to an evaluated release with the embedded weights: what `make demo` does.
 
     python scripts/demo.py --out_dir=demo_output
 
-Draws photographs of eyes that never existed (scripts/make_phantoms.py), groups and averages them
-(what scripts/k-SALSA.py does), shows the verification and says where all lies. A demo that was
-stopped goes on when started again.
+Draws photographs of eyes that never existed (scripts/make_phantoms.py) and hands them to
+scripts/photos_to_release.py with weights in place of the trainings. A demo that was stopped goes on
+when started again.
 """
 
 import argparse
@@ -16,10 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from anonymization import Networks, OptimizeConfig, Settings, anonymize
-from anonymization.audit import report_text
-from datasets.table import read_table
-from scripts import make_phantoms
+from scripts import make_phantoms, photos_to_release
+from stages.report import PAGE
 from utils import cli
 from utils.logs import setup_logging
 
@@ -48,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         '--num_steps',
-        type=cli.nonnegative_int,
+        type=cli.positive_int,
         default=40,
         metavar='STEPS',
         help='optimisation steps per group',
@@ -72,26 +70,30 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f'--seed={opts.seed + 2}',
             ]
         )
-    release = anonymize(
-        read_table(data / 'labels.csv', data / 'images'),
-        Networks(WEIGHTS / 'restyle.pt', 'lite0', 'lite0', guide=WEIGHTS / 'guide.pt'),
-        Settings(
-            k=opts.same_k,
-            centroids=True,
-            seed=opts.seed,
-            data='phantoms',
-            optimize=OptimizeConfig(n_steps=opts.num_steps, style_weight='auto', lr='auto'),
-        ),
-        run,
-        device=cli.resolve_device(opts.device),
+    code = photos_to_release.main(
+        [
+            f'--photos={data / "images"}',
+            f'--labels={data / "labels.csv"}',
+            f'--out={run}',
+            '--size=64',
+            f'--k={opts.same_k}',
+            f'--release_steps={opts.num_steps}',
+            f'--encoder_weights={WEIGHTS / "restyle.pt"}',
+            f'--guide={WEIGHTS / "guide.pt"}',
+            f'--seed={opts.seed}',
+            *([f'--device={opts.device}'] if opts.device else []),
+        ]
     )
-    print(report_text(release.audit))
+    if code:
+        return code
+    (place,) = {p.parent for p in run.glob('stages/*-release-*/run') if (p / 'release').is_dir()}
     print(
         f'\nThe job took {(time.monotonic() - started) / 60:.1f} minutes.\n'
-        f'  photographs (drawn):     {data / "contact_sheet.png"}\n'
-        f'  release, to be shared:   {release.folder}\n'
-        f'  report:                  {release.folder / "report.html"}\n'
-        f'  contact sheet (private): {run / "private" / "contact_sheet.png"}'
+        f'  photographs (drawn):          {data / "contact_sheet.png"}\n'
+        f'  report of the run (private):  {run / PAGE}\n'
+        f'  contact sheet (private):      {place / "run/private/contact_sheet.png"}\n'
+        f'  release, to be shared:        {place / "run/release"}\n'
+        f'  its report:                   {place / "run/release/report.html"}'
     )
     return 0
 

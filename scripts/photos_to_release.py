@@ -124,6 +124,9 @@ def _add_lengths(g: argparse._ArgumentGroup) -> None:
         metavar='FILE',
         help='ReStyle checkpoint, in place of all trainings',
     )
+    g.add_argument(
+        '--guide', type=Path, metavar='FILE', help='of the content loss, for the release'
+    )
 
 
 def _add_course(g: argparse._ArgumentGroup) -> None:

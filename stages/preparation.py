@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from datasets.people import person_numbers
+from datasets.people import merge_identical
 from datasets.pictures import load_pictures
 from datasets.table import Table, read_table
+from evaluation.population import people_of
 from evaluation.splits import MEMBER, split_by_patient
 from stages.figures import sheet
 from stages.runner import Finding, Outcome, Places
@@ -52,16 +53,14 @@ def file_hashes(paths: Sequence[Path], known_in: Path) -> list[str]:
     return [entry[2] for _, entry in found]
 
 
-def people_of(table: Table, hashes: Sequence[str]) -> list[str]:
-    """The person of each photograph [n]; identical files show one person."""
-    return [str(n) for n in person_numbers(table.patients or table.ids, hashes)]
+def check_photographs(request: Request, table: Table) -> Callable:
+    """The stage that decodes all photographs, counts people and decides who is held out.
 
-
-def check_photographs(request: Request, table: Table, hashes: Sequence[str]) -> Callable:
-    """The stage that counts people and decides who is held out."""
+    Photographs with the same pixels show one person.
+    """
 
     def work(folder: Path, places: Places) -> Outcome:
-        people = people_of(table, hashes)
+        people = people_of(merge_identical(table))
         roles = split_by_patient(people, 1 - request.held_out, seed=request.seed)
         rows = pd.read_csv(
             request.labels, dtype=str, keep_default_na=False, encoding='utf-8-sig'

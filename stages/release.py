@@ -51,7 +51,11 @@ def make_release(request: Request) -> Callable:
         )
         run = folder / 'run'
         found = anonymize(
-            table, Networks(encoder, 'lite0', 'lite0'), settings, run, device=request.device
+            table,
+            Networks(encoder, 'lite0', 'lite0', guide=request.guide),
+            settings,
+            run,
+            device=request.device,
         )
         people = people_of(table)
         sizes = [len({people[row] for row in rows}) for rows in found.groups.members]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from evaluation.cache import digest
 from utils.errors import PrivacyError, UserError
 from utils.io import sha256_file, write_json
+from utils.runs import versions
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ class Finding(NamedTuple):
     """A number behind a stage, and the line it has to keep.
 
     at_least: whether the line is the least value, or else the most. sentence: what it is, in plain
-    words. remedy: what to do beyond the line. final: --force does not pass it.
+    words. remedy: what to do beyond the line. final: --force does not pass it. binding: the run
+    stops beyond the line; else it only says so.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Finding(NamedTuple):
     sentence: str
     remedy: str
     final: bool = False
+    binding: bool = True
 
     @property
     def passed(self) -> bool:
@@ -117,6 +120,12 @@ class Job:
             if not (folder / name).is_file() or sha256_file(folder / name) != known:
                 log.warning('%s: %s is not as the stage left it', folder, name)
                 return None
+        if record['commit'] != versions()['commit']:
+            log.warning(
+                '%s was made by the code of commit %s; remove the folder to make it anew',
+                folder,
+                record['commit'],
+            )
         findings = [Finding(**finding) for finding in record['findings']]
         outcome = Outcome(findings, record['pictures'], list(record['outputs']))
         return Done(stage, folder, record['seconds'], outcome)
@@ -163,6 +172,7 @@ class Job:
         seconds = time.monotonic() - started
         record = {
             'settings': stage.settings,
+            'commit': versions()['commit'],
             'seconds': seconds,
             'findings': [finding._asdict() for finding in outcome.findings],
             'pictures': outcome.pictures,
@@ -184,10 +194,10 @@ class Job:
 
 def check(done: Done, force: bool) -> None:
     """Logs the findings of a stage; UserError for those that do not keep their line."""
-    failed = [finding for finding in done.outcome.findings if not finding.passed]
     for finding in done.outcome.findings:
         level = logging.INFO if finding.passed else logging.WARNING
         log.log(level, '%s: %s', done.stage.name, finding.text())
+    failed = [f for f in done.outcome.findings if f.binding and not f.passed]
     if final := [finding for finding in failed if finding.final]:
         raise PrivacyError(_complaint(done.stage, final))
     if failed and not force:

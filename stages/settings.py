@@ -48,7 +48,8 @@ class Request:
     photos, labels: photographs and their table. k: fewest people in a group. size: side in
     pixels, None: the preset's. hours: for everything. held_out: share of the people who are
     neither trained on nor released, and test both. steps: of the (last) training, None: what the
-    hours allow. generator_weights, encoder_weights: files in place of trainings.
+    hours allow. generator_weights, encoder_weights: files in place of trainings. guide: file of
+    models.features.guide for the release.
     """
 
     photos: Path
@@ -63,6 +64,7 @@ class Request:
     release_steps: int | None = None
     generator_weights: Path | None = None
     encoder_weights: Path | None = None
+    guide: Path | None = None
     seed: int = 0
     device: torch.device = torch.device('cpu')
 
@@ -95,7 +97,7 @@ class Request:
                 '`generator_weights`: `preset` small trains encoder and generator together; give '
                 '`encoder_weights`, or another preset'
             )
-        for name in ('labels', 'generator_weights', 'encoder_weights'):
+        for name in ('labels', 'generator_weights', 'encoder_weights', 'guide'):
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise UserError(f'`{name}` {path}: no such file')

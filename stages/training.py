@@ -210,13 +210,17 @@ def encoder_flags(
 
 
 def take_encoder(request: Request) -> Callable:
-    """The stage in place of trainings: looks at an encoder that is given."""
+    """The stage in place of trainings: looks at an encoder that is given.
+
+    Its lines do not bind: there is no training to go on with.
+    """
 
     def work(folder: Path, places: Places) -> Outcome:
         if request.encoder_weights is None:
             raise ValueError('no encoder is given')
         shutil.copyfile(request.encoder_weights, folder / ENCODER)
-        return judge_encoder(request, folder, places, folder / ENCODER)
+        found = judge_encoder(request, folder, places, folder / ENCODER)
+        return found._replace(findings=[f._replace(binding=False) for f in found.findings])
 
     return work
 

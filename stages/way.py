@@ -24,14 +24,15 @@ def build_job(request: Request, commands: Commands) -> Job:
     groups = len(table) * (1 - request.held_out) / request.k
     drawing = groups * request.how.release_steps * GROUP_PASSES * speed.seconds / 3600
     seeded = {'seed': request.seed}
+    guided = {} if request.guide is None else {'guide': sha256_file(request.guide)}
     inputs = {'photographs': digest(hashes), 'table': sha256_file(request.labels), **seeded}
     stages = [
         Stage(
             'check',
             'Counting people',
             {**inputs, 'k': request.k, 'held_out': request.held_out},
-            reading / 10,
-            preparation.check_photographs(request, table, hashes),
+            reading / 3,
+            preparation.check_photographs(request, table),
         ),
         Stage(
             'crop',
@@ -44,7 +45,7 @@ def build_job(request: Request, commands: Commands) -> Job:
         Stage(
             'release',
             'Making the release',
-            {'k': request.k, 'steps': request.how.release_steps, **seeded},
+            {'k': request.k, 'steps': request.how.release_steps, **guided, **seeded},
             drawing,
             release.make_release(request),
         ),

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import load_script
@@ -11,7 +12,7 @@ from PIL import Image
 from datasets.table import Table
 from scripts import train_restyle_psp, train_stylegan2_ada
 from stages.figures import distance_ratio
-from stages.preparation import file_hashes, people_of
+from stages.preparation import check_photographs, file_hashes
 from stages.report import write_report
 from stages.runner import Finding, Job, Outcome, Stage
 from stages.settings import PRESETS, Request, channels
@@ -120,7 +121,7 @@ def test_the_page_grows_stands_alone_and_says_what_may_be_shared(tmp_path):
     assert len(done) == 3
 
 
-def test_hashes_follow_contents_and_identical_files_are_one_person(tmp_path):
+def test_hashes_follow_contents(tmp_path):
     paths = [tmp_path / f'{name}.png' for name in 'abc']
     for path, text in zip(paths, ('one', 'two', 'one')):
         path.write_text(text)
@@ -131,9 +132,30 @@ def test_hashes_follow_contents_and_identical_files_are_one_person(tmp_path):
     assert len(json.loads(known.read_text())) == 3
     paths[1].write_text('three')
     assert file_hashes(paths, known)[1] != first[1]
-    table = Table(['a', 'b', 'c'], paths, patients=['p', 'q', 'r'])
-    people = people_of(table, first)
-    assert people[0] == people[2] != people[1]
+
+
+def test_one_picture_in_two_files_shows_one_person(tmp_path):
+    rng, asked = np.random.default_rng(0), request(tmp_path, held_out=0.4)
+    paths = [tmp_path / f'{i:02d}.png' for i in range(30)]
+    for path in paths[:-1]:
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path)
+    Image.open(paths[0]).save(paths[-1], compress_level=0)
+    table = Table([path.stem for path in paths], paths, patients=[path.stem for path in paths])
+    asked.labels.write_text('id_code,patient_id\n' + ''.join(f'{i},{i}\n' for i in table.ids))
+    found = check_photographs(asked, table)(tmp_path, {})
+    assert '30 photographs of 29 people' in found.findings[0].sentence
+    splits = pd.read_csv(tmp_path / 'labels.csv')['split']
+    assert splits.iloc[0] == splits.iloc[-1] and splits.nunique() == 2
+
+
+def test_lines_that_do_not_bind_are_only_said(tmp_path):
+    def look(folder, places):
+        finding = Finding('error', 2.0, 1.0, False, 'An error.', 'nothing', binding=False)
+        return Outcome([finding], {}, [])
+
+    for _ in range(2):
+        (done,) = Job(tmp_path, [Stage('encoder', 'Looking', {}, 1.0, look)]).run()
+        assert not done.outcome.findings[0].passed
 
 
 def test_distance_ratio_is_1_for_more_photographs_and_large_for_others():
