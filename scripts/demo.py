@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts import make_phantoms, photos_to_release
 from stages.report import PAGE
+from stages.runner import RECORD
 from utils import cli
 from utils.logs import setup_logging
 
@@ -81,12 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             f'--encoder_weights={WEIGHTS / "restyle.pt"}',
             f'--guide={WEIGHTS / "guide.pt"}',
             f'--seed={opts.seed}',
-            *([f'--device={opts.device}'] if opts.device else []),
+            f'--device={opts.device}',
         ]
     )
     if code:
         return code
-    (place,) = {p.parent for p in run.glob('stages/*-release-*/run') if (p / 'release').is_dir()}
+    # The newest: other flags make another one.
+    place = max(run.glob('stages/*-release-*'), key=lambda p: (p / RECORD).stat().st_mtime)
     print(
         f'\nThe job took {(time.monotonic() - started) / 60:.1f} minutes.\n'
         f'  photographs (drawn):          {data / "contact_sheet.png"}\n'

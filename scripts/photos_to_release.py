@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 from anonymization.release import check_outside_release
 from scripts import (
@@ -31,6 +32,7 @@ from scripts import (
     train_restyle_psp,
     train_stylegan2_ada,
 )
+from stages.preparation import Command
 from stages.report import PAGE, verdict, write_report
 from stages.runner import Job, Stopped
 from stages.settings import PRESETS, Request
@@ -40,18 +42,29 @@ from utils import cli
 from utils.errors import UserError
 from utils.logs import setup_logging
 from utils.runs import hold_run
+from utils.signals import start_processes
 
 log = logging.getLogger(__name__)
 
 NAMES = ('check', 'crop', 'generator', 'encoder', 'release', 'verification', 'evaluation')
-COMMANDS = Commands(
-    dataset_tool.main,
-    new_generator.main,
-    train_restyle_joint.main,
-    fit_mapping.main,
-    train_stylegan2_ada.main,
-    train_restyle_psp.main,
-)
+
+
+def commands(world: int) -> Commands:
+    """The commands of the stages; trainings and release with `world` processes."""
+
+    def several(name: str) -> Command:
+        return partial(start_processes, world, Path(__file__).with_name(name))
+
+    alone = world == 1
+    return Commands(
+        dataset_tool.main,
+        new_generator.main,
+        train_restyle_joint.main if alone else several('train_restyle_joint.py'),
+        fit_mapping.main,
+        train_stylegan2_ada.main if alone else several('train_stylegan2_ada.py'),
+        train_restyle_psp.main if alone else several('train_restyle_psp.py'),
+        None if alone else several('k-SALSA.py'),
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -125,6 +138,13 @@ def _add_lengths(g: argparse._ArgumentGroup) -> None:
         help='ReStyle checkpoint, in place of all trainings',
     )
     g.add_argument(
+        '--processes',
+        type=cli.positive_int,
+        metavar='N',
+        help='of each training and of the release, at most, on this machine (default: one for each '
+        'GPU)',
+    )
+    g.add_argument(
         '--guide', type=Path, metavar='FILE', help='of the content loss, for the release'
     )
 
@@ -181,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     request = request_of(opts)
     request.check()
     open_out_dir(opts)
-    job = build_job(request, COMMANDS)
+    job = build_job(request, commands(request.world))
     check_stages(opts, job)
     if opts.dry_run:
         plan = job.plan(opts.last)

@@ -42,7 +42,7 @@ from utils.errors import UserError
 from utils.io import sha256_file
 from utils.logs import setup_logging
 from utils.runs import add_continuation, hold_run, run_record, start_run
-from utils.signals import run_launcher, stop_on_signal
+from utils.signals import start_processes, stop_on_signal
 
 log = logging.getLogger(__name__)
 
@@ -128,21 +128,6 @@ def check_data(
             f'--data {opts.data}: other pictures than {start.path} was trained with; '
             'give those, or begin anew from its networks: --resume FILE --transfer=1'
         )
-
-
-def start_processes(n: int, argv: Sequence[str]) -> int:
-    """Runs this script under torchrun with `n` processes; returns its exit code."""
-    command = [
-        sys.executable,
-        '-m',
-        'torch.distributed.run',
-        '--standalone',
-        f'--nproc_per_node={n}',
-        '--',
-        str(Path(__file__).resolve()),
-        *argv,
-    ]
-    return run_launcher(command)
 
 
 def build_metric(opts: argparse.Namespace, dataset: ImageArchive) -> Metric | None:
@@ -260,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if opts.gpus > 1 and 'WORLD_SIZE' not in os.environ and not opts.dry_run:
         if device.type == 'cuda' and opts.gpus > torch.cuda.device_count():
             raise UserError(f'--gpus {opts.gpus}: only {torch.cuda.device_count()} GPU(s) here')
-        return start_processes(opts.gpus, argv)
+        return start_processes(opts.gpus, __file__, argv)
     setup_logging()
     device = distributed.init(device)
     if not distributed.is_main():

@@ -20,10 +20,10 @@ from evaluation.splits import MEMBER, split_by_patient
 from evaluation.vessel_amount import vessel_ratios
 from models.features.pretrained import load_feature_network
 from stages.figures import JUDGE, distance_ratio, sheet
-from stages.preparation import HELD_OUT, RELEASED, cropped
+from stages.preparation import HELD_OUT, LABELS, RELEASED, Command, cropped
 from stages.runner import Finding, Outcome, Places
 from stages.settings import Request
-from stages.training import ENCODER, distance_finding, refinements, vessel_findings
+from stages.training import ENCODER, distance_finding, refinements, run_command, vessel_findings
 from utils.images import find_images
 from utils.io import write_json
 
@@ -33,23 +33,58 @@ _MOST_AUC = 0.65
 _LARGER = 'a larger `k`, and networks that were trained longer or on more people'
 
 
-def make_release(request: Request) -> Callable:
-    """The stage that groups the photographs and draws a picture for each group."""
+def release_settings(request: Request, encoder: Path, table: Table) -> Settings:
+    """How the release is made. encoder: file of the networks. table: the cropped photographs."""
+    return Settings(
+        k=request.k,
+        surplus='suppress',
+        soft_labels=table.labels is not None,
+        sides='mixed',  # the crops are turned to one side
+        n_iters=refinements(encoder),
+        seed=request.seed,
+        optimize=OptimizeConfig(n_steps=request.how.release_steps, style_weight='auto', lr='auto'),
+    )
+
+
+def release_flags(
+    request: Request, settings: Settings, encoder: Path, crops: Path, run: Path
+) -> list[str]:
+    """The same as flags of scripts/k-SALSA.py, for several processes."""
+    return [
+        f'--exp_dir={run}',
+        f'--checkpoint_path={encoder}',
+        f'--df={crops / LABELS}',
+        f'--data_path={crops}',
+        '--content_weights=lite0',
+        '--style_weights=lite0',
+        *([f'--guide={request.guide}'] if request.guide else []),
+        f'--same_k={settings.k}',
+        f'--surplus={settings.surplus}',
+        f'--sides={settings.sides}',
+        f'--n_iters={settings.n_iters}',
+        f'--seed={settings.seed}',
+        f'--data={settings.data}',
+        f'--num_steps={settings.optimize.n_steps}',
+        f'--style_weight={settings.optimize.style_weight}',
+        f'--lr={settings.optimize.lr}',
+        *(['--soft_labels'] if settings.soft_labels else []),
+        f'--device={request.device}',
+    ]
+
+
+def make_release(request: Request, several: Command | None) -> Callable:
+    """The stage that groups the photographs and draws a picture for each group.
+
+    several: the command that does it with several processes, None for this one alone.
+    """
 
     def work(folder: Path, places: Places) -> Outcome:
-        encoder = places['encoder'] / ENCODER
+        encoder, run = places['encoder'] / ENCODER, folder / 'run'
         table = cropped(places, RELEASED)
-        optimize = OptimizeConfig(n_steps=request.how.release_steps, style_weight='auto', lr='auto')
-        settings = Settings(
-            k=request.k,
-            surplus='suppress',
-            soft_labels=table.labels is not None,
-            sides='mixed',  # the crops are turned to one side
-            n_iters=refinements(encoder),
-            seed=request.seed,
-            optimize=optimize,
-        )
-        run = folder / 'run'
+        settings = release_settings(request, encoder, table)
+        if several is not None:
+            crops = places['crop'] / RELEASED
+            run_command(several, release_flags(request, settings, encoder, crops, run))
         found = anonymize(
             table,
             Networks(encoder, 'lite0', 'lite0', guide=request.guide),

@@ -49,7 +49,8 @@ class Request:
     pixels, None: the preset's. hours: for everything. held_out: share of the people who are
     neither trained on nor released, and test both. steps: of the (last) training, None: what the
     hours allow. generator_weights, encoder_weights: files in place of trainings. guide: file of
-    models.features.guide for the release.
+    models.features.guide for the release. processes: of the trainings and the release, None: one
+    for each GPU.
     """
 
     photos: Path
@@ -65,6 +66,7 @@ class Request:
     generator_weights: Path | None = None
     encoder_weights: Path | None = None
     guide: Path | None = None
+    processes: int | None = None
     seed: int = 0
     device: torch.device = torch.device('cpu')
 
@@ -75,6 +77,13 @@ class Request:
         return preset._replace(
             size=self.size or preset.size, release_steps=self.release_steps or preset.release_steps
         )
+
+    @property
+    def world(self) -> int:
+        """Processes of the trainings and the release: as many as share a batch evenly."""
+        several = self.device.type == 'cuda' and self.device.index is None
+        most = self.processes or (torch.cuda.device_count() if several else 1)
+        return max(n for n in range(1, most + 1) if self.how.batch % n == 0)
 
     def check(self) -> None:
         """UserError for what does not go together, before anything is read."""

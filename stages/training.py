@@ -31,7 +31,7 @@ _MAPPING_STEPS = 2000
 
 
 class Commands(NamedTuple):
-    """The commands behind the stages."""
+    """The commands behind the stages. make_release: with several processes, None in this one."""
 
     dataset_tool: Command
     new_generator: Command
@@ -39,9 +39,10 @@ class Commands(NamedTuple):
     fit_mapping: Command
     train_generator: Command
     train_encoder: Command
+    make_release: Command | None = None
 
 
-def _run(command: Command, flags: list[str]) -> None:
+def run_command(command: Command, flags: list[str]) -> None:
     """Calls a command; Stopped when a signal stopped it in good order."""
     if code := command(flags):
         raise Stopped(code)
@@ -77,7 +78,7 @@ def train_jointly(request: Request, steps: int, commands: Commands) -> Callable:
         data, common = places['crop'] / RELEASED, [f'--seed={request.seed}']
         if not start.exists():
             wide = [str(c) for c in channels(how.size)]
-            _run(commands.new_generator, ['--channels', *wide, f'--dest={start}', *common])
+            run_command(commands.new_generator, ['--channels', *wide, f'--dest={start}', *common])
         flags = [
             f'--exp_dir={run}',
             f'--train_path={data}',
@@ -94,8 +95,8 @@ def train_jointly(request: Request, steps: int, commands: Commands) -> Callable:
             f'--device={request.device}',
             *common,
         ]
-        _run(commands.train_joint, [*flags, *_resume(run)])
-        _run(
+        run_command(commands.train_joint, [*flags, *_resume(run)])
+        run_command(
             commands.fit_mapping,
             [
                 f'--checkpoint_path={run / "checkpoints" / f"iteration_{steps}.pt"}',
@@ -128,7 +129,7 @@ def train_generator(request: Request, steps: int, commands: Commands) -> Callabl
         )
         if begun and '--resume' not in flags[0]:
             shutil.rmtree(outdir)  # killed before its first snapshot
-        _run(commands.train_generator, flags)
+        run_command(commands.train_generator, flags)
         shutil.copyfile(next(outdir.glob(f'00000-*/{GENERATOR}')), folder / GENERATOR)
         return judge_generator(request, folder, places)
 
@@ -177,7 +178,7 @@ def train_encoder(request: Request, steps: int, commands: Commands) -> Callable:
         run = folder / 'restyle'
         generator = request.generator_weights or places['generator'] / GENERATOR
         flags = encoder_flags(request, places['crop'], generator, run, steps)
-        _run(commands.train_encoder, [*flags, *_resume(run)])
+        run_command(commands.train_encoder, [*flags, *_resume(run)])
         shutil.copyfile(run / 'checkpoints' / 'best_model.pt', folder / ENCODER)
         return judge_encoder(request, folder, places, folder / ENCODER, run)
 

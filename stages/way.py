@@ -47,7 +47,7 @@ def build_job(request: Request, commands: Commands) -> Job:
             'Making the release',
             {'k': request.k, 'steps': request.how.release_steps, **guided, **seeded},
             drawing,
-            release.make_release(request),
+            release.make_release(request, commands.make_release),
         ),
         Stage(
             'verification',

@@ -4,9 +4,11 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import psutil
 
@@ -91,3 +93,11 @@ def run_launcher(command: Sequence[str]) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
     return 128 + received[0] if received else code
+
+
+def start_processes(n: int, script: str | Path, argv: Sequence[str]) -> int:
+    """Runs a script under torchrun with `n` processes on this machine; returns its exit code."""
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+    return run_launcher(
+        [*torchrun, f'--nproc_per_node={n}', '--', str(Path(script).resolve()), *argv]
+    )

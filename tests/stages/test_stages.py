@@ -1,5 +1,6 @@
 """The stages' rules: what is run again, where a run stops, what the page says, the plan."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,10 +10,12 @@ import torch
 from conftest import load_script
 from PIL import Image
 
+from anonymization import Settings
 from datasets.table import Table
 from scripts import train_restyle_psp, train_stylegan2_ada
 from stages.figures import distance_ratio
 from stages.preparation import check_photographs, file_hashes
+from stages.release import release_flags, release_settings
 from stages.report import write_report
 from stages.runner import Finding, Job, Outcome, Stage
 from stages.settings import PRESETS, Request, channels
@@ -203,6 +206,21 @@ def test_the_commands_know_the_flags_of_the_gpu_presets(tmp_path):
     )
     assert opts.max_steps == 1000 and opts.mirror is False
     assert channels(64)[-1] == 48 and len(channels(128)) == 6
+
+
+def test_several_processes_make_the_release_that_one_makes(tmp_path):
+    """The flags say the same settings; processes share a batch evenly."""
+    asked = request(tmp_path, processes=4, k=7, seed=3, release_steps=9, guide=tmp_path / 'g.pt')
+    assert asked.world == 2 and PRESETS['small'].batch == 10
+    assert dataclasses.replace(asked, preset='gpu256').world == 4
+    assert request(tmp_path).world == 1
+    torch.save({'opts': {'n_iters_per_batch': 2}}, tmp_path / 'restyle.pt')
+    table = Table(['a'], [tmp_path / 'a.png'], labels=np.array([1]))
+    settings = release_settings(asked, tmp_path / 'restyle.pt', table)
+    flags = release_flags(asked, settings, tmp_path / 'restyle.pt', tmp_path, tmp_path / 'run')
+    opts = load_script('k-SALSA', 'scripts').build_parser().parse_args(flags)
+    assert Settings.from_options(vars(opts)) == settings
+    assert settings.n_iters == 2 and settings.soft_labels and opts.guide == asked.guide
 
 
 def test_dry_run_prints_the_plan_and_does_nothing(tmp_path, capsys):

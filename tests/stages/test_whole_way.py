@@ -1,22 +1,31 @@
-"""All stages, trainings included, at toy size: killed in the training, resumed, same release."""
+"""All stages, trainings included, at toy size: killed in every stage, resumed, same release.
 
+The killed runs are forks of this process, before it has computed anything: they need not import
+everything again.
+"""
+
+import multiprocessing
+import os
 import re
 import signal
-import subprocess
-import sys
+import threading
 import time
+from functools import partial
 
-import pytest
-from conftest import ROOT, load_script
+from conftest import load_script
 
+from anonymization import optimisation
+from anonymization.audit import recompute
+from datasets.archive import ArchiveWriter
 from datasets.phantoms.dataset import make_dataset
+from stages import preparation, release
 
 
 def flags(data, out):
     return [
         f'--photos={data / "images"}',
         f'--labels={data / "labels.csv"}',
-        f'--out_dir={out}',
+        f'--out={out}',
         '--size=64',
         '--k=3',
         '--steps=4',
@@ -32,31 +41,75 @@ def release_files(out):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('eyes') / 'phantoms'
-    make_dataset(folder, n_patients=28, size=64, seed=3, eyes=('left',))
-    return folder
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_when(out, pattern, arguments):
-    """Starts the command and kills it as soon as there is a file of that pattern."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / 'scripts' / 'photos_to_release.py'), *arguments],
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while not list(out.glob(pattern)):
-        assert process.poll() is None, f'it ended before there was {pattern}'
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def die_at_call(number, place, name):
+    """Kills this process when the function is called for that time."""
+    real, calls = getattr(place, name), []
+
+    def counted(*args, **options):
+        calls.append(name)
+        if len(calls) == number:
+            die()
+        return real(*args, **options)
+
+    setattr(place, name, counted)
 
 
-def test_killed_and_resumed_it_makes_the_same_release(data, tmp_path):
+def die_at_file(out, pattern):
+    """Kills this process as soon as there is a file of that pattern."""
+
+    def look():
+        while not list(out.glob(pattern)):
+            time.sleep(0.01)
+        die()
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+def killers(out):
+    """What has to be called to be killed in the middle of each stage."""
+    return {
+        'check': partial(die_at_call, 1, preparation, 'write_csv'),
+        'crop': partial(die_at_call, 9, ArchiveWriter, 'add'),
+        'encoder': partial(die_at_file, out, 'stages/*-encoder-*/joint/checkpoints/state_*.pt'),
+        'release': partial(die_at_call, 2, optimisation, '_save_batch'),
+        'verification': partial(die_at_call, 2, recompute, '_picture'),
+        'evaluation': partial(die_at_call, 1, release, 'nearest_attack'),
+    }
+
+
+def go_on_until_killed(prepare, arguments):
+    """Runs the command in a fork; returns its exit code."""
+
+    def work():
+        prepare()
+        os._exit(load_script('photos_to_release', 'scripts').main(arguments))
+
+    process = multiprocessing.get_context('fork').Process(target=work)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_killed_in_every_stage_and_resumed_it_makes_the_same_release(tmp_path):
+    data, whole, broken = (tmp_path / name for name in ('phantoms', 'whole', 'broken'))
+    make_dataset(data, n_patients=28, size=64, seed=3, eyes=('left',))
     script = load_script('photos_to_release', 'scripts')
-    whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+    for number, (name, prepare) in enumerate(killers(broken).items()):
+        assert go_on_until_killed(prepare, flags(data, broken)) == -signal.SIGKILL, name
+        done = {p.parent.name.split('-')[1] for p in broken.glob('stages/*/stage.json')}
+        assert done == set(list(killers(broken))[:number])
+        assert list(broken.glob(f'stages/*-{name}-*'))
+    assert script.main(flags(data, broken)) == 0
+    done = {p: p.stat().st_mtime_ns for p in broken.glob('stages/*/stage.json')}
+    assert len(done) == 6 and script.main(flags(data, broken)) == 0
+    assert {p: p.stat().st_mtime_ns for p in broken.glob('stages/*/stage.json')} == done
+
     assert script.main(flags(data, whole)) == 0
+    assert release_files(broken) == release_files(whole)
     page = (whole / 'report.html').read_text()
     assert page.count('<h2>') == 6 and page.count('data:image/jpeg') >= 5
     assert whole.stat().st_mode & 0o777 == 0o700
@@ -66,11 +119,3 @@ def test_killed_and_resumed_it_makes_the_same_release(data, tmp_path):
     (groups,) = whole.glob('stages/*-release-*/run/private/groups.csv')
     grouped = set(re.findall(r'^(\w+),\d', groups.read_text(), re.M))
     assert grouped == {name for name, role in roles.items() if role == 'release'}
-
-    kill_when(broken, 'stages/*-encoder-*/joint/checkpoints/state_*.pt', flags(data, broken))
-    assert not list(broken.glob('stages/*-encoder-*/stage.json'))
-    assert script.main(flags(data, broken)) == 0
-    assert release_files(broken) == release_files(whole)
-    done = {p: p.stat().st_mtime_ns for p in broken.glob('stages/*/stage.json')}
-    assert len(done) == 6 and script.main(flags(data, broken)) == 0
-    assert {p: p.stat().st_mtime_ns for p in broken.glob('stages/*/stage.json')} == done
