@@ -58,8 +58,8 @@ def _assign(run: Context, latents: np.ndarray) -> np.ndarray:
     )
     log.info(
         '%d groups of %s; squared error within groups %.1f %% of the total',
-        found.labels.max(),
-        _sizes(found.labels),
+        found.numbers.max(),
+        _sizes(found.numbers),
         100 * found.info['sse_ratio'],
     )
     for reason in sorted({r for _, r in found.suppressed}):
@@ -67,7 +67,7 @@ def _assign(run: Context, latents: np.ndarray) -> np.ndarray:
             'left out %d photographs: %s', sum(r == reason for _, r in found.suppressed), reason
         )
     numbers = np.zeros(len(latents), np.int64)
-    numbers[rows] = found.labels
+    numbers[rows] = found.numbers
     return numbers
 
 

@@ -7,7 +7,7 @@ from utils.errors import PrivacyError
 
 
 def check_groups(
-    labels: Sequence[int],
+    numbers: Sequence[int],
     k: int,
     *,
     patients: Sequence[Hashable] | None = None,
@@ -16,35 +16,35 @@ def check_groups(
 ) -> None:
     """Checks an assignment against the promises, sharing no code with its making.
 
-    labels: [n] of group numbers, 0 = suppressed. Raises PrivacyError that lists every broken
+    numbers: [n] of group numbers, 0 = suppressed. Raises PrivacyError that lists every broken
     promise: fewer than k distinct patients, a patient twice in a group ('distinct') or in two
     groups ('together'), a group across strata, group numbers other than 1..C.
     """
-    labels = [int(label) for label in labels]
-    people = list(range(len(labels))) if patients is None else [str(p) for p in patients]
-    kinds = [''] * len(labels) if strata is None else [str(s) for s in strata]
-    if not len(labels) == len(people) == len(kinds):
+    numbers = [int(number) for number in numbers]
+    people = list(range(len(numbers))) if patients is None else [str(p) for p in patients]
+    kinds = [''] * len(numbers) if strata is None else [str(s) for s in strata]
+    if not len(numbers) == len(people) == len(kinds):
         raise PrivacyError(
-            f'{len(labels)} group labels for {len(people)} patients and {len(kinds)} strata'
+            f'{len(numbers)} group numbers for {len(people)} patients and {len(kinds)} strata'
         )
     members, homes = defaultdict(list), defaultdict(set)
-    for row, label in enumerate(labels):
-        if label != 0:
-            members[label].append(row)
-            homes[people[row]].add(label)
+    for row, number in enumerate(numbers):
+        if number != 0:
+            members[number].append(row)
+            homes[people[row]].add(number)
     faults = []
     if sorted(members) != list(range(1, len(members) + 1)):
         faults.append('group numbers are not 1..C')
-    for label, rows in sorted(members.items()):
+    for number, rows in sorted(members.items()):
         distinct = {people[row] for row in rows}
         if len(distinct) < k:
             faults.append(
-                f'group {label} holds {len(distinct)} distinct patients, fewer than k = {k}'
+                f'group {number} holds {len(distinct)} distinct patients, fewer than k = {k}'
             )
         if policy == 'distinct' and len(distinct) < len(rows):
-            faults.append(f'group {label} holds a patient more than once')
+            faults.append(f'group {number} holds a patient more than once')
         if len({kinds[row] for row in rows}) > 1:
-            faults.append(f'group {label} crosses strata')
+            faults.append(f'group {number} crosses strata')
     if policy == 'together':
         scattered = sum(len(groups) > 1 for groups in homes.values())
         if scattered:

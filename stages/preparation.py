@@ -117,15 +117,16 @@ def crop_photographs(request: Request, dataset_tool: Command) -> Callable:
                 )
             reports.append(pd.read_csv(folder / f'{part}.report.csv'))
         report = pd.concat(reports)
+        kept = int(report['kept'].sum())
+        rest = '' if kept == len(report) else '; the rest is damaged or shows no field of view'
         shown = find_images(folder / RELEASED)[:_SHOWN]
         sheet([load_pictures(shown, request.how.size)], folder / 'crops.png')
         finding = Finding(
             'kept photographs',
-            float(report['kept'].mean()),
+            kept / len(report),
             _LEAST_KEPT,
             True,
-            f'{int(report["kept"].sum())} of {len(report)} photographs were cropped; the rest is '
-            'damaged or shows no field of view.',
+            f'{kept} of {len(report)} photographs were cropped{rest}.',
             f'see who was left out and why in {RELEASED}.report.csv and {HELD_OUT}.report.csv, '
             'and replace those photographs',
         )

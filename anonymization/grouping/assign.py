@@ -35,13 +35,13 @@ _NO_STRATUM = (
 class Grouping:
     """The outcome of `assign_groups`.
 
-    labels: int64 [n], 1..C, 0 = suppressed. suppressed: [(row, reason)]. sse: sum over images of
+    numbers: int64 [n], 1..C, 0 = suppressed. suppressed: [(row, reason)]. sse: sum over images of
     the squared Euclidean distance to their group's mean, in the features as given, suppressed
     images left out. info: n_groups, sizes {images per group: groups}, patients_per_group
     {distinct patients: groups}, sst, sse_ratio, policy, seed, strata, reduction.
     """
 
-    labels: np.ndarray
+    numbers: np.ndarray
     suppressed: list[tuple[int, str]]
     method: str
     sse: float
@@ -97,16 +97,16 @@ def assign_groups(
 
     effort = Effort(rounds, block, restarts, tolerance)
     rules = _Rules(k, method, policy, surplus, seed, effort, device)
-    labels, suppressed, found = _label_strata(x, owners, kinds, hashes, rules)
+    numbers, suppressed, found = _number_strata(x, owners, kinds, hashes, rules)
     people, homes = (None if ids is None else ids.tolist() for ids in (owners, kinds))
-    check_groups(labels.tolist(), k, patients=people, strata=homes, policy=policy)
-    sse, sst = squared_errors(matrix, labels)
+    check_groups(numbers.tolist(), k, patients=people, strata=homes, policy=policy)
+    sse, sst = squared_errors(matrix, numbers)
     ratio = sse / sst if sst else 0.0
-    info = _describe(labels, owners, k)
+    info = _describe(numbers, owners, k)
     info.update(sst=sst, sse_ratio=ratio, policy=policy, seed=seed, reduction=reduction)
     if kinds is not None:
         info['strata'] = found
-    return Grouping(labels, suppressed, method, sse, info)
+    return Grouping(numbers, suppressed, method, sse, info)
 
 
 class _Rules(NamedTuple):
@@ -121,7 +121,7 @@ class _Rules(NamedTuple):
     device: torch.device | str
 
 
-def _label_strata(
+def _number_strata(
     x: Float[np.ndarray, 'n d'],
     owners: Shaped[np.ndarray, ' n'] | None,
     kinds: Shaped[np.ndarray, ' n'] | None,
@@ -130,7 +130,7 @@ def _label_strata(
 ) -> tuple[Int[np.ndarray, ' n'], list[tuple[int, str]], list[dict[str, Any]]]:
     """Labels [n] counted on over the strata, the suppressed (row, reason), a record per stratum."""
     k, method, policy, surplus, seed, effort, device = rules
-    labels = np.zeros(len(hashes), np.int64)
+    numbers = np.zeros(len(hashes), np.int64)
     suppressed, strata_info, count = [], [], 0
     for name, rows in strata_of(kinds, len(hashes)):
         people = owners[rows] if owners is not None else None
@@ -141,7 +141,7 @@ def _label_strata(
             units = make_units(x, keep, owners, hashes, policy, method, device)
             assignment = solve(units, k, method, seed, effort)
             for unit_rows, group in zip(units.rows, assignment):
-                labels[unit_rows] = count + 1 + group
+                numbers[unit_rows] = count + 1 + group
             groups = int(assignment.max()) + 1
             count += groups
         strata_info.append(
@@ -155,7 +155,7 @@ def _label_strata(
             len(suppressed),
             len(hashes),
         )
-    return labels, sorted(suppressed), strata_info
+    return numbers, sorted(suppressed), strata_info
 
 
 def check_groupable(
@@ -224,14 +224,14 @@ def _check_options(
 
 
 def _describe(
-    labels: Int[np.ndarray, ' n'], patients: Shaped[np.ndarray, ' n'] | None, k: int
+    numbers: Int[np.ndarray, ' n'], patients: Shaped[np.ndarray, ' n'] | None, k: int
 ) -> dict[str, Any]:
     """Sizes of the groups, in images and in distinct patients."""
-    sizes = np.bincount(labels)[1:]
+    sizes = np.bincount(numbers)[1:]
     people = sizes
     if patients is not None:
-        pairs = {(label, person) for label, person in zip(labels.tolist(), patients) if label}
-        people = np.bincount([label for label, _ in pairs])[1:]
+        pairs = {(number, person) for number, person in zip(numbers.tolist(), patients) if number}
+        people = np.bincount([number for number, _ in pairs])[1:]
     return {
         'n_groups': len(sizes),
         'k': k,

@@ -155,16 +155,16 @@ def with_grades(
 
 
 def squared_errors(
-    features: Float[np.ndarray, 'n d'], labels: Int[np.ndarray, ' n']
+    features: Float[np.ndarray, 'n d'], numbers: Int[np.ndarray, ' n']
 ) -> tuple[float, float]:
     """(SSE, SST) of grouped rows in float64: within groups, and around the mean of all of them.
 
     Reads the rows group by group, so that a memory-mapped file stays on disk.
     """
-    order = np.flatnonzero(labels)
-    order = order[np.argsort(labels[order], kind='stable')]
+    order = np.flatnonzero(numbers)
+    order = order[np.argsort(numbers[order], kind='stable')]
     sse, square_sum, total = 0.0, 0.0, np.zeros(features.shape[1])
-    starts = np.searchsorted(labels[order], np.arange(1, labels.max() + 2))
+    starts = np.searchsorted(numbers[order], np.arange(1, numbers.max() + 2))
     first = 0
     while first < len(starts) - 1:
         last = max(

@@ -25,28 +25,28 @@ def normal(n, d=6, seed=0):
 def reference_greedy(x, k):
     """The published rule on the full distance matrix, written plainly, for whole groups."""
     distance = squareform(pdist(np.asarray(x, np.float64)))
-    labels = np.zeros(len(x), int)
+    numbers = np.zeros(len(x), int)
     for group in range(1, len(x) // k + 1):
-        free = np.flatnonzero(labels == 0)
+        free = np.flatnonzero(numbers == 0)
         inside = distance[np.ix_(free, free)]
         seed = inside.sum(1).argmax()
         order = np.argsort(np.where(np.arange(len(free)) == seed, -1, inside[seed]), kind='stable')
-        labels[free[order[:k]]] = group
-    return labels
+        numbers[free[order[:k]]] = group
+    return numbers
 
 
-def error(x, labels):
+def error(x, numbers):
     x = np.asarray(x, np.float64)
-    return sum(((x[labels == g] - x[labels == g].mean(0)) ** 2).sum() for g in set(labels) - {0})
+    return sum(((x[numbers == g] - x[numbers == g].mean(0)) ** 2).sum() for g in set(numbers) - {0})
 
 
-def groups_by_content(x, people, labels):
+def groups_by_content(x, people, numbers):
     """The groups as multisets of (features, patient): equal under any order of the rows."""
     people = [''] * len(x) if people is None else people
     found = {}
-    for row, patient, label in zip(x, people, labels):
-        found.setdefault(label, Counter())[row.tobytes(), str(patient)] += 1
-    return {label: frozenset(c.items()) for label, c in found.items()}
+    for row, patient, number in zip(x, people, numbers):
+        found.setdefault(number, Counter())[row.tobytes(), str(patient)] += 1
+    return {number: frozenset(c.items()) for number, c in found.items()}
 
 
 # -- published greedy -------------------------------------------------------------------------
@@ -56,30 +56,30 @@ def groups_by_content(x, people, labels):
 def test_published_greedy_equals_the_golden_assignment(golden, k):
     data = golden('greedy_clusters')
     found = assign_groups(data['x'], k, method='published')
-    assert np.array_equal(found.labels, data[f'assignment_k{k}'])
+    assert np.array_equal(found.numbers, data[f'assignment_k{k}'])
 
 
 @pytest.mark.parametrize('seed', range(4))
 def test_published_greedy_equals_the_plain_rule(seed):
     x = normal(240, 16, seed)
     found = assign_groups(x, 5, method='published')
-    assert np.array_equal(found.labels, reference_greedy(x, 5))
+    assert np.array_equal(found.numbers, reference_greedy(x, 5))
 
 
 def test_published_greedy_breaks_ties_towards_the_lowest_row():
     line = np.arange(12.0)[:, None]
     found = assign_groups(line, 3, method='published')
-    assert found.labels.tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert found.numbers.tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
 
 
 @pytest.mark.parametrize('n', [13, 662])
 def test_published_greedy_lets_leftovers_join(n):
     x = normal(n, 32)
     found = assign_groups(x, 5, method='published')
-    sizes = np.bincount(found.labels)[1:]
+    sizes = np.bincount(found.numbers)[1:]
     assert len(sizes) == n // 5 and sizes.min() >= 5 and sizes.sum() == n
     whole = reference_greedy(x, 5)
-    assert np.array_equal(found.labels[whole > 0], whole[whole > 0])
+    assert np.array_equal(found.numbers[whole > 0], whole[whole > 0])
 
 
 # -- promises ---------------------------------------------------------------------------------
@@ -122,18 +122,18 @@ def test_promises_hold_or_a_clear_error_is_raised(table, k, method, policy, surp
         assert not enough or torn or crowded
         return
     people = np.arange(len(x)) if patients is None else np.array(patients)
-    assert len(found.labels) == len(x) and found.labels.dtype == np.int64
+    assert len(found.numbers) == len(x) and found.numbers.dtype == np.int64
     for group in range(1, found.info['n_groups'] + 1):
-        inside = found.labels == group
+        inside = found.numbers == group
         assert len(set(people[inside])) >= k
         if policy == 'distinct':
             assert len(set(people[inside])) == inside.sum()
         if strata is not None:
             assert len(set(strata[inside])) == 1
     if policy == 'together':
-        assert all(len(set(found.labels[people == p])) == 1 for p in set(people))
-    assert [row for row, _ in found.suppressed] == np.flatnonzero(found.labels == 0).tolist()
-    assert np.isclose(found.sse, error(x, found.labels), rtol=1e-6, atol=1e-6)
+        assert all(len(set(found.numbers[people == p])) == 1 for p in set(people))
+    assert [row for row, _ in found.suppressed] == np.flatnonzero(found.numbers == 0).tolist()
+    assert np.isclose(found.sse, error(x, found.numbers), rtol=1e-6, atol=1e-6)
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
@@ -161,8 +161,8 @@ def test_groups_do_not_depend_on_the_order_of_the_rows(table, k, method, policy,
         strata=None if strata is None else strata[order],
         **options,
     )
-    assert groups_by_content(x, patients, found.labels) == groups_by_content(
-        x[order], moved_patients, moved.labels
+    assert groups_by_content(x, patients, found.numbers) == groups_by_content(
+        x[order], moved_patients, moved.numbers
     )
 
 
@@ -172,8 +172,8 @@ def test_both_eyes_of_a_patient(method, policy):
     x = np.repeat(normal(100, 8), 2, axis=0) + 0.01 * normal(200, 8, 1)  # eyes look alike
     patients = np.repeat(np.arange(100), 2)
     found = assign_groups(x, 5, patients=patients, method=method, policy=policy)
-    check_groups(found.labels, 5, patients=patients, policy=policy)
-    apart = found.labels[::2] != found.labels[1::2]
+    check_groups(found.numbers, 5, patients=patients, policy=policy)
+    apart = found.numbers[::2] != found.numbers[1::2]
     assert apart.all() if policy == 'distinct' else not apart.any()
     assert found.info['patients_per_group'] == ({5: 40} if policy == 'distinct' else {5: 20})
 
@@ -182,7 +182,7 @@ def test_one_patient_in_every_group():
     patients = ['often'] * 8 + [f'p{i}' for i in range(32)]
     for method in METHODS:
         found = assign_groups(normal(40), 5, patients=patients, method=method)
-        assert sorted(found.labels[:8]) == list(range(1, 9))
+        assert sorted(found.numbers[:8]) == list(range(1, 9))
 
 
 @pytest.mark.parametrize('method', ['default', 'mdav', 'published'])
@@ -193,18 +193,19 @@ def test_a_penalty_on_grades_is_a_dial(method):
         assign_groups(x, 5, grades=grades, grade_penalty=p, method=method) for p in (0.0, 0.3, 100)
     ]
     spread = [
-        np.mean([grades[f.labels == g].std() for g in range(1, f.labels.max() + 1)]) for f in found
+        np.mean([grades[f.numbers == g].std() for g in range(1, f.numbers.max() + 1)])
+        for f in found
     ]
     assert spread[0] > 1 and spread[0] > spread[1] + 0.2 > spread[2] + 0.2 and spread[2] < 0.2
     assert found[0].sse < found[2].sse
     plain = assign_groups(x, 5, method=method)
-    assert np.array_equal(plain.labels, found[0].labels) and plain.sse == found[0].sse
+    assert np.array_equal(plain.numbers, found[0].numbers) and plain.sse == found[0].sse
 
 
 def test_small_strata_are_suppressed_and_listed():
     strata = ['left'] * 12 + ['right'] * 3
     found = assign_groups(normal(15), 5, strata=strata)
-    assert found.labels.tolist()[12:] == [0, 0, 0] and set(found.labels[:12]) == {1, 2}
+    assert found.numbers.tolist()[12:] == [0, 0, 0] and set(found.numbers[:12]) == {1, 2}
     assert [row for row, _ in found.suppressed] == [12, 13, 14]
     assert all("'right'" in reason for _, reason in found.suppressed)
     assert found.info['strata'][1] == {
@@ -220,9 +221,9 @@ def test_surplus_images_are_an_error_or_suppressed():
     with pytest.raises(UserError, match='`policy` together'):
         assign_groups(x, 2, patients=patients)
     found = assign_groups(x, 2, patients=patients, surplus='suppress')
-    assert found.info['n_groups'] == 4 and (found.labels[:8] > 0).sum() == 4
+    assert found.info['n_groups'] == 4 and (found.numbers[:8] > 0).sum() == 4
     assert all('more images' in reason for _, reason in found.suppressed)
-    assert len(set(assign_groups(x, 2, patients=patients, policy='together').labels)) == 2
+    assert len(set(assign_groups(x, 2, patients=patients, policy='together').numbers)) == 2
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_bad_input(change, message):
 
 
 @pytest.mark.parametrize(
-    ('labels', 'options', 'message'),
+    ('numbers', 'options', 'message'),
     [
         ([1, 1, 1, 2, 2], {}, 'group 2 holds 2 distinct'),
         ([1, 1, 1, 1, 0], dict(patients=list('aabcd')), 'more than once'),
@@ -268,9 +269,9 @@ def test_bad_input(change, message):
         ([1, 1, 1], dict(patients=['a']), '1 patients'),
     ],
 )
-def test_check_groups_finds_broken_promises(labels, options, message):
+def test_check_groups_finds_broken_promises(numbers, options, message):
     with pytest.raises(PrivacyError, match=message):
-        check_groups(labels, 3, **options)
+        check_groups(numbers, 3, **options)
 
 
 # -- error ------------------------------------------------------------------------------------
@@ -320,7 +321,7 @@ def test_no_worse_than_size_constrained_k_means():
     for seed in range(3):
         x = normal(120, 6, seed)
         flow = assign_groups(x, 4, method='kmeans-constrained')
-        check_groups(flow.labels, 4)
+        check_groups(flow.numbers, 4)
         assert assign_groups(x, 4).sse <= flow.sse
 
 
@@ -337,7 +338,7 @@ def test_blocks_and_cells(monkeypatch):
     assert found.sse < assign_groups(x, 5, patients=patients, method='published').sse
     crowded = np.where(np.arange(640) < 100, 0, np.arange(640))
     x[:100] += 100
-    assert set(assign_groups(x, 5, patients=crowded, **QUICK).labels[:100]) <= set(range(1, 129))
+    assert set(assign_groups(x, 5, patients=crowded, **QUICK).numbers[:100]) <= set(range(1, 129))
 
 
 def test_leftovers_settle_where_they_cost_least():
@@ -359,16 +360,16 @@ def test_published_greedy_ends_among_identical_rows(seed):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((34, 3)).astype(np.float32)
     x[rng.permutation(34)[:24]] = x[0]
-    labels = assign_groups(x, 3, method='published').labels
-    assert labels.max() == 11 and np.bincount(labels)[1:].min() >= 3
+    numbers = assign_groups(x, 3, method='published').numbers
+    assert numbers.max() == 11 and np.bincount(numbers)[1:].min() >= 3
 
 
 def test_squared_errors_far_from_the_origin():
     x = normal(60, 4) + 1000
-    labels = np.arange(60) % 12 + 1
-    sse, sst = squared_errors(x, labels)
+    numbers = np.arange(60) % 12 + 1
+    sse, sst = squared_errors(x, numbers)
     x = x.astype(np.float64)
-    assert sse == pytest.approx(error(x, labels)) and sst == pytest.approx(60 * x.var(0).sum())
+    assert sse == pytest.approx(error(x, numbers)) and sst == pytest.approx(60 * x.var(0).sum())
 
 
 # -- input ------------------------------------------------------------------------------------
@@ -376,20 +377,20 @@ def test_squared_errors_far_from_the_origin():
 
 def test_the_seed_decides():
     x = normal(300, 12)
-    first, again, other = (assign_groups(x, 5, seed=s, **QUICK).labels for s in (0, 0, 1))
+    first, again, other = (assign_groups(x, 5, seed=s, **QUICK).numbers for s in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
 def test_kinds_of_features(tmp_path):
     x = normal(100, 12)
     np.save(tmp_path / 'x.npy', x)
-    want = assign_groups(x, 5, **QUICK).labels
+    want = assign_groups(x, 5, **QUICK).numbers
     for same in (
         np.load(tmp_path / 'x.npy', mmap_mode='r'),
         torch.from_numpy(x),
         x.reshape(100, 3, 4),
     ):
-        assert np.array_equal(assign_groups(same, 5, **QUICK).labels, want)
+        assert np.array_equal(assign_groups(same, 5, **QUICK).numbers, want)
 
 
 def test_reduction_of_a_file_on_disk(tmp_path):
@@ -405,10 +406,10 @@ def test_reduction_of_a_file_on_disk(tmp_path):
     assert found.info['reduction']['kept_variance'] == pytest.approx(best, abs=1e-3)
     assert found.sse < 1.02 * exact.sse
     assert exact.info['reduction'] is None
-    assert np.isclose(found.sse, error(stored, found.labels), rtol=1e-5)
+    assert np.isclose(found.sse, error(stored, found.numbers), rtol=1e-5)
     order = rng.permutation(400)
     moved = assign_groups(stored[order], 5, reduce=6, restarts=1)
-    assert np.array_equal(moved.labels, found.labels[order])
+    assert np.array_equal(moved.numbers, found.numbers[order])
 
 
 @pytest.mark.gpu
@@ -418,5 +419,5 @@ def test_groups_on_a_gpu(method):
     on_cpu = assign_groups(x, 5, method=method)
     on_gpu = assign_groups(x, 5, method=method, device='cuda')
     again = assign_groups(x, 5, method=method, device='cuda')
-    assert np.array_equal(on_gpu.labels, again.labels)
+    assert np.array_equal(on_gpu.numbers, again.numbers)
     assert on_gpu.sse == pytest.approx(on_cpu.sse, rel=0.01)
