@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from release_fixture import save_networks
 from test_fov import photograph
 
+from anonymization import Networks, OptimizeConfig, Settings, anonymize
 from datasets import dicom_decode
 from datasets.dicom import find_dicom, list_photographs, load_dicom, photograph_table
 from datasets.table import read_table
@@ -276,6 +278,28 @@ def test_dataset_tool_reads_a_folder_of_dicom_files(tmp_path, eye, capsys):
     assert 'Tomography' in report.set_index('name').reason['c.dcm']
     written = b''.join(p.read_bytes() for p in dest.rglob('*') if p.is_file())
     assert b'Secret' not in written and b'20240102' not in written
+
+
+def test_a_folder_of_dicom_files_becomes_a_release(tmp_path, eye):
+    folder, crops = tmp_path / 'dicom', tmp_path / 'crops'
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        shade = (eye * rng.uniform(0.6, 1, 3)).astype(np.uint8)
+        write(folder / f'{i}.dcm', shade, patient=f'Patient{i // 2}', side='LR'[i % 2])
+    flags = [f'--source={folder}', f'--dest={crops}', '--transform=fundus', '--width=64']
+    assert dataset_tool.main([*flags, '--keep_names']) == 0
+    save_networks(tmp_path)
+    found = anonymize(
+        read_table(crops / 'labels.csv', crops),
+        Networks(tmp_path / 'psp.pt', tmp_path / 'content.pt'),
+        Settings(k=5, optimize=OptimizeConfig(n_steps=1, n_crop=2)),
+        tmp_path / 'run',
+        workers=0,
+    )
+    assert found.audit.passed and [len(m) for m in found.groups.members] == [5, 5]
+    written = b''.join(p.read_bytes() for p in found.folder.rglob('*') if p.is_file())
+    assert not [word for word in (b'Secret', b'Patient0', b'20240102') if word in written]
 
 
 def test_mixed_folders_are_refused(tmp_path, eye):
