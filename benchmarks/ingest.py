@@ -41,9 +41,10 @@ try:
     list_source = importlib.import_module('datasets.sources').list_source
     load_pictures = importlib.import_module('datasets.pictures').load_pictures
     make_dataset = importlib.import_module('datasets.phantoms.dataset').make_dataset
+    open_image = importlib.import_module('utils.images').open_image
 except ModuleNotFoundError:  # checkouts before datasets/pictures.py read one by one
     list_source = importlib.import_module('datasets.prepare').list_source
-    load_pictures = make_dataset = None
+    load_pictures = make_dataset = open_image = None
 
 FRAME, DRAWN, NOISE, QUALITY = (3888, 2592), 512, 3.0, 90  # noise: deviation in grey levels
 MOST_MEAN, MOST_APART = 1.0, 0.005  # grey levels on average; share of values over 16 apart
@@ -83,7 +84,7 @@ def measure(folder: Path, size: int, threads: int, crops: Path) -> dict[str, Rat
     paths = find_images(folder)
 
     def plain(path: Path) -> np.ndarray:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             rgb = image.convert('RGB')
         return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR))
 
@@ -110,8 +111,9 @@ def measure(folder: Path, size: int, threads: int, crops: Path) -> dict[str, Rat
             shutil.rmtree(crops, ignore_errors=True)
             shutil.move(Path(temp) / 'crops', crops)
 
-    found = {'whole, Pillow': each(plain), 'whole': each(whole)}
+    found = {'whole': each(whole)}
     if load_pictures is not None:
+        found['whole, Pillow'] = each(plain)
         found['scaled'] = lambda: load_pictures(paths, size, threads=threads)
     rates = {name: rate(work, len(paths)) for name, work in found.items()}
     return rates | {'crop': rate(crop, len(paths))}
