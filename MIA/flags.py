@@ -66,10 +66,7 @@ def release_files(opts: argparse.Namespace, part: str) -> ReleaseFiles:
     """Where the release lies; UserError that names all flags that are missing."""
     names = _names(part)
     return chosen_files(
-        ReleaseFiles(*(getattr(opts, n) for n in names)),
-        opts.run,
-        opts.centroid_type,
-        [f'--{n}' for n in names],
+        ReleaseFiles(*(getattr(opts, n) for n in names)), opts.run, opts.centroid_type, names
     )
 
 
@@ -80,5 +77,5 @@ def read_release(opts: argparse.Namespace, part: str, size: int) -> KnownRelease
         table_names(part, opts.samek),
         opts.centroid_type,
         size,
-        [f'--{n}' for n in _names(part)],
+        _names(part),
     )

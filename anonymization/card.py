@@ -115,7 +115,7 @@ def read_card(path: str | Path | None) -> Card:
             faults.append(f'{name}: {json.dumps(value)[:80]} is not {FIELDS[name].words}')
         card[name] = text
     if faults:
-        raise UserError(listing(f'--card {path}: {len(faults)} fields cannot be used', faults))
+        raise UserError(listing(f'`card` {path}: {len(faults)} fields cannot be used', faults))
     return card
 
 
@@ -126,9 +126,9 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         value = yaml.load(path.read_text(encoding='utf-8'), Loader=yaml.BaseLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = ' '.join(str(error).split())
-        raise UserError(f'--card {path} cannot be read as YAML ({reason}); {fields}') from error
+        raise UserError(f'`card` {path} cannot be read as YAML ({reason}); {fields}') from error
     if not isinstance(value, dict):
-        raise UserError(f'--card {path} holds no fields; {fields}')
+        raise UserError(f'`card` {path} holds no fields; {fields}')
     return value
 
 
@@ -149,7 +149,7 @@ def check_names(card: Card, ids: Iterable[str], patients: Iterable[str] | None) 
     if named := named_in(card, ids, patients):
         raise UserError(
             listing(
-                '--card names photographs or patients, and is for everyone to read; take them out',
+                '`card` names photographs or patients, and is for everyone to read; take them out',
                 named,
             )
         )

@@ -96,5 +96,5 @@ class Context:
         if any(large % small for large, small in zip(sides, sides[1:])):
             raise UserError(
                 f'`deterministic`: the sides of pictures, encoder and content network ({sides}) '
-                'must be multiples, each of the next; leave it out, or use --device cpu'
+                'must be multiples, each of the next; leave it out, or use `device` cpu'
             )

@@ -101,7 +101,7 @@ def _invert_batch(
     if not torch.isfinite(found.ws).all():
         raise UserError(
             'the inversion gives numbers that are not finite; is the checkpoint '
-            'of --checkpoint_path a trained one?'
+            'of `checkpoint_path` a trained one?'
         )
     # A pretrained network sees what the inversion loses, and looks at the photograph.
     seen = x if net.of_photographs else found.recon

@@ -158,12 +158,12 @@ def _facts(networks: dict[str, str], card: Card | None) -> dict[str, Any]:
 
 def _check_folders(run_folder: Path, table: Table) -> None:
     """UserError for a run folder among the photographs, in a release, or with a strange release."""
-    check_outside_release(run_folder, '--exp_dir')
+    check_outside_release(run_folder, '`exp_dir`')
     place = run_folder.resolve()
     for photos in sorted({p.parent.resolve() for p in table.paths}):
         if place == photos or photos in place.parents:
             raise UserError(
-                f'--exp_dir {run_folder} lies in --data_path {photos}: results would stand '
+                f'`exp_dir` {run_folder} lies in `data_path` {photos}: results would stand '
                 'among the photographs; choose another folder'
             )
     check_place(run_folder)
@@ -194,5 +194,5 @@ def _make_folders(run_folder: Path, private: Path) -> None:
         private.chmod(0o700)
     except OSError as error:
         raise UserError(
-            f'--exp_dir {run_folder} cannot be made ({error.strerror}); choose another folder'
+            f'`exp_dir` {run_folder} cannot be made ({error.strerror}); choose another folder'
         ) from error

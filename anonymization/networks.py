@@ -100,8 +100,8 @@ class Networks:
             return None
         if not isinstance(content, FeatureNetwork):
             raise UserError(
-                f'--guide {self.guide} goes with a pretrained content network, such as '
-                '--content_weights=lite0'
+                f'`guide` {self.guide} goes with a pretrained content network, such as '
+                '`content_weights`=lite0'
             )
         return load_guide(self.guide, n_features=content.n_features, digest=content.digest)
 

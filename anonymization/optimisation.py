@@ -155,8 +155,8 @@ def _refuse_flat(image: torch.Tensor, centroid: torch.Tensor) -> None:
     before, after = (u8.float().flatten(1).std(1) for u8 in (centroid, image))
     if (after < _FLAT * before).any():
         raise UserError(
-            'the optimisation ended in a blank picture; lower --lr, --style_weight or '
-            '--content_weight'
+            'the optimisation ended in a blank picture; lower `lr`, `style_weight` or '
+            '`content_weight`'
         )
 
 

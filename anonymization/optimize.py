@@ -374,7 +374,7 @@ class GroupOptimizer:
         if not (torch.isfinite(history).all() and torch.isfinite(image).all()):
             raise UserError(
                 'the optimisation diverged: a loss is not a number; lower '
-                '--style_weight or --content_weight, or use --precision fp32'
+                '`style_weight` or `content_weight`, or use `precision` fp32'
             )
         return Result(ws.detach().cpu(), image.float().cpu(), history, centroid.float().cpu())
 

@@ -154,7 +154,7 @@ def _refuse_changed(names: list[str]) -> None:
         raise UserError(
             listing(
                 f'{len(names)} photographs have changed since this run read them; put them back, '
-                'or choose another --exp_dir',
+                'or choose another `exp_dir`',
                 names,
             )
         )
@@ -303,7 +303,7 @@ def _check_eyes(photographs: Photographs, eyes: Sequence[str]) -> None:
     if right < _LEAST * len(rows):
         raise UserError(
             f'of {len(rows)} left eyes of the table, {len(rows) - right} show their optic disc on '
-            'the right: were they mirrored before? --sides=mixed takes them as they are'
+            'the right: were they mirrored before? `sides`=mixed takes them as they are'
         )
 
 

@@ -62,7 +62,7 @@ def finished(release: Path, private: Path, table: Table, card: Card | None) -> A
     """
     there = _check_files(release)
     if card is None or there == card:
-        log.info('%s is complete; choose another --exp_dir for another run', release)
+        log.info('%s is complete; another run needs another folder', release)
         return _audit_of(release, private, table)
     staging = private / 'staging'
     shutil.rmtree(staging, ignore_errors=True)
@@ -74,7 +74,7 @@ def finished(release: Path, private: Path, table: Table, card: Card | None) -> A
     except BaseException:
         write_card(private, before)
         raise
-    log.info('%s says what --card says; the pictures are the same', release)
+    log.info('%s says what the card says; the pictures are the same', release)
     if signature_path(release).exists():
         log.warning(
             '%s was made before and does not fit any more: sign the release again',

@@ -35,7 +35,7 @@ def read_key(private: Path, given: str | Path | None) -> bytes:
     check_intact(path, remedy='start the run anew in another folder: its key is lost')
     key = _parse(path)
     if wanted not in (None, key):
-        raise UserError(f'--start_key {given}: the run in {private} began with another key')
+        raise UserError(f'`start_key` {given}: the run in {private} began with another key')
     return key
 
 
@@ -43,9 +43,9 @@ def _parse(path: Path) -> bytes:
     try:
         key = bytes.fromhex(path.read_text(encoding='ascii').strip())
     except (OSError, ValueError) as error:
-        raise UserError(f'--start_key {path}: not a file of 64 hexadecimal digits') from error
+        raise UserError(f'`start_key` {path}: not a file of 64 hexadecimal digits') from error
     if len(key) != _BYTES:
-        raise UserError(f'--start_key {path}: not a file of 64 hexadecimal digits')
+        raise UserError(f'`start_key` {path}: not a file of 64 hexadecimal digits')
     return key
 
 

@@ -64,9 +64,9 @@ def read_source(run: Path) -> Source:
         labels = pd.read_csv(release / LABELS, dtype={'image': str}).set_index('image')
         groups = pd.read_csv(private / 'groups.csv', dtype=str, keep_default_na=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f'--run {run}: not a finished run of scripts/k-SALSA.py') from error
+        raise UserError(f'`run` {run}: not a finished run of scripts/k-SALSA.py') from error
     if 'label' not in labels:
-        raise UserError(f'--run {run}: its release has no grades, by which groups are joined')
+        raise UserError(f'`run` {run}: its release has no grades, by which groups are joined')
     check_intact(private / LATENTS, remedy=_ANEW)
     people = groups.groupby('release_name')['patient_id'].agg(frozenset)
     return Source(
@@ -146,7 +146,7 @@ def write_walk(
     What was in `folder` is gone. Which picture lies between which groups stays in the run's
     private/walk.json. UserError where there is no step, or `folder` lies in a release.
     """
-    check_outside_release(folder, '--out_dir')
+    check_outside_release(folder, '`out_dir`')
     if not steps:
         raise UserError('no two groups of one grade are without a common person; nothing to make')
     record = json.dumps([source.names, list(map(list, steps))]).encode()

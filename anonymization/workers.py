@@ -120,7 +120,7 @@ def run_within_memory(
     torch.cuda.empty_cache()  # here, where no traceback holds the tensors any more
     if len(groups) == 1:
         raise UserError(
-            'one group does not fit the memory of the card; use --precision bf16, or --device cpu'
+            'one group does not fit the memory of the card; use `precision` bf16, or `device` cpu'
         )
     half = len(groups) // 2
     log.warning('out of memory with %d groups; going on in halves', len(groups))

@@ -144,7 +144,7 @@ def published_set(
     groups: Sequence[Group], grades: Mapping[str, int], folder: Path, *, centroid: bool = False
 ) -> TrainingSet:
     """The synthetic pictures of groups (`group_pictures`)."""
-    paths = group_pictures(groups, folder, centroid=centroid, flag='--images_path')
+    paths = group_pictures(groups, folder, centroid=centroid)
     labels, shares = _group_labels(groups, grades)
     return TrainingSet(
         names=[p.stem for p in paths], sources=[[p] for p in paths], labels=labels, shares=shares

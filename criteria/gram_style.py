@@ -72,7 +72,7 @@ class StyleTerm:
             smallest = self.net.map_side(side, max(self.strides))
         if smallest < self.n_crop:
             raise UserError(
-                f'--num_crop {self.n_crop}: more than the {smallest} px of the maps '
+                f'`num_crop` {self.n_crop}: more than the {smallest} px of the maps '
                 f'of {self.net.name}'
             )
 

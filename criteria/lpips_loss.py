@@ -12,7 +12,7 @@ from utils.errors import UserError
 
 _WHERE = (
     'It is alexnet-owt-7be5be79.pth of download.pytorch.org/models. Give its path with '
-    '--lpips_weights or as "alexnet" in configs/paths_config.py, or set --lpips_lambda=0.'
+    '`lpips_weights` or as "alexnet" in configs/paths_config.py, or set `lpips_lambda`=0.'
 )
 
 

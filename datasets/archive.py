@@ -180,7 +180,7 @@ class ImageArchive(torch.utils.data.Dataset):
         self.resolution = self._check_headers()
         table = self._read_labels() if labels else np.zeros((len(self.names), 0), np.float32)
         if subset is not None and subset > len(self.names):
-            raise UserError(f'--subset {subset}: {path} holds {len(self.names)} images')
+            raise UserError(f'`subset` {subset}: {path} holds {len(self.names)} images')
         if subset is not None:
             keep = np.sort(np.random.default_rng(seed).permutation(len(self.names))[:subset])
             self.names, table = [self.names[i] for i in keep], table[keep]
@@ -221,7 +221,7 @@ class ImageArchive(torch.utils.data.Dataset):
         if labels is None:
             raise UserError(
                 f'{self.store.path} has no labels (dataset.json); make it from a '
-                'labelled source with scripts/dataset_tool.py, or train without --cond'
+                'labelled source with scripts/dataset_tool.py, or train without `cond`'
             )
         missing = [n for n in self.names if n not in labels]
         if missing:
@@ -280,7 +280,7 @@ class ArchiveWriter:
         if self.dest.exists() and (
             self.is_zip or not self.dest.is_dir() or any(self.dest.iterdir())
         ):
-            raise UserError(f'--dest {self.dest} already exists; remove it or choose another name')
+            raise UserError(f'`dest` {self.dest} already exists; remove it or choose another name')
         self._labels: list[list[object]] = []
 
     def __enter__(self) -> 'ArchiveWriter':

@@ -117,8 +117,8 @@ def _photograph(path: Path, header: 'Dataset', burned_in: bool) -> DicomPhotogra
     marked = str(header.get('BurnedInAnnotation', '')).upper() == 'YES'
     if marked and not burned_in:
         raise UserError(
-            'text is burned into the picture (BurnedInAnnotation is YES); --mask '
-            'blackens what lies outside the field of view, --burned_in_text accepts '
+            'text is burned into the picture (BurnedInAnnotation is YES); `mask` '
+            'blackens what lies outside the field of view, `burned_in_text` accepts '
             'the picture as it is'
         )
     patient = str(header.get('PatientID', '')).strip()

@@ -62,7 +62,7 @@ class Group(NamedTuple):
     release_name: str | None
 
 
-def find_group_table(path: str | Path, names: Sequence[str], *, flag: str = '--df') -> Path:
+def find_group_table(path: str | Path, names: Sequence[str], *, parameter: str = 'df') -> Path:
     """`path` itself, or the first of `names` in the folder `path`; UserError when there is none."""
     path = Path(path)
     if path.is_file():
@@ -70,10 +70,10 @@ def find_group_table(path: str | Path, names: Sequence[str], *, flag: str = '--d
     for name in names:
         if (path / name).is_file():
             return path / name
-    raise UserError(f'{flag} {path}: no group table there; looked for {", ".join(names)}')
+    raise UserError(f'`{parameter}` {path}: no group table there; looked for {", ".join(names)}')
 
 
-def read_groups(path: str | Path, *, flag: str = '--df') -> list[Group]:
+def read_groups(path: str | Path, *, parameter: str = 'df') -> list[Group]:
     """The groups of a published cluster table or a run's private groups.csv.
 
     In ascending number; rows of group 0 (suppressed) are left out. UserError for a missing or
@@ -81,16 +81,16 @@ def read_groups(path: str | Path, *, flag: str = '--df') -> list[Group]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f'{flag} {path}: no such table')
+        raise UserError(f'`{parameter}` {path}: no such table')
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
     except Exception as error:  # random bytes make the reader fail in any way
         raise UserError(
-            f'{flag} {path} is not a readable CSV table ({str(error)[:200]})'
+            f'`{parameter}` {path} is not a readable CSV table ({str(error)[:200]})'
         ) from error
     if not {'id_code', 'centers'} <= set(frame.columns):
         raise UserError(
-            f'{flag} {path}: it needs the columns id_code and centers, and has '
+            f'`{parameter}` {path}: it needs the columns id_code and centers, and has '
             f'{", ".join(map(str, frame.columns))[:200]}'
         )
     centers = pd.to_numeric(frame['centers'], errors='coerce')
@@ -98,14 +98,14 @@ def read_groups(path: str | Path, *, flag: str = '--df') -> list[Group]:
     if not good.all():
         raise UserError(
             listing(
-                f'{flag} {path}: centers must be numbers, of groups from 1, or 0',
+                f'`{parameter}` {path}: centers must be numbers, of groups from 1, or 0',
                 [f'row {i + 2}: {frame["centers"].iloc[i][:80]!r}' for i in np.flatnonzero(~good)],
             )
         )
     frame = frame.assign(centers=centers.astype(int))
     frame = frame[frame['centers'] != 0]
     if frame.empty:
-        raise UserError(f'{flag} {path} holds no group')
+        raise UserError(f'`{parameter}` {path} holds no group')
     return [
         Group(
             int(rows['centers'].iloc[0]),
@@ -121,7 +121,7 @@ def group_pictures(
     folder: str | Path,
     *,
     centroid: bool = False,
-    flag: str = '--images_path',
+    parameter: str = 'images_path',
 ) -> list[Path]:
     """The file of every group in `folder`: by release name, or named after the first member.
 
@@ -130,7 +130,7 @@ def group_pictures(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f'{flag} {folder}: no such folder')
+        raise UserError(f'`{parameter}` {folder}: no such folder')
     files = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
     paths, missing = [], []
     for group in groups:
@@ -147,7 +147,7 @@ def group_pictures(
         raise UserError(
             listing(
                 f'{len(missing)} of {len(groups)} groups have no picture in '
-                f'{flag} {folder}; check the folder, the group table and whether '
+                f'`{parameter}` {folder}; check the folder, the group table and whether '
                 'centroids are meant',
                 missing,
             )

@@ -113,15 +113,15 @@ def check_options(
     if transform == 'center-crop-wide':
         if width is None or height is None or height > width:
             raise UserError(
-                '--transform center-crop-wide needs --width and --height, with height at most width'
+                '`transform` center-crop-wide needs `width` and `height`, with height at most width'
             )
     elif width != height:
         raise UserError(
-            f'--width {width} --height {height}: the generator takes squares only; '
-            'give equal sizes, or use --transform center-crop-wide'
+            f'`width` {width} `height` {height}: the generator takes squares only; '
+            'give equal sizes, or use `transform` center-crop-wide'
         )
     if transform != 'fundus' and (mask or unsqueeze):
-        raise UserError('--mask and --unsqueeze need --transform fundus')
+        raise UserError('`mask` and `unsqueeze` need `transform` fundus')
     return width, height
 
 
@@ -152,7 +152,7 @@ def build_archive(
     if keep_names:
         names = [_own_name(item) for item in images]
         if double := sorted(n for n, times in Counter(names).items() if times > 1):
-            raise UserError(listing('--keep_names: several images of one name', double))
+            raise UserError(listing('`keep_names`: several images of one name', double))
     width, height = check_options(transform, width, height, mask=mask, unsqueeze=unsqueeze)
     prepare = functools.partial(
         _prepare,
@@ -250,8 +250,8 @@ class _Intake:
             raise UserError(
                 listing(
                     f'{len(self._misfits)} of {n_images} images are not squares of one power of '
-                    'two after the transform; give --width and --height (e.g. --width 256 '
-                    '--height 256)',
+                    'two after the transform; give `width` and `height` (e.g. `width` 256 '
+                    '`height` 256)',
                     self._misfits,
                 )
             )

@@ -81,14 +81,14 @@ def list_source(
     if path.suffix.lower() == '.csv':
         return list_table(read_table(path, image_dir, split=split), str(path))
     if split is not None:
-        raise UserError(f'--split {split}: {path} is no CSV table; splits are read from tables')
+        raise UserError(f'`split` {split}: {path} is no CSV table; splits are read from tables')
     store = FileStore(path)
     names = store.image_names()
     if dicom := find_dicom(path) if path.is_dir() else []:
         if names:
             raise UserError(
                 f'{path} holds DICOM files and other pictures ({names[0]}); give them '
-                'in two folders, as two --source'
+                'in two folders, as two `source`'
             )
         return _list_dicom(path, dicom, burned_in)
     if not names:

@@ -299,11 +299,11 @@ def _eyes(frame: pd.DataFrame, ids: Sequence[str]) -> list[str] | None:
 
 def _only_split(table: Table, split: str, csv: str | Path) -> Table:
     if table.splits is None:
-        raise UserError(f'--split {split}: {csv} has no split column')
+        raise UserError(f'`split` {split}: {csv} has no split column')
     keep = [i for i, v in enumerate(table.splits) if v == split]
     if not keep:
         raise UserError(
-            f'--split {split}: no row of {csv} has that split; it has '
+            f'`split` {split}: no row of {csv} has that split; it has '
             f'{", ".join(sorted(set(table.splits)))}'
         )
     return table.subset(keep)

@@ -29,7 +29,7 @@ INCEPTION_FILE = 'pt_inception-2015-12-05-6726825d.pth'
 _WHERE = (
     f'It is {INCEPTION_FILE} of the releases of github.com/mseitzer/pytorch-fid '
     '(torch-fidelity ships the same file as weights-inception-2015-12-05-6726825d.pth); '
-    'give its path with --inception_weights.'
+    'give its path with `inception_weights`.'
 )
 
 
@@ -79,15 +79,15 @@ def load_feature_network(
     if metric.endswith('_fundus'):
         if content_weights is None:
             raise UserError(
-                f'{metric} needs a content encoder file (--content_weights; '
-                '--metric_network when training a generator); make one with '
+                f'{metric} needs a content encoder file (`content_weights`; '
+                '`metric_network` when training a generator); make one with '
                 'scripts/train_content_encoder.py'
             )
         network = load_content_network(content_weights)
         if not isinstance(network, ContentNetwork):
             raise UserError(
                 f'{metric} needs a content encoder file, not {content_weights}, whose features '
-                'are compared by --metrics=features'
+                'are compared by `metrics`=features'
             )
         return network
     if inception_weights is None:

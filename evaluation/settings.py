@@ -154,14 +154,14 @@ def read_settings(path: Path) -> Settings:
     try:
         entries = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f'--config {path}: {error}') from error
+        raise UserError(f'`config` {path}: {error}') from error
     except RecursionError:
-        raise UserError(f'--config {path}: nested too deeply to be a configuration') from None
+        raise UserError(f'`config` {path}: nested too deeply to be a configuration') from None
     if not isinstance(entries, dict):
-        raise UserError(f'--config {path}: not a table of entries')
-    settings = read_entries(Settings, entries, f'--config {path}')
+        raise UserError(f'`config` {path}: not a table of entries')
+    settings = read_entries(Settings, entries, f'`config` {path}')
     if wrong := _contradictions(settings):
-        raise UserError(listing(f'--config {path}', wrong))
+        raise UserError(listing(f'`config` {path}', wrong))
     return settings
 
 

@@ -74,6 +74,7 @@ def latents_of(
     return torch.cat(found)
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()

@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     try:

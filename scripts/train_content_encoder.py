@@ -29,7 +29,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import dataclasses
 import logging
 
 import numpy as np
@@ -40,209 +39,30 @@ from datasets.pictures import Pictures
 from datasets.table import Table, read_table
 from evaluation.feature_quality import describe_quality, feature_quality
 from models.features.content import ContentNetwork, content_network_from_state
-from models.resnet import ARCHS, build_resnet
-from training.moco import EXPORT_NAME, MocoConfig, MocoTrainer, content_run
-from training.moco_views import ViewConfig
+from models.resnet import build_resnet
+from training.content_options import FREE, TRAINING, ContentOptions, MocoConfig
+from training.moco import EXPORT_NAME, MocoTrainer, content_run
 from training.run import finish, open_folder
 from utils import cli, distributed
 from utils.errors import UserError
 from utils.images import from_uint8
 from utils.io import write_json
 from utils.logs import progress, setup_logging
+from utils.options import add_flags, build, heading
 from utils.runs import run_record
 from utils.seeds import numpy_generator, seed_everything
 from utils.signals import stop_on_signal
 
 log = logging.getLogger(__name__)
 
-# Flags that may differ when a run goes on, beside those of every training (training.run): the
-# photographs are compared by content.
-_FREE = ('data', 'image_dir', 'labels', 'labels_image_dir', 'quality_images', 'quality_split')
 _MIN_SIZE, _SMALL_SIZE = 32, 96
 
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser_of(__doc__)
-    for add in (_add_data, _add_network, _add_training, _add_records):
-        add(p)
+    add_flags(p, ContentOptions)
+    cli.add_device(heading(p, TRAINING))
     return p
-
-
-def _add_data(p: argparse.ArgumentParser) -> None:
-    g = p.add_argument_group('required')
-    g.add_argument(
-        '--data', type=Path, required=True, metavar='DIR|ZIP|CSV', help='training photographs'
-    )
-    g.add_argument('--out_dir', type=Path, required=True, metavar='DIR', help='run folder')
-    g = p.add_argument_group('data')
-    g.add_argument(
-        '--image_dir',
-        type=Path,
-        metavar='DIR',
-        help='where the files of a table given as --data are (default: images/ '
-        'beside it, or its folder)',
-    )
-    g.add_argument('--split', metavar='NAME', help='only rows of that split of the table')
-    g.add_argument(
-        '--labels',
-        type=Path,
-        metavar='CSV',
-        help='table of photographs for the quality report (default: --data when that is a table)',
-    )
-    g.add_argument(
-        '--labels_image_dir', type=Path, metavar='DIR', help='where the files of --labels are'
-    )
-    g.add_argument(
-        '--quality_split', metavar='NAME', help='only rows of that split in the quality report'
-    )
-    g.add_argument(
-        '--quality_images',
-        type=cli.positive_int,
-        default=5000,
-        metavar='N',
-        help='most images in the quality report, whole patients drawn at random',
-    )
-    g.add_argument(
-        '--workers',
-        type=cli.nonnegative_int,
-        default=4,
-        metavar='N',
-        help='loading processes (sets that fit 2 GB are kept in memory instead)',
-    )
-
-
-def _add_network(p: argparse.ArgumentParser) -> None:
-    views, d = ViewConfig(), MocoConfig()
-    g = p.add_argument_group('network')
-    g.add_argument('--arch', choices=ARCHS, default=d.arch, help='network')
-    g.add_argument(
-        '--input_size',
-        type=cli.positive_int,
-        default=d.input_size,
-        metavar='PX',
-        help='side of the pictures the network sees',
-    )
-    g.add_argument(
-        '--small_stem',
-        type=cli.boolean,
-        nargs='?',
-        const=True,
-        default=False,
-        metavar='BOOL',
-        help='for inputs below about 100 px: one 3x3 convolution of '
-        'stride 2 in place of the 7x7 convolution and the max-pool (4x slower)',
-    )
-    g = p.add_argument_group('views')
-    for name, kind, text in (
-        ('min_area', cli.fraction, 'smallest crop, share of the picture'),
-        ('rotation', cli.nonnegative_float, 'largest rotation, degrees'),
-        ('mirror', cli.fraction, 'probability of a left-right flip'),
-        ('upend', cli.fraction, 'probability of an up-down flip'),
-        ('brightness', cli.fraction, 'largest relative change'),
-        ('contrast', cli.fraction, 'largest relative change'),
-        ('saturation', cli.fraction, 'largest relative change'),
-        ('hue', cli.fraction, 'largest turn of the hue, in full turns'),
-        ('blur', cli.fraction, 'largest blur (sigma), share of the side'),
-    ):
-        g.add_argument(
-            f'--{name}', type=kind, default=getattr(views, name), metavar='NUMBER', help=text
-        )
-
-
-def _add_training(p: argparse.ArgumentParser) -> None:
-    d = MocoConfig()
-    g = p.add_argument_group('training')
-    g.add_argument(
-        '--max_steps',
-        type=cli.positive_int,
-        default=d.max_steps,
-        metavar='STEPS',
-        help='optimiser steps',
-    )
-    g.add_argument(
-        '--warmup_steps',
-        type=cli.nonnegative_int,
-        default=d.warmup_steps,
-        metavar='STEPS',
-        help='linear rise of the learning rate',
-    )
-    g.add_argument(
-        '--batch_size',
-        type=cli.positive_int,
-        default=d.batch_size,
-        metavar='N',
-        help='images per step, all processes together',
-    )
-    _add_optimisation(g, d)
-    g.add_argument('--amp', choices=('no', 'bf16'), default=d.amp, help='mixed precision')
-    cli.add_common(g)
-
-
-def _add_optimisation(g: argparse._ArgumentGroup, d: MocoConfig) -> None:
-    g.add_argument(
-        '--queue_size',
-        type=cli.positive_int,
-        metavar='N',
-        help='remembered keys, a multiple of the batch (default: half of the images, '
-        'at most 65536)',
-    )
-    g.add_argument(
-        '--learning_rate',
-        type=cli.positive_float,
-        default=d.learning_rate,
-        metavar='RATE',
-        help='for batches of 256; scaled with the batch',
-    )
-    g.add_argument(
-        '--weight_decay',
-        type=cli.nonnegative_float,
-        default=d.weight_decay,
-        metavar='NUMBER',
-        help='weight decay',
-    )
-    g.add_argument(
-        '--key_momentum',
-        type=cli.fraction,
-        default=d.key_momentum,
-        metavar='NUMBER',
-        help='how slowly the key network follows; 0.99 suits runs below 5000 steps',
-    )
-    g.add_argument(
-        '--temperature',
-        type=cli.positive_float,
-        default=d.temperature,
-        metavar='NUMBER',
-        help='of the InfoNCE loss',
-    )
-
-
-def _add_records(p: argparse.ArgumentParser) -> None:
-    d = MocoConfig()
-    g = p.add_argument_group('records')
-    g.add_argument(
-        '--log_interval',
-        type=cli.positive_int,
-        default=d.log_interval,
-        metavar='STEPS',
-        help='progress lines and stats.jsonl',
-    )
-    g.add_argument(
-        '--save_interval',
-        type=cli.positive_int,
-        default=d.save_interval,
-        metavar='STEPS',
-        help='resumable states and content_encoder.pt',
-    )
-    g.add_argument(
-        '--keep_states', type=cli.positive_int, default=2, metavar='N', help='resumable states kept'
-    )
-    g.add_argument('--resume', action='store_true', help='go on from the newest state')
-    g.add_argument(
-        '--max_minutes',
-        type=cli.positive_float,
-        metavar='MIN',
-        help='stop in good order after that time; go on with --resume',
-    )
 
 
 def is_table(path: Path) -> bool:
@@ -339,13 +159,12 @@ def report_quality(
 
 
 def build_trainer(opts: argparse.Namespace, images: Pictures, device: torch.device) -> MocoTrainer:
-    given = vars(opts)
-    views = ViewConfig(**{f.name: given[f.name] for f in dataclasses.fields(ViewConfig)})
-    fields = {f.name: given[f.name] for f in dataclasses.fields(MocoConfig) if f.name in given}
     workers = 0 if images.cached else opts.workers
-    return MocoTrainer(images, MocoConfig(views=views, **fields), device=device, workers=workers)
+    config = build(MocoConfig, vars(opts))
+    return MocoTrainer(images, config, device=device, workers=workers)
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()
@@ -359,9 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         described = f'{len(images)} images, {images.digest()}'
         return run_record({**vars(opts), 'images': described}, seed=opts.seed)
 
-    open_folder(
-        opts.out_dir, record, resume=opts.resume, free_options=_FREE, resume_flag='--resume'
-    )
+    open_folder(opts.out_dir, record, resume=opts.resume, free_options=FREE, resume_flag='--resume')
     run = content_run(trainer, opts.out_dir, keep_states=opts.keep_states)
     if opts.resume:
         run.resume()

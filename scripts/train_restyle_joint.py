@@ -29,74 +29,22 @@ from datasets.pictures import Pictures
 from models.features.pretrained import load_feature_network
 from models.psp import PSP
 from scripts import train_restyle_e4e, train_restyle_psp
-from training.coach_restyle_joint import JointCoach, JointConfig
+from training.coach_restyle_joint import JointCoach, JointConfig, JointOptions
 from training.picture_game import GameConfig
 from training.reconstruction import BandTerm
 from utils import cli
 from utils.errors import UserError
 from utils.images import from_uint8
+from utils.options import add_flags, build
 
 DEFAULT_ENCODER = 'LightProgressiveEncoder'
 _VARIANCE_IMAGES = 512
-_HELP = {
-    'decoder_lr': "the generator's learning rate",
-    'mean_of': 'photographs behind a mean latent',
-    'n_means': 'means drawn from each pass',
-    'mean_start': 'step at which means come in',
-    'feature_lambda': 'weight of the distance of lite0 maps, place by place',
-    'content_lambda': 'weight of the distance of pooled lite0 features',
-    'mean_content_lambda': 'the same, picture of a mean latent against the mean of its members',
-    'mean_colour_lambda': 'weight of the colours of such pictures against the members',
-    'spread_lambda': 'weight that holds the deviation of the latents near 1',
-    'average': 'half-life, in steps, of the averaged weights that are exported',
-    'most': 'gradients are shortened to this many times their usual norm',
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
     p = train_restyle_e4e.build_parser(__doc__, DEFAULT_ENCODER)
     p.set_defaults(train_decoder=True, n_iters_per_batch=1, l2_lambda=1.0, optim_name='adam')
-    g = p.add_argument_group('joint training')
-    for field in dataclasses.fields(JointConfig):
-        if field.name in _HELP:
-            g.add_argument(
-                f'--{field.name}',
-                type=cli.nonnegative_int if field.type is int else cli.nonnegative_float,
-                default=field.default,
-                metavar='N' if field.type is int else 'X',
-                help=_HELP[field.name],
-            )
-    g.add_argument(
-        '--band_lambdas',
-        type=cli.nonnegative_float,
-        nargs=N_BANDS + 1,
-        default=[0.25, 0.5, 1.0, 1.0, 1.0],
-        metavar='WEIGHT',
-        help='weights of the bands of frequencies, finest first, and of the rest',
-    )
-    g.add_argument(
-        '--first_spread',
-        type=cli.positive_float,
-        default=20.0,
-        metavar='X',
-        help="factor of a new encoder's first latents, which are small otherwise",
-    )
-    g = p.add_argument_group('opponents')
-    game = GameConfig()
-    for name, text in (
-        ('ratio', 'norm of their gradient over that of the other losses; 0: there are none'),
-        ('start', 'step at which they are heard'),
-        ('ramp', 'steps from then until they are heard in full'),
-        ('lr', 'their learning rate'),
-    ):
-        value = getattr(game, name)
-        g.add_argument(
-            f'--adv_{name}',
-            type=cli.nonnegative_int if isinstance(value, int) else cli.nonnegative_float,
-            default=value,
-            metavar='X',
-            help=text,
-        )
+    add_flags(p, JointOptions)
     return p
 
 
@@ -105,29 +53,31 @@ def variances(pictures: Pictures) -> list[float]:
     some = [np.asarray(pictures[i]) for i in range(min(len(pictures), _VARIANCE_IMAGES))]
     found = band_variances(from_uint8(torch.from_numpy(np.stack(some))))
     if min(found) <= 0:
-        raise UserError('--train_path: the photographs are all the same')
+        raise UserError('`train_path`: the photographs are all the same')
     return found
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
 
     def make_coach(psp: PSP, train_set: Pictures, *arguments: Any, **options: Any) -> JointCoach:
         if psp.input_size % 2**N_BANDS:
-            raise UserError(f'--encoder_size {psp.input_size}: not a multiple of {2**N_BANDS}')
+            raise UserError(f'`encoder_size` {psp.input_size}: not a multiple of {2**N_BANDS}')
         if not opts.checkpoint_path:
             with torch.no_grad():
                 encoder: Any = psp.encoder
                 encoder.head.weight.mul_(opts.first_spread)
         options['losses']['bands'] = BandTerm(opts.band_lambdas, variances(train_set)), 1.0
-        game = GameConfig(opts.adv_ratio, opts.adv_start, opts.adv_ramp, opts.adv_lr)
-        fields = {name: getattr(opts, name) for name in _HELP}
+        game = build(GameConfig, vars(opts))
         return JointCoach(
             psp,
             train_set,
             *arguments,
             e4e=train_restyle_e4e.e4e_config(opts, psp),
-            joint=JointConfig(**fields, game=game if game.ratio else None),
+            joint=dataclasses.replace(
+                build(JointConfig, vars(opts)), game=game if game.ratio else None
+            ),
             features=load_feature_network('lite0').to(options['device']),
             **options,
         )

@@ -52,7 +52,7 @@ from models.psp import PSP, psp_from_checkpoint
 from models.stylegan2 import load_generator
 from training.coach_restyle_psp import Coach, encoder_run
 from training.reconstruction import ContentTerm, L2Term, LpipsTerm, Term
-from training.restyle_options import add_options, check_options, coach_config
+from training.restyle_options import FREE, PLACES, add_options, check_options, coach_config
 from training.run import finish, open_folder
 from utils import cli, distributed
 from utils.errors import UserError
@@ -65,34 +65,6 @@ from utils.signals import stop_on_signal
 log = logging.getLogger(__name__)
 
 DEFAULT_ENCODER = 'ResNetBackboneEncoder'
-
-# Flags that may differ when a run goes on, beside those of every training (training.run): they do
-# not change what is computed, or the content of the files they name is compared instead.
-_FREE = (
-    'train_path',
-    'test_path',
-    'stylegan_weights',
-    'checkpoint_path',
-    'content_weights',
-    'lpips_weights',
-    'resnet34_weights',
-    'test_batch_size',
-    'max_steps',
-    'image_interval',
-    'board_interval',
-    'save_interval',
-)
-_PATHS = (
-    'exp_dir',
-    'train_path',
-    'test_path',
-    'stylegan_weights',
-    'checkpoint_path',
-    'content_weights',
-    'lpips_weights',
-    'resnet34_weights',
-    'resume',
-)
 
 
 def build_parser(
@@ -239,7 +211,7 @@ def build_coach(
         losses=losses,
         device=device,
         latent_penalty=penalty,
-        meta={k: v for k, v in vars(opts).items() if k not in _PATHS},
+        meta={k: v for k, v in vars(opts).items() if k not in PLACES},
         workers=0 if train_set.cached else opts.workers,
         test_workers=0 if test_set.cached else opts.test_workers,
     )
@@ -276,7 +248,7 @@ def train(
         opts.exp_dir,
         partial(record_of, opts, coach),
         resume=opts.resume is not None,
-        free_options=_FREE,
+        free_options=FREE,
         resume_flag='--resume',
     )
     run = encoder_run(coach, opts.exp_dir, keep_states=opts.keep_states)
@@ -305,6 +277,7 @@ def train(
     return finish(signalled)
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     return train(build_parser().parse_args(argv))
 

@@ -101,7 +101,7 @@ def build_config(
             batch_gpu=opts.batch_gpu,
             gamma=opts.gamma,
             pl_weight=opts.pl_weight,
-            n_mlp=opts.n_mlp,
+            n_mlp=opts.map_depth,
             freezed=opts.freezed,
             use_noise=opts.use_noise,
             cbase=opts.cbase,
@@ -233,6 +233,7 @@ def resolved_options(
     }
 
 
+@cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     opts = build_parser().parse_args(argv)

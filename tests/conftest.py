@@ -1,6 +1,6 @@
 """Shared test helpers: golden files, and a reason for every skipped GPU test."""
 
-import importlib.util
+import importlib
 import os
 import signal
 from pathlib import Path
@@ -9,16 +9,27 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from typed_calls import checking
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests' / 'golden'
 os.environ.setdefault('MPLBACKEND', 'Agg')
 # Arrays are compared with the shapes and dtypes of the signature at every call of these folders'
-# functions, whose modules are imported after this line, in the tests of CHECKED; the other tests
-# follow. KSALSA_TYPED_CALLS=0 turns it off.
-TYPED = ('utils', 'models', 'criteria', 'datasets', 'anonymization', 'evaluation')
-CHECKED = ('criteria', 'datasets', 'models', 'project', 'utils')
+# functions, in all tests; commands that tests start as processes of their own run without.
+# KSALSA_TYPED_CALLS=0 turns it off.
+TYPED = (
+    'utils',
+    'models',
+    'criteria',
+    'datasets',
+    'training',
+    'anonymization',
+    'evaluation',
+    'stages',
+    'classification',
+    'MIA',
+    'scripts',
+    'benchmarks',
+)
 if os.environ.get('KSALSA_TYPED_CALLS') != '0':
     jaxtyping.install_import_hook(TYPED, 'typed_calls.check')
 # Background jobs of a shell ignore Ctrl-C, and so would the commands that tests interrupt.
@@ -57,14 +68,6 @@ def exact_float32(request):
     torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.fixture(autouse=True)
-def typed_calls(request):
-    """Shapes are checked in the tests of CHECKED."""
-    folder = request.path.relative_to(ROOT / 'tests').parts[0]
-    with checking(folder in CHECKED):
-        yield
-
-
 @pytest.fixture(scope='session')
 def golden():
     """golden('name') -> dict of float32 tensors (and raw arrays) of tests/golden/name.npz."""
@@ -84,9 +87,4 @@ def relative_error(got, want):
 
 def load_script(name, folder='scripts'):
     """A script as a module, whatever characters its file name has."""
-    spec = importlib.util.spec_from_file_location(
-        f'script_{name.replace("-", "_")}', ROOT / folder / f'{name}.py'
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f'{folder}.{name}')

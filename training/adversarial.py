@@ -77,7 +77,7 @@ def freeze_discriminator(net: Opponent, n_layers: int) -> list[nn.Parameter]:
     if isinstance(net, ProjectedDiscriminator):
         if n_layers:
             raise UserError(
-                '--freezed goes with the discriminator stylegan2; the features of the '
+                '`freezed` goes with the discriminator stylegan2; the features of the '
                 'projected one are always frozen'
             )
         return net.learnt()
@@ -87,7 +87,7 @@ def freeze_discriminator(net: Opponent, n_layers: int) -> list[nn.Parameter]:
         layers += [block.conv1, block.conv2, block.skip]
     if n_layers > len(layers):
         raise UserError(
-            f'--freezed {n_layers}: this discriminator has {len(layers)} layers that can be frozen'
+            f'`freezed` {n_layers}: this discriminator has {len(layers)} layers that can be frozen'
         )
     frozen = {id(p) for layer in layers[:n_layers] for p in layer.parameters()}
     return [p for p in net.parameters() if id(p) not in frozen]

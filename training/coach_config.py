@@ -5,6 +5,19 @@ import dataclasses
 import torch
 from torch import nn
 
+from utils.kinds import (
+    boolean,
+    choice,
+    fraction,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+)
+from utils.options import option
+
+# Headings of the flags.
+DATA, NETWORKS, LOSSES, TRAINING, RECORDS = 'data', 'networks', 'losses', 'training', 'records'
 AMP_DTYPES = {'no': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
@@ -17,24 +30,101 @@ class CoachConfig:
     half_export: the exported encoder's weights as float16, which halves its size.
     """
 
-    batch_size: int = 8
-    test_batch_size: int = 8
-    learning_rate: float = 1e-4
-    optim_name: str = 'ranger'
-    train_decoder: bool = False
-    n_iters: int = 5
-    max_steps: int = 100_000
-    image_interval: int = 100
-    board_interval: int = 50
-    val_interval: int = 1000
-    save_interval: int | None = None
-    accumulate: int = 1
-    amp: str = 'no'
-    mirror: bool = True
-    half_export: bool = False
-    seed: int = 0
-    synthetic: float = 0.0  # share of every batch that the generator draws
-    latent_lambda: float = 0.1  # weight of the distance from their known latents
+    max_steps: int = option(
+        100_000, positive_int, 'optimiser steps', group=TRAINING, metavar='STEPS', free=True
+    )
+    batch_size: int = option(
+        8,
+        positive_int,
+        'images per optimiser step, all processes together',
+        group=TRAINING,
+        metavar='N',
+    )
+    test_batch_size: int = option(
+        8,
+        positive_int,
+        'images per validation batch and process',
+        group=TRAINING,
+        metavar='N',
+        free=True,
+    )
+    accumulate: int = option(
+        1,
+        positive_int,
+        "split each process's share of a batch to save memory",
+        group=TRAINING,
+        metavar='PASSES',
+    )
+    n_iters: int = option(
+        5,
+        positive_int,
+        'refinements per batch',
+        group=TRAINING,
+        metavar='N',
+        flag='n_iters_per_batch',
+    )
+    learning_rate: float = option(
+        1e-4, positive_float, 'constant learning rate', group=TRAINING, metavar='RATE'
+    )
+    optim_name: str = option('ranger', choice('ranger', 'adam'), 'optimiser', group=TRAINING)
+    amp: str = option(
+        'no',
+        choice(*sorted(AMP_DTYPES)),
+        'mixed precision: bf16 (CPU or GPU) or fp16 (GPU)',
+        group=TRAINING,
+    )
+    seed: int = option(0, nonnegative_int, 'random seed', group=TRAINING, metavar='INT')
+    mirror: bool = option(
+        True,
+        boolean,
+        'mirror half of the training photographs (default: as the entry says)',
+        group=DATA,
+    )
+    train_decoder: bool = option(
+        False, boolean, 'train the generator too', group=NETWORKS, metavar='BOOL', bare=True
+    )
+    synthetic: float = option(
+        0.0,
+        fraction,
+        'share of every batch that the generator draws, with known latents: 1 to '
+        'pretrain, then 0.5 with --checkpoint_path',
+        group=NETWORKS,
+        metavar='SHARE',
+    )
+    latent_lambda: float = option(
+        0.1,
+        nonnegative_float,
+        'weight of the distance from the known latents of --synthetic',
+        group=LOSSES,
+        metavar='WEIGHT',
+    )
+    image_interval: int = option(
+        100, positive_int, 'training sample sheets', group=RECORDS, metavar='STEPS', free=True
+    )
+    board_interval: int = option(
+        50, positive_int, 'training losses', group=RECORDS, metavar='STEPS', free=True
+    )
+    val_interval: int = option(
+        1000,
+        positive_int,
+        'validation, best_model.pt and resumable state',
+        group=RECORDS,
+        metavar='STEPS',
+    )
+    save_interval: int | None = option(
+        None,
+        positive_int,
+        'iteration_<step>.pt (default: only the last step)',
+        group=RECORDS,
+        metavar='STEPS',
+        free=True,
+    )
+    half_export: bool = option(
+        False,
+        boolean,
+        "store the encoder's weights in best_model.pt and iteration_<step>.pt as float16",
+        group=RECORDS,
+    )
 
 
 def build_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:

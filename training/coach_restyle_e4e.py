@@ -19,8 +19,19 @@ from training.coach_restyle_psp import Coach
 from training.latent_discriminator import LatentGame
 from utils import distributed
 from utils.errors import UserError
+from utils.kinds import (
+    boolean,
+    list_of,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+)
+from utils.options import option
 from utils.seeds import torch_generator
 from utils.transfer import send
+
+_DISCRIMINATOR, _DELTAS = 'latent discriminator', 'deltas'  # headings of the flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +43,63 @@ class E4EConfig:
     of earlier steps.
     """
 
-    w_discriminator_lambda: float = 0.0
-    w_discriminator_lr: float = 2e-5
-    r1: float = 10.0
-    d_reg_every: int = 16
-    use_w_pool: bool = False
-    w_pool_size: int = 50
-    delta_norm: int = 2
-    delta_norm_lambda: float = 2e-4
-    progressive_steps: tuple[int, ...] | None = None
+    w_discriminator_lambda: float = option(
+        0.0,
+        nonnegative_float,
+        'weight of its loss; 0: there is none (published: 0.1)',
+        group=_DISCRIMINATOR,
+        metavar='WEIGHT',
+    )
+    w_discriminator_lr: float = option(
+        2e-5, positive_float, 'its learning rate', group=_DISCRIMINATOR, metavar='RATE'
+    )
+    r1: float = option(
+        10.0,
+        nonnegative_float,
+        'weight of its gradient penalty',
+        group=_DISCRIMINATOR,
+        metavar='WEIGHT',
+    )
+    d_reg_every: int = option(
+        16, positive_int, 'steps between two penalties', group=_DISCRIMINATOR, metavar='STEPS'
+    )
+    use_w_pool: bool = option(
+        False, boolean, 'show it latents of earlier steps too', group=_DISCRIMINATOR
+    )
+    w_pool_size: int = option(
+        50, positive_int, 'how many of them are kept', group=_DISCRIMINATOR, metavar='N'
+    )
+    delta_norm: int = option(
+        2, positive_int, 'which norm of the deltas is held small', group=_DELTAS, metavar='P'
+    )
+    delta_norm_lambda: float = option(
+        2e-4, nonnegative_float, 'weight of that norm', group=_DELTAS, metavar='WEIGHT'
+    )
+    progressive_steps: tuple[int, ...] | None = option(
+        None,
+        list_of(nonnegative_int, 'rising steps'),
+        'in place of the other two, the step of every style, the first 0',
+        group=_DELTAS,
+        metavar='STEP',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class E4EOptions:
+    """The options of e4e; the last two are a short way to say `progressive_steps`."""
+
+    e4e: E4EConfig
+    progressive_start: int | None = option(
+        None,
+        nonnegative_int,
+        'step at which the second style gets its delta (default: all have theirs '
+        'from the start, and their norm is free)',
+        group=_DELTAS,
+        metavar='STEP',
+    )
+    progressive_step_every: int = option(
+        2000, positive_int, 'steps from one delta to the next', group=_DELTAS, metavar='STEPS'
+    )
 
 
 def progressive_steps(
@@ -56,7 +115,7 @@ def progressive_steps(
         return None
     if len(given) != n_styles or given[0] != 0 or sorted(given) != list(given):
         raise UserError(
-            f'--progressive_steps: want {n_styles} rising steps, one for each style, '
+            f'`progressive_steps`: want {n_styles} rising steps, one for each style, '
             f'the first 0; got {" ".join(map(str, given))}'
         )
     return tuple(given)

@@ -20,16 +20,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from criteria.feature_distance import map_distance
-from criteria.laplacian import rest
+from criteria.laplacian import N_BANDS, rest
 from models.features.pretrained import FeatureNetwork
 from training.coach_restyle_e4e import E4ECoach
 from training.picture_game import GameConfig, PictureGame
 from training.stylegan2_networks import silence_noise
 from utils.errors import UserError
+from utils.kinds import list_of, nonnegative_float, nonnegative_int, positive_float
+from utils.options import option
 from utils.seeds import torch_generator
 
+_GROUP = 'joint training'  # heading of the flags
 _STRIDES = (2, 4, 8, 16, 32)
 _BETAS = (0.5, 0.99)  # Adam's, as usual beside an adversary
+
+
+def _number(default: float, help: str) -> float:
+    return option(default, nonnegative_float, help, group=_GROUP, metavar='X')
+
+
+def _whole(default: int, help: str) -> int:
+    return option(default, nonnegative_int, help, group=_GROUP, metavar='N')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +57,46 @@ class JointConfig:
     usual norm. game: None for no opponents.
     """
 
-    decoder_lr: float = 2e-3
-    mean_of: int = 5
-    n_means: int = 5
-    mean_start: int = 400
-    feature_lambda: float = 2.0
-    content_lambda: float = 10.0
-    mean_content_lambda: float = 20.0
-    mean_colour_lambda: float = 0.5
-    spread_lambda: float = 0.5
-    average: float = 350.0
-    most: float = 1.5
+    decoder_lr: float = _number(2e-3, "the generator's learning rate")
+    mean_of: int = _whole(5, 'photographs behind a mean latent')
+    n_means: int = _whole(5, 'means drawn from each pass')
+    mean_start: int = _whole(400, 'step at which means come in')
+    feature_lambda: float = _number(2.0, 'weight of the distance of lite0 maps, place by place')
+    content_lambda: float = _number(10.0, 'weight of the distance of pooled lite0 features')
+    mean_content_lambda: float = _number(
+        20.0, 'the same, picture of a mean latent against the mean of its members'
+    )
+    mean_colour_lambda: float = _number(
+        0.5, 'weight of the colours of such pictures against the members'
+    )
+    spread_lambda: float = _number(0.5, 'weight that holds the deviation of the latents near 1')
+    average: float = _number(
+        350.0, 'half-life, in steps, of the averaged weights that are exported'
+    )
+    most: float = _number(1.5, 'gradients are shortened to this many times their usual norm')
     game: GameConfig | None = GameConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class JointOptions:
+    """The options of a joint training beside those of e4e."""
+
+    joint: JointConfig
+    game: GameConfig
+    band_lambdas: list[float] = option(
+        [0.25, 0.5, 1.0, 1.0, 1.0],
+        list_of(nonnegative_float, 'weights', length=N_BANDS + 1, make=list),
+        'weights of the bands of frequencies, finest first, and of the rest',
+        group=_GROUP,
+        metavar='WEIGHT',
+    )
+    first_spread: float = option(
+        20.0,
+        positive_float,
+        "factor of a new encoder's first latents, which are small otherwise",
+        group=_GROUP,
+        metavar='X',
+    )
 
 
 class JointCoach(E4ECoach):
@@ -75,7 +114,7 @@ class JointCoach(E4ECoach):
         if not cfg.train_decoder or cfg.n_iters != 1 or cfg.synthetic:
             raise UserError(
                 'the joint training trains the generator, on one refinement a batch, without '
-                'samples: --train_decoder --n_iters_per_batch=1 --synthetic=0'
+                'samples: set `train_decoder`, `n_iters_per_batch` 1 and `synthetic` 0'
             )
         self.joint, self.features = joint, features
         self.norms: dict[str, float] = {}  # of the gradients, by network
@@ -152,7 +191,7 @@ class JointCoach(E4ECoach):
         if n < joint.mean_of:
             raise UserError(
                 f'means of {joint.mean_of} photographs need at least as many in each pass; here '
-                f'are {n}: raise --batch_size, or lower --accumulate'
+                f'are {n}: raise `batch_size`, or lower `accumulate`'
             )
         draw = torch_generator(self.config.seed, 'means', self.step_count, part.start)
         return torch.stack(

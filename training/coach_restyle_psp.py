@@ -56,7 +56,7 @@ class Coach(Training):
     """
 
     means = False
-    remedy = 'lower --learning_rate or use --amp no'
+    remedy = 'lower `learning_rate` or use `amp` no'
 
     def __init__(
         self,
@@ -105,15 +105,15 @@ class Coach(Training):
         if self.n_train < cfg.batch_size:
             raise UserError(
                 f'{self.n_train} training images are fewer than one batch of '
-                f'{cfg.batch_size}; lower --batch_size or add images'
+                f'{cfg.batch_size}; lower `batch_size` or add images'
             )
         if cfg.batch_size % (world * cfg.accumulate):
             raise UserError(
-                f'--batch_size {cfg.batch_size} cannot be divided among {world} '
-                f'process(es) x --accumulate {cfg.accumulate}'
+                f'`batch_size` {cfg.batch_size} cannot be divided among {world} '
+                f'process(es) x `accumulate` {cfg.accumulate}'
             )
         if cfg.amp == 'fp16' and self.device.type != 'cuda':
-            raise UserError('--amp fp16 needs a GPU; use --amp bf16 on a CPU')
+            raise UserError('`amp` fp16 needs a GPU; use `amp` bf16 on a CPU')
 
     # -- one step ---------------------------------------------------------------------------
 
@@ -329,7 +329,7 @@ class Coach(Training):
         if not isinstance(state, dict) or state.get('format') != STATE_FORMAT:
             raise UserError(
                 f'{source} is not a training state of this tool; to start from the '
-                'weights of a checkpoint use --checkpoint_path'
+                'weights of a checkpoint use `checkpoint_path`'
             )
         trained = self.psp if self.config.train_decoder else self.psp.encoder
         try:

@@ -20,7 +20,6 @@ K queue. Random numbers are a function of (seed, step) and belong to the whole b
 """
 
 import copy
-import dataclasses
 import math
 from pathlib import Path
 
@@ -33,8 +32,9 @@ from models.features.content import content_checkpoint
 from models.resnet import build_resnet
 from training.batches import Batches, StepSampler
 from training.checkpoints import Checkpoints
+from training.content_options import MocoConfig
 from training.curves import Panel
-from training.moco_views import ViewConfig, apply_views, draw_views
+from training.moco_views import apply_views, draw_views
 from training.run import Training, TrainingRun
 from training.sync_batchnorm import share_batch_statistics
 from utils import distributed
@@ -141,35 +141,6 @@ def export_encoder(moco: MoCo, *, arch: str, input_size: int, small_stem: bool) 
     return file
 
 
-@dataclasses.dataclass(frozen=True)
-class MocoConfig:
-    """What shapes a content encoder training; intervals in optimiser steps.
-
-    batch_size counts the images of one step over all processes. learning_rate is for batches of
-    256 and scaled with the batch; it follows half a cosine to 0 at max_steps after
-    `warmup_steps` of linear rise. queue_size None: half of the training images, at most 65536
-    (an image's own earlier keys would be wrong negatives).
-    """
-
-    arch: str = 'resnet50'
-    small_stem: bool = False
-    input_size: int = 224
-    batch_size: int = 256
-    queue_size: int | None = None
-    max_steps: int = 20_000
-    warmup_steps: int = 0
-    learning_rate: float = 0.03
-    sgd_momentum: float = 0.9
-    weight_decay: float = 1e-4
-    key_momentum: float = 0.999
-    temperature: float = 0.2
-    amp: str = 'no'
-    log_interval: int = 50
-    save_interval: int = 1000
-    seed: int = 0
-    views: ViewConfig = ViewConfig()
-
-
 def automatic_queue(n_images: int, batch_size: int) -> int:
     """Half of the images, at most 65536, in whole batches (at least one)."""
     return max(min(MAX_QUEUE, n_images // 2) // batch_size, 1) * batch_size
@@ -195,7 +166,7 @@ class MocoTrainer(Training):
     among the processes, or does not divide the queue.
     """
 
-    remedy = 'lower --learning_rate, or use --amp no'
+    remedy = 'lower `learning_rate`, or use `amp` no'
 
     def __init__(
         self,
@@ -231,17 +202,17 @@ class MocoTrainer(Training):
         if self.n_images < cfg.batch_size:
             raise UserError(
                 f'{self.n_images} training images are fewer than one batch of '
-                f'{cfg.batch_size}; lower --batch_size or add images'
+                f'{cfg.batch_size}; lower `batch_size` or add images'
             )
         if cfg.batch_size % world:
             raise UserError(
-                f'--batch_size {cfg.batch_size} cannot be divided among {world} processes'
+                f'`batch_size` {cfg.batch_size} cannot be divided among {world} processes'
             )
         if cfg.batch_size // world < 2:
-            raise UserError('batch normalisation needs 2 images per process; raise --batch_size')
+            raise UserError('batch normalisation needs 2 images per process; raise `batch_size`')
         if self.queue_size % cfg.batch_size:
             raise UserError(
-                f'--queue_size {self.queue_size} is no multiple of --batch_size {cfg.batch_size}'
+                f'`queue_size` {self.queue_size} is no multiple of `batch_size` {cfg.batch_size}'
             )
 
     def _autocast(self) -> torch.autocast:

@@ -12,9 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.kinds import Kind, fraction, nonnegative_float
+from utils.options import option
 from utils.transfer import send_together
 
 _LUMA = (0.299, 0.587, 0.114)
+
+
+def _how(default: float, kind: Kind, help: str) -> float:
+    return option(default, kind, help, group='views', metavar='NUMBER')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +33,15 @@ class ViewConfig:
     largest sigma of a Gaussian, as a share of the side; half of the views are blurred.
     """
 
-    min_area: float = 0.6
-    rotation: float = 20.0
-    mirror: float = 0.5
-    upend: float = 0.0
-    brightness: float = 0.15
-    contrast: float = 0.15
-    saturation: float = 0.1
-    hue: float = 0.01
-    blur: float = 0.012
+    min_area: float = _how(0.6, fraction, 'smallest crop, share of the picture')
+    rotation: float = _how(20.0, nonnegative_float, 'largest rotation, degrees')
+    mirror: float = _how(0.5, fraction, 'probability of a left-right flip')
+    upend: float = _how(0.0, fraction, 'probability of an up-down flip')
+    brightness: float = _how(0.15, fraction, 'largest relative change')
+    contrast: float = _how(0.15, fraction, 'largest relative change')
+    saturation: float = _how(0.1, fraction, 'largest relative change')
+    hue: float = _how(0.01, fraction, 'largest turn of the hue, in full turns')
+    blur: float = _how(0.012, fraction, 'largest blur (sigma), share of the side')
 
 
 def draw_views(n: int, config: ViewConfig, generator: torch.Generator) -> dict[str, Tensor]:

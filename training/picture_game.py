@@ -16,9 +16,12 @@ from models.patches import PatchDiscriminator
 from models.projected import ProjectedDiscriminator
 from training.adversarial import LOSSES
 from utils import distributed
+from utils.kinds import nonnegative_float, nonnegative_int
+from utils.options import option
 from utils.seeds import seed_everything
 
 _LOSS = LOSSES['projected']
+_GROUP = 'opponents'  # heading of the flags
 _MEASURED_EVERY = 50  # steps
 _KEPT = 0.8  # of a weight, when it is measured again
 
@@ -31,10 +34,42 @@ class GameConfig:
     in full after as many steps again as `ramp` says. lr: their rate.
     """
 
-    ratio: float = 0.3
-    start: int = 800
-    ramp: int = 600
-    lr: float = 1e-3
+    ratio: float = option(
+        0.3,
+        nonnegative_float,
+        'norm of their gradient over that of the other losses; 0: there are none',
+        group=_GROUP,
+        metavar='X',
+        flag='adv_ratio',
+        alone=True,
+    )
+    start: int = option(
+        800,
+        nonnegative_int,
+        'step at which they are heard',
+        group=_GROUP,
+        metavar='X',
+        flag='adv_start',
+        alone=True,
+    )
+    ramp: int = option(
+        600,
+        nonnegative_int,
+        'steps from then until they are heard in full',
+        group=_GROUP,
+        metavar='X',
+        flag='adv_ramp',
+        alone=True,
+    )
+    lr: float = option(
+        1e-3,
+        nonnegative_float,
+        'their learning rate',
+        group=_GROUP,
+        metavar='X',
+        flag='adv_lr',
+        alone=True,
+    )
 
     def strength(self, step: int) -> float:
         """The ratio at `step`, from 0 before `start` to `ratio`."""

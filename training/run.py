@@ -67,7 +67,7 @@ class Training:
     stride: int = 1
     images: float = 1
     means: bool = True
-    remedy: str = 'lower --learning_rate'
+    remedy: str = 'lower `learning_rate`'
 
     @property
     def progress(self) -> int:

@@ -76,8 +76,8 @@ def make_config(
     given = {k: v for k, v in overrides.items() if v is not None}
     if given.get('batch', n_gpus) < n_gpus:
         raise ValueError(
-            f'--batch {given["batch"]} is smaller than the number of processes '
-            f'({n_gpus}); raise --batch or lower --gpus'
+            f'`batch` {given["batch"]} is smaller than the number of processes '
+            f'({n_gpus}); raise `batch` or lower `gpus`'
         )
     resolve = _published if preset in _PUBLISHED else _automatic
     values = resolve(preset, size, n_gpus, given.get('batch'))
@@ -96,7 +96,7 @@ def _automatic(preset: str, size: int, n_gpus: int, batch: int | None) -> dict[s
     most = 16 if preset == 'small' else 32
     usual = max(min(n_gpus * min(4096 // size, most), 64), n_gpus)
     batch = batch or usual
-    # As published, --batch leaves the other values of 'auto' as they are.
+    # As published, a batch leaves the other values of 'auto' as they are.
     basis = batch if preset == 'small' else usual
     values: dict[str, Any] = dict(
         kimg=25_000,
@@ -141,7 +141,7 @@ def _published(preset: str, size: int, n_gpus: int, batch: int | None) -> dict[s
 def widths(
     channels: dict[int, int], size: int, cbase: int | None, cmax: int | None
 ) -> dict[int, int]:
-    """The table `channels`, or that of --cbase and --cmax (where None, as wide as the table).
+    """The table `channels`, or that of cbase and cmax (where None, as wide as the table).
 
     ValueError when it leaves a resolution without channels.
     """
@@ -150,7 +150,7 @@ def widths(
     cbase = cbase or channels[size] * size
     cmax = cmax or max(channels.values())
     if cbase < size:
-        raise ValueError(f'--cbase {cbase} leaves no channel at {size} px')
+        raise ValueError(f'`cbase` {cbase} leaves no channel at {size} px')
     return {r: min(cbase // r, cmax) for r in channels}
 
 
@@ -158,7 +158,7 @@ def check_division(config: TrainConfig, n_gpus: int) -> None:
     """ValueError when processes and passes do not divide the batch."""
     if config.batch % (config.batch_gpu * n_gpus):
         raise ValueError(
-            f'--batch {config.batch} is not a multiple of {n_gpus} process(es) x '
-            f'{config.batch_gpu} images per pass; choose --batch, --gpus or '
-            '--batch-gpu so that it is'
+            f'`batch` {config.batch} is not a multiple of {n_gpus} process(es) x '
+            f'{config.batch_gpu} images per pass; choose `batch`, `gpus` or '
+            '`batch_gpu` so that it is'
         )

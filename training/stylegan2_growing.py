@@ -40,10 +40,10 @@ def grow(trainer: Trainer, path: Path) -> None:
         weights = {'g_ema': psp_from_checkpoint(weights, source=str(path)).decoder.state_dict()}
     if not isinstance(weights, dict) or 'g_ema' not in weights:
         raise UserError(
-            f'--grow {path}: neither a generator file, a training snapshot nor a ReStyle checkpoint'
+            f'`grow` {path}: neither a generator file, a training snapshot nor a ReStyle checkpoint'
         )
-    grow_generator(trainer.g_ema, weights['g_ema'], source=f'--grow {path}')
-    grow_generator(trainer.g, weights['g' if 'g' in weights else 'g_ema'], source=f'--grow {path}')
+    grow_generator(trainer.g_ema, weights['g_ema'], source=f'`grow` {path}')
+    grow_generator(trainer.g, weights['g' if 'g' in weights else 'g_ema'], source=f'`grow` {path}')
     if not trainer.config.use_noise:
         silence_noise(trainer.g)
         silence_noise(trainer.g_ema)
@@ -53,7 +53,7 @@ def grow(trainer: Trainer, path: Path) -> None:
     elif opponent == 'projected':  # its heads fit pictures of any size
         trainer.d.load_state_dict(weights['d'])
     elif isinstance(trainer.d, Discriminator):
-        grow_discriminator(trainer.d, weights['d'], source=f'--grow {path}')
+        grow_discriminator(trainer.d, weights['d'], source=f'`grow` {path}')
     trainer.mark_transferred()
 
 
@@ -64,8 +64,8 @@ def _check_half(
     if small.channels != shared:
         raise UserError(
             f'{source}: holds networks of {small.size} px with channels '
-            f'{small.channels}; a run of {large.size} px with this --cfg, --cbase and '
-            f'--cmax grows from {large.size // 2} px with channels {shared}'
+            f'{small.channels}; a run of {large.size} px with this `cfg`, `cbase` and '
+            f'`cmax` grows from {large.size // 2} px with channels {shared}'
         )
 
 
@@ -82,7 +82,7 @@ def grow_generator(net: Generator, state: State, *, source: str) -> None:
     if (small.n_mlp, small.style_dim) != (net.n_mlp, net.style_dim):
         raise UserError(
             f'{source}: has {small.n_mlp} mapping layers of {small.style_dim} numbers, '
-            f'this run wants {net.n_mlp} of {net.style_dim}; set --map-depth'
+            f'this run wants {net.n_mlp} of {net.style_dim}; set `map_depth`'
         )
     net.load_state_dict({**net.state_dict(), **small.state_dict()})
     last: Any = net.to_rgbs[-1]

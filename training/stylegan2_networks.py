@@ -51,7 +51,7 @@ def load_networks(networks: Networks, weights: dict, source: str | Path) -> None
             raise UserError(
                 f'{source} holds networks for {_described(held)}, this run '
                 f'wants {_described(networks.g)}; choose images of that size, and the '
-                '--cfg and --map-depth it was trained with'
+                '`cfg` and `map_depth` it was trained with'
             ) from error
     if not networks.config.use_noise:
         silence_noise(networks.g)

@@ -42,26 +42,26 @@ def read_start(path: Path | None, *, transfer: bool = False, freezed: int = 0) -
         found = snapshots(path).latest()
         if found is None:
             raise UserError(
-                f'--resume {path}: no loadable {SNAPSHOT_PREFIX}*.pt in it; begin '
-                'anew, with a lower --snap for snapshots more often'
+                f'`resume` {path}: no loadable {SNAPSHOT_PREFIX}*.pt in it; begin '
+                'anew, with a lower `snap` for snapshots more often'
             )
         return Start(found[0], found[1], True, True)
     weights = load_weights(path, what='generator file or training snapshot')
     if not isinstance(weights, dict) or 'g_ema' not in weights:
-        raise UserError(f'--resume {path}: neither a training snapshot nor a generator file')
+        raise UserError(f'`resume` {path}: neither a training snapshot nor a generator file')
     for name in ('g_ema', 'g', 'd'):
         if name in weights:
             named_tensors(
                 weights[name],
-                source=f'--resume {path}: {name}',
+                source=f'`resume` {path}: {name}',
                 what='discriminator' if name == 'd' else 'generator',
             )
     if not isinstance(weights.get('config', {}), dict):
-        raise UserError(f'--resume {path}: its "config" is none')
+        raise UserError(f'`resume` {path}: its "config" is none')
     if freezed and 'd' not in weights:
         raise UserError(
-            f'--freezed: {path} holds no discriminator; give a snapshot '
-            f'({SNAPSHOT_PREFIX}*.pt) with --transfer=1, or a converted .pkl'
+            f'`freezed`: {path} holds no discriminator; give a snapshot '
+            f'({SNAPSHOT_PREFIX}*.pt) with `transfer`=1, or a converted .pkl'
         )
     return Start(weights, path, 'g_optim' in weights and 'n_img' in weights and not transfer)
 
@@ -77,7 +77,7 @@ def check_flags(start: Start, given: dict[str, object]) -> None:
     if changes:
         raise UserError(
             f'{start.path} would go on exactly, but its training had other settings '
-            f'({"; ".join(changes)}); leave those flags out, or give --transfer=1 to '
+            f'({"; ".join(changes)}); leave those flags out, or give `transfer`=1 to '
             'begin anew from its networks'
         )
 
@@ -93,7 +93,7 @@ def load_start(trainer: Trainer, start: Start) -> None:
     if not start.same_folder and start.weights['n_img'] >= trainer.config.kimg * 1000:
         raise UserError(
             f'{start.path} is at {start.weights["n_img"] / 1000:g} kimg already, and '
-            'would go on exactly; raise --kimg, or give --transfer=1 to begin anew '
+            'would go on exactly; raise `kimg`, or give `transfer`=1 to begin anew '
             'from its networks'
         )
     passes = start.weights['config']['batch_gpu']
@@ -122,7 +122,7 @@ def resumed_config(
     if config.batch % n_gpus:
         raise ValueError(
             f'the training has {config.batch} images per step, which {n_gpus} '
-            'processes cannot share; choose --gpus so that they can'
+            'processes cannot share; choose `gpus` so that they can'
         )
     share = config.batch // n_gpus
     passes = batch_gpu or max(n for n in range(1, config.batch_gpu + 1) if share % n == 0)
@@ -131,24 +131,20 @@ def resumed_config(
     return config
 
 
-def flag_of(option: str) -> str:
-    """The command line's name for an option."""
-    return '--map-depth' if option == 'n_mlp' else f'--{option}'
-
-
 def contradictions(saved: dict, settings: dict, given: dict) -> list[str]:
     """What the flags `given` (name -> value) ask for that a snapshot's training did otherwise.
 
     saved: the snapshot's configuration; settings: what else it remembers of its run. Lengths,
-    passes and flags that neither knows are left out. ValueError for a --cbase that does not fit.
+    passes and flags that neither knows are left out. ValueError for a `cbase` that does not fit.
     """
     config = TrainConfig(**saved).to_dict()
     known = {
         **{k: v for k, v in config.items() if k not in ('kimg', 'batch_gpu', 'channels')},
+        'map_depth': config['n_mlp'],
         **settings,
     }
     found = [
-        f'{flag_of(name)}: was {known[name]}, now {value}'
+        f'`{name}`: was {known[name]}, now {value}'
         for name, value in given.items()
         if name in known and value != known[name]
     ]
@@ -156,5 +152,5 @@ def contradictions(saved: dict, settings: dict, given: dict) -> list[str]:
     channels = {int(r): c for r, c in saved['channels'].items()}
     asked = widths(channels, saved['size'], named.get('cbase'), named.get('cmax'))
     if asked != channels:
-        found.append(f'{" and ".join("--" + w for w in named)}: was {channels}, now {asked}')
+        found.append(f'{" and ".join(f"`{w}`" for w in named)}: was {channels}, now {asked}')
     return found

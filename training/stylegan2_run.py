@@ -103,7 +103,7 @@ class GeneratorTraining(Trainer):
             raise UserError(
                 f'training diverged: losses or weights are not finite at kimg '
                 f'{self.n_img / 1000:.1f}; resume from an earlier snapshot, with '
-                '--transfer=1 and a larger --gamma, or in full precision (--fp32=1)'
+                '`transfer`=1 and a larger `gamma`, or in full precision (`fp32`=1)'
             )
 
 
@@ -115,7 +115,7 @@ def snapshots(folder: str | Path, *, keep: int | None = None) -> Checkpoints:
         number=lambda images: f'{images / 1000:09.3f}',
         keep=keep,
         what='training snapshot',
-        hint='Begin anew, with a lower --snap for snapshots more often.',
+        hint='Begin anew, with a lower `snap` for snapshots more often.',
     )
 
 

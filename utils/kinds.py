@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _MOST = 3.4028234663852886e38  # of float32; above it is infinity, where it is computed with
@@ -13,8 +14,8 @@ class Kind:
     """Which values an option takes.
 
     of(text): a flag's text as a value, ValueError when it is none. accepts(value): whether it is
-    one. wanted: in words. choices: all of them, where they are few. item: kind of a list's
-    members. show(value): as text files hold it.
+    one. wanted: in words. choices: all of them, where they are few. item, length: kind of a list's
+    members, and how many it has (None: any number). show(value): as text files hold it.
     """
 
     of: Callable[[Any], Any]
@@ -22,6 +23,7 @@ class Kind:
     wanted: str
     choices: Sequence[str] | None = None
     item: 'Kind | None' = None
+    length: int | None = None
     show: Callable[[Any], Any] = lambda value: value
 
     def __call__(self, text: str) -> Any:
@@ -63,6 +65,7 @@ def number(accepts: Callable[[float], bool], wanted: str) -> Kind:
     return Kind(float, lambda v: _number(v) and abs(v) <= _MOST and accepts(v), wanted)
 
 
+integer = whole(lambda v: True, 'a whole number')
 positive_int = whole(lambda v: v > 0, 'a whole number above 0')
 nonnegative_int = whole(lambda v: v >= 0, 'a whole number, 0 or more')
 power_of_two = whole(lambda v: v > 0 and v & (v - 1) == 0, 'a power of two')
@@ -70,6 +73,7 @@ positive_float = number(lambda v: v > 0, 'a number above 0, below 3.4e38')
 nonnegative_float = number(lambda v: v >= 0, 'a number, 0 or more, below 3.4e38')
 fraction = number(lambda v: 0 <= v <= 1, 'a number between 0 and 1')
 text = Kind(str, lambda v: isinstance(v, str), 'text')
+path = Kind(Path, lambda v: isinstance(v, Path), 'a path', show=str)
 
 
 def _boolean(value: Any) -> bool:
@@ -124,5 +128,6 @@ def list_of(kind: Kind, wanted: str, *, length: int | None = None, make: type = 
         accepts,
         wanted,
         item=kind,
+        length=length,
         show=lambda v: [kind.show(x) for x in v],
     )

@@ -6,17 +6,19 @@ called and whether a run that goes on may differ in it. Flags (`add_flags`), ent
 (`free`) all come from there. Fields that are such dataclasses themselves are laid flat.
 
 A field's name is the house's spelling of the flag. A published flag of another name is listed
-first in --help, and is the name under which runs are recorded.
+first in --help, and is the name under which runs are recorded. Words joined by hyphens are taken
+with underscores, too.
 """
 
 import argparse
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from utils.errors import UserError, listing
-from utils.kinds import Kind, text
+from utils.kinds import Kind, boolean, path, text
 
 Settings = TypeVar('Settings')
 _KEY = 'option'
@@ -32,6 +34,9 @@ class Option(NamedTuple):
     metavar: str | None
     flag: str | None
     free: bool
+    also: tuple[str, ...]
+    bare: Any
+    alone: bool
 
 
 def option(
@@ -43,14 +48,20 @@ def option(
     metavar: str | None = None,
     flag: str | None = None,
     free: bool = False,
+    also: Sequence[str] = (),
+    bare: Any = None,
+    alone: bool = False,
 ) -> Any:
     """A dataclass field that is an option.
 
     default: None where nothing may be given; without one the option is required. help: for
-    --help, with units. group: heading in --help. metavar: what stands for the value. flag: its
-    published name. free: a run that goes on may differ in it.
+    --help, with units. group: heading in --help. metavar: what stands for the value; without one
+    a boolean is a switch (--x where it is False, --x and --no-x else). flag: its published name.
+    free: a run that goes on may differ in it. also: further spellings, with their dashes. bare:
+    the value of a flag that is given without one. alone: the field's name is no flag, as it says
+    too little beside those of others.
     """
-    about = {_KEY: Option(kind, help, group, metavar, flag, free)}
+    about = {_KEY: Option(kind, help, group, metavar, flag, free, tuple(also), bare, alone)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=about)
     return dataclasses.field(default=default, metadata=about)
@@ -70,8 +81,8 @@ def _default(f: dataclasses.Field) -> Any:
 
 
 def recorded_name(f: dataclasses.Field, about: Option) -> str:
-    """The published flag without dashes, which is also the flag's `dest`."""
-    return about.flag or f.name
+    """The published flag without its dashes, which is also the flag's `dest`."""
+    return (about.flag or f.name).replace('-', '_')
 
 
 def add_flags(
@@ -79,23 +90,30 @@ def add_flags(
     kind: type,
     *,
     names: Sequence[str] | None = None,
+    details: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     **changes: Any,
 ) -> None:
     """Adds a flag for every option of a dataclass to a parser, under the headings of their
     groups, or to one such group.
 
-    names: only these fields. changes: default=None for flags that override a file.
+    names: only these fields. details: what argparse is told of single fields, where that is known
+    only now, such as choices. changes: the same of all, default=None for flags that override a
+    file.
     """
-    headings = {g.title: g for g in parser._action_groups}
     for f, about in described(kind):
         if names is not None and f.name not in names:
             continue
         group: argparse._ActionsContainer = parser
         if isinstance(parser, argparse.ArgumentParser):
-            if about.group not in headings:
-                headings[about.group] = parser.add_argument_group(about.group)
-            group = headings[about.group]
-        group.add_argument(*spellings(f, about), **{**_details(f, about), **changes})
+            group = heading(parser, about.group)
+        told = {**_details(f, about), **details.get(f.name, {}), **changes}
+        group.add_argument(*spellings(f, about), **told)
+
+
+def heading(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The group of a parser with that heading, a new one where there is none yet."""
+    found = [g for g in parser._action_groups if g.title == title]
+    return found[0] if found else parser.add_argument_group(title)
 
 
 def flag_name(kind: type, field: str) -> str:
@@ -104,16 +122,19 @@ def flag_name(kind: type, field: str) -> str:
 
 
 def spellings(f: dataclasses.Field, about: Option) -> list[str]:
-    """The flags of an option: the published one first, then the house's."""
-    return [f'--{n}' for n in dict.fromkeys((recorded_name(f, about), f.name))]
+    """The flags of an option: short ones, the published one, the house's, others."""
+    short = [flag for flag in about.also if not flag.startswith('--')]
+    names = [about.flag or f.name, recorded_name(f, about), *([] if about.alone else [f.name])]
+    return list(dict.fromkeys((*short, *(f'--{n}' for n in names), *about.also)))
 
 
 def _details(f: dataclasses.Field, about: Option) -> dict[str, Any]:
     """What argparse wants to know of an option."""
     default, one = _default(f), about.kind.item or about.kind
     details: dict[str, Any] = {'help': about.help, 'dest': recorded_name(f, about)}
-    if default is False:
-        return {**details, 'action': 'store_true'}
+    if one is boolean and about.metavar is None:
+        action = 'store_true' if default is False else argparse.BooleanOptionalAction
+        return {**details, 'action': action, 'default': default}
     if default is dataclasses.MISSING:
         details['required'] = True
     else:
@@ -123,7 +144,9 @@ def _details(f: dataclasses.Field, about: Option) -> dict[str, Any]:
     else:
         details |= {'type': one, 'metavar': about.metavar}
     if about.kind.item:
-        details['nargs'] = '+'
+        details['nargs'] = about.kind.length or '+'
+    if about.bare is not None:
+        details |= {'nargs': '?', 'const': about.bare}
     return details
 
 
@@ -162,6 +185,11 @@ def entries(settings: Any, *, recorded: bool = False) -> dict[str, Any]:
 def free(kind: type) -> tuple[str, ...]:
     """Options in which a run that goes on may differ, as they are recorded."""
     return tuple(recorded_name(f, about) for f, about in described(kind) if about.free)
+
+
+def paths(kind: type) -> tuple[str, ...]:
+    """Options that are files or folders, as they are recorded."""
+    return tuple(recorded_name(f, about) for f, about in described(kind) if about.kind is path)
 
 
 def faults(settings: Any) -> list[str]:

@@ -209,7 +209,7 @@ def _audit_alone(release: Path) -> Audit:
     ]
     audit.notes.append(
         'groups, pictures and pages were not derived again, and not compared with '
-        'photographs: the maker does that, with --private'
+        'photographs: the maker does that, with the private folder'
     )
     return audit
 

@@ -116,7 +116,7 @@ def check_recomputed(
     if not path.is_file() or sha256_file(path) != wanted:
         raise UserError(
             f'{path} is not the checkpoint of the run (other SHA-256, or missing); '
-            'name it with --checkpoint_path'
+            'name it with `checkpoint_path`'
         )
     precision = run.options['precision']
     psp = load_psp(path).to(device).eval()

@@ -143,9 +143,9 @@ def with_grades(
     Its variance is `penalty` times the total variance of the features. UserError without grades.
     """
     if grades is None:
-        raise UserError('--grade_penalty needs a grade column in the table')
+        raise UserError('`grade_penalty` needs a grade column in the table')
     if not 0 <= penalty < np.inf:
-        raise UserError(f'--grade_penalty {penalty}: want a number, 0 or more')
+        raise UserError(f'`grade_penalty` {penalty}: want a number, 0 or more')
     x = np.asarray(features, np.float32)
     grade = np.asarray(grades, np.float64)
     total = float(x.var(axis=0, dtype=np.float64).sum())

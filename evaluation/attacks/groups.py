@@ -49,7 +49,7 @@ def run_files(run: Path, kind: str) -> ReleaseFiles:
         photographs = Path(json.loads(record.read_text(encoding='utf-8'))['options']['data_path'])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'--run {run}: not the folder of a finished run of scripts/k-SALSA.py '
+            f'`run` {run}: not the folder of a finished run of scripts/k-SALSA.py '
             f'({record}: {error})'
         ) from error
     pictures = 'release/images' if kind == KINDS[0] else 'private/centroids'
@@ -57,27 +57,27 @@ def run_files(run: Path, kind: str) -> ReleaseFiles:
 
 
 def chosen_files(
-    given: ReleaseFiles, run: Path | None, kind: str, flags: Sequence[str]
+    given: ReleaseFiles, run: Path | None, kind: str, names: Sequence[str]
 ) -> ReleaseFiles:
-    """What the flags name, and for those left out (None) what a run folder holds.
+    """What is given, and for those left out (None) what a run folder holds.
 
-    flags: their names, for the UserError that names all that are missing and the remedy.
+    names: of the three parameters, for the UserError that lists what is missing, and the remedy.
     """
     if run is not None:
         found = run_files(run, kind)
         return ReleaseFiles(*(own or other for own, other in zip(given, found)))
-    missing = [flag for flag, value in zip(flags, given) if value is None]
+    missing = [f'`{name}`' for name, value in zip(names, given) if value is None]
     if missing:
         raise UserError(
             f'{", ".join(missing)} needed: the group table, the photographs and the '
             'release pictures; or name the run of scripts/k-SALSA.py that holds all '
-            'three with --run'
+            'three with `run`'
         )
     return given
 
 
 def read_known_release(
-    files: ReleaseFiles, tables: Sequence[str], kind: str, size: int, flags: Sequence[str]
+    files: ReleaseFiles, tables: Sequence[str], kind: str, size: int, names: Sequence[str]
 ) -> KnownRelease:
     """Photographs, pictures, groups and people of a release.
 
@@ -85,13 +85,13 @@ def read_known_release(
     table; identical photographs show one person. UserError for missing files and fewer than two
     groups.
     """
-    path = find_group_table(files.table, tables, flag=flags[0])
-    groups = read_groups(path, flag=flags[0])
+    path = find_group_table(files.table, tables, parameter=names[0])
+    groups = read_groups(path, parameter=names[0])
     if len(groups) < 2:
-        raise UserError(f'{flags[0]} {path}: {len(groups)} groups; the attack needs at least 2')
+        raise UserError(f'`{names[0]}` {path}: {len(groups)} groups; the attack needs at least 2')
     if not files.photographs.is_dir():
-        raise UserError(f'{flags[1]} {files.photographs}: no such folder')
-    pictures = group_pictures(groups, files.pictures, centroid=kind == KINDS[1], flag=flags[2])
+        raise UserError(f'`{names[1]}` {files.photographs}: no such folder')
+    pictures = group_pictures(groups, files.pictures, centroid=kind == KINDS[1], parameter=names[2])
     table = read_table(path, files.photographs)
     if table.patients is None:
         log.warning('%s knows no patients: every photograph counts as a person of its own', path)

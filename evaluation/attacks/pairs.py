@@ -94,7 +94,7 @@ def build_pair_net(config: PairConfig, *, imagenet_weights: str | Path | None = 
             )
         except (KeyError, IndexError, RuntimeError) as error:
             raise UserError(
-                f'--imagenet_weights {imagenet_weights}: not a ResNet-18 ({mismatch(error)})'
+                f'`imagenet_weights` {imagenet_weights}: not a ResNet-18 ({mismatch(error)})'
             ) from error
     return net
 
@@ -215,7 +215,7 @@ class PairAttack:
         self.epoch += 1
         loss, accuracy = (total / steps).tolist()
         if not math.isfinite(loss):
-            raise UserError(f'the attack diverged in epoch {self.epoch}; lower --lr')
+            raise UserError(f'the attack diverged in epoch {self.epoch}; lower `lr`')
         return {'epoch': self.epoch, 'loss': loss, 'accuracy': accuracy}
 
     @torch.no_grad()

@@ -188,7 +188,7 @@ def init_from_resnet34(
     if not isinstance(encoder, (ResNetBackboneEncoder, ResNetGradualStyleEncoder)):
         raise UserError(
             f'ResNet-34 weights do not fit {type(encoder).__name__}; use an encoder '
-            'with a ResNet body, or leave --resnet34_weights out'
+            'with a ResNet body, or leave `resnet34_weights` out'
         )
     flat = {}
     for key, value in state.items():

@@ -22,8 +22,8 @@ MOCO_SIZE = 224
 _MAX_SIZE = 4096  # pixels
 _WHERE = (
     'It is moco_v2_800ep_pretrain.pth.tar of github.com/facebookresearch/moco (ResNet-50, '
-    '800 epochs). Give its path with --content_weights or as "moco" in '
-    'configs/paths_config.py, choose the installed --content_weights=lite0, or train one '
+    '800 epochs). Give its path with `content_weights` or as "moco" in '
+    'configs/paths_config.py, choose the installed `content_weights`=lite0, or train one '
     'with scripts/train_content_encoder.py.'
 )
 

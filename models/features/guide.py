@@ -57,7 +57,7 @@ def load_guide(path: str | Path, *, n_features: int, digest: str) -> Guide:
     """
     remedy = (
         'make one with classification/main.py -config guide.yaml and --features of the network '
-        'that --content_weights names'
+        'that `content_weights` names'
     )
     saved = load_weights(path, what='guide', hint=f'To have one, {remedy}.')
     if not isinstance(saved, dict) or saved.get('format') != FORMAT:
@@ -65,7 +65,7 @@ def load_guide(path: str | Path, *, n_features: int, digest: str) -> Guide:
     if saved.get('network_sha256') != digest:
         raise UserError(
             f'{path} is a guide for the features of {saved.get("network")}, another network than '
-            f'that of --content_weights; {remedy}'
+            f'that of `content_weights`; {remedy}'
         )
     directions = saved.get('directions')
     if (

@@ -15,8 +15,8 @@ from utils.errors import UserError
 FILTERS = 'filters'
 _WHERE = (
     'It is vgg19-dcbb9e9d.pth of download.pytorch.org/models. Give its path with '
-    '--style_weights or as "vgg19" in configs/paths_config.py, or choose --style_weights='
-    'lite0, or the built-in filter bank with --style_weights=filters.'
+    '`style_weights` or as "vgg19" in configs/paths_config.py, or choose `style_weights`='
+    'lite0, or the built-in filter bank with `style_weights`=filters.'
 )
 
 

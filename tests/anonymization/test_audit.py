@@ -431,7 +431,7 @@ def test_what_the_diagnostic_of_copies_finds(tmp_path):
 def test_command_and_exit_codes(spoiled, capsys):
     release, private = str(spoiled.release), str(spoiled.private)
     assert verify.main([release]) == 0
-    assert 'with --private' in capsys.readouterr().out
+    assert 'with the private folder' in capsys.readouterr().out
     out = spoiled.run / 'v.json'
     assert (
         verify.main(

@@ -88,7 +88,7 @@ def test_faults_of_a_card_are_listed_together(tmp_path):
 def test_files_that_are_no_card(tmp_path, text):
     if text is not None:
         (tmp_path / 'c.yaml').write_text(text)
-    with pytest.raises(UserError, match=r'--card .*c\.yaml .*"field: text"'):
+    with pytest.raises(UserError, match=r'`card` .*c\.yaml .*"field: text"'):
         read_card(tmp_path / 'c.yaml')
 
 

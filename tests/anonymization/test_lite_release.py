@@ -5,6 +5,7 @@ import socket
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import load_script
 from release_fixture import arguments, save_networks, save_photographs
@@ -74,6 +75,27 @@ def test_a_guide_stands_in_the_manifest(setting, tmp_path, monkeypatch):
     manifest = json.loads((tmp_path / 'run/release/manifest.json').read_text())
     assert manifest['networks']['guide'] == f'k-salsa-guide {sha256_file(tmp_path / "guide.pt")}'
     assert manifest['settings']['guide_weight'] == GUIDE_WEIGHT
+
+
+def test_a_network_of_the_users_own(setting, tmp_path):
+    """A file of a timm architecture is both networks; the maps of other strides, another style."""
+    torch.manual_seed(2)
+    file = tmp_path / 'net.pt'
+    save_torch(file, timm.create_model('test_resnet', num_classes=0).state_dict())
+    networks = {'content_weights': file, 'content_arch': 'test_resnet'}
+    networks |= {'style_weights': file, 'style_arch': 'test_resnet'}
+    command = arguments(setting, setting / 'data', tmp_path, num_steps=1, **networks)
+    styles = []
+    for strides in ([2, 4], [8, 16]):
+        run = tmp_path / str(strides[0])
+        flags = [f'--exp_dir={run}', '--style_strides', *map(str, strides)]
+        assert k_salsa.main([*command, *flags]) == 0
+        manifest = json.loads((run / 'release/manifest.json').read_text())
+        name = f'test_resnet {sha256_file(file)}'
+        assert manifest['networks']['content'] == manifest['networks']['style'] == name
+        assert manifest['settings']['style_strides'] == strides
+        styles.append(np.load(run / 'private/losses.npy')[0, :, 1])
+    assert not np.allclose(*styles)
 
 
 def _offline(*_, **__):

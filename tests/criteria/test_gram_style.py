@@ -86,9 +86,9 @@ def test_what_is_too_small_is_said_before_the_work(lite0):
     whole.check_side(64)
     with pytest.raises(UserError, match='32 px are too small'):
         whole.check_side(32)
-    with pytest.raises(UserError, match='--num_crop 17: more than the 16 px'):
+    with pytest.raises(UserError, match='`num_crop` 17: more than the 16 px'):
         StyleTerm(lite0, mode='same_place', n_crop=17, relative=True).check_side(64)
-    with pytest.raises(UserError, match='--num_crop 40: more than the 32 px'):
+    with pytest.raises(UserError, match='`num_crop` 40: more than the 32 px'):
         StyleTerm(FilterBank(), mode='best_match', n_crop=40, relative=True).check_side(32)
 
 

@@ -17,6 +17,7 @@ from datasets.prepare import transform_image
 from datasets.table import read_table
 from scripts import dataset_tool
 from utils.errors import UserError
+from utils.images import load_rgb
 
 
 @pytest.fixture(scope='module')
@@ -185,7 +186,7 @@ def test_kept_names_replace_the_photographs(photos, tmp_path):
     table = read_table(dest / 'labels.csv', require_label=True)
     assert table.ids == ['c', 'a'] and table.patients == ['p1', 'p3']
     assert [p.name for p in table.paths] == ['c.png', 'a.png']
-    assert Image.open(table.paths[0]).size == (32, 32)
+    assert load_rgb(table.paths[0]).size == (32, 32)
     with pytest.raises(UserError, match='makes a folder'):
         run('--source', photos, '--dest', tmp_path / 'x.zip', '--width=32', '--keep_names')
     shutil.copy(photos / 'a.png', photos / 'sub' / 'a.png')
@@ -217,7 +218,7 @@ def test_the_table_of_kept_names_finds_its_pictures(tmp_path: Path, ids: list[st
     cropped = read_table(tmp_path / 'cropped/labels.csv')
     assert cropped.ids == ids and cropped.patients == list('pqrs')
     assert [p.name for p in cropped.paths] == ['b.png', 'c.png', '1.2.840.0.png', '1.2.840.1.png']
-    brightness = [np.asarray(Image.open(p)).mean() for p in cropped.paths]
+    brightness = [np.asarray(load_rgb(p)).mean() for p in cropped.paths]
     assert brightness == sorted(brightness)
     # The folder is a source again.
     run('--source', tmp_path / 'cropped/labels.csv', '--dest', tmp_path / 'again', *flags)

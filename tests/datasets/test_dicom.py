@@ -149,7 +149,7 @@ def test_what_is_no_fundus_photograph_is_listed_with_the_reason(tmp_path, eye):
     reasons = {p.name: r for p, r in refused}
     assert not found and len(refused) == 6
     assert 'Tomography' in reasons['oct.dcm'] and '3 frames' in reasons['film.dcm']
-    assert '--mask' in reasons['text.dcm'] and 'PatientID' in reasons['nobody.dcm']
+    assert '`mask`' in reasons['text.dcm'] and 'PatientID' in reasons['nobody.dcm']
     assert 'not a readable DICOM' in reasons['letter.dcm']
     assert [p.path.name for p in list_photographs(find_dicom(tmp_path), burned_in=True)[0]] == [
         'text.dcm'

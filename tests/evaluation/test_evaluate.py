@@ -264,7 +264,7 @@ def test_bad_configuration(config, tmp_path, entries, message):
 @pytest.mark.parametrize('content', [b'\xff\xfe\x00k', b'n\xe4me: x', b'[' * 3000, b'a: [', b'1'])
 def test_files_that_are_no_configuration(tmp_path, content):
     (tmp_path / 'c.yaml').write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(f'--config {tmp_path / "c.yaml"}')):
+    with pytest.raises(UserError, match=re.escape(f'`config` {tmp_path / "c.yaml"}')):
         read_settings(tmp_path / 'c.yaml')
 
 

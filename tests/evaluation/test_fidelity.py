@@ -294,7 +294,7 @@ def test_training_metric(content_file, folders, tmp_path, monkeypatch):
     assert build()(generator, torch.device('cpu'), tmp_path / 'run') == values
     with pytest.raises(UserError, match='unknown metric'):
         training_metric(['is'], None, n_images=1)
-    with pytest.raises(UserError, match='--inception_weights'):
+    with pytest.raises(UserError, match='`inception_weights`'):
         training_metric(['fid'], None, n_images=1)
 
 

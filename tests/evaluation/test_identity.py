@@ -87,7 +87,7 @@ def test_links_are_counted_above_those_of_people_who_only_look_alike():
     alike = linkability(ranks, ranks, member_people=names, control_people=names)
     assert alike['excess']['value'] == 0 and alike['members']['value'] > 0.2
     assert alike['excess']['low'] < 0 < alike['excess']['high']
-    found = linkability(np.ones(200), ranks, member_people=names, control_people=names)
+    found = linkability(np.ones(200, int), ranks, member_people=names, control_people=names)
     assert found['excess']['low'] > 0.4
 
 

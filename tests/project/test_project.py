@@ -188,3 +188,46 @@ def test_slow_tests_exist():
         path, _, name = line.partition('::')
         assert (ROOT / path).exists(), line
         assert not name or f'def {name}(' in (ROOT / path).read_text(encoding='utf-8'), line
+
+
+# A message may show another program's command, and help the flags that it is about.
+COMMANDS = re.compile(r'(\.py|gdcmconv|pip install)\b[^;]*?--[a-z]')
+HEADINGS = {'required, except with --resume RUN'}
+
+
+def strings(node):
+    """All texts below a node but docstrings and the descriptions of options."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'option':
+        return
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)):
+            yield from strings(child)
+
+
+def test_messages_of_the_library_name_parameters():
+    """Scripts put their flags there (utils.cli.names_flags); in Python there are none."""
+    found = [
+        f'{file.relative_to(ROOT)}:{text.lineno}: {text.value}'
+        for file in sources(*LIBRARY)
+        for text in strings(ast.parse(file.read_text(encoding='utf-8')))
+        if re.search(r'(?<![\w-])--[a-z]', text.value)
+        and not re.fullmatch(r'--[\w-]+(=\S*)?', text.value)  # an argument of a command
+        and not COMMANDS.search(text.value)
+        and text.value not in HEADINGS
+    ]
+    assert found == []
+
+
+def test_every_script_names_its_flags_in_errors():
+    scripts = [
+        f for f in sources('scripts', 'MIA', 'classification') if 'cli.run(' in f.read_text()
+    ]
+    assert len(scripts) > 20
+    bare = [
+        f.name
+        for f in scripts
+        if 'build_parser' in f.read_text() and 'names_flags(' not in f.read_text()
+    ]
+    assert bare == []

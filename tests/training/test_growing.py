@@ -68,12 +68,12 @@ def test_other_widths_leave_the_new_blocks_as_they_are() -> None:
 
 def test_networks_that_do_not_fit_are_named() -> None:
     small = generator(32, SMALL)
-    with pytest.raises(UserError, match='--grow x.pt: holds networks of 32 px with channels'):
-        grow_generator(generator(64, {**LARGE, 32: 8}), small.state_dict(), source='--grow x.pt')
+    with pytest.raises(UserError, match='`grow` x.pt: holds networks of 32 px with channels'):
+        grow_generator(generator(64, {**LARGE, 32: 8}), small.state_dict(), source='`grow` x.pt')
     with pytest.raises(UserError, match='grows from 64 px'):
         grow_generator(generator(128, {**LARGE, 128: 4}), small.state_dict(), source='f')
     deeper = Generator(64, style_dim=16, n_mlp=3, channels=LARGE)
-    with pytest.raises(UserError, match='--map-depth'):
+    with pytest.raises(UserError, match='`map_depth`'):
         grow_generator(deeper, small.state_dict(), source='f')
 
 
