@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist, squareform
+from typed_calls import unchecked
 
 from anonymization.grouping import assign_groups, squared_errors
 from anonymization.promises import check_groups
@@ -253,7 +254,7 @@ def test_surplus_images_are_an_error_or_suppressed():
     ],
 )
 def test_bad_input(change, message):
-    with pytest.raises(UserError, match=message):
+    with unchecked(), pytest.raises(UserError, match=message):
         assign_groups(**{'features': normal(10), 'k': 5, **change})
 
 
