@@ -4,10 +4,11 @@ In an upright photograph of a right eye the disc lies right of the centre, in on
 left of it; of an inverted photograph the eye's name does not say where it is, the picture does.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Shaped, UInt8
 from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
 
@@ -79,3 +80,21 @@ def disc_to_the_right(image: Image.Image) -> tuple[Image.Image, bool]:
     """The photograph, mirrored when its disc lies left of the centre, and whether it was."""
     turned = find_disc(image).x < 0
     return (ImageOps.mirror(image) if turned else image), turned
+
+
+def as_right_eyes(
+    pictures: UInt8[np.ndarray, 'n 3 S S'], eyes: Sequence[str] | None
+) -> UInt8[np.ndarray, 'n 3 S S']:
+    """Photographs with left eyes mirrored, as the main job mirrors them.
+
+    eyes [n]: 'left', 'right' or '', where the place of the optic disc tells; None: everywhere.
+    """
+    turned = np.array(pictures)
+    for i, picture in enumerate(pictures):
+        eye = eyes[i] if eyes else ''
+        if not eye:
+            image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
+            eye = 'left' if find_disc(image).x < 0 else 'right'
+        if eye == 'left':
+            turned[i] = picture[..., ::-1]
+    return turned

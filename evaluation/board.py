@@ -142,12 +142,13 @@ def _linked(result: dict) -> Iterator[Answer]:
         'control: people who are not in it, and the group that looks most like them',
         found,
     )
-    found = single['low'] > single['chance']
+    found = single['excess']['low'] > 0
     yield Answer(
         'Can a person be singled out for a picture, from all people asked?',
-        'yes' if found else 'no more than by chance',
+        'yes' if found else 'no more than one like him',
         interval(single, '.2f'),
-        f'{single["chance"]:.2f}: chance',
-        'the attacker names one person per picture',
+        f'{interval(single["control"], ".2f")} (chance {single["chance"]:.3f})',
+        'the attacker names one person per picture; control: among people who are not in it, one '
+        f'who looks like its group; among as many members {interval(single["alone"], ".2f")}',
         found,
     )

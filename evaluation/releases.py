@@ -61,6 +61,8 @@ def make_release(
     columns = {'id_code': [p.name for p in members.paths], 'diagnosis': members.grades}
     if members.patients:
         columns['patient_id'] = members.patients
+    if members.eyes:
+        columns['eye'] = members.eyes
     write_csv(out_dir / 'members.csv', pd.DataFrame(columns))
     style = settings.network('style_weights') if settings.style_weight != 0 else None
     anonymize(
@@ -82,6 +84,7 @@ def shaped(settings: Settings, k: int, seed: int, lever: dict[str, Any]) -> Shap
     """What the main job is to do for groups of k, with the settings of a lever by flag."""
     shape = Shape(
         k=k,
+        sides=settings.sides,
         precision=settings.precision,
         centroids=True,
         save_reconstructions=True,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from anonymization.photographs import SIDES
 from models.features.pretrained import WHEELS, weight_file
 from models.features.style import FILTERS
 from utils.errors import UserError, listing
@@ -12,6 +13,7 @@ from utils.kinds import (
     Kind,
     auto_or,
     boolean,
+    choice,
     list_of,
     nonnegative_float,
     nonnegative_int,
@@ -46,6 +48,7 @@ _FLAGS = {
     'clustering',
     'content_weight',
     'grade_penalty',
+    'guide_weight',
     'lr',
     'num_crop',
     'num_steps',
@@ -81,7 +84,8 @@ class Settings:
     reference people. controls: whether the attackers make a release of their own people by every
     method, on which every attack is a control, and which trained attacks learn from. members: share
     of the people that the releases are made of, or split_column {members: value, others: value}.
-    checkpoint to precision: of scripts/k-SALSA.py. k: group sizes; levers: {name: {flag of
+    checkpoint to precision: of scripts/k-SALSA.py; sides as well, and photographs are shown to
+    every measure as releases show them. k: group sizes; levers: {name: {flag of
     scripts/k-SALSA.py: value}}, further k-SALSA releases of the first k; methods without groups
     show as many pictures as there are groups of 5 where that is listed, else of the first.
     content_weights, style_weights: files, or installed networks (lite0, lite1, lite2); the filter
@@ -114,6 +118,7 @@ class Settings:
     content_weight: float = option(1e2, nonnegative_float)
     num_steps: int = option(100, nonnegative_int)
     guide: str | None = option(None, text)
+    sides: str = option('mirror', choice(*SIDES))
     precision: str = option('fp32', text)
     measures: list | None = option(
         None, list_of(text, 'a list of different names', make=list), free=True

@@ -17,6 +17,7 @@ from classification.settings import Config, find_config, load_config
 from datasets.people import merge_identical
 from datasets.phantoms.dataset import make_dataset
 from datasets.pictures import load_pictures
+from datasets.sides import as_right_eyes
 from datasets.table import Table, read_table
 from evaluation.attackers import Attackers, attackers_among, draw_attackers
 from evaluation.attacks.identity import grid_features
@@ -52,27 +53,33 @@ class Study:
         """Picture files at the grader's size."""
         return load_pictures(paths, self.grader.settings.image_size)
 
+    def photographs(self, table: Table | None) -> UInt8[np.ndarray, 'n 3 S S']:
+        """Those of a table at the grader's size, with left eyes mirrored where releases show
+        them so: attackers know the method."""
+        found = self.pictures([] if table is None else table.paths)
+        if table is None or self.settings.sides != 'mirror':
+            return found
+        return as_right_eyes(found, table.eyes)
+
     @functools.cached_property
     def members(self) -> UInt8[np.ndarray, 'n 3 S S']:
         """Photographs that the releases are made of."""
-        return self.pictures(self.population.members.paths)
+        return self.photographs(self.population.members)
 
     @functools.cached_property
     def others(self) -> UInt8[np.ndarray, 'n 3 S S']:
         """Photographs of people who are in no release."""
-        return self.pictures(self.population.others.paths)
+        return self.photographs(self.population.others)
 
     @functools.cached_property
     def again(self) -> UInt8[np.ndarray, 'n 3 S S']:
         """Later photographs of members' eyes; none where there are no visits."""
-        table = self.population.again
-        return self.pictures([] if table is None else table.paths)
+        return self.photographs(self.population.again)
 
     @functools.cached_property
     def others_again(self) -> UInt8[np.ndarray, 'n 3 S S']:
         """Later photographs of the others' eyes; none where there are no visits."""
-        table = self.population.others_again
-        return self.pictures([] if table is None else table.paths)
+        return self.photographs(self.population.others_again)
 
     @property
     def nonmembers(self) -> UInt8[np.ndarray, 'n 3 S S']:

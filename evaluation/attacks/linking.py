@@ -10,11 +10,13 @@ own [q]: index of the picture that the person stands behind.
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from evaluation.attacks.projection import stand_out
 from evaluation.bootstrap import draw_weights, percentiles, rate_interval
 from utils.seeds import numpy_generator
+
+_DRAWS_OF_PEOPLE = 20
 
 
 def readings(scores: Float[np.ndarray, 'q C']) -> dict[str, Float[np.ndarray, ' q']]:
@@ -75,16 +77,45 @@ def linkability(
 
 
 def singling_out(
-    scores: Float[np.ndarray, 'q C'], group_of: Int[np.ndarray, ' q']
-) -> dict[str, float]:
-    """For every release picture the attacker names one of q people: how often one of its group?
+    members: Float[np.ndarray, 'q C'],
+    group_of: Int[np.ndarray, ' q'],
+    strangers: Float[np.ndarray, 's C'],
+    likely: Int[np.ndarray, ' s'],
+    *,
+    seed: int = 0,
+) -> dict:
+    """For every release picture the attacker names one of all people asked: one of its group?
 
-    scores [q, C]; group_of [q]: -1 for people who are not in the release. {value, low, high
-    (exact binomial over pictures), chance}.
+    members [q, C] with their groups [q]; strangers [s, C], who are not in the release, and the
+    groups [s] that they look most like. {value, low, high (exact binomial over pictures), chance;
+    'alone': how often it is one of the group where only members are asked; 'control': how often,
+    where only strangers are asked, it is one who looks like the group; as many are asked in both.
+    'excess': the difference, bootstrap over pictures}.
     """
-    named = (scores - scores.mean(1, keepdims=True)).argmax(0)
-    pictures = np.arange(scores.shape[1])
-    hits = group_of[named] == pictures
+    nobody = np.full(len(strangers), -1)
+    hits = _named(np.concatenate([members, strangers]), np.concatenate([group_of, nobody]))
     low, high = rate_interval(hits)
-    chance = float((group_of[:, None] == pictures).mean())
-    return {'value': float(hits.mean()), 'low': low, 'high': high, 'chance': chance}
+    found = {'value': float(hits.mean()), 'low': low, 'high': high}
+    own = group_of[:, None] == np.arange(members.shape[1])
+    found['chance'] = float(own.sum() / own.shape[1] / (len(members) + len(strangers)))
+    rng = numpy_generator(seed, 'singling out')
+    sides = (members, group_of), (strangers, likely)
+    n, rates = min(len(members), len(strangers)), np.zeros((2, members.shape[1]))
+    for _ in range(_DRAWS_OF_PEOPLE):
+        for side, (scores, of) in enumerate(sides):
+            rows = rng.choice(len(scores), n, replace=False)
+            rates[side] += _named(scores[rows], of[rows]) / _DRAWS_OF_PEOPLE
+    parts = {'alone': rates[0], 'control': rates[1], 'excess': rates[0] - rates[1]}
+    weights = np.concatenate(list(draw_weights(None, len(hits), 500, rng))) / len(hits)
+    for name, rate in parts.items():
+        low, high = percentiles(weights @ rate)
+        found[name] = {'value': float(rate.mean()), 'low': low, 'high': high}
+    return found
+
+
+def _named(
+    scores: Float[np.ndarray, 'q C'], group_of: Int[np.ndarray, ' q']
+) -> Bool[np.ndarray, ' C']:
+    """Whether the one of q people who stands out most for a picture is of its group [C]."""
+    named = (scores - scores.mean(1, keepdims=True)).argmax(0)
+    return group_of[named] == np.arange(scores.shape[1])

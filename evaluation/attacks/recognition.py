@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from evaluation.attackers import eyes_of, has_visits
 from evaluation.attacks.feature_pairs import FeaturePairs
@@ -47,9 +47,10 @@ def taught(study: Study, judge: Judge) -> Taught:
 
     def teach() -> Taught:
         table = study.attackers.teachers
-        pictures, eyes = study.pictures(table.paths), eyes_of(table)
-        if not has_visits(table):
-            pictures, eyes = orientations(pictures, people_of(table), table.eyes)
+        pictures, eyes = study.photographs(table), eyes_of(table)
+        if not has_visits(table):  # the fellow eye stands in for another photograph
+            seen = None if study.settings.sides == 'mirror' else table.eyes  # None: all look alike
+            pictures, eyes = orientations(pictures, people_of(table), seen)
         head = fit_identity(study.grids(judge, pictures), eyes)
         return Taught(head, _figures(study, judge, head))
 
@@ -177,10 +178,8 @@ def _attack(
             found['own_group'] = reidentification_rates(
                 ranks_of_own(member, group_of), member.shape[1], people=member_people
             )
-            nobody = np.full(len(other), -1)
-            found['singled_out'] = singling_out(
-                np.concatenate([member, other]), np.concatenate([group_of, nobody])
-            )
+            likely = _likely(study, judge, candidate)[study.population.nonmember]
+            found['singled_out'] = singling_out(member, group_of, other, likely, seed=study.seed)
             found['linked'] = _linked(study, judge, candidate, score)
         return *read[best], found
 
@@ -215,11 +214,15 @@ def _again(study: Study, candidate: Candidate, score: Scores) -> dict | None:
     return {**found[best], 'reading': best, 'own_group': ranks}
 
 
+def _likely(study: Study, judge: Judge, candidate: Candidate) -> Int[np.ndarray, ' n']:
+    """The group of members that each of the others looks most like."""
+    pooled = [study.features(judge, p)['pooled'] for p in (study.members, study.others)]
+    return nearest_groups(pooled[1], pooled[0], candidate.group_of)
+
+
 def _linked(study: Study, judge: Judge, candidate: Candidate, score: Scores) -> dict:
     """Links of members' later photographs (of their first, without visits), above the control."""
-    population = study.population
-    pooled = [study.features(judge, p)['pooled'] for p in (study.members, study.others)]
-    likely = nearest_groups(pooled[1], pooled[0], candidate.group_of)
+    population, likely = study.population, _likely(study, judge, candidate)
     if population.again is None or population.others_again is None:
         member = np.flatnonzero(candidate.group_of >= 0)
         strange = np.flatnonzero(population.nonmember)

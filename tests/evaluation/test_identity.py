@@ -76,9 +76,14 @@ def test_groups_are_found_by_another_photograph(drawn):
     scores = head(second) @ head(release, centre=True).T
     ranks = ranks_of_own(scores, group_of)
     assert (ranks == 1).mean() > 0.6
-    found = singling_out(scores, group_of)
-    assert found['value'] > 0.8 and found['chance'] == pytest.approx(0.1)
-    assert singling_out(scores, np.full(PEOPLE, -1))['value'] == 0
+    # Strangers who agree with the group that they look like as much as its members do, or not at all.
+    alike = singling_out(scores, group_of, scores, group_of)
+    assert alike['chance'] == pytest.approx(0.05)
+    assert alike['alone']['value'] == alike['control']['value'] > 0.8
+    assert alike['excess']['low'] <= 0 <= alike['excess']['high']
+    unlike = singling_out(scores, group_of, scores, (group_of + 1) % (PEOPLE // 4))
+    assert unlike['control']['value'] < 0.1 and unlike['excess']['low'] > 0.5
+    assert unlike['value'] == alike['value'] > 0.3
 
 
 def test_links_are_counted_above_those_of_people_who_only_look_alike():

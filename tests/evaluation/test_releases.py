@@ -1,9 +1,14 @@
 """The k-SALSA runs of an evaluation: made once, and refused when they are not those wanted."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from release_fixture import save_networks, save_photographs
 
+from anonymization.photographs import open_photographs
+from datasets.pictures import load_pictures
+from datasets.sides import as_right_eyes
 from datasets.table import read_table
 from evaluation.releases import make_release
 from evaluation.settings import Settings
@@ -14,6 +19,7 @@ def test_a_release_is_made_once(tmp_path):
     save_networks(tmp_path)
     save_photographs(tmp_path / 'data', 6)
     members = read_table(tmp_path / 'data/labels.csv', tmp_path / 'data/images', require_label=True)
+    members = dataclasses.replace(members, eyes=['left', 'right'] * 3)
 
     def make(**entries):
         settings = Settings(
@@ -34,6 +40,11 @@ def test_a_release_is_made_once(tmp_path):
     np.testing.assert_allclose(found.shares.sum(1), 1)
     files = [*found.pictures(), *found.centroids(), *found.reconstructions(members)]
     assert len(files) == 12 and all(f.is_file() for f in files)
+    # Measures are shown photographs as the run saw them: left eyes mirrored.
+    seen = as_right_eyes(load_pictures(members.paths, 32), members.eyes)
+    run = open_photographs(tmp_path / 'out/k2/private')
+    assert [r.eye for r in run.records] == members.eyes
+    assert all(np.array_equal(a, run[i].numpy()) for i, a in enumerate(seen))
     times = [f.stat().st_mtime_ns for f in files]
     assert make().names == found.names
     assert [f.stat().st_mtime_ns for f in files] == times
