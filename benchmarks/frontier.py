@@ -97,6 +97,12 @@ ROWS = {
     'content only, 100 steps, k = 10': Row(10, CONTENT_ONLY),
     'whole picture, 100 steps, k = 10': Row(10, AUTO),
     'whole picture and guide, 40 steps, k = 10': Row(10, {**AUTO, 'n_steps': 40}, guided=True),
+    **{
+        f'whole picture and guide of {weight}, {steps} steps, k = 10': Row(
+            10, {**AUTO, 'n_steps': steps, 'guide_weight': weight}, guided=True
+        )
+        for weight, steps in ((0.1, 60), (0.1, 80), (0.2, 40), (0.2, 60))
+    },
     'whole picture, ratio 3, 40 steps, k = 10': Row(10, STRONG),
 }
 
