@@ -51,7 +51,9 @@ def test_links_and_other_photographs_have_rows_of_their_own():
     linked = {n: between(v, 0.1) for n, v in (('members', 0.5), ('control', 0.4), ('excess', 0.1))}
     more = {
         'linked': linked,
-        'singled_out': between(0.5, 0.2) | {'chance': 0.05},
+        'singled_out': between(0.5, 0.2)
+        | {'chance': 0.05, 'alone': between(0.3, 0.1), 'control': between(0.1, 0.1)}
+        | {'excess': between(0.2, 0.1)},
         'again': {'auc': between(0.7, 0.1), 'n_member_people': 50, 'n_other_people': 25},
     }
     found = answers(row(0.2, **more))[0]

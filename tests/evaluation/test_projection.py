@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.attacks.projection import attack_features, by_person, projection_attack, stand_out
+from evaluation.attacks.projection import (
+    _Whitening,
+    attack_features,
+    by_person,
+    projection_attack,
+    stand_out,
+)
 from models.features.pretrained import load_feature_network
 from utils.errors import UserError
 
@@ -63,6 +69,15 @@ def test_independent_pictures_give_nothing_away(drawn):
     assert np.mean(list(found.aucs.values())) == pytest.approx(0.5, abs=0.05)
     assert found.auc < 0.65
     assert found.ranks['rank_1'] < 4 / GROUPS
+
+
+def test_components_are_the_singular_vectors():
+    x = people(np.random.default_rng(3), 50)['grams']
+    standard = (x - x.mean(0)) / x.std(0)
+    _, values, axes = np.linalg.svd(standard, full_matrices=False)
+    white = _Whitening(x)
+    np.testing.assert_allclose(white.values[:10], values[:10], rtol=1e-6)
+    np.testing.assert_allclose(np.abs((white.axes[:10] * axes[:10]).sum(1)), 1, rtol=1e-6)
 
 
 def test_people_count_once():
