@@ -76,7 +76,7 @@ def test_groups_are_found_by_another_photograph(drawn):
     scores = head(second) @ head(release, centre=True).T
     ranks = ranks_of_own(scores, group_of)
     assert (ranks == 1).mean() > 0.6
-    # Strangers who agree with the group that they look like as much as its members do, or not at all.
+    # Strangers agree with the group that they look like as much as its members do, or not at all.
     alike = singling_out(scores, group_of, scores, group_of)
     assert alike['chance'] == pytest.approx(0.05)
     assert alike['alone']['value'] == alike['control']['value'] > 0.8
