@@ -166,7 +166,10 @@ def _sides(request: Request, places: Places, size: int) -> _Sides:
 
 
 def evaluate_release(request: Request) -> Callable:
-    """The stage that holds the release against photographs, and attacks it."""
+    """The stage that holds the release against photographs, and attacks it.
+
+    With given networks what the release looks like does not bind, what it gives away does.
+    """
 
     def work(folder: Path, places: Places) -> Outcome:
         size, network = request.how.size, load_feature_network(JUDGE)
@@ -195,9 +198,12 @@ def evaluate_release(request: Request) -> Callable:
         )
         sheet([release], folder / 'release.png')
         auc, better = attack['auc'], 'train longer (`hours`), or on more photographs'
-        findings = [
+        looks = [
             distance_finding(distance, 'the release', better),
             *vessel_findings(vessels['length']['value'], 'the release', better),
+        ]
+        findings = [
+            *(f._replace(binding=request.encoder_weights is None) for f in looks),
             Finding(
                 'attack',
                 auc['value'],
