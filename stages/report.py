@@ -47,13 +47,18 @@ def verdict(job: Job, done: Sequence[Done]) -> str:
     if len(done) < len(job.stages):
         return 'Nothing may be shared yet: the run is not at its end.'
     folder = job.folders['release'].relative_to(job.out_dir) / 'run' / FOLDER
-    failed = [f.name for entry in done for f in entry.outcome.findings if not f.passed]
+    failed = [
+        f'{entry.stage.name}: {f.name}'
+        for entry in done
+        for f in entry.outcome.findings
+        if not f.passed
+    ]
     if any(not f.passed and f.final for entry in done for f in entry.outcome.findings):
         return 'Nothing may be shared: the verification failed.'
     if failed:
         return (
             f'{folder} was verified, but these numbers are beyond their lines: '
-            f'{", ".join(failed)}. Read what they say before you share it.'
+            f'{"; ".join(failed)}. Read what they say before you share it.'
         )
     return f'{folder} was verified and may be shared. Nothing else may.'
 

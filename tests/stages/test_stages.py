@@ -116,7 +116,7 @@ def test_the_page_grows_stands_alone_and_says_what_may_be_shared(tmp_path):
     done = job.run(force=True, after=lambda done: pages.append(write_report(job, done).read_text()))
     assert [page.count('data:image/jpeg;base64,') for page in pages] == [1, 2, 3]
     assert all('Nothing may be shared yet' in page for page in pages[:2])
-    assert 'beyond their lines: size' in pages[2] and 'make k larger' in pages[2]
+    assert 'beyond their lines: encoder: size' in pages[2] and 'make k larger' in pages[2]
     assert 'It is &lt;big&gt;.' in pages[2] and 'width=device-width' in pages[2]
     assert 'http' not in pages[2] and 'src="data:' in pages[2] and str(tmp_path) not in pages[2]
     fine = make_job(tmp_path / 'fine', [])
