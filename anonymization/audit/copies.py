@@ -16,7 +16,6 @@ Shapes: n sources, V views, S = 32 the side of a map, F = 2 maps.
 import functools
 import itertools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +36,6 @@ _CANDIDATES = 24  # sources per map that are compared at full side
 _YARDSTICK = 300  # sources that are compared with the other people's
 _SEARCHED = 10_000  # sources that every picture is compared with, at most
 _BLOCK = 2048  # of them at a time
-_THREADS = 4
 
 
 class _Views(NamedTuple):
@@ -147,7 +145,6 @@ class Detector:
             _Pool(_shrink(sources[self.searched, m].astype(np.float32)))
             for m in range(sources.shape[1])
         ]
-        _views(SIDE)  # once, before threads ask for it
 
     def compare(
         self, picture: Features, *, other_than: int | None = None, members: Sequence[int] = ()
@@ -193,14 +190,9 @@ def check_copies(pictures: Sequence[tuple[str, Features | None]], run: Run, audi
     members = {name: run.members[number] for number, name in run.names.items()}
     rows = np.linspace(0, len(run.people) - 1, min(_YARDSTICK, len(run.people))).astype(int)
     seen = [(name, maps) for name, maps in pictures if maps is not None]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        yardstick = list(
-            pool.map(
-                lambda i: detector.compare(run.looks[i].features, other_than=run.people[i])[0], rows
-            )
-        )
-        compared = pool.map(lambda s: detector.compare(s[1], members=members.get(s[0], ())), seen)
-        nearest = list(progress(compared, total=len(seen), desc='comparing', unit='img'))
+    yardstick = [detector.compare(run.looks[i].features, other_than=run.people[i])[0] for i in rows]
+    bar = progress(seen, total=len(seen), desc='comparing', unit='img')
+    nearest = [detector.compare(maps, members=members.get(name, ())) for name, maps in bar]
     distances = [left for left, *_ in nearest]
     for (name, _), (left, other, source) in zip(seen, nearest):
         if is_copy(left, other):
