@@ -59,13 +59,18 @@ def _chunks(run: Context) -> list[range]:
     return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
 
+def _chunk_size(run: Context) -> str:
+    """What a chunk is sealed with: a run that goes on may have another batch_size."""
+    return f'{run.settings.batch_size} photographs'
+
+
 def _chunk_file(run: Context, i: int) -> Path:
     return run.work / f'inversion_{i:06d}.pt'
 
 
 def _invert_chunks(run: Context) -> None:
     settings, chunks = run.settings, _chunks(run)
-    todo = unfinished([_chunk_file(run, i) for i in range(len(chunks))])
+    todo = unfinished([_chunk_file(run, i) for i in range(len(chunks))], _chunk_size(run))
     psp = FrozenPSP(run.networks.psp.to(run.device), ACTIVATIONS[settings.precision])
     net = run.networks.content.to(run.device).to(memory_format=torch.channels_last)
     log.info('inverting %d photographs, %d refinements', len(run.table), settings.n_iters)
@@ -83,7 +88,7 @@ def _invert_chunks(run: Context) -> None:
         if settings.save_reconstructions:
             for j, y in zip(chunks[i], recon):
                 save_png(y, run.private / 'reconstructions' / names[j])
-        with sealing(_chunk_file(run, i)):
+        with sealing(_chunk_file(run, i), _chunk_size(run)):
             save_torch(_chunk_file(run, i), found)
         bar.update(len(u8))
 
@@ -124,7 +129,7 @@ def _collect(run: Context) -> None:
         append_npy(run.private / CONTENT, len(run.table)) as add_content,
     ):
         for file in files:
-            part = load_intact(file, what='inversion chunk')
+            part = load_intact(file, what='inversion chunk', context=_chunk_size(run))
             add_latents(part['ws'].numpy())
             add_content(part['content'].numpy())
             errors.append(part['error'])

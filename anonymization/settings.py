@@ -169,6 +169,7 @@ class Settings:
         group=_MACHINE,
         metavar='N',
         flag='test_batch_size',
+        free=True,
     )
     group_batch: int | None = option(
         None,

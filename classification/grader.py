@@ -195,25 +195,25 @@ def build_grader(
             imagenet_weights,
             what='ImageNet weights',
             hint='Take the file from the torchvision model page and give its '
-            'path with --imagenet_weights.',
+            'path with `imagenet_weights`.',
         )
         try:
             arch, small_stem = describe_resnet(state)
         except (KeyError, IndexError) as error:
             raise UserError(
-                f'--imagenet_weights {imagenet_weights}: not a ResNet-18, -34 or -50'
+                f'`imagenet_weights` {imagenet_weights}: not a ResNet-18, -34 or -50'
             ) from error
         if (arch, small_stem) != (settings.arch, settings.small_stem):
             raise UserError(
-                f'--imagenet_weights {imagenet_weights} is a {arch}, the grader a '
+                f'`imagenet_weights` {imagenet_weights} is a {arch}, the grader a '
                 f'{settings.arch}{" with a small stem" * settings.small_stem}; '
-                'set --arch (and small_stem in the configuration) to match'
+                'set `arch` (and small_stem in the configuration) to match'
             )
         body = {k: v for k, v in state.items() if not k.startswith('fc.')}
         try:
             net.load_state_dict(body, strict=False)
         except RuntimeError as error:
-            raise UserError(f'--imagenet_weights {imagenet_weights}: {mismatch(error)}') from error
+            raise UserError(f'`imagenet_weights` {imagenet_weights}: {mismatch(error)}') from error
     return net
 
 

@@ -75,6 +75,9 @@ _JUDGE = Kind(
 )
 
 
+_PUBLISHED_K = 5  # of the paper's release
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Entries of a configuration. Paths count from the project folder.
@@ -151,7 +154,7 @@ class Settings:
 
     def first_k(self) -> list[int]:
         """Group sizes, the one that the methods without groups follow in front."""
-        return sorted(self.k, key=lambda k: k != 5)
+        return sorted(self.k, key=lambda k: k != _PUBLISHED_K)
 
 
 def read_settings(path: Path) -> Settings:

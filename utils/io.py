@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import re
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,19 +40,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     _make_folder(path.parent)
 
     def make() -> str:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}.', suffix=SUFFIX)
-        os.close(handle)
-        return name
+        # As open as umask and folder are; tempfile would make it 0600, whatever the umask is.
+        mode = 0o666 & path.parent.stat().st_mode
+        while True:
+            name = path.parent / f'.{path.stem}.{secrets.token_hex(4)}{SUFFIX}'
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+                return str(name)
 
     with claimed(make) as temp:
         try:
             yield temp
             with open(temp, 'rb+') as file:
                 os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            # mkstemp made it 0600; the file is as open as umask and folder are.
-            temp.chmod(0o666 & ~umask & path.parent.stat().st_mode)
             os.replace(temp, path)
         except OSError as error:
             if error.filename is None:

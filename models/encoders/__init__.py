@@ -166,7 +166,7 @@ def load_resnet34(path: str | Path) -> dict[str, torch.Tensor]:
     hint = "It is torchvision's resnet34 ImageNet file (resnet34-333f7ec4.pth or -b627a593.pth)."
     state = load_state(path, what='ResNet-34 weight file', hint=hint)
     if 'conv1.weight' not in state or 'layer4.2.bn2.running_var' not in state:
-        raise UserError(f'{path} does not hold a ResNet-34. {hint}')
+        raise UserError(f'{path}: not a ResNet-34. {hint}')
     return state
 
 

@@ -75,6 +75,13 @@ def swap(path):
     shutil.copy(other.with_name(f'{other.name}.sha256'), path.with_name(f'{path.name}.sha256'))
 
 
+def test_a_run_goes_on_with_another_batch(stopped, tmp_path):
+    """As after an inversion that did not fit the memory."""
+    shutil.copytree(stopped / 'inverting', tmp_path / 'run')
+    assert k_salsa.main([*command(stopped, tmp_path / 'run'), '--test_batch_size=3']) == 0
+    assert tree_bytes(tmp_path / 'run/release') == tree_bytes(stopped / 'whole/release')
+
+
 @pytest.mark.parametrize('harm', [flip_byte, cut, empty, swap, lambda p: p.unlink()])
 @pytest.mark.parametrize(
     ('state', 'name'), [('inverting', 'inversion_000001.pt'), ('optimised', 'groups_000001.pt')]

@@ -152,7 +152,7 @@ def test_imagenet_start_reaches_the_body(tmp_path):
     with pytest.raises(UserError, match=r'net.pth: the ResNet-34 weights do not fit'):
         init_from_resnet34(encoder, {'conv1.weight': torch.zeros(64, 3, 5, 5)}, source='net.pth')
     save_torch(tmp_path / 'other.pth', {'fc.weight': torch.zeros(1)})
-    with pytest.raises(UserError, match='does not hold a ResNet-34'):
+    with pytest.raises(UserError, match='not a ResNet-34'):
         load_resnet34(tmp_path / 'other.pth')
 
 
