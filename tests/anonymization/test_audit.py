@@ -4,32 +4,21 @@ import json
 import os
 import re
 import shutil
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import load_script
-from picture_tampering import DISGUISES, PAYLOADS, PICTURES, reconstruction
+from picture_tampering import PAYLOADS, PICTURES, reconstruction
 from PIL import Image
 from release_fixture import Spoiled, arguments, save_networks, save_photographs
 from release_tampering import FACTS, FILES, PATIENT, TEXTS
 
 from anonymization import audit as auditing
-from anonymization.audit import (
-    audit_release,
-    copies,
-    derive,
-    maps,
-    pictures,
-    recompute,
-    records,
-    report_dict,
-)
+from anonymization.audit import audit_release, derive, pictures, recompute, report_dict
 from anonymization.audit.checks import report_text
-from anonymization.release import OLDER_FORMATS, GroupFacts, grade_diversity, png_encoder
-from datasets.phantoms.dataset import make_dataset
+from anonymization.release import OLDER_FORMATS, png_encoder
 from datasets.table import read_table
 from utils.errors import UserError
 from utils.images import load_rgb, save_png
@@ -342,28 +331,6 @@ def test_identical_photographs_are_found_in_the_files(spoiled, tmp_path):
     assert 'identical photographs are in more than one group' in failed(audited(spoiled))[GROUPS]
 
 
-def test_people_and_diversity():
-    assert records.people_of(None, ['a', 'b', 'a']) == [0, 1, 0]
-    joined = records.people_of(['p', 'q', 'r', 'p', 's'], ['a', 'b', 'b', 'c', 'd'])
-    assert joined[0] == joined[3] != joined[1] == joined[2] and len(set(joined)) == 3
-    found = derive.diversity([(5, 0, 0, 0, 0), (0, 0, 0, 0, 5), (3, 2, 0, 0, 0)])
-    assert found['homogeneous'] == round(2 / 3, 6) and found['l_min'] == 1
-    # Over all: 8, 2, 0, 0, 5 of 15. The second group differs by 8/15 + 3 * 10/15 in four steps.
-    assert found['t_max'] == round(float(Fraction(38, 60)), 6)
-
-
-def test_both_ways_to_work_out_diversity_agree():
-    """To the last digit, since the manifest is compared byte for byte."""
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        counts = [
-            tuple(map(int, rng.multinomial(rng.integers(2, 40), rng.dirichlet([0.5] * 5))))
-            for _ in range(rng.integers(1, 9))
-        ]
-        groups = [GroupFacts(str(i), sum(c), sum(c), c) for i, c in enumerate(counts)]
-        assert json.dumps(grade_diversity(groups)) == json.dumps(derive.diversity(counts))
-
-
 @pytest.mark.parametrize(
     'change',
     [{'license': 'NO LICENCE'}, {'notes': 'x'}, {'contact': f'ask {PATIENT}, please'}],
@@ -377,52 +344,6 @@ def test_card_in_the_record(spoiled, change):
 
 
 # -- the diagnostic of copies ---------------------------------------------------------------
-
-# What these maps do not find in each of the phantoms below.
-UNSEEN = {
-    'padded',
-    'shifted by 1',
-    'shifted by 3',
-    'shifted by 5',
-    'posterised',
-    'solarised',
-    'Ben Graham',
-    'noise 20',
-    'noise 40',
-    'JPEG 10',
-    'JPEG 3',
-    'blurred by 2',
-    'blurred by 4',
-    'perspective',
-}
-
-
-def test_what_the_diagnostic_of_copies_finds(tmp_path):
-    """Photographs of fundi (drawn), since what copies are told by depends on what is shown."""
-    make_dataset(tmp_path, n_patients=12, size=64, seed=3)
-    paths = read_table(tmp_path / 'labels.csv', tmp_path / 'images').paths
-    sources = [load_rgb(p) for p in paths]
-    people = np.arange(len(sources)) // 2
-    features = np.stack([maps.features(np.asarray(s)) for s in sources])
-    assert (features.astype(np.float16) == features).all()  # which is how they are kept
-    detector = copies.Detector(features.astype(np.float16), people)
-
-    def taken_for_a_copy(picture):
-        return copies.is_copy(*detector.compare(maps.features(np.asarray(picture)))[:2])
-
-    for name, disguise in DISGUISES.items():
-        if name not in UNSEEN:
-            assert taken_for_a_copy(disguise(sources[7])), name
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        members = [np.asarray(sources[i], float) for i in rng.choice(24, 5, replace=False)]
-        assert not taken_for_a_copy(np.mean(members, 0).astype(np.uint8))
-    # Where not all are searched, those of the picture's own group are looked at all the same.
-    some = copies.Detector(features, people, searched=6)
-    assert 7 not in some.searched
-    assert not copies.is_copy(*some.compare(features[7])[:2])
-    left, other, source = some.compare(features[7], members=[7, 12])
-    assert copies.is_copy(left, other) and source == 7
 
 
 # -- the command ----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from models.stylegan2.checkpoint import load_generator
 from models.stylegan2.sampling import loop_styles, mix_styles, render, seed_latents, seed_styles
 from scripts import generate
 from utils.errors import UserError
-from utils.images import load_tensor, to_uint8
+from utils.images import load_rgb, load_tensor, to_uint8
 from utils.io import save_torch
 
 SMALL = {4: 8, 8: 8, 16: 8, 32: 8}
@@ -75,7 +75,8 @@ def test_samples(run, network):
     net, _ = load_generator(network)
     want = to_uint8(net(seed_latents([9], 16)))[0].int()
     assert (pixels(out / 'seed0009.png') - want).abs().max() <= 1
-    assert Image.open(out / 'seed0009.png').info == {}
+    with Image.open(out / 'seed0009.png') as picture:
+        assert picture.info == {}
     assert torch.equal(shown(out / 'grid.png', 0, 3), pixels(out / 'seed0009.png'))
 
 
@@ -96,7 +97,7 @@ def test_style_mixing(run, network):
     out = run('--rows', '1,2', '--cols', '5-7', '--styles', '0-2', '--trunc', '0.8')
     sheet = out / 'grid.png'
     assert [p.name for p in out.iterdir()] == ['grid.png']
-    assert Image.open(sheet).size == (4 * 34 + 2, 3 * 34 + 2)
+    assert load_rgb(sheet).size == (4 * 34 + 2, 3 * 34 + 2)
     net, mean = load_generator(network)
     ws = seed_styles(net, [2, 6], psi=0.8, latent_avg=mean)
     mixed = torch.cat([ws[1, :3], ws[0, 3:]])[None]
@@ -110,10 +111,11 @@ def test_style_mixing(run, network):
 
 def test_interpolation_files(run):
     out = run('--seeds', '1,2', '--interpolate', 'webp', '--frames', '4', '--fps', '10')
-    film = Image.open(out / 'interpolation.webp')
-    assert film.n_frames == 8 and film.size == (32, 32)
+    with Image.open(out / 'interpolation.webp') as film:
+        assert film.n_frames == 8 and film.size == (32, 32)
     run('--seeds', '1,2', '--interpolate', 'gif', '--frames', '3')
-    assert Image.open(out / 'interpolation.gif').n_frames == 6
+    with Image.open(out / 'interpolation.gif') as film:
+        assert film.n_frames == 6
     run('--seeds', '1,2', '--interpolate', 'frames', '--frames', '3', '--noise_mode', 'random')
     assert len(list(out.glob('frame*.png'))) == 6
     run('--seeds', '1,2', '--noise_mode', 'none')

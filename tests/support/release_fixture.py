@@ -140,7 +140,7 @@ class Spoiled(NamedTuple):
 
     def photograph(self, name: str = 'eye007x') -> Image.Image:
         """A source at the size of the release."""
-        side = Image.open(self.pictures[0]).size
+        side = load_rgb(self.pictures[0]).size
         return load_rgb(self.photographs / f'{name}.png').resize(side)
 
     def manifest(self) -> dict[str, Any]:

@@ -12,19 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import relative_error
+from moco_pictures import generator, pictures
 from PIL import Image
 from torch import nn
+from unit_vectors import people, units
 
 from datasets.pictures import Pictures as TablePictures
 from datasets.table import read_table
-from evaluation.feature_quality import (
-    chance_to_share,
-    describe_quality,
-    feature_quality,
-    linear_probe,
-    nearest_neighbours,
-    neighbour_quality,
-)
 from models.features.content import load_content_network
 from models.resnet import build_resnet
 from scripts import train_content_encoder as script
@@ -40,34 +34,11 @@ from training.moco import (
     key_momentum,
     learning_rate,
 )
-from training.moco_views import ViewConfig, apply_views, draw_views
 from training.sync_batchnorm import CrossProcessBatchNorm2d, share_batch_statistics
 from utils.errors import UserError
 from utils.images import from_uint8
 from utils.io import load_weights
 from utils.logs import read_jsonl
-
-STILL = ViewConfig(
-    min_area=1.0,
-    rotation=0,
-    mirror=0,
-    upend=0,
-    brightness=0,
-    contrast=0,
-    saturation=0,
-    hue=0,
-    blur=0,
-)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def pictures(n=8, size=32):
-    """Smooth pictures within [-1, 1]."""
-    coarse = torch.rand(n, 3, 4, 4, generator=generator(1)) * 2 - 1
-    return torch.nn.functional.interpolate(coarse, size=size, mode='bilinear')
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -105,10 +76,6 @@ def make_trainer(n=16, **settings):
     return MocoTrainer(Pictures(n), MocoConfig(**settings), device='cpu')
 
 
-def units(n, d=PROJECTION_DIM, seed=0):
-    return torch.nn.functional.normalize(torch.randn(n, d, generator=generator(seed)), dim=1)
-
-
 # --- views ------------------------------------------------------------------------------------
 
 
@@ -123,65 +90,6 @@ def test_gpus_share_batch_statistics_by_the_fused_module() -> None:
             shared = share_batch_statistics(copy.deepcopy(net), torch.device(device)).eval()
             kinds = {type(m) for m in shared.modules() if hasattr(m, 'running_mean')}
             assert kinds == {kind} and torch.equal(shared(x), want)
-
-
-def test_views_that_change_nothing():
-    img = pictures()
-    views = draw_views(8, STILL, generator())
-    # The aspect ratio is drawn too; whole pictures have none to give away.
-    views['grid'] = torch.eye(2, 3).expand(8, 2, 3)
-    assert (apply_views(img, views) - img).abs().max() < 1e-4
-
-
-def test_views_stay_in_range_and_depend_on_the_seed_alone():
-    img = pictures()
-    one = apply_views(img, draw_views(8, ViewConfig(), generator(3)))
-    assert one.shape == img.shape and one.min() >= -1 and one.max() <= 1
-    assert torch.equal(one, apply_views(img, draw_views(8, ViewConfig(), generator(3))))
-    assert not torch.equal(one, apply_views(img, draw_views(8, ViewConfig(), generator(4))))
-
-
-def test_flips_are_exact():
-    img = pictures()
-    for options, axis in (({'mirror': 1.0}, 3), ({'upend': 1.0}, 2)):
-        views = draw_views(8, ViewConfig(**{**vars(STILL), **options}), generator())
-        sign = views['grid'][:, [0, 1], [0, 1]].sign()
-        views['grid'] = torch.diag_embed(sign)
-        views['grid'] = torch.cat([views['grid'], torch.zeros(8, 2, 1)], 2)
-        assert (apply_views(img, views) - img.flip(axis)).abs().max() < 1e-4
-
-
-def test_crops_keep_their_share_of_the_area():
-    views = draw_views(2000, ViewConfig(min_area=0.5), generator())
-    area = torch.linalg.det(views['grid'][:, :, :2]).abs()
-    assert area.min() >= 0.49 and area.max() <= 1 and area.std() > 0.1
-    corners = views['grid'] @ torch.tensor([[-1.0, 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
-    straight = draw_views(2000, ViewConfig(rotation=0), generator())['grid']
-    inside = straight @ torch.tensor([[-1.0, 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
-    assert inside.abs().max() <= 1 + 1e-5 < corners.abs().max()
-
-
-def test_colour_survives_and_grey_stays_grey():
-    red = torch.full((64, 3, 16, 16), -0.6)
-    red[:, 0] = 0.2
-    img = apply_views(red, {**draw_views(64, ViewConfig(rotation=0), generator())})
-    mean = img.mean((2, 3))
-    assert (mean[:, 0] > mean[:, 1] + 0.25).all() and (mean[:, 0] > mean[:, 2] + 0.25).all()
-    grey = apply_views(
-        torch.full_like(red, 0.1), draw_views(64, ViewConfig(rotation=0), generator())
-    )
-    assert (grey.amax(1) - grey.amin(1)).max() < 1e-5
-
-
-def test_small_lesions_survive_the_blur():
-    img = torch.zeros(1, 3, 64, 64)
-    img[:, 1:, 31:33, 31:33] = -0.5
-    views = draw_views(1, STILL, generator())
-    views['grid'] = torch.eye(2, 3)[None]
-    views['blur'] = torch.tensor([ViewConfig().blur])
-    seen = apply_views(img, views)
-    assert seen[0, 1].min() < -0.2
-    assert seen[0, 1].sum() == pytest.approx(img[0, 1].sum().item(), abs=1e-2)
 
 
 # --- loss, queue, key network ---------------------------------------------------------------
@@ -378,64 +286,6 @@ def test_bad_settings(settings, words):
 
 
 # --- what the features carry ------------------------------------------------------------------
-
-
-def people(n=60):
-    """Two images of each patient, who has one grade."""
-    patients = [f'p{i // 2}' for i in range(n)]
-    return patients, np.array([(i // 2) % 3 for i in range(n)]), ['left', 'right'] * (n // 2)
-
-
-def test_neighbours_by_hand():
-    x = np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2]]
-    x[1] = [0.9, 0.1, 0]
-    assert nearest_neighbours(x, block=2)[:4].tolist() == [1, 0, 3, 2]
-    groups = np.array([0, 0, 1, 1, 1])
-    assert nearest_neighbours(x, groups=groups)[[0, 1]].tolist() == [2, 2]
-    assert nearest_neighbours(x, groups=np.zeros(5)).tolist() == [-1] * 5
-    assert chance_to_share(['a', 'a', 'b']) == pytest.approx(1 / 3)
-
-
-def test_features_of_identity_and_of_disease_are_told_apart():
-    patients, labels, eyes = people()
-    rng = np.random.default_rng(0)
-    person = units(30, 16).numpy()[np.arange(60) // 2]
-    disease = units(3, 16).numpy()[labels]
-    noise = 0.1 * rng.standard_normal((60, 16)) / 4
-    of_person = neighbour_quality(person + noise, labels=labels, patients=patients, eyes=eyes)
-    assert of_person['patient']['share'] == 1 and of_person['patient']['chance'] < 0.02
-    assert of_person['grade']['share'] == 1  # which says nothing: the same patient
-    assert of_person['grade_other_patients']['share'] < 0.7
-    assert of_person['eye_of_patient']['share'] == 0
-    of_disease = feature_quality(disease + noise, labels=labels, patients=patients)
-    assert of_disease['neighbours']['grade_other_patients']['share'] == 1
-    assert of_disease['neighbours']['patient']['share'] < 0.3
-    assert of_disease['linear_probe']['accuracy'] == 1
-    assert of_disease['linear_probe']['auc'] == of_disease['linear_probe']['referable_auc'] == 1
-    text = '\n'.join(describe_quality(of_disease))
-    assert 'kappa 1.000' in text and 'among other patients has the same grade: 100.0%' in text
-
-
-def test_chance_among_other_patients_is_the_plain_count():
-    patients, labels, _ = people(20)
-    labels[3] = 2  # a patient with two grades
-    pairs = [
-        (labels[i] == labels[j]) for i in range(20) for j in range(20) if patients[i] != patients[j]
-    ]
-    got = neighbour_quality(np.eye(20), labels=labels, patients=patients)
-    assert got['grade_other_patients']['chance'] == pytest.approx(np.mean(pairs))
-
-
-def test_probe_does_not_know_the_patient():
-    """Features that name the patient predict nothing about patients never seen."""
-    patients, labels, _ = people(120)
-    person = np.random.default_rng(1).standard_normal((60, 64))[np.arange(120) // 2]
-    probe = linear_probe(person.astype(np.float32), labels, patients=patients)
-    assert probe['accuracy'] < 0.6 and probe['kappa'] < 0.4
-    assert linear_probe(person, np.zeros(120, int), patients=patients) == {}
-    rare = labels.copy()
-    rare[:2] = 4  # a single patient of grade 4 cannot be in every fold
-    assert linear_probe(person, rare, patients=patients)['images'] == 118
 
 
 # --- the script -------------------------------------------------------------------------------
