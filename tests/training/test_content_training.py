@@ -276,16 +276,13 @@ def two_steps(run_dir, max_steps=2):
     'settings,words',
     [
         ({'batch_size': 32, 'queue_size': 32}, 'fewer than one batch'),
-        ({'queue_size': 10}, 'no multiple of --batch_size'),
+        ({'queue_size': 10}, 'no multiple of `batch_size`'),
         ({'batch_size': 1, 'queue_size': 8}, '2 images per process'),
     ],
 )
 def test_bad_settings(settings, words):
     with pytest.raises(UserError, match=words):
         make_trainer(**settings)
-
-
-# --- what the features carry ------------------------------------------------------------------
 
 
 # --- the script -------------------------------------------------------------------------------
