@@ -48,7 +48,7 @@ except ModuleNotFoundError:  # where checkouts before models/features have them
 
 Counts = dict[str, tuple[float, float]]  # waits and operations of a step, by its name
 DEVICE = torch.device('cuda')
-ENCODER_SIZE, WIDTH, MEMBERS, FEATURES = 256, 4, 5, 2048
+ENCODER_SIZE, STYLE_SIZE, WIDTH, MEMBERS, FEATURES = 256, 64, 4, 5, 2048
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -121,11 +121,11 @@ def count_encoder(gpu: PretendedGPU, size: int) -> Counts:
 def count_groups(gpu: PretendedGPU, size: int) -> Counts:
     """A step of the optimisation of one group and of many; what a run costs once is left out."""
     generator = Generator(size, channels=channels(size))
-    psp = PSP(torch.nn.Identity(), generator, torch.zeros(512), ENCODER_SIZE)
+    psp = PSP(torch.nn.Identity(), generator, torch.zeros(512), STYLE_SIZE)
     state = torchvision.models.resnet50(weights=None).state_dict()
     group = Group(
         torch.randn(MEMBERS, generator.n_latent, 512),
-        Pictures(ENCODER_SIZE).images[:1].expand(MEMBERS, -1, -1, -1),
+        Pictures(STYLE_SIZE).images[:1].expand(MEMBERS, -1, -1, -1),
         torch.nn.functional.normalize(torch.randn(MEMBERS, FEATURES), dim=1),
     )
     found = {}

@@ -3,6 +3,8 @@
 Shapes: G groups, K members, P patches, C feature channels.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32
@@ -13,17 +15,45 @@ def patch_grams(features: Float[Tensor, 'N C H W'], n_crop: int) -> Float32[Tens
     """Gram matrices of the n_crop x n_crop grid of patches, row by row.
 
     features [N, C, H, W] -> [N, P, C, C] float32, F F^T over the positions of a patch, not
-    normalised (published). Pixels that do not fill a patch are dropped.
+    normalised (published). Pixels that do not fill a patch are dropped. Has first derivatives only.
     ValueError when a patch would be empty.
     """
-    n, c, h, w = features.shape
-    ph, pw = h // n_crop, w // n_crop
-    if min(ph, pw) < 1:
+    h, w = features.shape[2:]
+    if min(h, w) < n_crop:
         raise ValueError(f'n_crop={n_crop} is more than the {h}x{w} pixels of the features')
-    x = features[:, :, : ph * n_crop, : pw * n_crop].float()
-    x = x.reshape(n, c, n_crop, ph, n_crop, pw).permute(0, 2, 4, 1, 3, 5)
-    x = x.reshape(n, n_crop**2, c, ph * pw)
-    return x @ x.mT
+    return _PatchGrams.apply(features, n_crop)
+
+
+def _grid(x: Float[Tensor, 'N C H W'], n: int) -> Float[Tensor, 'N n n C h w']:
+    """The n x n patches of x, a view."""
+    h, w = x.shape[2] // n, x.shape[3] // n
+    x = x[:, :, : h * n, : w * n].unflatten(2, (n, h)).unflatten(4, (n, w))
+    return x.permute(0, 2, 4, 1, 3, 5)
+
+
+class _PatchGrams(torch.autograd.Function):
+    """As patch_grams, with first derivatives only.
+
+    Written out, the gradient takes one product and one pass over the features, in their layout;
+    autograd's takes two products and several passes, some of them slow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, n: int) -> Tensor:
+        x = _grid(features, n).to(torch.float32, memory_format=torch.contiguous_format)
+        x = x.flatten(4).flatten(1, 2)  # [N, P, C, hw]
+        ctx.save_for_backward(x, features)
+        ctx.n = n
+        return x @ x.mT
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, features = ctx.saved_tensors
+        found = torch.zeros_like(features)  # keeps its layout
+        patches = _grid(found, ctx.n)
+        patches.copy_(((grad + grad.mT) @ x).view(patches.shape))
+        return found, None
 
 
 def local_style_loss(

@@ -148,6 +148,21 @@ def test_too_many_patches():
         patch_grams(torch.rand(1, 2, 8, 8), 9)
 
 
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_patch_grams(layout):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 10, 13).contiguous(memory_format=layout).requires_grad_()
+    weight = torch.randn(2, 9, 5, 5)  # not symmetric
+    rows = [x[:, :, 3 * i : 3 * i + 3, 4 * j : 4 * j + 4] for i in range(3) for j in range(3)]
+    patches = torch.stack([row.flatten(2) for row in rows], 1)
+    (want,) = torch.autograd.grad((patches @ patches.mT * weight).sum(), x)
+    got = patch_grams(x, 3)
+    assert torch.equal(got, patches @ patches.mT)
+    (gradient,) = torch.autograd.grad((got * weight).sum(), x)
+    assert relative_error(gradient, want) < 1e-6 and gradient.stride() == x.stride()
+    assert not gradient[:, :, 9:].any() and not gradient[..., 12:].any()
+
+
 def test_lpips_equals_the_library(tmp_path):
     torch.manual_seed(0)
     alex = torchvision.models.alexnet(weights=None)
