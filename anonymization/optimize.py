@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ from utils.kinds import (
     positive_int,
 )
 from utils.options import option
+from utils.precision import tf32
 
 log = logging.getLogger(__name__)
 
@@ -192,16 +193,9 @@ def learning_rate(step: int, n_steps: int, lr: float = 0.1) -> float:
     return lr * down * min(1.0, t / 0.05)
 
 
-@contextlib.contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str) -> contextlib.AbstractContextManager[None]:
     """TF32 on for 'tf32' and 'bf16', off for 'fp32', and back as it was afterwards."""
-    matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision != 'fp32'
-    torch.backends.cudnn.allow_tf32 = precision != 'fp32'
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
+    return tf32(precision != 'fp32')
 
 
 def style_term(net: FeatureNet, config: OptimizeConfig) -> StyleTerm:

@@ -160,7 +160,9 @@ def _sides(folders: list[Path], name: str, opts: argparse.Namespace) -> Iterator
             side.process.communicate()
 
 
-def compare(name: str, opts: argparse.Namespace) -> dict[str, tuple[Took, Took]]:
+def compare(
+    name: str, opts: argparse.Namespace, this: Path = _SOURCE.parents[1]
+) -> dict[str, tuple[Took, Took]]:
     """{work: (the other checkout's, this one's)}, medians over `opts.rounds` rounds.
 
     name: of the benchmark, a key of WORK; opts: its options. UserError when the folder is no
@@ -169,7 +171,7 @@ def compare(name: str, opts: argparse.Namespace) -> dict[str, tuple[Took, Took]]
     other = Path(opts.against).resolve()
     if not (other / 'benchmarks' / f'{name}.py').is_file():
         raise UserError(f'--against {opts.against}: no benchmarks/{name}.py there')
-    with _sides([other, _SOURCE.parents[1]], name, opts) as sides:
+    with _sides([other, this], name, opts) as sides:
         names = [side.answer() for side in sides][0]
         took: dict[str, list[list[Took]]] = {work: [[], []] for work in names}
         for number in range(opts.rounds):

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import copy
-import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -41,7 +40,7 @@ from anonymization.optimize import (
     matmul_precision,
 )
 from benchmarks.against import add_against, print_comparison
-from benchmarks.machine import OperationCount, describe, matrix_rate, synchronize
+from benchmarks.machine import OperationCount, clock, describe, matrix_rate
 from benchmarks.published import PublishedWay, synthesis
 from benchmarks.sizes import ENCODER_SIZE, add_sizes, channels_up_to
 from models.encoders import build_encoder
@@ -165,11 +164,9 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     def time(self, name: str, function: Callable[[], Result]) -> Result:
-        synchronize(self.device)
-        begin = time.perf_counter()
+        begin = clock(self.device)
         result = function()
-        synchronize(self.device)
-        self.seconds[name] = time.perf_counter() - begin
+        self.seconds[name] = clock(self.device) - begin
         return result
 
 
@@ -249,11 +246,10 @@ def run_ours(
 
 def timed_run(engine: GroupOptimizer, groups: Sequence[Group], device: torch.device) -> list[float]:
     """Seconds of each step of a batch; the first step's hold the targets too."""
-    ticks = [time.perf_counter()]
+    ticks = [clock(device)]
 
     def tick(_: int) -> None:
-        synchronize(device)
-        ticks.append(time.perf_counter())
+        ticks.append(clock(device))
 
     engine.run(groups, on_step=tick)
     return [b - a for a, b in zip(ticks, ticks[1:])]
@@ -283,7 +279,8 @@ def print_table(
     work: dict[str, float],
     rate: float,
     opts: argparse.Namespace,
-) -> tuple[float, float]:
+) -> tuple[float, float, float]:
+    """Prints the seconds; times the published way, times the floor, groups a minute."""
     rows = [['phase', 'published, s', 'ours, s', 'ratio', 'floor, s']]
     for phase, old in published.items():
         new = ours.get(phase, 0.0)
@@ -306,7 +303,7 @@ def print_table(
         print('| ' + ' | '.join(row) + ' |' if opts.markdown else '\t'.join(row))
         if i == 0 and opts.markdown:
             print('|' + '---|' * len(row))
-    return old / new, new / floor
+    return old / new, new / floor, 60 / new
 
 
 def loss_differences(
@@ -341,8 +338,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         f'{opts.group_batch or opts.groups} at a time, {opts.steps} steps timed, '
         f'{opts.n_steps} counted; seconds per group'
     )
-    ratio, distance = print_table(published, ours, work, rate, opts)
-    print(f'{ratio:.1f} times the published way; {distance:.1f} times the floor')
+    ratio, distance, speed = print_table(published, ours, work, rate, opts)
+    print(
+        f'{speed:.3g} groups a minute, {ratio:.1f} times the published way; '
+        f'{distance:.1f} times the floor'
+    )
     if device.type == 'cuda':
         print(f'peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB')
     differences = loss_differences(old_losses, losses, config)

@@ -14,7 +14,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from anonymization.optimize import ACTIVATIONS, PRECISIONS, matmul_precision
-from benchmarks.machine import describe, matrix_rate, synchronize
+from benchmarks.machine import clock, describe, matrix_rate
 from models.stylegan2.model import channel_table
 from utils.cli import parser_of, positive_int, power_of_two, resolve_device, run
 
@@ -76,12 +75,11 @@ def upsampling_ways(
 def best_ms(function: Callable[[], object], device: torch.device, repeats: int) -> float:
     best = float('inf')
     for i in range(repeats + 1):
-        synchronize(device)
-        begin = time.perf_counter()
+        begin = clock(device)
         function()
-        synchronize(device)
+        took = clock(device) - begin
         if i:
-            best = min(best, time.perf_counter() - begin)
+            best = min(best, took)
     return 1000 * best
 
 

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from benchmarks.against import add_against, print_comparison
-from benchmarks.machine import OperationCount, describe, matrix_rate, synchronize
+from benchmarks.machine import OperationCount, clock, describe, matrix_rate, synchronize
 from benchmarks.sizes import add_sizes, channels_up_to
 from models.encoders import build_encoder
 from models.psp import PSP
@@ -157,12 +156,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for _ in range(period):
             step()
     work = counter.total / period
-    synchronize(device)
-    begin = time.perf_counter()
+    begin = clock(device)
     for _ in range(opts.steps):
         step()
-    synchronize(device)
-    took = (time.perf_counter() - begin) / opts.steps
+    took = (clock(device) - begin) / opts.steps
     rate = matrix_rate(device, DTYPES[opts.precision])
     print(describe(device))
     setting = f', {opts.cfg}, p {opts.p}' if opts.net == 'generator' else ''

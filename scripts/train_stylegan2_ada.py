@@ -41,6 +41,7 @@ from utils import cli, distributed
 from utils.errors import UserError
 from utils.io import sha256_file
 from utils.logs import setup_logging
+from utils.precision import allow_tf32
 from utils.runs import add_continuation, hold_run, run_record, start_run
 from utils.signals import start_processes, stop_on_signal
 
@@ -155,8 +156,7 @@ def build_training(
 ) -> GeneratorTraining:
     """The networks and their training, with the settings that a resumed run takes over."""
     torch.backends.cudnn.benchmark = not opts.nobench
-    torch.backends.cuda.matmul.allow_tf32 = opts.allow_tf32
-    torch.backends.cudnn.allow_tf32 = opts.allow_tf32
+    allow_tf32(opts.allow_tf32)
     settings = {name: getattr(opts, name) for name in SETTINGS}
     return GeneratorTraining(
         dataset,

@@ -1,7 +1,9 @@
-"""Shared test helpers: golden files, and a reason for every skipped GPU test."""
+"""Shared test helpers: golden files, and a pretended GPU for GPU tests where there is none."""
 
+import ctypes
 import importlib
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -49,12 +51,6 @@ def pytest_collection_modifyitems(items):
         path = item.path.relative_to(ROOT).as_posix()
         if f'{path}::{item.name}'.startswith(slow):
             item.add_marker('slow')
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason='no CUDA device on this machine')
-    for item in items:
-        if item.get_closest_marker('gpu'):  # keywords hold names of folders, too
-            item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +63,31 @@ def exact_float32(request):
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(scope='session')
+def emulated_kernels(tmp_path_factory):
+    """The CUDA kernels as C++ (tests/support/cuda_emulation.py); None where there is no g++."""
+    from cuda_emulation import compile_emulation  # after the import hook above
+
+    from models.stylegan2.op import build
+
+    if shutil.which('g++') is None:
+        return None
+    return build.declare(ctypes.CDLL(str(compile_emulation(tmp_path_factory.mktemp('kernels')))))
+
+
+@pytest.fixture(autouse=True)
+def gpu_or_its_pretence(request):
+    """GPU tests without a GPU: 'cuda' is pretended, and the kernels are emulated."""
+    if not request.node.get_closest_marker('gpu') or torch.cuda.is_available():
+        yield
+        return
+    from pretended_device import pretended_gpu
+
+    with pretended_gpu(request.getfixturevalue('emulated_kernels')) as gpu:
+        yield
+    assert not gpu.faults, gpu.report()
 
 
 @pytest.fixture(scope='session')

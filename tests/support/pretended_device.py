@@ -494,7 +494,7 @@ def _loader(real: Callable) -> Callable:
     return begun
 
 
-def _patches(gpu: PretendedGPU) -> list[tuple[object, str, object]]:
+def _patches(gpu: PretendedGPU, kernels: object) -> list[tuple[object, str, object]]:
     resample = importlib.import_module('models.stylegan2.op.upfirdn2d')
     activate = importlib.import_module('models.stylegan2.op.fused_act')
     iterator = torch.utils.data.dataloader._BaseDataLoaderIter
@@ -505,6 +505,11 @@ def _patches(gpu: PretendedGPU) -> list[tuple[object, str, object]]:
 
     def cast(device_type, dtype=None, **options):
         return autocast('cpu', dtype=dtype or torch.bfloat16, **options)
+
+    stand_ins = [
+        (resample, '_launch', _stand_in(gpu, 'upfirdn2d', resample._upfirdn2d_ref)),
+        (activate, '_launch', _stand_in(gpu, 'activation', _activation)),
+    ]
 
     def host(*_, **__):
         return torch.zeros(16, dtype=torch.uint8)
@@ -533,20 +538,22 @@ def _patches(gpu: PretendedGPU) -> list[tuple[object, str, object]]:
         (torch.cuda, 'synchronize', lambda *_: gpu.wait('synchronize')),
         (iterator, '__init__', _loader(iterator.__init__)),
         (iterator, '__next__', _loaded(gpu, iterator.__next__)),
-        (build, 'library', lambda index: gpu),
-        (build, 'load_kernels', lambda index: gpu),
+        (build, 'library', lambda index: kernels or gpu),
+        (build, 'load_kernels', lambda index: kernels or gpu),
         (build, 'trusted', lambda op, index: True),
-        (resample, '_launch', _stand_in(gpu, 'upfirdn2d', resample._upfirdn2d_ref)),
-        (activate, '_launch', _stand_in(gpu, 'activation', _activation)),
+        *([] if kernels else stand_ins),
     ]
 
 
 @contextlib.contextmanager
-def pretended_gpu() -> Iterator[PretendedGPU]:
-    """Inside, device='cuda' is a pretended GPU; yields what is noted about it."""
+def pretended_gpu(kernels: object = None) -> Iterator[PretendedGPU]:
+    """Inside, device='cuda' is a pretended GPU; yields what is noted about it.
+
+    kernels: a library with the emulated kernels (cuda_emulation.py), in place of the stand-ins.
+    """
     gpu = PretendedGPU()
     with contextlib.ExitStack() as stack:
-        for owner, name, value in _patches(gpu):
+        for owner, name, value in _patches(gpu, kernels):
             if hasattr(owner, name):  # benchmarks/launches.py counts older versions too
                 stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(_Functions(gpu))
