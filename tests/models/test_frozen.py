@@ -105,7 +105,7 @@ def test_frozen_inversion_equals_inversion(dtype, tolerance):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-3), (torch.bfloat16, 0.08)])
 def test_equals_the_generator_on_a_gpu(dtype, tolerance):
     net = small_generator()
     ws = torch.randn(2, net.n_latent, 24, generator=torch.Generator().manual_seed(4))
