@@ -506,10 +506,9 @@ def _patches(gpu: PretendedGPU, kernels: object) -> list[tuple[object, str, obje
     def cast(device_type, dtype=None, **options):
         return autocast('cpu', dtype=dtype or torch.bfloat16, **options)
 
-    stand_ins = [
-        (resample, '_launch', _stand_in(gpu, 'upfirdn2d', resample._upfirdn2d_ref)),
-        (activate, '_launch', _stand_in(gpu, 'activation', _activation)),
-    ]
+    twins = (resample._upfirdn2d_ref, _activation)
+    if kernels:
+        twins = (resample._launch, activate._launch)
 
     def host(*_, **__):
         return torch.zeros(16, dtype=torch.uint8)
@@ -541,7 +540,8 @@ def _patches(gpu: PretendedGPU, kernels: object) -> list[tuple[object, str, obje
         (build, 'library', lambda index: kernels or gpu),
         (build, 'load_kernels', lambda index: kernels or gpu),
         (build, 'trusted', lambda op, index: True),
-        *([] if kernels else stand_ins),
+        (resample, '_launch', _stand_in(gpu, 'upfirdn2d', twins[0])),
+        (activate, '_launch', _stand_in(gpu, 'activation', twins[1])),
     ]
 
 
