@@ -30,7 +30,7 @@ from models.features.guide import Guide
 from models.features.pretrained import FeatureNetwork
 from models.psp import PSP
 from models.stylegan2.frozen import FrozenSynthesis
-from models.stylegan2.sampling import latent_spread
+from models.stylegan2.sampling import latent_spread, leading_directions
 from utils.cuda_graphs import Step, captured
 from utils.errors import UserError
 from utils.images import from_uint8
@@ -72,7 +72,9 @@ class OptimizeConfig:
     spread of the generator's latents. style_mode: of criteria.gram_style; None takes 'best_match'
     (published) for the published kinds of style network, and 'whole' for pretrained feature
     networks. style_strides: of the latter's maps. guide_weight: of the guide's distance beside
-    1 - cosine in the content loss, where there is a guide.
+    1 - cosine in the content loss, where there is a guide. latent_rank: groups start from their
+    centroid in this many leading directions of the generator's own latents (docs/making.md); 0
+    for all of it.
     """
 
     n_steps: int = option(
@@ -134,6 +136,14 @@ class OptimizeConfig:
         group=_HEADING,
         metavar='FLOAT',
     )
+    latent_rank: int = option(
+        0,
+        nonnegative_int,
+        'groups start from the part of their centroid in so many leading directions of the '
+        "generator's own latents; 0: in all",
+        group=_HEADING,
+        metavar='N',
+    )
 
 
 class Group(NamedTuple):
@@ -166,7 +176,7 @@ class Targets(NamedTuple):
 class Result(NamedTuple):
     """ws [G, L, D]; image [G, 3, R, R]; losses [steps, G, 2] (L_c, L_s, unweighted).
 
-    centroid: [G, 3, R, R], the picture of the plain latent mean.
+    centroid: [G, 3, R, R], the picture of the centroid, without an offset.
     """
 
     ws: torch.Tensor
@@ -236,6 +246,11 @@ class GroupOptimizer:
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f'precision={precision!r}, want one of {PRECISIONS}')
+        if config.latent_rank > psp.decoder.style_dim:
+            raise UserError(
+                f'`latent_rank` {config.latent_rank}: the generator has latents of '
+                f'{psp.decoder.style_dim} numbers'
+            )
         self.config, self.device, self.precision = config, torch.device(device), precision
         self.psp = psp.to(self.device).eval().requires_grad_(False)
         dtype = ACTIVATIONS[precision]
@@ -248,6 +263,7 @@ class GroupOptimizer:
         self.content_net = content_net.to(**layout)
         self.style = None if style_net is None else style_term(style_net.to(**layout), config)
         self.guide = None if guide is None else guide.to(self.device)
+        self._leading: tuple[Tensor, Tensor] | None = None
         self._shared: FeatureNetwork | None = None  # the network of both losses, passed once
         if content_net is style_net and isinstance(content_net, FeatureNetwork):
             self._shared = content_net
@@ -293,6 +309,17 @@ class GroupOptimizer:
             return loss
         return loss + self.config.guide_weight * self.guide.distance(features, targets.content)
 
+    def centroids(self, groups: Sequence[Group]) -> Float[Tensor, 'G L D']:
+        """Where the groups start, [G, L, D]: the means of their latents, in `latent_rank`."""
+        means = torch.stack([g.mean(g.ws.to(self.device)) for g in groups])
+        if not self.config.latent_rank:
+            return means
+        if self._leading is None:
+            self._leading = leading_directions(self.psp.decoder, self.config.latent_rank)
+        middle, directions = self._leading
+        away = (means - middle).double()
+        return middle + (away @ directions.T @ directions).float()
+
     def peak_rate(self) -> float:
         """The peak learning rate of the latents, 'auto' resolved."""
         if self.config.lr == AUTO:
@@ -337,7 +364,7 @@ class GroupOptimizer:
         cfg = self.config
         with matmul_precision(self.precision):
             targets = self.targets(groups)
-            means = torch.stack([g.mean(g.ws.to(self.device)) for g in groups])
+            means = self.centroids(groups)
             start = torch.stack(
                 [m if g.offset is None else m + g.offset.to(m) for m, g in zip(means, groups)]
             )

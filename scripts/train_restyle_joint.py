@@ -23,9 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from criteria.laplacian import N_BANDS, band_variances
+from criteria.laplacian import N_BANDS, band_variances, fine_deviations
 from datasets.pictures import Pictures
+from models.encoders import LightPooledEncoder
+from models.features.guide import load_guide
 from models.features.pretrained import load_feature_network
 from models.psp import PSP
 from scripts import train_restyle_e4e, train_restyle_psp
@@ -37,8 +41,8 @@ from utils.errors import UserError
 from utils.images import from_uint8
 from utils.options import add_flags, build
 
-DEFAULT_ENCODER = 'LightProgressiveEncoder'
-_VARIANCE_IMAGES = 512
+DEFAULT_ENCODER = 'LightPooledEncoder'
+_MEASURED_IMAGES = 512
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,28 +52,51 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
-def variances(pictures: Pictures) -> list[float]:
-    """Of the bands of the first photographs of a set, see criteria.laplacian."""
-    some = [np.asarray(pictures[i]) for i in range(min(len(pictures), _VARIANCE_IMAGES))]
-    found = band_variances(from_uint8(torch.from_numpy(np.stack(some))))
-    if min(found) <= 0:
+def first_photographs(pictures: Pictures) -> Float[Tensor, 'N 3 S S']:
+    """The first photographs of a set, by which losses and features are scaled."""
+    some = [np.asarray(pictures[i]) for i in range(min(len(pictures), _MEASURED_IMAGES))]
+    return from_uint8(torch.from_numpy(np.stack(some)))
+
+
+def measured(photographs: Float[Tensor, 'N 3 S S']) -> tuple[list[float], list[float]]:
+    """Variances of all bands, and deviations of the two finest, see criteria.laplacian."""
+    variances, deviations = band_variances(photographs), fine_deviations(photographs)
+    if min(*variances, *deviations) <= 0:
         raise UserError('`train_path`: the photographs are all the same')
-    return found
+    return variances, deviations
+
+
+@torch.no_grad()
+def prepare_encoder(encoder: Any, photographs: Float[Tensor, 'N 3 S S'], spread: float) -> None:
+    """A new encoder's first latents differ enough to be told apart; its features are scaled."""
+    encoder.head.weight.mul_(spread)
+    if isinstance(encoder, LightPooledEncoder):
+        encoder.standardise_by(photographs)
 
 
 @cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
 
+    features = load_feature_network('lite0')
+    guide = None
+    if opts.guide is not None:
+        n, digest = features.n_features, features.digest
+        guide = load_guide(opts.guide, n_features=n, digest=digest)
+
     def make_coach(psp: PSP, train_set: Pictures, *arguments: Any, **options: Any) -> JointCoach:
         if psp.input_size % 2**N_BANDS:
             raise UserError(f'`encoder_size` {psp.input_size}: not a multiple of {2**N_BANDS}')
+        first = first_photographs(train_set)
+        variances, deviations = measured(first)
         if not opts.checkpoint_path:
-            with torch.no_grad():
-                encoder: Any = psp.encoder
-                encoder.head.weight.mul_(opts.first_spread)
-        options['losses']['bands'] = BandTerm(opts.band_lambdas, variances(train_set)), 1.0
+            prepare_encoder(psp.encoder, first, opts.first_spread)
+        options['losses']['bands'] = BandTerm(opts.band_lambdas, variances), 1.0
         game = build(GameConfig, vars(opts))
+        centre: Tensor | float = 0.0
+        if guide is not None:
+            pooled = torch.cat([features.pooled(p) for p in first.split(64)])
+            centre = (pooled @ guide.directions).mean(0)
         return JointCoach(
             psp,
             train_set,
@@ -78,7 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             joint=dataclasses.replace(
                 build(JointConfig, vars(opts)), game=game if game.ratio else None
             ),
-            features=load_feature_network('lite0').to(options['device']),
+            features=features.to(options['device']),
+            deviations=deviations,
+            guide=guide,
+            centre=centre,
             **options,
         )
 

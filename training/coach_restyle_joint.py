@@ -11,7 +11,7 @@ Shapes: N images, L styles, D style dimension, S side the encoder sees.
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from criteria.feature_distance import map_distance
-from criteria.laplacian import N_BANDS, rest
+from criteria.laplacian import N_BANDS, rest, texture
+from models.features.guide import Guide
 from models.features.pretrained import FeatureNetwork
 from training.coach_restyle_e4e import E4ECoach
-from training.picture_game import GameConfig, PictureGame
+from training.picture_game import GameConfig, PictureGame, Shown
 from training.stylegan2_networks import silence_noise
 from utils.errors import UserError
-from utils.kinds import list_of, nonnegative_float, nonnegative_int, positive_float
+from utils.kinds import list_of, nonnegative_float, nonnegative_int, path, positive_float
 from utils.options import option
 from utils.seeds import torch_generator
 
 _GROUP = 'joint training'  # heading of the flags
 _STRIDES = (2, 4, 8, 16, 32)
 _BETAS = (0.5, 0.99)  # Adam's, as usual beside an adversary
+_MOST = 3.0  # deviations of a photograph's scores that opponents are told
+_LEAST = 1e-8
 
 
 def _number(default: float, help: str) -> float:
@@ -51,7 +54,11 @@ class JointConfig:
     step at which they come in. feature_lambda, content_lambda: of the distance of feature maps
     place by place, and of pooled features. mean_content_lambda: of the latter, picture of a mean
     latent against the mean of the members. mean_colour_lambda: of its coarsest band
-    against that of the members' mean. spread_lambda: holds the deviation of each number of the
+    against that of the members' mean. contrast_lambda: of the share that is missed of what differs
+    between the photographs of a pass in pooled features. texture_lambda: of the squared
+    log-ratio of the energies of the two finest bands. guide_lambda: of the guide's distance, of
+    reconstructions and of pictures of means. reading_lr: rate of an encoder's `reading`.
+    spread_lambda: holds the deviation of each number of the
     latents near 1. average: half-life in steps of the averaged weights that are validated and
     exported. most: gradients of encoder and of generator are shortened to this many times their
     usual norm. game: None for no opponents.
@@ -64,11 +71,17 @@ class JointConfig:
     feature_lambda: float = _number(2.0, 'weight of the distance of lite0 maps, place by place')
     content_lambda: float = _number(10.0, 'weight of the distance of pooled lite0 features')
     mean_content_lambda: float = _number(
-        20.0, 'the same, picture of a mean latent against the mean of its members'
+        10.0, 'the same, picture of a mean latent against the mean of its members'
     )
     mean_colour_lambda: float = _number(
         0.5, 'weight of the colours of such pictures against the members'
     )
+    contrast_lambda: float = _number(
+        1.0, 'weight of what differs between photographs in pooled lite0 features'
+    )
+    texture_lambda: float = _number(1.5, 'weight of the energies of the three finest bands')
+    guide_lambda: float = _number(0.1, 'weight of the directions of the guide')
+    reading_lr: float = _number(5e-4, "the learning rate of the encoder's reading of features")
     spread_lambda: float = _number(0.5, 'weight that holds the deviation of the latents near 1')
     average: float = _number(
         350.0, 'half-life, in steps, of the averaged weights that are exported'
@@ -84,7 +97,7 @@ class JointOptions:
     joint: JointConfig
     game: GameConfig
     band_lambdas: list[float] = option(
-        [0.25, 0.5, 1.0, 1.0, 1.0],
+        [0.03, 0.2, 0.7, 1.0, 1.0],
         list_of(nonnegative_float, 'weights', length=N_BANDS + 1, make=list),
         'weights of the bands of frequencies, finest first, and of the rest',
         group=_GROUP,
@@ -97,17 +110,39 @@ class JointOptions:
         group=_GROUP,
         metavar='X',
     )
+    guide: Path | None = option(
+        None,
+        path,
+        'directions of lite0 features that show disease (classification/main.py makes it); '
+        'reconstructions and means are to keep them, and patches are judged with them',
+        group=_GROUP,
+        metavar='FILE',
+    )
+
+
+def _with_means(rows: Tensor, groups: Tensor) -> Tensor:
+    """Rows [n, ...] of photographs, then the means of the groups' rows: [n + G, ...]."""
+    return torch.cat([rows, rows[groups].mean(1)]) if len(groups) else rows
 
 
 class JointCoach(E4ECoach):
     """An E4ECoach that trains the generator too; `losses` are those of pixels.
 
     joint: its settings; features: a network on the coach's device with maps of the strides 2 to
-    32. UserError for settings that do not go together.
+    32; deviations: of the two finest bands of the photographs; guide: for disease, of these
+    features; centre: the mean of the photographs' scores along it, [D]. UserError for settings
+    that do not go together.
     """
 
     def __init__(
-        self, *arguments: Any, joint: JointConfig, features: FeatureNetwork, **options: Any
+        self,
+        *arguments: Any,
+        joint: JointConfig,
+        features: FeatureNetwork,
+        deviations: Sequence[float],
+        guide: Guide | None = None,
+        centre: Tensor | float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
         cfg = self.config
@@ -117,21 +152,30 @@ class JointCoach(E4ECoach):
                 'samples: set `train_decoder`, `n_iters_per_batch` 1 and `synthetic` 0'
             )
         self.joint, self.features = joint, features
+        self.guide = None if guide is None else guide.to(self.device)
+        self.centre = torch.as_tensor(centre, device=self.device)
         self.norms: dict[str, float] = {}  # of the gradients, by network
         if self.amp_dtype == torch.bfloat16:
             features.to(torch.bfloat16)
         silence_noise(self.psp.decoder)
-        self.optimizer = torch.optim.Adam(
-            [
-                {'params': list(self.psp.encoder.parameters()), 'lr': cfg.learning_rate},
-                {'params': list(self.psp.decoder.parameters()), 'lr': joint.decoder_lr},
-            ],
-            betas=_BETAS,
-        )
+        named = dict(self.psp.encoder.named_parameters())
+        reading = [p for name, p in named.items() if name.startswith('reading.')]
+        others = [p for name, p in named.items() if not name.startswith('reading.')]
+        rates = ((others, cfg.learning_rate), (reading, joint.reading_lr))
+        groups = [{'params': params, 'lr': lr} for params, lr in rates if params]
+        groups.append({'params': list(self.psp.decoder.parameters()), 'lr': joint.decoder_lr})
+        self.optimizer = torch.optim.Adam(groups, betas=_BETAS)
         self.optimizer.register_step_pre_hook(self._shorten)
         self.opponents: PictureGame | None = None
         if joint.game is not None:
-            self.opponents = PictureGame(features, joint.game, seed=cfg.seed, device=self.device)
+            self.opponents = PictureGame(
+                features,
+                joint.game,
+                deviations=deviations,
+                n_scores=0 if guide is None else guide.directions.shape[1],
+                seed=cfg.seed,
+                device=self.device,
+            )
         self.mean_psp = copy.deepcopy(self.psp).eval().requires_grad_(False)
 
     def _noise(self, t: int | str, part: slice) -> list[None]:
@@ -141,7 +185,13 @@ class JointCoach(E4ECoach):
         targets = super()._targets(x)
         with torch.no_grad():
             maps = self.features.maps(x, _STRIDES)
-        return {**targets, 'photographs': x, 'maps': maps, 'pooled': self.features.pool(maps)}
+            pooled = self.features.pool(maps)
+            energies = texture(x)
+        scores = None
+        if self.guide is not None:
+            scores = (pooled @ self.guide.directions - self.centre).clamp(-_MOST, _MOST)
+        found = {'maps': maps, 'pooled': pooled, 'texture': energies, 'scores': scores}
+        return {**targets, 'photographs': x, **found}
 
     def _terms(
         self, y: Tensor, targets: dict, ws: Tensor, part: slice
@@ -159,16 +209,51 @@ class JointCoach(E4ECoach):
             pictures = torch.cat([y, self.psp.pool(means)])
         maps = self.features.maps(pictures, _STRIDES)
         pooled = self.features.pool(maps)
-        ours = {s: m[:n] for s, m in maps.items()}
-        values['features'] = map_distance(ours, targets['maps'], _STRIDES[:-1]).mean()
-        values['content'] = 1 - F.cosine_similarity(pooled[:n], targets['pooled']).mean()
-        total = total + joint.feature_lambda * values['features']
-        total = total + joint.content_lambda * values['content']
-        if len(groups):
-            more, term = self._means(pictures[n:], pooled[n:], targets, groups)
+        for more, term in (
+            self._features(maps, pooled[:n], targets),
+            self._shared(pictures, pooled, targets, groups),
+            self._means(pictures[n:], pooled[n:], targets, groups),
+        ):
             values, total = values | more, total + term
         if self.opponents is not None and self.opponents.config.learns(self.step_count):
-            total = self._play(self.opponents, pictures, maps, targets, total, values)
+            scores = targets['scores']
+            if scores is not None:
+                scores = _with_means(scores, groups)
+            shown = Shown(pictures, maps, scores)
+            total = self._play(self.opponents, shown, targets, total, values)
+        return values, total
+
+    def _features(
+        self, maps: dict[int, Tensor], pooled: Tensor, targets: dict
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of the features of reconstructions against those of their photographs."""
+        joint, n = self.joint, len(pooled)
+        ours = {s: m[:n] for s, m in maps.items()}
+        place = map_distance(ours, targets['maps'], _STRIDES[:-1]).mean()
+        content = 1 - F.cosine_similarity(pooled, targets['pooled']).mean()
+        # What all eyes share is most of their features; this counts what tells them apart.
+        apart, wanted = (p - p.mean(0) for p in (pooled, targets['pooled']))
+        contrast = (apart - wanted).square().mean() / wanted.square().mean().clamp_min(_LEAST)
+        total = joint.feature_lambda * place + joint.content_lambda * content
+        total = total + joint.contrast_lambda * contrast
+        return {'features': place, 'content': content, 'contrast': contrast}, total
+
+    def _shared(
+        self, pictures: Tensor, pooled: Tensor, targets: dict, groups: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses that reconstructions and pictures of means have in common."""
+        wanted = _with_means(targets['texture'], groups)
+        energies = (texture(pictures) / wanted.clamp_min(_LEAST)).clamp_min(_LEAST)
+        values = {'texture': energies.log().square().mean()}
+        total = self.joint.texture_lambda * values['texture']
+        if self.guide is not None:
+            distance = self.guide.distance(pooled, _with_means(targets['pooled'], groups))
+            n = len(targets['pooled'])
+            values['guide'] = distance[:n].mean()
+            total = total + self.joint.guide_lambda * values['guide']
+            if len(groups):
+                values['mean_guide'] = distance[n:].mean()
+                total = total + self.joint.guide_lambda * values['mean_guide']
         return values, total
 
     def _shorten(self, *_: object) -> None:
@@ -202,30 +287,23 @@ class JointCoach(E4ECoach):
         self, pictures: Tensor, pooled: Tensor, targets: dict, groups: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of the pictures of mean latents against the means of their members."""
+        if not len(groups):
+            return {}, pictures.new_zeros([])
         content = 1 - F.cosine_similarity(pooled, targets['pooled'][groups].mean(1)).mean()
         colour = (rest(pictures) - rest(targets['photographs'][groups].mean(1))).square().mean()
         total = self.joint.mean_content_lambda * content + self.joint.mean_colour_lambda * colour
         return {'mean_content': content, 'mean_colour': colour}, total
 
     def _play(
-        self,
-        game: PictureGame,
-        pictures: Tensor,
-        maps: dict[int, Tensor],
-        targets: dict,
-        total: Tensor,
-        values: dict[str, Tensor],
+        self, game: PictureGame, shown: Shown, targets: dict, total: Tensor, values: dict
     ) -> Tensor:
         """Lets the opponents see this pass; adds to `values`; the new total."""
-        passes = self.config.accumulate
-        heard, weighted = game.loss(pictures, maps, total, self.step_count)
+        heard, weighted = game.loss(shown, total, self.step_count)
         values |= heard
-        total = total + weighted
+        photographs = Shown(targets['photographs'], targets['maps'], targets['scores'])
         with self._autocast(enabled=False):
-            values |= game.see(
-                pictures, maps, targets['photographs'], targets['maps'], passes=passes
-            )
-        return total
+            values |= game.see(shown, photographs, passes=self.config.accumulate)
+        return total + weighted
 
     def step(self, batch: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """As E4ECoach.step, then one step of the opponents and of the averages."""

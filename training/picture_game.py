@@ -1,16 +1,21 @@
 """The opponents of encoder and generator: heads on a feature network, and patches of pixels.
 
-Both tell photographs from pictures with the hinge loss of projected discriminators (Sauer et al.
-2021). How loudly each is heard follows Esser et al. 2021 ('Taming Transformers', equation 7): its
-gradient at the pictures is a fixed part of that of the other losses.
+The patches see colours and the two finest bands of frequencies, and may know scores of the
+photograph (of disease, say) that they are to fit; the picture of a mean latent comes with the mean
+of its members' scores. Both opponents tell photographs from pictures with the hinge loss of
+projected discriminators (Sauer et al. 2021). How loudly each is heard follows Esser et al. 2021
+('Taming Transformers', equation 7): its gradient at the pictures is a fixed part of that of the
+other losses.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from criteria.laplacian import fine_bands
 from models.features.pretrained import FeatureNetwork
 from models.patches import PatchDiscriminator
 from models.projected import ProjectedDiscriminator
@@ -24,6 +29,8 @@ _LOSS = LOSSES['projected']
 _GROUP = 'opponents'  # heading of the flags
 _MEASURED_EVERY = 50  # steps
 _KEPT = 0.8  # of a weight, when it is measured again
+_COLOUR = 2.0  # pictures in [-1, 1] have about half of unit deviation
+_LARGEST = 6.0  # deviations of the fine bands; the rim of the field of view has more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +42,7 @@ class GameConfig:
     """
 
     ratio: float = option(
-        0.3,
+        0.2,
         nonnegative_float,
         'norm of their gradient over that of the other losses; 0: there are none',
         group=_GROUP,
@@ -79,21 +86,37 @@ class GameConfig:
         return self.ratio > 0 and step >= 0.9 * self.start
 
 
+class Shown(NamedTuple):
+    """What the opponents see: pictures [N, 3, S, S], their maps, and scores [N, D] or None."""
+
+    pictures: Tensor
+    maps: dict[int, Tensor]
+    scores: Tensor | None = None
+
+
 class PictureGame:
     """Two opponents with one optimiser; `loss` is what the generator hears, `see` and `step` train.
 
-    features: on `device`; its maps are computed by the caller, who needs them too. Processes
-    average gradients and weights, so that all keep the same opponents.
+    features: on `device`; its maps are computed by the caller, who needs them too. deviations: of
+    the two finest bands (criteria.laplacian.fine_deviations). n_scores: of a picture, 0 for none.
+    Processes average gradients and weights, so that all keep the same opponents.
     """
 
     def __init__(
-        self, features: FeatureNetwork, config: GameConfig, *, seed: int, device: torch.device
+        self,
+        features: FeatureNetwork,
+        config: GameConfig,
+        *,
+        deviations: Sequence[float],
+        n_scores: int = 0,
+        seed: int,
+        device: torch.device,
     ) -> None:
-        self.config = config
+        self.config, self.deviations = config, deviations
         seed_everything(seed, 'opponents')
         self.nets: dict[str, Any] = {
             'heads': ProjectedDiscriminator(features).to(device),
-            'patches': PatchDiscriminator().to(device),
+            'patches': PatchDiscriminator(9, n_scores=n_scores).to(device),
         }
         self.parameters = [*self.nets['heads'].learnt(), *self.nets['patches'].parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=(0.0, 0.99))
@@ -105,28 +128,29 @@ class PictureGame:
         for p in self.parameters:
             p.requires_grad_(trained)
 
-    def _logits(self, pictures: Tensor, maps: dict[int, Tensor]) -> dict[str, Tensor]:
+    def _logits(self, shown: Shown) -> dict[str, Tensor]:
+        parts = fine_bands(shown.pictures).chunk(2, 1)
+        fine = [(b / d).clamp(-_LARGEST, _LARGEST) for b, d in zip(parts, self.deviations)]
+        x = torch.cat([_COLOUR * shown.pictures, *fine], 1)
+        dtype = next(iter(shown.maps.values())).dtype
         return {
-            'heads': self.nets['heads'].judge(maps),
-            'patches': self.nets['patches'](pictures.to(next(iter(maps.values())).dtype)),
+            'heads': self.nets['heads'].judge(shown.maps),
+            'patches': self.nets['patches'](x.to(dtype), shown.scores),
         }
 
-    def loss(
-        self, pictures: Tensor, maps: dict[int, Tensor], others: Tensor, step: int
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def loss(self, shown: Shown, others: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """The losses of the opponents by name, and their weighted sum, for what they are shown.
 
-        pictures [N, 3, S, S] with their maps; others: the sum of all other losses, 0-d.
+        others: the sum of all other losses, 0-d.
         """
         strength, due = self.config.strength(step), self._due(step)
         if not strength and not due:
             return {}, others.new_zeros([])
         values = {
-            name: _LOSS.generator(logits).mean()
-            for name, logits in self._logits(pictures, maps).items()
+            name: _LOSS.generator(logits).mean() for name, logits in self._logits(shown).items()
         }
         if due:
-            self._ratios.append(_ratios(values, others, pictures))
+            self._ratios.append(_ratios(values, others, shown.pictures))
         total: Any = sum(self.weights.get(k, 0.0) * v for k, v in values.items())
         return values, strength * total
 
@@ -134,19 +158,12 @@ class PictureGame:
         """Whether the weights are measured in `step`; they change after it."""
         return not self.weights or step % _MEASURED_EVERY == 0
 
-    def see(
-        self,
-        fake: Tensor,
-        fake_maps: dict[int, Tensor],
-        real: Tensor,
-        real_maps: dict[int, Tensor],
-        *,
-        passes: int,
-    ) -> dict[str, Tensor]:
+    def see(self, fake: Shown, real: Shown, *, passes: int) -> dict[str, Tensor]:
         """Adds the gradients of one of `passes` passes; returns the opponents' losses, 0-d."""
         self._set_trained(True)
-        fakes = self._logits(fake.detach(), {k: v.detach() for k, v in fake_maps.items()})
-        reals = self._logits(real, real_maps)
+        maps = {k: v.detach() for k, v in fake.maps.items()}
+        fakes = self._logits(fake._replace(pictures=fake.pictures.detach(), maps=maps))
+        reals = self._logits(real)
         values = {k: _LOSS.fake(fakes[k]).mean() + _LOSS.real(reals[k]).mean() for k in fakes}
         total: Any = sum(values.values())
         (total / passes).backward()

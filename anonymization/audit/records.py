@@ -34,6 +34,7 @@ SETTINGS = {
     'style_strides': 'style_strides',
     'style_ratio': 'style_ratio',
     'guide_weight': 'guide_weight',
+    'latent_rank': 'latent_rank',
     'precision': 'precision',
     'sides': 'sides',
 }

@@ -116,6 +116,7 @@ _MANIFEST: dict[str, Callable[[Any], bool]] = {
         style_strides=_strides,
         style_ratio=_number(),
         guide_weight=_number(),
+        latent_rank=_count(),
         precision=_one_of('fp32', 'tf32', 'bf16'),
         sides=lambda v: v in ('mirror', 'apart', 'mixed'),
     ),

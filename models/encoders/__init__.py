@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.encoders.fpn_encoders import GradualStyleEncoder, ResNetGradualStyleEncoder
 from models.encoders.light_encoder import LightEncoder
 from models.encoders.lite_encoder import NUMBERS_PER_CELL, LiteEncoder, init_from_lite0
+from models.encoders.pooled_encoder import LightPooledEncoder
 from models.encoders.restyle_e4e_encoders import (
     LightProgressiveEncoder,
     LiteProgressiveEncoder,
@@ -40,6 +41,7 @@ PROGRESSIVE_ENCODERS = {
     for cls in (
         ProgressiveBackboneEncoder,
         ResNetProgressiveBackboneEncoder,
+        LightPooledEncoder,
         LightProgressiveEncoder,
         LiteProgressiveEncoder,
     )
@@ -58,6 +60,7 @@ __all__ = [
     'BackboneEncoder',
     'GradualStyleEncoder',
     'LightEncoder',
+    'LightPooledEncoder',
     'LiteEncoder',
     'ResNetBackboneEncoder',
     'ResNetGradualStyleEncoder',

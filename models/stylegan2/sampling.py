@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Float64
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
@@ -43,6 +43,24 @@ def latent_spread(net: Generator, n: int = 1000) -> float:
     """Standard deviation of the latents w of n fixed draws, averaged over their components."""
     z = seed_latents(range(n), net.style_dim).to(net.input.input.device)
     return float(net.mapping(z).std(0).mean())
+
+
+@torch.no_grad()
+def leading_directions(
+    net: Generator, rank: int, n: int = 4000
+) -> tuple[Float32[Tensor, ' D'], Float64[Tensor, 'R D']]:
+    """Mean [D] of the latents w of n fixed draws, and their `rank` first principal directions.
+
+    The directions, [rank, D], are orthonormal. ValueError for a rank above D.
+    """
+    if not 1 <= rank <= net.style_dim:
+        raise ValueError(f'rank {rank} of latents of {net.style_dim} numbers')
+    z = seed_latents(range(n), net.style_dim).to(net.input.input.device)
+    w = net.mapping(z)
+    middle = w.mean(0)
+    away = (w - middle).double()
+    _, vectors = torch.linalg.eigh(away.T @ away)  # in ascending order
+    return middle, vectors[:, -rank:].T.flip(0).contiguous()
 
 
 def mix_styles(

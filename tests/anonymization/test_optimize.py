@@ -19,6 +19,8 @@ from models.features.content import content_network_from_state
 from models.features.style import VGGStyle
 from models.psp import PSP, invert
 from models.stylegan2 import Generator
+from models.stylegan2.sampling import leading_directions, seed_latents
+from utils.errors import UserError
 
 
 def filled(net, equalized):
@@ -137,3 +139,35 @@ def test_zero_steps_give_the_centroid():
     result = engine.run([group])
     assert torch.equal(result.ws[0], group.ws.mean(0))
     assert torch.equal(result.image, result.centroid)
+
+
+def test_latent_rank_keeps_the_leading_directions_of_the_generator():
+    engine = small_engine()
+    groups = small_groups(engine, (3, 4))
+
+    def centroids(rank: int) -> torch.Tensor:
+        engine.config, engine._leading = OptimizeConfig(n_steps=0, latent_rank=rank), None
+        return engine.run(groups).ws
+
+    decoder = engine.psp.decoder
+    middle, directions = leading_directions(decoder, 2)
+    assert torch.allclose(directions @ directions.T, torch.eye(2, dtype=torch.float64))
+    full, kept = centroids(0), centroids(2)
+    away = kept - middle
+    along = (away.double() @ directions.T @ directions).float()
+    assert torch.allclose(away, along, atol=1e-5)  # nothing else is left
+    lost = (full - kept).double() @ directions.T
+    assert float(lost.abs().max()) < 1e-5  # and nothing of these is lost
+    assert torch.allclose(centroids(decoder.style_dim), full, atol=1e-4)
+    # The directions of most variance, in that order.
+    w = decoder.mapping(seed_latents(range(4000), decoder.style_dim))
+    shares = ((w - middle).double() @ directions.T).var(0)
+    assert shares[0] > shares[1] > w.var(0).mean()
+    with pytest.raises(UserError, match='latent_rank'):
+        GroupOptimizer(
+            engine.psp,
+            engine.content_net,
+            None,
+            config=OptimizeConfig(latent_rank=decoder.style_dim + 1),
+            device='cpu',
+        )

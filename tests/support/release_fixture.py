@@ -75,6 +75,7 @@ def release_facts(card: Path | None = None) -> dict[str, Any]:
             'style_strides': (4, 8),
             'style_ratio': 0.05,
             'guide_weight': 0.1,
+            'latent_rank': 0,
             'precision': 'fp32',
             'sides': 'mirror',
         },

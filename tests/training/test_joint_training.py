@@ -10,8 +10,17 @@ from PIL import Image
 from test_restyle_training import Pictures, photographs
 from two_processes import run_in_one_and_two
 
-from criteria.laplacian import band_errors, band_variances, bands, rest
+from criteria.laplacian import (
+    band_errors,
+    band_variances,
+    bands,
+    fine_bands,
+    fine_deviations,
+    rest,
+    texture,
+)
 from models.encoders import build_encoder
+from models.features.guide import Guide
 from models.features.pretrained import load_feature_network
 from models.psp import PSP, load_psp
 from models.stylegan2 import Generator
@@ -34,6 +43,7 @@ JOINT = JointConfig(
 WEIGHTS = {'heads': 0.02, 'patches': 0.01}
 BANDS = [1.0, 1.0, 1.0, 1.0, 2.0]
 VARIANCES = [0.1, 0.1, 0.2, 0.2, 0.4]
+DEVIATIONS = [0.05, 0.04]
 
 
 def make_joint_psp() -> PSP:
@@ -45,7 +55,9 @@ def make_joint_psp() -> PSP:
     return PSP(encoder, decoder, torch.zeros(10, 16), 64)
 
 
-def make_coach(psp: PSP | None = None, joint: JointConfig = JOINT, **settings) -> JointCoach:
+def make_coach(
+    psp: PSP | None = None, joint: JointConfig = JOINT, guide: Guide | None = None, **settings
+) -> JointCoach:
     settings = {
         'batch_size': 4,
         'test_batch_size': 3,
@@ -69,6 +81,8 @@ def make_coach(psp: PSP | None = None, joint: JointConfig = JOINT, **settings) -
         e4e=E4EConfig(progressive_steps=(0, *[10**9] * 9)),
         joint=joint,
         features=load_feature_network('lite0'),
+        deviations=DEVIATIONS,
+        guide=guide,
     )
 
 
@@ -91,6 +105,36 @@ def test_bands_add_up_and_their_errors_are_shares_of_the_variance() -> None:
     line[:, :, 32] = 1
     found = [float(e) for e in band_errors(torch.zeros_like(line), bands(line), [1.0] * 5)]
     assert found[0] > found[1] > found[2] > max(found[3:])
+
+
+def test_fine_bands_are_told_from_the_rim_and_from_shades() -> None:
+    x = torch.rand(4, 3, 64, 64, generator=torch_generator(1)) * 2 - 1
+    fine, coarse = fine_bands(x).chunk(2, 1)
+    # The first is the finest band of all; both and what is smoother add up.
+    assert torch.allclose(fine, bands(x)[0], atol=1e-6)
+    assert float(fine.square().mean()) > 2 * float(coarse.square().mean())
+    flat = torch.full_like(x, 0.3)
+    assert float(fine_bands(flat).abs().max()) < 1e-6
+    # A bright frame is strong, and neither measure sees it.
+    framed = 0.1 * x
+    framed[..., :3, :] = 5.0
+    found = zip(fine_deviations(framed), fine_deviations(0.1 * x))
+    assert all(a == pytest.approx(b, rel=1e-4) for a, b in found)
+    assert torch.allclose(texture(framed)[:, 1:8:2], texture(0.1 * x)[:, 1:8:2])
+    # Twice the contrast is four times the energy, of the green channel.
+    double = x.clone()
+    double[:, 1] *= 2
+    assert torch.allclose(texture(double), 4 * texture(x), rtol=1e-4)
+
+
+def make_guide() -> Guide:
+    net = load_feature_network('lite0')
+    return Guide(torch.randn(net.n_features, 2, generator=torch_generator(3)), 'digest')
+
+
+def patch_input(x: torch.Tensor) -> torch.Tensor:
+    fine, coarse = fine_bands(x).chunk(2, 1)
+    return torch.cat([2 * x, (fine / 0.05).clamp(-6, 6), (coarse / 0.04).clamp(-6, 6)], 1)
 
 
 def by_hand(x: torch.Tensor, psp: PSP, game: PictureGame) -> tuple[torch.Tensor, dict]:
@@ -123,31 +167,57 @@ def by_hand(x: torch.Tensor, psp: PSP, game: PictureGame) -> tuple[torch.Tensor,
         for i, g in enumerate(groups)
     )
     spread = (w[:, 0].std(0) - 1).square().mean()
+    apart, wanted = (p - p.mean(0) for p in (ours[:4], theirs))
+    contrast = (apart - wanted).square().mean() / wanted.square().mean()
+    members = torch.stack(groups)
+    energies = torch.cat([texture(x), texture(x)[members].mean(1)])
+    grain = (texture(shown) / energies).log().square().mean()
+    directions = make_guide().directions
+    along = ours @ directions, theirs @ directions
+    guide = (along[0][:4] - along[1]).square().mean()
+    guide = guide + (along[0][4:] - along[1][members].mean(1)).square().mean()
+    scores = torch.cat([along[1], along[1][members].mean(1)])
+    total = contrast + grain + 0.1 * guide
     total = (
-        bands_missed + 2 * features / 4 + 10 * content + 20 * mean_content / 2 + 0.5 * colour / 2
-    ) + 0.5 * spread
+        total
+        + (
+            bands_missed
+            + 2 * features / 4
+            + 10 * content
+            + 10 * mean_content / 2
+            + 0.5 * colour / 2
+        )
+        + 0.5 * spread
+    )
     ratios = {}
     (wanted,) = torch.autograd.grad(total, shown, retain_graph=True)
     for name, logits in (
         ('heads', game.nets['heads'](shown)),
-        ('patches', game.nets['patches'](shown)),
+        ('patches', game.nets['patches'](patch_input(shown), scores)),
     ):
         loss = -logits.mean()
         (slope,) = torch.autograd.grad(loss, shown, retain_graph=True)
         ratios[name] = float(wanted.norm() / slope.norm())
         total = total + 0.3 * WEIGHTS[name] * loss
-    found = {'shown': shown, 'mean_content': mean_content / 2}
+    found = {'shown': shown, 'scores': scores, 'mean_content': mean_content / 2}
     return total, {**{k: v.detach() for k, v in found.items()}, 'ratios': ratios}
 
 
 def test_one_step_by_hand() -> None:
     x = fill_image('psp/source', (4, 3, 64, 64))
-    coach = make_coach()
+    coach = make_coach(guide=make_guide())
     coach.step_count = 50
     coach.opponents.weights = dict(WEIGHTS)
     psp, game = (
         make_joint_psp(),
-        PictureGame(load_feature_network('lite0'), JOINT.game, seed=0, device=torch.device('cpu')),
+        PictureGame(
+            load_feature_network('lite0'),
+            JOINT.game,
+            deviations=DEVIATIONS,
+            n_scores=2,
+            seed=0,
+            device=torch.device('cpu'),
+        ),
     )
     values, _ = coach.step(x)
     total, found = by_hand(x, psp, game)
@@ -169,10 +239,13 @@ def test_one_step_by_hand() -> None:
         assert apart / sum(b.numel() for _, b in pairs) < 1e-5, name
     # The opponents: hinge loss of the same pictures against the photographs.
     game._set_trained(True)
-    loss = sum(
-        F.relu(1 + net(found['shown'])).mean() + F.relu(1 - net(x)).mean()
-        for net in game.nets.values()
+    heads, patches = game.nets.values()
+    shown, scores = found['shown'], found['scores']
+    pairs = (
+        (heads(shown), heads(x)),
+        (patches(patch_input(shown), scores), patches(patch_input(x), scores[:4])),
     )
+    loss = sum(F.relu(1 + a).mean() + F.relu(1 - b).mean() for a, b in pairs)
     loss.backward()
     game.optimizer.step()
     lost = values['heads_lose'] + values['patches_lose']
