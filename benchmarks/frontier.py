@@ -77,6 +77,8 @@ ROWS = {
     'samples of the generator': Row(independent=True),
     'pixel average': Row(),
     'centroid': Row(settings={**AUTO, 'n_steps': 0}),
+    'centroid, 8 leading directions': Row(settings={**AUTO, 'n_steps': 0, 'latent_rank': 8}),
+    'content and guide, 10 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 10}, guided=True),
     'content only, 40 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 40}),
     'content only, 60 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 60}),
     'content only, 100 steps': Row(settings=CONTENT_ONLY),
