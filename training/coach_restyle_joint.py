@@ -21,6 +21,7 @@ from torch import Tensor
 
 from criteria.feature_distance import map_distance
 from criteria.laplacian import N_BANDS, rest, texture
+from criteria.ridges import ridge_share
 from models.features.guide import Guide
 from models.features.pretrained import FeatureNetwork
 from training.coach_restyle_e4e import E4ECoach
@@ -35,7 +36,7 @@ _GROUP = 'joint training'  # heading of the flags
 _STRIDES = (2, 4, 8, 16, 32)
 _BETAS = (0.5, 0.99)  # Adam's, as usual beside an adversary
 _MOST = 3.0  # deviations of a photograph's scores that opponents are told
-_LEAST = 1e-8
+_LEAST = 1e-8  # of amounts that are divided by
 
 
 def _number(default: float, help: str) -> float:
@@ -53,15 +54,15 @@ class JointConfig:
     mean_of: photographs behind a mean; n_means: means drawn from each pass, 0 for none; mean_start:
     step at which they come in. feature_lambda, content_lambda: of the distance of feature maps
     place by place, and of pooled features. mean_content_lambda: of the latter, picture of a mean
-    latent against the mean of the members. mean_colour_lambda: of its coarsest band
-    against that of the members' mean. contrast_lambda: of the share that is missed of what differs
-    between the photographs of a pass in pooled features. texture_lambda: of the squared
-    log-ratio of the energies of the two finest bands. guide_lambda: of the guide's distance, of
-    reconstructions and of pictures of means. reading_lr: rate of an encoder's `reading`.
-    spread_lambda: holds the deviation of each number of the
-    latents near 1. average: half-life in steps of the averaged weights that are validated and
-    exported. most: gradients of encoder and of generator are shortened to this many times their
-    usual norm. game: None for no opponents.
+    latent against the mean of the members. mean_colour_lambda: of its coarsest band against that
+    of the members' mean. contrast_lambda: of the share that is missed of what differs
+    between the photographs of a pass in pooled features. texture_lambda, vessel_lambda: of the
+    squared log-ratio of criteria.laplacian.texture, and of criteria.ridges.ridge_share.
+    guide_lambda: of the guide's distance, of reconstructions and of pictures of means. reading_lr:
+    rate of an encoder's `reading`. spread_lambda: holds the deviation of each number of the latents
+    near 1. average: half-life in steps of the averaged weights that are validated and exported.
+    most: gradients of encoder and of generator are shortened to this many times their usual norm.
+    game: None for no opponents.
     """
 
     decoder_lr: float = _number(2e-3, "the generator's learning rate")
@@ -80,6 +81,7 @@ class JointConfig:
         1.0, 'weight of what differs between photographs in pooled lite0 features'
     )
     texture_lambda: float = _number(1.5, 'weight of the energies of the three finest bands')
+    vessel_lambda: float = _number(1.5, 'weight of the share of the field on dark ridges')
     guide_lambda: float = _number(0.1, 'weight of the directions of the guide')
     reading_lr: float = _number(5e-4, "the learning rate of the encoder's reading of features")
     spread_lambda: float = _number(0.5, 'weight that holds the deviation of the latents near 1')
@@ -118,6 +120,11 @@ class JointOptions:
         group=_GROUP,
         metavar='FILE',
     )
+
+
+def _log_ratio(amounts: Tensor, wanted: Tensor) -> Tensor:
+    """The mean squared logarithm of amounts over those that are wanted, 0-d."""
+    return ((amounts + _LEAST) / (wanted + _LEAST)).log().square().mean()
 
 
 def _with_means(rows: Tensor, groups: Tensor) -> Tensor:
@@ -186,11 +193,12 @@ class JointCoach(E4ECoach):
         with torch.no_grad():
             maps = self.features.maps(x, _STRIDES)
             pooled = self.features.pool(maps)
-            energies = texture(x)
+            energies, vessels = texture(x), ridge_share(x)
         scores = None
         if self.guide is not None:
             scores = (pooled @ self.guide.directions - self.centre).clamp(-_MOST, _MOST)
-        found = {'maps': maps, 'pooled': pooled, 'texture': energies, 'scores': scores}
+        found = {'maps': maps, 'pooled': pooled, 'scores': scores}
+        found |= {'texture': energies, 'vessels': vessels}
         return {**targets, 'photographs': x, **found}
 
     def _terms(
@@ -242,18 +250,20 @@ class JointCoach(E4ECoach):
         self, pictures: Tensor, pooled: Tensor, targets: dict, groups: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses that reconstructions and pictures of means have in common."""
-        wanted = _with_means(targets['texture'], groups)
-        energies = (texture(pictures) / wanted.clamp_min(_LEAST)).clamp_min(_LEAST)
-        values = {'texture': energies.log().square().mean()}
-        total = self.joint.texture_lambda * values['texture']
+        joint = self.joint
+        values = {
+            'texture': _log_ratio(texture(pictures), _with_means(targets['texture'], groups)),
+            'vessels': _log_ratio(ridge_share(pictures), _with_means(targets['vessels'], groups)),
+        }
+        total = joint.texture_lambda * values['texture'] + joint.vessel_lambda * values['vessels']
         if self.guide is not None:
             distance = self.guide.distance(pooled, _with_means(targets['pooled'], groups))
             n = len(targets['pooled'])
             values['guide'] = distance[:n].mean()
-            total = total + self.joint.guide_lambda * values['guide']
+            total = total + joint.guide_lambda * values['guide']
             if len(groups):
                 values['mean_guide'] = distance[n:].mean()
-                total = total + self.joint.guide_lambda * values['mean_guide']
+                total = total + joint.guide_lambda * values['mean_guide']
         return values, total
 
     def _shorten(self, *_: object) -> None:

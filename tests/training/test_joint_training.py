@@ -19,6 +19,7 @@ from criteria.laplacian import (
     rest,
     texture,
 )
+from criteria.ridges import ridge_share
 from models.encoders import build_encoder
 from models.features.guide import Guide
 from models.features.pretrained import load_feature_network
@@ -177,7 +178,9 @@ def by_hand(x: torch.Tensor, psp: PSP, game: PictureGame) -> tuple[torch.Tensor,
     guide = (along[0][:4] - along[1]).square().mean()
     guide = guide + (along[0][4:] - along[1][members].mean(1)).square().mean()
     scores = torch.cat([along[1], along[1][members].mean(1)])
-    total = contrast + grain + 0.1 * guide
+    ridges = torch.cat([ridge_share(x), ridge_share(x)[members].mean(1)])
+    vessels = (ridge_share(shown) / ridges).log().square().mean()
+    total = contrast + 1.5 * grain + 1.5 * vessels + 0.1 * guide
     total = (
         total
         + (
