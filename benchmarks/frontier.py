@@ -232,12 +232,12 @@ def groups_of(
         order = numpy_generator(seed, 'groups', k).permutation(len(ws))
         return [np.array([i]) for i in order[: min(n_groups or _SINGLE, _SINGLE)]]
     _, people = np.unique(members.people, return_inverse=True)
-    labels = np.asarray(
+    numbers = np.asarray(
         assign_groups(
             ws.numpy().reshape(len(ws), -1), k, patients=list(people), seed=seed, device=device
-        ).labels
+        ).numbers
     )
-    found = [np.flatnonzero(labels == c) for c in range(1, labels.max() + 1)]
+    found = [np.flatnonzero(numbers == c) for c in range(1, numbers.max() + 1)]
     order = numpy_generator(seed, 'groups', k).permutation(len(found))
     return [found[i] for i in order[:n_groups]]
 

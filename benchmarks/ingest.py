@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,10 @@ from datasets.prepare import build_archive
 from utils.cli import parser, positive_int, power_of_two, run
 from utils.images import find_images, load_rgb, resize
 
+list_source: Any
+load_pictures: Any
+make_dataset: Any
+open_image: Any
 try:
     list_source = importlib.import_module('datasets.sources').list_source
     load_pictures = importlib.import_module('datasets.pictures').load_pictures

@@ -68,7 +68,8 @@ class Work(NamedTuple):
 
     def times(self, n: float) -> 'Work':
         """`n` times the work, one after the other: the memory stays."""
-        return Work(*(n * value for value in self[:4]), self.kept)
+        each = (self.half, self.single, self.bytes, self.launches)
+        return Work._make([*(n * value for value in each), self.kept])
 
     def seconds(self, card: Card) -> float:
         """The estimate of the module's head."""
@@ -106,7 +107,7 @@ class Counting(TorchDispatchMode):
 
     def work(self) -> Work:
         counts = (float(self.found[name]) for name in Work._fields[:4])
-        return Work(*counts, float(sum(self.kept.values())))
+        return Work._make([*counts, float(sum(self.kept.values()))])
 
 
 def count(function: Callable[[], object]) -> Work:
@@ -142,7 +143,7 @@ def generator_work(size: int) -> tuple[Work, int]:
         found.append(count(trainer.step))
     shares = (1 / 16, 3 / 16, 12 / 16)
     mean = [sum(s * value for s, value in zip(shares, values)) for values in zip(*found)]
-    return Work(*mean[:4], max(work.kept for work in found)), config.batch
+    return Work._make([*mean[:4], max(work.kept for work in found)]), config.batch
 
 
 def encoder_work(size: int) -> tuple[Work, int]:

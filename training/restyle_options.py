@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from training.coach_config import DATA, LOSSES, NETWORKS, RECORDS, TRAINING, CoachConfig
 from utils import cli, options
@@ -208,7 +209,10 @@ def add_options(
 
     encoders: the classes to choose from. dataset_types: entries of configs/data_configs.py.
     """
-    encoder = {'choices': sorted(encoders), 'help': f'encoder class (default: {default_encoder})'}
+    encoder: dict[str, Any] = {
+        'choices': sorted(encoders),
+        'help': f'encoder class (default: {default_encoder})',
+    }
     chosen = {'encoder_type': encoder, 'dataset_type': {'choices': dataset_types}}
     add_flags(p, RestyleOptions, details=chosen)
     p.set_defaults(mirror=None)

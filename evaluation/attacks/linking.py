@@ -8,6 +8,7 @@ own [q]: index of the picture that the person stands behind.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -95,7 +96,7 @@ def singling_out(
     nobody = np.full(len(strangers), -1)
     hits = _named(np.concatenate([members, strangers]), np.concatenate([group_of, nobody]))
     low, high = rate_interval(hits)
-    found = {'value': float(hits.mean()), 'low': low, 'high': high}
+    found: dict[str, Any] = {'value': float(hits.mean()), 'low': low, 'high': high}
     own = group_of[:, None] == np.arange(members.shape[1])
     found['chance'] = float(own.sum() / own.shape[1] / (len(members) + len(strangers)))
     rng = numpy_generator(seed, 'singling out')
