@@ -86,6 +86,7 @@ def shaped(settings: Settings, k: int, seed: int, lever: dict[str, Any]) -> Shap
         k=k,
         sides=settings.sides,
         precision=settings.precision,
+        n_iters=settings.n_iters,
         centroids=True,
         save_reconstructions=True,
         seed=seed,
@@ -94,6 +95,7 @@ def shaped(settings: Settings, k: int, seed: int, lever: dict[str, Any]) -> Shap
             content_weight=settings.content_weight,
             style_weight=settings.style_weight,
             lr=settings.lr,
+            latent_rank=settings.latent_rank,
         ),
     )
     return Shape.from_options(shape.options() | lever)

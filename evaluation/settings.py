@@ -49,6 +49,7 @@ _FLAGS = {
     'content_weight',
     'grade_penalty',
     'guide_weight',
+    'latent_rank',
     'lr',
     'num_crop',
     'num_steps',
@@ -120,6 +121,8 @@ class Settings:
     lr: float | str = option(0.1, auto_or(positive_float))
     content_weight: float = option(1e2, nonnegative_float)
     num_steps: int = option(100, nonnegative_int)
+    n_iters: int = option(5, positive_int)
+    latent_rank: int = option(0, nonnegative_int)
     guide: str | None = option(None, text)
     sides: str = option('mirror', choice(*SIDES))
     precision: str = option('fp32', text)
