@@ -181,12 +181,14 @@ def refine(
     return best_ws, best
 
 
-def psp_checkpoint(psp: PSP, opts: dict[str, Any], *, half_encoder: bool = False) -> dict[str, Any]:
+def psp_checkpoint(
+    psp: PSP, opts: dict[str, Any], *, half_encoder: bool = False, half_decoder: bool = False
+) -> dict[str, Any]:
     """The published checkpoint layout for inference: {state_dict, opts, latent_avg}.
 
     opts: plain dict; what describes the networks is added under the published names, and the
     device they are on: the published classes put the latents there.
-    half_encoder: store the encoder's matrices and kernels as float16.
+    half_encoder, half_decoder: store the matrices and kernels as float16.
     """
     described = {
         'encoder_type': type(psp.encoder).__name__,
@@ -196,10 +198,10 @@ def psp_checkpoint(psp: PSP, opts: dict[str, Any], *, half_encoder: bool = False
         'device': psp.latent_avg.device.type,
     }
     state = {k: v.detach().cpu() for k, v in psp.state_dict().items()}
-    if half_encoder:
-        state = {
-            k: v.half() if k.startswith('encoder.') and v.dim() > 1 else v for k, v in state.items()
-        }
+    halved = [n for n, half in (('encoder.', half_encoder), ('decoder.', half_decoder)) if half]
+    state = {
+        k: v.half() if v.dim() > 1 and k.startswith(tuple(halved)) else v for k, v in state.items()
+    }
     return {'state_dict': state, 'opts': {**opts, **described}, 'latent_avg': psp.latent_avg.cpu()}
 
 

@@ -59,6 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar='N',
         help='refinements by the encoder',
     )
+    p.add_argument(
+        '--half_export',
+        action='store_true',
+        help='store matrices and kernels of both networks as float16',
+    )
     return cli.add_common(p)
 
 
@@ -91,8 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sum(found[-20:]) / len(found[-20:]),
         ws.std(0).mean(),
     )
-    half = any(v.dtype == torch.float16 for v in checkpoint['state_dict'].values())
-    save_torch(opts.dest, psp_checkpoint(psp, checkpoint.get('opts') or {}, half_encoder=half))
+    half = opts.half_export
+    half_encoder = half or any(v.dtype == torch.float16 for v in checkpoint['state_dict'].values())
+    given = checkpoint.get('opts') or {}
+    exported = psp_checkpoint(psp, given, half_encoder=half_encoder, half_decoder=half)
+    save_torch(opts.dest, exported)
     return 0
 
 

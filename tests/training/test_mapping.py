@@ -10,6 +10,7 @@ from test_restyle_training import photographs
 
 from models.psp import load_psp, psp_checkpoint
 from models.stylegan2 import Generator
+from models.stylegan2.sampling import leading_directions
 from scripts import fit_mapping as command
 from training.mapping import energy_distance, fit_mapping
 from utils.errors import UserError
@@ -39,6 +40,12 @@ def test_the_mapping_learns_the_latents_and_nothing_else_changes() -> None:
         w = net.mapping(torch.randn(2000, 16, generator=draw))
     assert float((w.mean(0) - latents.mean(0)).abs().mean()) < 0.2
     assert float(w.std(0).mean() / latents.std(0).mean()) == pytest.approx(1, abs=0.15)
+    # What varies most in the latents varies most in the mapping's, too.
+    _, directions = leading_directions(net, 4)
+    away = (latents - latents.mean(0)).double()
+    found_share = (away @ directions.T).square().sum() / away.square().sum()
+    most = torch.linalg.svdvals(away)[:4].square().sum() / away.square().sum()
+    assert float(found_share) > 0.95 * float(most)
     changed = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
     assert changed and all(k.startswith('style.') for k in changed)
     with pytest.raises(UserError, match='at least two'):
@@ -53,6 +60,10 @@ def test_command(tmp_path: Path) -> None:
     save_torch(tmp_path / 'a.pt', psp_checkpoint(psp, {'seed': 3}))
     flags = ['--checkpoint_path', str(tmp_path / 'a.pt'), '--data', str(tmp_path / 'data')]
     command.main([*flags, '--dest', str(tmp_path / 'b.pt'), '--steps=3', '--device=cpu'])
+    few = [*flags, '--steps=3', '--device=cpu', '--half_export']
+    command.main([*few, '--dest', str(tmp_path / 'c.pt')])
+    sizes = [(tmp_path / f'{name}.pt').stat().st_size for name in 'bc']
+    assert sizes[1] < 0.75 * sizes[0]
     again = load_psp(tmp_path / 'b.pt')
     ours, theirs = psp.state_dict(), again.state_dict()
     assert any(not torch.equal(ours[k], v) for k, v in theirs.items() if '.style.' in k)
