@@ -152,15 +152,16 @@ def check_options(args: argparse.Namespace) -> None:
 def read_latents(path: str, net: Generator) -> Float32[Tensor, 'N L D']:
     """float32 [N, L, D] of an .npz ("w") or .npy file; UserError when it holds none."""
     try:
-        # Mapped: a short file cannot claim an array of any size.
-        loaded = np.load(path, mmap_mode='r', allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
+        with open(path, 'rb') as start:
+            is_archive = start.read(2) == b'PK'
+        if is_archive:
             with zipfile.ZipFile(path) as archive:
                 if archive.getinfo('w.npy').file_size > _MAX_LATENTS:
                     raise UserError(f'--projected_w {path}: its array "w" is too large')
-            w = loaded['w']
-        else:
-            w = loaded
+                with archive.open('w.npy') as file:
+                    w = np.lib.format.read_array(file, allow_pickle=False)
+        else:  # mapped: a short file cannot claim an array of any size
+            w = np.load(path, mmap_mode='r', allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f'--projected_w {path}: no such file') from None
     except UserError:
