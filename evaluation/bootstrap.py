@@ -48,7 +48,9 @@ def percentiles(draws: Float[np.ndarray, ' b'], level: float = 0.95) -> tuple[fl
 
 
 def rate_interval(
-    hits: Sequence[bool] | Bool[np.ndarray, ' n'], people: People = None, level: float = 0.95
+    hits: Sequence[bool] | Bool[np.ndarray, ' n'] | Int[np.ndarray, ' n'],
+    people: People = None,
+    level: float = 0.95,
 ) -> tuple[float, float]:
     """Exact binomial interval of the share of `hits` [n], for people with several observations.
 

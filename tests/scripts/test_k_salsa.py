@@ -327,7 +327,7 @@ def test_a_broken_grouping_stops_the_run(nets, tmp_path, monkeypatch):
 
     def stolen(*args, **kwargs):
         found = real(*args, **kwargs)
-        found.labels[np.flatnonzero(found.labels == 1)[:-4]] = 2
+        found.numbers[np.flatnonzero(found.numbers == 1)[:-4]] = 2
         return found
 
     monkeypatch.setattr(grouped, 'assign_groups', stolen)

@@ -120,6 +120,9 @@ EFFECTS = {
     '--content_weight=1': moved,
     '--style_weight=1': moved,
     '--lr=0.01': moved,
+    '--latent_rank=2': lambda new, old: (
+        new.manifest['settings']['latent_rank'] == 2 and moved(new, old)
+    ),
     '--n_iters_per_batch=2': lambda new, old: not np.allclose(new.latents(), old.latents()),
     '--precision=bf16': lambda new, old: (
         new.manifest['settings']['precision'] == 'bf16' and moved(new, old)
