@@ -11,6 +11,7 @@ of the encoder, R side of the generator, F content features, P patches, C style 
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections import Counter
@@ -320,10 +321,14 @@ class GroupOptimizer:
         away = (means - middle).double()
         return middle + (away @ directions.T @ directions).float()
 
+    @functools.cached_property
+    def _spread(self) -> float:
+        return latent_spread(self.psp.decoder)
+
     def peak_rate(self) -> float:
         """The peak learning rate of the latents, 'auto' resolved."""
         if self.config.lr == AUTO:
-            return _AUTO_RATE * latent_spread(self.psp.decoder)
+            return _AUTO_RATE * self._spread
         return float(self.config.lr)
 
     def style_weights(self, start: Float[Tensor, 'G L D'], targets: Targets) -> Float[Tensor, ' G']:
@@ -388,9 +393,10 @@ class GroupOptimizer:
                 if on_step is not None:
                     on_step(len(groups))
             with torch.no_grad():
-                if centroid is None:
-                    centroid = self.synthesis(means)
                 image = self.synthesis(ws.detach())
+                if centroid is None:
+                    still = not moved and not cfg.n_steps
+                    centroid = image if still else self.synthesis(means)
         history = history.cpu()
         if not (torch.isfinite(history).all() and torch.isfinite(image).all()):
             raise UserError(

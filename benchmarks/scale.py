@@ -37,7 +37,7 @@ from models.features.content import content_checkpoint
 from models.psp import PSP, psp_checkpoint
 from models.resnet import build_resnet
 from models.stylegan2 import Generator
-from utils.cli import parser, positive_int, run
+from utils.cli import parser_of, positive_int, run
 from utils.io import save_torch, write_csv
 from utils.logs import setup_logging
 
@@ -177,8 +177,7 @@ def report(all_costs: dict[int, dict[str, Cost]]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    lines = __doc__.splitlines()
-    p = parser(lines[0], epilog='\n'.join(lines[1:]))
+    p = parser_of(__doc__)
     p.add_argument(
         '--n', type=positive_int, nargs='+', default=[88_702], metavar='N', help='photographs'
     )

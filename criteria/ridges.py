@@ -14,7 +14,7 @@ from torch import Tensor
 _SCALES = (1 / 160, 1 / 80)  # of the side
 _THRESHOLD, _SOFTNESS = 0.045, 0.01  # of the strength; between those of evaluation.vessel_amount
 _DARK = -0.9  # outside the field of view no channel is brighter
-_LEVEL = 16  # pixels of a cell of local brightness, on a side of 128
+_CELLS = 8  # of local brightness, on a side
 
 
 def _derivatives(sigma: float, x: Tensor) -> list[Tensor]:
@@ -43,8 +43,7 @@ def ridge_share(x: Float[Tensor, 'N 3 S S']) -> Float[Tensor, ' N']:
         rim = 2 * (side // 16) + 1
         field = -F.max_pool2d(-inside, rim, 1, rim // 2)
     green = (x[:, 1:2].clamp(-1, 1) + 1) / 2 * inside
-    cell = max(side // (128 // _LEVEL), 2)
-    level, weight = (F.avg_pool2d(v, cell) for v in (green, inside))
+    level, weight = (F.avg_pool2d(v, side // _CELLS) for v in (green, inside))
     level = F.interpolate(level / (weight + 1e-3), side, mode='bilinear', align_corners=False)
     flat = torch.where(inside > 0, green / (level + 1e-3), torch.ones_like(green))
     strengths = []

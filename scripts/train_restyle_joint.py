@@ -67,11 +67,11 @@ def measured(photographs: Float[Tensor, 'N 3 S S']) -> tuple[list[float], list[f
 
 
 @torch.no_grad()
-def prepare_encoder(encoder: Any, photographs: Float[Tensor, 'N 3 S S'], spread: float) -> None:
+def prepare_encoder(encoder: Any, pooled: Float[Tensor, 'N F'], spread: float) -> None:
     """A new encoder's first latents differ enough to be told apart; its features are scaled."""
     encoder.head.weight.mul_(spread)
     if isinstance(encoder, LightPooledEncoder):
-        encoder.standardise_by(photographs)
+        encoder.standardise_by(pooled)
 
 
 @cli.names_flags(build_parser)
@@ -89,13 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f'`encoder_size` {psp.input_size}: not a multiple of {2**N_BANDS}')
         first = first_photographs(train_set)
         variances, deviations = measured(first)
+        pooled = torch.cat([features.pooled(p) for p in first.split(64)])
         if not opts.checkpoint_path:
-            prepare_encoder(psp.encoder, first, opts.first_spread)
+            prepare_encoder(psp.encoder, pooled, opts.first_spread)
         options['losses']['bands'] = BandTerm(opts.band_lambdas, variances), 1.0
         game = build(GameConfig, vars(opts))
         centre: Tensor | float = 0.0
         if guide is not None:
-            pooled = torch.cat([features.pooled(p) for p in first.split(64)])
             centre = (pooled @ guide.directions).mean(0)
         return JointCoach(
             psp,

@@ -206,9 +206,9 @@ class JointCoach(E4ECoach):
     ) -> tuple[dict[str, Tensor], Tensor]:
         values, total = super()._terms(y, targets, ws, part)
         joint, n = self.joint, len(y)
-        spread = (ws[:, 0].float().std(0) - 1).square().mean()
-        total = total + joint.spread_lambda * spread
-        values['spread'] = ws[:, 0].float().std(0).mean()
+        deviations = ws[:, 0].float().std(0)
+        total = total + joint.spread_lambda * (deviations - 1).square().mean()
+        values['spread'] = deviations.mean()
         groups = self._groups(n, part)
         pictures = y
         if len(groups):

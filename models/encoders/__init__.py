@@ -151,7 +151,8 @@ def _describe(state: Mapping[str, Tensor]) -> tuple[str, int, int, dict[str, int
         return 'LiteEncoder', 6, 32 * math.isqrt(cells), {}
     if 'stem.weight' in state:
         width, channels = state['stem.weight'].shape[:2]  # channels = 6 * (input side / 32)^2
-        return 'LightEncoder', 6, 32 * math.isqrt(channels // 6), {'width': width}
+        name = 'LightPooledEncoder' if 'reading.weight' in state else 'LightEncoder'
+        return name, 6, 32 * math.isqrt(channels // 6), {'width': width}
     n_convs = sum(bool(re.fullmatch(r'styles\.0\.convs\.\d+\.weight', k)) for k in state)
     pyramid = 'latlayer1.weight' in state
     stem = 'input_layer.0.weight' if 'input_layer.0.weight' in state else 'conv1.weight'

@@ -5,7 +5,7 @@ network that was trained on ImageNet sees them; one linear layer brings its feat
 Shapes: N images, L styles, D style dimension, S input side, F pooled features.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,14 +41,6 @@ class LightPooledEncoder(LightProgressiveEncoder):
         nn.init.zeros_(self.reading.weight)
         nn.init.zeros_(self.reading.bias)
 
-    @staticmethod
-    def describe(state: Mapping[str, Tensor]) -> tuple[int, int, dict[str, int]] | None:
-        """Input channels, input side and options of a state dict; None for other encoders'."""
-        if 'reading.weight' not in state or 'stem.weight' not in state:
-            return None
-        width, channels = state['stem.weight'].shape[:2]
-        return 6, 32 * round((channels // 6) ** 0.5), {'width': width}
-
     def _apply(self, fn: Callable, recurse: bool = True) -> 'LightPooledEncoder':
         """Moves the network along; features, small differences of large numbers, stay float32."""
         self._network[0]._apply(fn).float()
@@ -58,9 +50,8 @@ class LightPooledEncoder(LightProgressiveEncoder):
         return self
 
     @torch.no_grad()
-    def standardise_by(self, photographs: Float[Tensor, 'N 3 S S']) -> None:
-        """Sets mean and deviation of the features to those of some photographs in [-1, 1]."""
-        pooled = torch.cat([self._network[0].pooled(p) for p in photographs.split(64)])
+    def standardise_by(self, pooled: Float[Tensor, 'N F']) -> None:
+        """Sets mean and deviation of the features to those of some photographs' [N, F]."""
         self.feature_mean.copy_(pooled.mean(0))
         self.feature_std.copy_(pooled.std(0).clamp_min(_LEAST))
 

@@ -39,10 +39,14 @@ def seed_styles(
 
 
 @torch.no_grad()
+def _fixed_draws(net: Generator, n: int) -> Float[Tensor, 'N D']:
+    """The latents w [n, D] of n fixed draws."""
+    return net.mapping(seed_latents(range(n), net.style_dim).to(net.input.input.device))
+
+
 def latent_spread(net: Generator, n: int = 1000) -> float:
     """Standard deviation of the latents w of n fixed draws, averaged over their components."""
-    z = seed_latents(range(n), net.style_dim).to(net.input.input.device)
-    return float(net.mapping(z).std(0).mean())
+    return float(_fixed_draws(net, n).std(0).mean())
 
 
 @torch.no_grad()
@@ -55,8 +59,7 @@ def leading_directions(
     """
     if not 1 <= rank <= net.style_dim:
         raise ValueError(f'rank {rank} of latents of {net.style_dim} numbers')
-    z = seed_latents(range(n), net.style_dim).to(net.input.input.device)
-    w = net.mapping(z)
+    w = _fixed_draws(net, n)
     middle = w.mean(0)
     away = (w - middle).double()
     _, vectors = torch.linalg.eigh(away.T @ away)  # in ascending order

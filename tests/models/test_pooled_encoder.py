@@ -25,9 +25,9 @@ def test_it_adds_a_linear_reading_of_the_photographs_features() -> None:
     pair = torch.cat([photographs, fill_image('psp/other', (3, 3, 64, 64))], 1)
     plain = LightProgressiveEncoder.forward(encoder, pair)
     assert torch.equal(encoder(pair), plain)  # nothing is read at first
-    encoder.standardise_by(photographs)
-    torch.nn.init.normal_(encoder.reading.weight)
     pooled = load_feature_network('lite0').pooled(photographs)
+    encoder.standardise_by(pooled)
+    torch.nn.init.normal_(encoder.reading.weight)
     scaled = (pooled - pooled.mean(0)) / pooled.std(0).clamp_min(1e-4)
     want = plain + (scaled @ encoder.reading.weight.T)[:, None]
     assert torch.allclose(encoder(pair), want, atol=1e-4)
@@ -38,7 +38,7 @@ def test_it_adds_a_linear_reading_of_the_photographs_features() -> None:
 def test_checkpoints_bring_it_back_without_the_networks_weights() -> None:
     psp = make_psp()
     photographs = fill_image('psp/source', (3, 3, 64, 64))
-    psp.encoder.standardise_by(photographs)
+    psp.encoder.standardise_by(load_feature_network('lite0').pooled(photographs))
     psp.encoder.feature_std.fill_(0.01)  # as of many photographs
     torch.nn.init.normal_(psp.encoder.reading.weight, std=0.1)
     checkpoint = psp_checkpoint(psp, {})
