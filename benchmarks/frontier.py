@@ -139,13 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar='N',
         help='leave out the N groups that --n_groups=N draws: those that settings were chosen on',
     )
-    p.add_argument(
-        '--rows',
-        nargs='+',
-        choices=sorted(ROWS),
-        metavar='NAME',
-        help='rows to compute (default: all)',
-    )
+    p.add_argument('--rows', nargs='+', choices=sorted(ROWS), metavar='NAME', help='(default: all)')
     p.add_argument(
         '--run',
         type=Path,

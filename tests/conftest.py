@@ -90,6 +90,15 @@ def gpu_or_its_pretence(request):
     assert not gpu.faults, gpu.report()
 
 
+@pytest.fixture
+def gpu():
+    """A pretended GPU (tests/support/pretended_device.py), with stand-ins for the kernels."""
+    from pretended_device import pretended_gpu
+
+    with pretended_gpu() as found:
+        yield found
+
+
 @pytest.fixture(scope='session')
 def golden():
     """golden('name') -> dict of float32 tensors (and raw arrays) of tests/golden/name.npz."""
