@@ -9,6 +9,7 @@ mapping's latents, and scripts/generate.py draws from them.
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,44 +28,41 @@ from training.mapping import fit_mapping
 from utils import cli
 from utils.images import from_uint8
 from utils.io import load_weights, save_torch
+from utils.kinds import boolean, nonnegative_int, path, positive_int
 from utils.logs import setup_logging
+from utils.options import add_flags, build, option
 
 log = logging.getLogger(__name__)
 _BATCH = 20
 
 
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a user asks for."""
+
+    checkpoint: Path = option(
+        kind=path, help='ReStyle checkpoint', metavar='FILE', flag='checkpoint_path'
+    )
+    data: Path = option(kind=path, help='photographs of the training', metavar='DIR|ZIP')
+    dest: Path = option(kind=path, help='written whole', metavar='FILE')
+    n_images: int = option(
+        2000, positive_int, 'how many photographs are inverted at most, the first ones', metavar='N'
+    )
+    steps: int = option(2000, positive_int, 'training steps', metavar='N')
+    n_iters: int = option(
+        1, positive_int, 'refinements by the encoder', metavar='N', flag='n_iters_per_batch'
+    )
+    half_export: bool = option(
+        False, boolean, 'store matrices and kernels of both networks as float16'
+    )
+    seed: int = option(0, nonnegative_int, 'random seed', metavar='INT')
+
+
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser_of(__doc__)
-    p.add_argument(
-        '--checkpoint_path', type=Path, required=True, metavar='FILE', help='ReStyle checkpoint'
-    )
-    p.add_argument(
-        '--data', type=Path, required=True, metavar='DIR|ZIP', help='photographs of the training'
-    )
-    p.add_argument('--dest', type=Path, required=True, metavar='FILE', help='written whole')
-    p.add_argument(
-        '--n_images',
-        type=cli.positive_int,
-        default=2000,
-        metavar='N',
-        help='how many photographs are inverted at most, the first ones',
-    )
-    p.add_argument(
-        '--steps', type=cli.positive_int, default=2000, metavar='N', help='training steps'
-    )
-    p.add_argument(
-        '--n_iters_per_batch',
-        type=cli.positive_int,
-        default=1,
-        metavar='N',
-        help='refinements by the encoder',
-    )
-    p.add_argument(
-        '--half_export',
-        action='store_true',
-        help='store matrices and kernels of both networks as float16',
-    )
-    return cli.add_common(p)
+    add_flags(p, Request)
+    cli.add_device(p)
+    return p
 
 
 def latents_of(
@@ -81,26 +79,26 @@ def latents_of(
 
 @cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
-    opts = build_parser().parse_args(argv)
+    opts = vars(build_parser().parse_args(argv))
     setup_logging()
-    device = cli.resolve_device(opts.device)
-    checkpoint = load_weights(opts.checkpoint_path, what='ReStyle checkpoint')
-    psp = psp_from_checkpoint(checkpoint, source=str(opts.checkpoint_path)).eval()
-    pictures = Pictures(opts.data, psp.input_size)
+    request, device = build(Request, opts), cli.resolve_device(opts['device'])
+    checkpoint = load_weights(request.checkpoint, what='ReStyle checkpoint')
+    psp = psp_from_checkpoint(checkpoint, source=str(request.checkpoint)).eval()
+    pictures = Pictures(request.data, psp.input_size)
     with torch.no_grad():
-        ws = latents_of(psp, pictures, opts.n_images, opts.n_iters_per_batch, device)
-    found = fit_mapping(psp.decoder, ws, steps=opts.steps, seed=opts.seed)
+        ws = latents_of(psp, pictures, request.n_images, request.n_iters, device)
+    found = fit_mapping(psp.decoder, ws, steps=request.steps, seed=request.seed)
     log.info(
         'energy distance %.3f at first, %.3f at last; deviation of the latents %.3f',
         found[0],
         sum(found[-20:]) / len(found[-20:]),
         ws.std(0).mean(),
     )
-    half = opts.half_export
+    half = request.half_export
     half_encoder = half or any(v.dtype == torch.float16 for v in checkpoint['state_dict'].values())
     given = checkpoint.get('opts') or {}
     exported = psp_checkpoint(psp, given, half_encoder=half_encoder, half_decoder=half)
-    save_torch(opts.dest, exported)
+    save_torch(request.dest, exported)
     return 0
 
 

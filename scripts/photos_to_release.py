@@ -35,12 +35,14 @@ from scripts import (
 from stages.preparation import Command
 from stages.report import PAGE, verdict, write_report
 from stages.runner import Job, Stopped
-from stages.settings import PRESETS, Request
+from stages.settings import Request
 from stages.training import Commands
 from stages.way import build_job
 from utils import cli
 from utils.errors import UserError
+from utils.kinds import boolean, choice
 from utils.logs import setup_logging
+from utils.options import add_flags, build, option
 from utils.runs import hold_run
 from utils.signals import start_processes
 
@@ -67,159 +69,89 @@ def commands(world: int) -> Commands:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """Which of the stages are run."""
+
+    first: str | None = option(
+        None,
+        choice(*NAMES),
+        'the stages before it must be done: an error instead of running them again',
+        group='course',
+        flag='from',
+        alone=True,
+    )
+    last: str | None = option(
+        None, choice(*NAMES), 'the last stage to run', group='course', flag='until', alone=True
+    )
+    dry_run: bool = option(
+        False,
+        boolean,
+        'only print the plan with estimated hours',
+        group='course',
+        also=['--dry-run'],
+    )
+    force: bool = option(
+        False, boolean, 'go on beyond a line (not after a failed verification)', group='course'
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser_of(__doc__)
-    p.add_argument(
-        '--photos', type=Path, required=True, metavar='DIR', help='folder of the photographs'
-    )
-    p.add_argument(
-        '--labels',
-        type=Path,
-        required=True,
-        metavar='CSV',
-        help='their table: ids, grades, patients',
-    )
-    p.add_argument(
-        '--out',
-        '--out_dir',
-        dest='out_dir',
-        type=Path,
-        required=True,
-        metavar='DIR',
-        help='private output folder',
-    )
-    p.add_argument(
-        '--k', type=cli.positive_int, default=5, metavar='K', help='fewest people in a group'
-    )
-    p.add_argument(
-        '--size',
-        type=cli.power_of_two,
-        metavar='PX',
-        help="side of the pictures (default: preset's)",
-    )
-    p.add_argument(
-        '--preset',
-        choices=sorted(PRESETS),
-        default='small',
-        help='small: CPU, 128 px; gpu256, gpu512: StyleGAN2-ADA and ReStyle on one GPU',
-    )
-    p.add_argument(
-        '--hours', type=cli.positive_float, default=8.0, metavar='H', help='for everything, roughly'
-    )
-    p.add_argument(
-        '--held_out',
-        type=cli.fraction,
-        default=0.2,
-        metavar='SHARE',
-        help='of the people, to test networks and release; they are in neither',
-    )
-    _add_lengths(p.add_argument_group('lengths and weights'))
-    _add_course(p.add_argument_group('course'))
-    return cli.add_common(p)
+    add_flags(p, Request)
+    cli.add_device(p)
+    add_flags(p, Course)
+    return p
 
 
-def _add_lengths(g: argparse._ArgumentGroup) -> None:
-    g.add_argument(
-        '--steps',
-        type=cli.positive_int,
-        metavar='N',
-        help='of each training (default: what --hours allow, from a short measurement)',
-    )
-    g.add_argument(
-        '--release_steps', type=cli.positive_int, metavar='N', help="per group (default: preset's)"
-    )
-    g.add_argument(
-        '--generator_weights', type=Path, metavar='FILE', help='in place of that training'
-    )
-    g.add_argument(
-        '--encoder_weights',
-        type=Path,
-        metavar='FILE',
-        help='ReStyle checkpoint, in place of all trainings',
-    )
-    g.add_argument(
-        '--processes',
-        type=cli.positive_int,
-        metavar='N',
-        help='of each training and of the release, at most, on this machine (default: one for each '
-        'GPU)',
-    )
-    g.add_argument(
-        '--guide', type=Path, metavar='FILE', help='of the content loss, for the release'
-    )
-
-
-def _add_course(g: argparse._ArgumentGroup) -> None:
-    g.add_argument(
-        '--from',
-        dest='first',
-        choices=NAMES,
-        help='the stages before it must be done: an error instead of running them again',
-    )
-    g.add_argument('--until', dest='last', choices=NAMES, help='the last stage to run')
-    g.add_argument(
-        '--dry_run',
-        '--dry-run',
-        action='store_true',
-        help='only print the plan with estimated hours',
-    )
-    g.add_argument(
-        '--force', action='store_true', help='go on beyond a line (not after a failed verification)'
-    )
-
-
-def request_of(opts: argparse.Namespace) -> Request:
-    """What the flags ask for."""
-    names = {field.name for field in dataclasses.fields(Request)} - {'device'}
-    given = {name: getattr(opts, name) for name in names}
-    return Request(**given, device=cli.resolve_device(opts.device))
-
-
-def check_stages(opts: argparse.Namespace, job: Job) -> None:
+def check_stages(course: Course, job: Job) -> None:
     """UserError for --from and --until that name stages this run does not have."""
     names = [stage.name for stage in job.stages]
-    for flag, name in (('--from', opts.first), ('--until', opts.last)):
+    for flag, name in (('--from', course.first), ('--until', course.last)):
         if name is not None and name not in names:
             raise UserError(f'{flag} {name}: this run has the stages {", ".join(names)}')
 
 
-def open_out_dir(opts: argparse.Namespace) -> None:
+def open_out_dir(request: Request) -> None:
     """Makes the private output folder and keeps other processes out of it."""
-    check_outside_release(opts.out_dir, '--out')
-    place, photos = opts.out_dir.resolve(), opts.photos.resolve()
+    check_outside_release(request.out_dir, '--out')
+    place, photos = request.out_dir.resolve(), request.photos.resolve()
     if place == photos or photos in place.parents:
-        raise UserError(f'--out {opts.out_dir} lies in --photos {opts.photos}: choose another')
-    opts.out_dir.mkdir(parents=True, exist_ok=True)
-    opts.out_dir.chmod(0o700)
-    hold_run(opts.out_dir)
+        raise UserError(
+            f'--out {request.out_dir} lies in --photos {request.photos}: choose another'
+        )
+    request.out_dir.mkdir(parents=True, exist_ok=True)
+    request.out_dir.chmod(0o700)
+    hold_run(request.out_dir)
 
 
 @cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
-    opts = build_parser().parse_args(argv)
+    opts = vars(build_parser().parse_args(argv))
     setup_logging()
-    request = request_of(opts)
+    request, course = build(Request, opts), build(Course, opts)
+    request = dataclasses.replace(request, device=cli.resolve_device(opts['device']))
     request.check()
-    open_out_dir(opts)
+    open_out_dir(request)
     job = build_job(request, commands(request.world))
-    check_stages(opts, job)
-    if opts.dry_run:
-        plan = job.plan(opts.last)
+    check_stages(course, job)
+    if course.dry_run:
+        plan = job.plan(course.last)
         for name, state, hours in plan:
             print(f'{name:14}{state:8}{hours:8.2f} hours')
         print(f'{"together":22}{sum(hours for *_, hours in plan):8.2f} hours, roughly')
         return 0
     try:
         done = job.run(
-            first=opts.first,
-            last=opts.last,
-            force=opts.force,
+            first=course.first,
+            last=course.last,
+            force=course.force,
             after=lambda done: write_report(job, done),
         )
     except Stopped as stopped:
         log.info('stopped; the same command goes on')
         return stopped.code
-    print(f'{verdict(job, done)}\nreport (private): {opts.out_dir / PAGE}')
+    print(f'{verdict(job, done)}\nreport (private): {request.out_dir / PAGE}')
     return 0
 
 

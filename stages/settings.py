@@ -4,13 +4,24 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from models.features.pretrained import load_feature_network
 from utils.errors import UserError
 from utils.io import write_json
+from utils.kinds import (
+    Kind,
+    choice,
+    fraction,
+    nonnegative_int,
+    path,
+    positive_float,
+    positive_int,
+    power_of_two,
+)
+from utils.options import check, option
 
 _CHANNELS = (256, 256, 256, 96, 48, 16, 8)  # of the small generator at 4, 8, ... px
 _BATCH = 8
@@ -39,6 +50,11 @@ PRESETS = {
 GROUP_PASSES = 11.0  # of a step of one group
 READ_SECONDS = 0.3  # of a photograph: check and crop
 TRAINING_SHARE = 0.8  # of the hours
+_LENGTHS = 'lengths and weights'
+
+
+def _length(kind: Kind, help: str, metavar: str) -> Any:
+    return option(None, kind, help, group=_LENGTHS, metavar=metavar)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,21 +69,44 @@ class Request:
     for each GPU.
     """
 
-    photos: Path
-    labels: Path
-    out_dir: Path
-    k: int = 5
-    size: int | None = None
-    preset: str = 'small'
-    hours: float = 8.0
-    held_out: float = 0.2
-    steps: int | None = None
-    release_steps: int | None = None
-    generator_weights: Path | None = None
-    encoder_weights: Path | None = None
-    guide: Path | None = None
-    processes: int | None = None
-    seed: int = 0
+    photos: Path = option(kind=path, help='folder of the photographs', metavar='DIR')
+    labels: Path = option(kind=path, help='their table: ids, grades, patients', metavar='CSV')
+    out_dir: Path = option(kind=path, help='private output folder', metavar='DIR', flag='out')
+    k: int = option(5, positive_int, 'fewest people in a group', metavar='K')
+    size: int | None = option(
+        None, power_of_two, "side of the pictures (default: preset's)", metavar='PX'
+    )
+    preset: str = option(
+        'small',
+        choice(*sorted(PRESETS)),
+        'small: CPU, 128 px; gpu256, gpu512: StyleGAN2-ADA and ReStyle on one GPU',
+    )
+    hours: float = option(8.0, positive_float, 'for everything, roughly', metavar='H')
+    held_out: float = option(
+        0.2,
+        fraction,
+        'of the people, to test networks and release; they are in neither',
+        metavar='SHARE',
+    )
+    seed: int = option(0, nonnegative_int, 'random seed', metavar='INT')
+    steps: int | None = option(
+        None,
+        positive_int,
+        'of each training (default: what --hours allow, from a short measurement)',
+        group=_LENGTHS,
+        metavar='N',
+    )
+    release_steps: int | None = _length(positive_int, "per group (default: preset's)", 'N')
+    generator_weights: Path | None = _length(path, 'in place of that training', 'FILE')
+    encoder_weights: Path | None = _length(
+        path, 'ReStyle checkpoint, in place of all trainings', 'FILE'
+    )
+    processes: int | None = _length(
+        positive_int,
+        'of each training and of the release, at most, on this machine (default: one for each GPU)',
+        'N',
+    )
+    guide: Path | None = _length(path, 'of the content loss, for the release', 'FILE')
     device: torch.device = torch.device('cpu')
 
     @property
@@ -87,6 +126,7 @@ class Request:
 
     def check(self) -> None:
         """UserError for what does not go together, before anything is read."""
+        check(self)
         size = self.how.size
         if size & (size - 1) or not 64 <= size <= 1024:
             raise UserError(f'`size` {size}: use a power of two from 64 to 1024')
@@ -107,9 +147,9 @@ class Request:
                 '`encoder_weights`, or another preset'
             )
         for name in ('labels', 'generator_weights', 'encoder_weights', 'guide'):
-            path = getattr(self, name)
-            if path is not None and not path.is_file():
-                raise UserError(f'`{name}` {path}: no such file')
+            file = getattr(self, name)
+            if file is not None and not file.is_file():
+                raise UserError(f'`{name}` {file}: no such file')
         if not self.photos.is_dir():
             raise UserError(f'`photos` {self.photos}: no such folder')
 
@@ -146,16 +186,16 @@ def pace(request: Request) -> Pace:
 
     So a run that goes on trains as long as it was to at first, whatever else the machine does.
     """
-    how, path = request.how, request.out_dir / 'pace.json'
+    how, file = request.how, request.out_dir / 'pace.json'
     name = f'{request.preset} {how.size} px {request.hours:g} hours {request.device.type}'
-    known = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    known = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
     if name not in known:
         seconds = pass_seconds(how.size, request.device)
         trainings = 1 if how.joint or request.generator_weights else 2
         image = seconds * how.image_passes
         steps = 3600 * request.hours * TRAINING_SHARE / trainings / (image * how.batch)
         known[name] = [seconds, _two_digits(steps)]
-        write_json(path, known)
+        write_json(file, known)
     seconds, steps = known[name]
     return Pace(seconds, request.steps or steps)
 

@@ -181,6 +181,7 @@ def request(tmp_path, **changes):
         ({'size': 512}, 'up to 256'),
         ({'k': 1}, '2 or more'),
         ({'held_out': 0.0}, 'between 0 and 1'),
+        ({'hours': -1.0}, '`hours`: want a number above 0'),
         ({'labels': 'none.csv'}, 'no such file'),
         ({'generator_weights': 'labels.csv'}, 'together'),
     ],
