@@ -7,7 +7,7 @@
 # each. What has passed is not run again, so an interrupted check goes on where it was; whoever
 # interrupts it stops the command that runs, too. A failure does not stop the others; the exit code
 # is the number of failures (at most 125).
-# PYTHON: the interpreter (default: python3). TOY=1: the smallest sizes, without the tests, to see
+# PYTHON: the interpreter (default: python3). TOY=1: the smallest sizes, without the tests and torch.compile, to see
 # that every command runs; with PYTHON="python3 tests/support/pretended_device.py" on no GPU at all.
 set -u
 
@@ -64,18 +64,18 @@ if [ -n "$toy" ]; then
     ours=(--k=2 --steps=1 --n_steps=1 "${narrow[@]}")
     full=(--size=32 --groups=2 --group_batch=1 "${ours[@]}")
     step=(--k=2 --repeats=1 "${narrow[@]}")
-    ops=(--shapes=1x4x8x8 --repeats=1 --no_compile)
+    joint=(--size=64 --encoder_size=64 --channels=16 --batch=5 --steps=1)
+    ops=(--shapes=1x4x8x8 --repeats=1) demo=(--n_patients=12 --k=2 --num_steps=1)
     cluster=(--sizes 60) features=(--sizes 60 --reduce=8)
 else
     sizes=(256 512) groups=32 train=() encoder=(--batch=8)
-    ours=(--steps=20) step=() ops=() cluster=()
+    ours=(--steps=20) step=() ops=() cluster=() joint=(--size=128 --encoder_size=128) demo=()
     # Nothing extrapolated: 100 groups of 100 steps, 25 at a time.
     full=(--size=512 --groups=100 --group_batch=25 --steps=100)
     # All 8192 dimensions: the exact result.
     features=(--reduce=8192)
     check gpu nvidia-smi
-    check tests_ops "${python[@]}" -m pytest -q tests/models/test_cuda_ops.py
-    check tests_gpu "${python[@]}" -m pytest -q -m gpu tests
+    check tests "${python[@]}" -m pytest -q -m gpu tests
 fi
 
 for size in "${sizes[@]}"; do
@@ -84,7 +84,10 @@ for size in "${sizes[@]}"; do
     check "train_generator_${size}_fp16" "${python[@]}" benchmarks/train_step.py \
         --net=generator --size="$size" --precision=fp16 "${train[@]}" --device=cuda
 done
-check ops "${python[@]}" benchmarks/ops.py "${ops[@]}" --device=cuda --markdown
+check ops "${python[@]}" benchmarks/ops.py "${ops[@]}" --no_compile --device=cuda --markdown
+check demo "${python[@]}" scripts/demo.py --out_dir="$out/demo" "${demo[@]}" --device=cuda
+check train_joint_bf16 "${python[@]}" benchmarks/train_step.py --net=joint "${joint[@]}" \
+    --precision=bf16 --device=cuda
 for size in "${sizes[@]}"; do
     check "train_encoder_${size}_bf16" "${python[@]}" benchmarks/train_step.py \
         --net=encoder --size="$size" --precision=bf16 "${encoder[@]}" --device=cuda
@@ -104,6 +107,8 @@ for size in "${sizes[@]}"; do
     check "train_encoder_${size}_fp32" "${python[@]}" benchmarks/train_step.py \
         --net=encoder --size="$size" --precision=fp32 "${encoder[@]}" --device=cuda
 done
+[ -n "$toy" ] || check ops_compiled "${python[@]}" benchmarks/ops.py --shapes=8x128x256x256 \
+    --dtypes=fp32,fp16 --device=cuda --markdown
 check anonymise_full "${python[@]}" benchmarks/anonymise.py "${full[@]}" --precision=bf16 \
     --device=cuda --markdown
 check cluster "${python[@]}" benchmarks/cluster.py --scaling "${cluster[@]}" --device=cuda

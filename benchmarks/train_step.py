@@ -6,8 +6,9 @@
 
 `--net=generator` is one step of the StyleGAN2-ADA training (generator and discriminator, with
 their regularisation in its true share), `--net=encoder` one step of the ReStyle training with the
-published networks, losses (pixels, LPIPS, content) and five refinements. Random images and weights
-stand in for real ones; they cost the same. The matrix rate of the machine is measured in the same
+published networks, losses (pixels, LPIPS, content) and five refinements, `--net=joint` one step of
+encoder and generator together, with means and opponents. Random images and weights stand in for
+real ones; they cost the same. The matrix rate of the machine is measured in the same
 run, so that the fraction of it that a step reaches can be given.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,20 +31,26 @@ from torch import Tensor
 from benchmarks.against import add_against, print_comparison
 from benchmarks.machine import OperationCount, clock, describe, matrix_rate, synchronize
 from benchmarks.sizes import add_sizes, channels_up_to
+from criteria.laplacian import band_variances, fine_deviations
 from models.encoders import build_encoder
+from models.features.pretrained import load_feature_network
 from models.psp import PSP
 from models.stylegan2 import Generator
 from training.augment import PIPES
 from training.coach_config import CoachConfig
+from training.coach_restyle_e4e import E4EConfig
+from training.coach_restyle_joint import JointCoach, JointOptions
 from training.coach_restyle_psp import Coach
-from training.reconstruction import ContentTerm, L2Term, LpipsTerm
+from training.reconstruction import BandTerm, ContentTerm, L2Term, LpipsTerm
 from training.stylegan2_config import PRESETS, make_config
 from training.stylegan2_loop import Trainer
 from utils.cli import fraction, parser_of, positive_int, resolve_device, run
 from utils.images import from_uint8
+from utils.options import build
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 ENCODER_BATCH = 8
+JOINT_BATCH = 10
 
 
 class RandomImages(torch.utils.data.Dataset):
@@ -60,16 +68,14 @@ class RandomImages(torch.utils.data.Dataset):
 
 def build_parser() -> argparse.ArgumentParser:
     p = parser_of(__doc__)
-    p.add_argument(
-        '--net', choices=('generator', 'encoder'), default='generator', help='what is trained'
-    )
+    p.add_argument('--net', choices=sorted(_STEPS), default='generator', help='what is trained')
     add_sizes(p)
     p.add_argument('--cfg', choices=PRESETS, default='auto', help='configuration of generators')
     p.add_argument(
         '--batch',
         type=positive_int,
         metavar='INT',
-        help="images per step (default: the configuration's; 8 for encoders)",
+        help="images per step (default: the configuration's; 8 for encoders, 10 for both)",
     )
     p.add_argument(
         '--precision',
@@ -141,6 +147,43 @@ def encoder_step(
     return lambda: coach.step(x), batch, 1
 
 
+def joint_step(
+    opts: argparse.Namespace, device: torch.device
+) -> tuple[Callable[[], object], int, int]:
+    """As encoder_step, with the losses, means and opponents of the default settings."""
+    batch = opts.batch or JOINT_BATCH
+    generator = Generator(opts.size, channels=channels_up_to(opts.size, opts.channels))
+    n_styles = generator.n_latent
+    encoder = build_encoder('LightPooledEncoder', n_styles=n_styles, input_size=opts.encoder_size)
+    psp = PSP(encoder, generator, torch.zeros(n_styles, 512), opts.encoder_size)
+    images = RandomImages(batch, opts.encoder_size)
+    x = from_uint8(images.images)
+    joint = build(JointOptions, {'mean_start': 0, 'adv_start': 0, 'adv_ramp': 0})
+    coach = JointCoach(
+        psp,
+        images,
+        images,
+        CoachConfig(
+            batch_size=batch,
+            n_iters=1,
+            optim_name='adam',
+            train_decoder=True,
+            amp='no' if opts.precision == 'fp32' else opts.precision,
+        ),
+        losses={'bands': (BandTerm(joint.band_lambdas, band_variances(x)), 1.0)},
+        device=device,
+        e4e=E4EConfig(progressive_steps=(0, *[10**9] * (n_styles - 1))),
+        joint=dataclasses.replace(joint.joint, game=joint.game),
+        features=load_feature_network('lite0').to(device),
+        deviations=fine_deviations(x),
+    )
+    x = x.to(device)
+    return lambda: coach.step(x), batch, 1
+
+
+_STEPS = {'generator': generator_step, 'encoder': encoder_step, 'joint': joint_step}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     device = resolve_device(opts.device)
@@ -148,8 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_comparison('train_step', opts, device)
         return 0
     torch.backends.cudnn.benchmark = True
-    prepare = generator_step if opts.net == 'generator' else encoder_step
-    step, batch, period = prepare(opts, device)
+    step, batch, period = _STEPS[opts.net](opts, device)
     for _ in range(3 if device.type == 'cuda' else 1):
         step()
     with OperationCount() as counter:

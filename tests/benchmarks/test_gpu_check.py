@@ -87,7 +87,7 @@ def test_every_command_of_the_check_is_understood(tmp_path: Path) -> None:
     commands = [command.split() for command in calls(program)]
     assert len(commands) > 10
     for path, *arguments in commands:
-        load_script(Path(path).stem, 'benchmarks').build_parser().parse_args(arguments)
+        load_script(Path(path).stem, Path(path).parent.name).build_parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize('name', ['ops', 'step', 'cluster'])
