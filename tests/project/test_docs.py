@@ -1,16 +1,25 @@
-"""Commands in the documentation: every script exists and knows the flags it is shown with."""
+"""The documentation: scripts know the flags shown, paths exist, examples are clean."""
 
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, load_script
 
 PAGES = [
-    ROOT / 'README.md',
+    *(ROOT / f'{name}.md' for name in ('README', 'CHANGELOG', 'CONTRIBUTING', 'SECURITY')),
     *sorted((ROOT / 'docs').glob('*.md')),
     *sorted((ROOT / 'pretrained_models').rglob('*.md')),
 ]
+# Files that readers make or bring.
+OF_USERS = {
+    'evaluation/attacks/brightness.py',
+    'pretrained_models/moco_v2_800ep_pretrain.pt',
+    'pretrained_models/restyle_aptos.pt',
+    'pretrained_models/vgg19-dcbb9e9d.pth',
+}
 COMMAND = re.compile(r'python ((?:scripts|benchmarks|MIA|classification)/[\w-]+\.py)(.*)')
 
 
@@ -36,6 +45,39 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r'\]\(([^)#]+)\)', text):
         if not target.startswith('http'):
             assert (page.parent / target).exists(), f'{page.name}: {target}'
+
+
+def files():
+    """What git knows of, or what is there where there is no git."""
+    told = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True)
+    if told.returncode == 0:
+        return {ROOT / name for name in told.stdout.splitlines()}
+    return {f for f in ROOT.rglob('*') if f.is_file() and not f.is_relative_to(ROOT / '.venv')}
+
+
+def test_paths_in_the_text_exist():
+    known = files()
+    known |= {folder for f in known for folder in f.parents}
+    tops = {f.relative_to(ROOT).parts[0] for f in known if ROOT in f.parents}
+    shape = re.compile(rf'`((?:{"|".join(map(re.escape, sorted(tops)))})(?:/[\w.-]+)+/?)`')
+    missing = [
+        f'{page.name}: {path}'
+        for page in PAGES
+        for path in shape.findall(page.read_text(encoding='utf-8'))
+        if ROOT / path not in known and path not in OF_USERS
+    ]
+    assert not missing
+
+
+def test_examples_keep_the_rules_of_the_house():
+    """A reader who copies one passes `make lint`."""
+    for page, start in (('CONTRIBUTING.md', 'class ToyEncoder'), ('docs/evaluation.md', '@attack')):
+        blocks = re.findall(r'```python\n(.*?)```', (ROOT / page).read_text('utf-8'), re.S)
+        (code,) = (block for block in blocks if start in block)
+        for rule in (['check'], ['format', '--check']):
+            ruff = [sys.executable, '-m', 'ruff', *rule, '--stdin-filename=models/toy.py', '-']
+            done = subprocess.run(ruff, cwd=ROOT, input=code, capture_output=True, text=True)
+            assert done.returncode == 0, f'{page}: {done.stdout}{done.stderr}'
 
 
 def spellings():
