@@ -116,3 +116,17 @@ def test_equals_the_generator_on_a_gpu(dtype, tolerance):
     # The 2-norm: single pixels are off by up to a quarter in bfloat16, on CPUs too.
     for a, b in zip(got, want):
         assert (a.cpu() - b).norm() / b.norm() < tolerance
+
+
+@pytest.mark.gpu
+def test_inverts_on_a_gpu_as_on_a_cpu():
+    net = small_generator()
+    encoder = build_encoder(
+        'LightEncoder', n_styles=net.n_latent, input_size=64, style_dim=24, width=8
+    )
+    psp = PSP(encoder, net, torch.zeros(24), 64).eval().requires_grad_(False)
+    x = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(6)) * 2 - 1
+    want = invert(FrozenPSP(psp), x, n_iters=3)
+    got = invert(FrozenPSP(psp.cuda()), x.cuda(), n_iters=3)
+    assert relative_error(got.ws.cpu(), want.ws) < 1e-3
+    assert relative_error(got.recon.cpu(), want.recon) < 1e-3
