@@ -311,8 +311,11 @@ class GroupOptimizer:
         return loss + self.config.guide_weight * self.guide.distance(features, targets.content)
 
     def centroids(self, groups: Sequence[Group]) -> Float[Tensor, 'G L D']:
-        """Where the groups start, [G, L, D]: the means of their latents, in `latent_rank`."""
-        means = torch.stack([g.mean(g.ws.to(self.device)) for g in groups])
+        """The means of the groups' latents, [G, L, D]."""
+        return torch.stack([g.mean(g.ws.to(self.device)) for g in groups])
+
+    def _starts(self, means: Float[Tensor, 'G L D']) -> Float[Tensor, 'G L D']:
+        """Where the groups of these means start, [G, L, D]: the means, in `latent_rank`."""
         if not self.config.latent_rank:
             return means
         if self._leading is None:
@@ -370,10 +373,11 @@ class GroupOptimizer:
         with matmul_precision(self.precision):
             targets = self.targets(groups)
             means = self.centroids(groups)
+            start = self._starts(means)
             start = torch.stack(
-                [m if g.offset is None else m + g.offset.to(m) for m, g in zip(means, groups)]
+                [m if g.offset is None else m + g.offset.to(m) for m, g in zip(start, groups)]
             )
-            moved = any(g.offset is not None for g in groups)
+            moved = cfg.latent_rank > 0 or any(g.offset is not None for g in groups)
             ws = start.clone().requires_grad_(True)
             rate, style_weights = self.peak_rate(), self.style_weights(start, targets)
             on_gpu = self.device.type == 'cuda'

@@ -77,7 +77,10 @@ ROWS = {
     'samples of the generator': Row(independent=True),
     'pixel average': Row(),
     'centroid': Row(settings={**AUTO, 'n_steps': 0}),
-    'centroid, 8 leading directions': Row(settings={**AUTO, 'n_steps': 0, 'latent_rank': 8}),
+    **{
+        f'centroid, 8 leading directions{name}': Row(k, {**AUTO, 'n_steps': 0, 'latent_rank': 8})
+        for name, k in {'': 5, ', k = 10': 10, ', k = 20': 20}.items()
+    },
     'content and guide, 10 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 10}, guided=True),
     'content only, 40 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 40}),
     'content only, 60 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 60}),

@@ -11,6 +11,7 @@ from anonymization.optimize import (
     Group,
     GroupOptimizer,
     OptimizeConfig,
+    Result,
     equal_shares,
     learning_rate,
 )
@@ -145,9 +146,12 @@ def test_latent_rank_keeps_the_leading_directions_of_the_generator():
     engine = small_engine()
     groups = small_groups(engine, (3, 4))
 
-    def centroids(rank: int) -> torch.Tensor:
+    def made(rank: int) -> Result:
         engine.config, engine._leading = OptimizeConfig(n_steps=0, latent_rank=rank), None
-        return engine.run(groups).ws
+        return engine.run(groups)
+
+    def centroids(rank: int) -> torch.Tensor:
+        return made(rank).ws
 
     decoder = engine.psp.decoder
     middle, directions = leading_directions(decoder, 2)
@@ -159,6 +163,9 @@ def test_latent_rank_keeps_the_leading_directions_of_the_generator():
     lost = (full - kept).double() @ directions.T
     assert float(lost.abs().max()) < 1e-5  # and nothing of these is lost
     assert torch.allclose(centroids(decoder.style_dim), full, atol=1e-4)
+    # The baseline beside it is the picture of the whole mean.
+    assert torch.equal(made(2).centroid, made(0).image)
+    assert not torch.equal(made(2).centroid, made(2).image)
     # The directions of most variance, in that order.
     w = decoder.mapping(seed_latents(range(4000), decoder.style_dim))
     shares = ((w - middle).double() @ directions.T).var(0)

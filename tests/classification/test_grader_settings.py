@@ -48,6 +48,7 @@ def test_all_configurations_load():
         'guide.yaml',
         'probe.yaml',
         'small.yaml',
+        'small128.yaml',
     ]
     assert load_config('./configs/aptos.yaml').settings == Settings()
     for name in names:
