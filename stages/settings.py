@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from models.features.pretrained import load_feature_network
+from models.features.pretrained import load_feature_network, wheel_file
+from stages.figures import JUDGE
 from utils.errors import UserError
 from utils.io import write_json
 from utils.kinds import (
@@ -150,6 +151,7 @@ class Request:
             file = getattr(self, name)
             if file is not None and not file.is_file():
                 raise UserError(f'`{name}` {file}: no such file')
+        wheel_file(JUDGE)  # a stage far down the way needs it
         if not self.photos.is_dir():
             raise UserError(f'`photos` {self.photos}: no such folder')
 

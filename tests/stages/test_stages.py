@@ -1,6 +1,7 @@
 """The stages' rules: what is run again, where a run stops, what the page says, the plan."""
 
 import dataclasses
+import importlib.util
 import json
 
 import numpy as np
@@ -193,6 +194,12 @@ def test_what_does_not_go_together_is_said_first(tmp_path, changes, text):
     with pytest.raises(UserError, match=text):
         request(tmp_path, **changes).check()
     request(tmp_path).check()
+
+
+def test_a_judge_that_is_not_installed_is_missed_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match='lite1 are not installed: python -m pip install'):
+        request(tmp_path).check()
 
 
 def test_the_commands_know_the_flags_of_the_gpu_presets(tmp_path):
