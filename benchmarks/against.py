@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,24 @@ from utils.errors import UserError
 
 Work = dict[str, Callable[[], object]]  # what is timed, by name
 _SOURCE = Path(__file__).resolve()
+
+
+def environment(folder: str | Path) -> dict[str, str]:
+    """In which a program of this checkout imports the project's code from the one in `folder`."""
+    return {**os.environ, 'PYTHONPATH': str(folder)}
+
+
+def told_elsewhere(folder: str | Path, program: str, arguments: Sequence[str]) -> Any:
+    """The JSON that a program prints with the code of the checkout in `folder`.
+
+    UserError when it fails.
+    """
+    done = subprocess.run(
+        [sys.executable, program, *arguments], env=environment(folder), stdout=subprocess.PIPE
+    )
+    if done.returncode:
+        raise UserError(f'{folder}: its code cannot be measured; the reason stands above')
+    return json.loads(done.stdout)
 
 
 class Took(NamedTuple):
@@ -128,7 +146,7 @@ class Side:
         self.folder = folder
         self.process = subprocess.Popen(
             [sys.executable, str(_SOURCE), str(folder), name, json.dumps(vars(opts))],
-            env={**os.environ, 'PYTHONPATH': str(folder)},
+            env=environment(folder),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

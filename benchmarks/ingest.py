@@ -21,9 +21,7 @@ if __name__ == '__main__' and '--json' not in sys.argv:  # the other checkout is
 import argparse
 import importlib
 import json
-import os
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -124,18 +122,6 @@ def measure(folder: Path, size: int, threads: int, crops: Path) -> dict[str, Rat
     return rates | {'crop': rate(crop, len(paths))}
 
 
-def measure_elsewhere(checkout: str, folder: Path, crops: Path, options: list[str]) -> dict:
-    """`measure` in a process of its own, by the checkout in the folder `checkout`."""
-    command = [sys.executable, __file__, '--json', f'--photographs={folder}', f'--crops={crops}']
-    done = subprocess.run(
-        [*command, *options],
-        env={**os.environ, 'PYTHONPATH': checkout},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    return json.loads(done.stdout)
-
-
 def difference(one: Path, other: Path) -> tuple[float, float]:
     """Mean difference of the crops in grey levels, and the share of values over 16 apart."""
     pairs = zip(find_images(one), find_images(other), strict=True)
@@ -182,15 +168,18 @@ def main(argv: list[str] | None = None) -> int:
     if opts.json:
         print(json.dumps(measure(opts.photographs, opts.size, opts.threads, opts.crops)))
         return 0
-    options = [f'--size={opts.size}', f'--threads={opts.threads}']
+    from benchmarks.against import told_elsewhere  # above, it would be that of the other checkout
+
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp) / 'photographs'
         make_photographs(folder, opts.n)
         mean_size = np.mean([path.stat().st_size for path in find_images(folder)])
         print(f'{opts.n} JPEGs of {FRAME[0]} x {FRAME[1]}, {mean_size / 1e6:.2f} MB each')
         checkouts = {'now': str(ROOT)} | ({'before': opts.against} if opts.against else {})
+        options = ['--json', f'--size={opts.size}', f'--threads={opts.threads}']
+        options += [f'--photographs={folder}']
         found = {
-            name: measure_elsewhere(checkout, folder, Path(temp) / name, options)
+            name: told_elsewhere(checkout, __file__, [*options, f'--crops={Path(temp) / name}'])
             for name, checkout in checkouts.items()
         }
         report(found, opts.size)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, load_script
 
-from benchmarks.against import compare
+from benchmarks.against import compare, told_elsewhere
 from utils.errors import UserError
 
 STEP = """
@@ -46,6 +46,16 @@ def test_two_checkouts_take_turns(tmp_path: Path) -> None:
     opts.against = str(tmp_path)
     with pytest.raises(UserError, match='no benchmarks/train_step.py'):
         compare('train_step', opts, this)
+
+
+def test_a_program_runs_with_the_code_of_another_checkout(tmp_path: Path) -> None:
+    program = tmp_path / 'program.py'
+    program.write_text('import json, sys, there; print(json.dumps([there.NAME, sys.argv[1]]))')
+    (tmp_path / 'other').mkdir()
+    with pytest.raises(UserError, match='cannot be measured'):
+        told_elsewhere(tmp_path / 'other', str(program), ['x'])
+    (tmp_path / 'other' / 'there.py').write_text("NAME = 'other'")
+    assert told_elsewhere(tmp_path / 'other', str(program), ['x']) == ['other', 'x']
 
 
 def test_operations_stand_beside_those_of_another_checkout(
