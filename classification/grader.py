@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Int, Num, UInt8
+from jaxtyping import Float, Float32, Num, UInt8
 from torch import Tensor, nn
 
-from classification.metrics import grading_metrics
 from classification.settings import Settings
 from models.features.pretrained import WHEELS, load_feature_network
 from models.loading import load_state, mismatch
@@ -98,15 +97,6 @@ class GraderResult:
                 )
             raw.append(forward(self.net, batch, self.mean, self.std, self.settings).cpu())
         return torch.cat(raw)
-
-    def evaluate(
-        self,
-        images: UInt8[np.ndarray, 'n 3 S S'] | UInt8[Tensor, 'n 3 S S'],
-        labels: Sequence[int] | Int[np.ndarray, ' n'],
-    ) -> dict:
-        """`grading_metrics` of the predictions on grades [n]."""
-        found = self.predict(images)
-        return grading_metrics(labels, found.grades, found.score, **metric_options(self.settings))
 
 
 def metric_options(settings: Settings) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def test_grader_training(gpu: PretendedGPU, precision: str) -> None:
         found.append((gpu.n_waits, gpu.n_operations))
         assert not gpu.faults, gpu.report()
     more_within_budget(gpu, found, 'grader' if precision == 'fp32' else f'grader {precision}', 3)
-    result.evaluate(images, grades)
+    result.predict(images)
     assert not gpu.faults, gpu.report()
 
 
