@@ -89,7 +89,7 @@ def _chance_among_others(
 
     def ordered_pairs(*keys: Shaped[np.ndarray, ' n']) -> int:
         counts = np.unique(np.stack(keys), axis=1, return_counts=True)[1]
-        return (counts**2).sum()
+        return int((counts**2).sum())
 
     same = ordered_pairs(labels) - ordered_pairs(labels, groups)
     return float(same / (len(labels) ** 2 - ordered_pairs(groups)))

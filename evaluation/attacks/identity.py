@@ -99,7 +99,7 @@ def fit_identity(features: Float[np.ndarray, 'n F'], eyes: Sequence[object]) -> 
     scales, turned = np.linalg.eigh(within)
     whiten = turned / np.sqrt(scales)
     between = np.cov(means[counts > 1] @ whiten, rowvar=False)
-    leading = np.linalg.eigh(between)[1][:, -min(_DIMENSIONS, (counts > 1).sum() - 1) :]
+    leading = np.linalg.eigh(between)[1][:, -min(_DIMENSIONS, int((counts > 1).sum()) - 1) :]
     axes = components.astype(np.float64) @ whiten @ leading
     return IdentityHead(mean, scale, axes.astype(np.float32))
 
