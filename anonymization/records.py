@@ -117,14 +117,18 @@ def write_card(private: Path, card: Card) -> None:
 def write_contact_sheet(
     path: Path, groups: Sequence[tuple[Sequence[torch.Tensor], GroupResult]]
 ) -> None:
-    """Rows of members uint8 [3, S, S], centroid, k-SALSA image. Shows photographs: private."""
+    """Rows of members uint8 [3, S, S], centroid, k-SALSA image. Shows photographs: private.
+
+    Without steps the centroid is the image and is shown once.
+    """
     most = max(len(members) for members, _ in groups)
     side = max(128, min(256, groups[0][0][0].shape[-1]))
+    moved = any(not torch.equal(result.centroid, result.image) for _, result in groups)
     cells = []
     for members, result in groups:
         blank = [torch.full_like(members[0], 255)] * (most - len(members))
-        cells += [*members, *blank, result.centroid, result.image]
+        cells += [*members, *blank, *([result.centroid] if moved else []), result.image]
     shown = [
         pil_to_tensor(to_picture(c).resize((side, side), Image.Resampling.BICUBIC)) for c in cells
     ]
-    save_png(grid(torch.stack(shown), most + 2, fill=1.0), path)
+    save_png(grid(torch.stack(shown), most + 1 + moved, fill=1.0), path)

@@ -47,10 +47,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         '--num_steps',
-        type=cli.positive_int,
-        default=40,
+        type=cli.nonnegative_int,
+        default=0,
         metavar='STEPS',
-        help='optimisation steps per group',
+        help='optimisation steps per group, with the guide',
     )
     return cli.add_common(p)
 
@@ -62,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     data, run = opts.out_dir / 'phantoms', opts.out_dir / 'run'
     if not (data / 'labels.csv').exists():
-        # Seed 1 drew the photographs the weights were trained on; these eyes are new.
+        # Seed 1128 drew the photographs the weights were trained on; these eyes are new.
         make_phantoms.main(
             [
                 f'--out_dir={data}',
                 f'--n_patients={opts.n_patients}',
-                '--size=64',
+                '--size=128',
                 f'--seed={opts.seed + 2}',
             ]
         )
@@ -76,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f'--photos={data / "images"}',
             f'--labels={data / "labels.csv"}',
             f'--out={run}',
-            '--size=64',
+            '--size=128',
             f'--k={opts.same_k}',
             f'--release_steps={opts.num_steps}',
-            f'--encoder_weights={WEIGHTS / "restyle.pt"}',
-            f'--guide={WEIGHTS / "guide.pt"}',
+            f'--encoder_weights={WEIGHTS / "restyle128.pt"}',
+            *([f'--guide={WEIGHTS / "guide.pt"}'] if opts.num_steps else []),
             f'--seed={opts.seed}',
             f'--device={opts.device}',
         ]

@@ -42,7 +42,12 @@ def release_settings(request: Request, encoder: Path, table: Table) -> Settings:
         sides='mixed',  # the crops are turned to one side
         n_iters=refinements(encoder),
         seed=request.seed,
-        optimize=OptimizeConfig(n_steps=request.how.release_steps, style_weight='auto', lr='auto'),
+        optimize=OptimizeConfig(
+            n_steps=request.how.release_steps,
+            latent_rank=request.how.latent_rank,
+            style_weight='auto',
+            lr='auto',
+        ),
     )
 
 
@@ -65,6 +70,7 @@ def release_flags(
         f'--seed={settings.seed}',
         f'--data={settings.data}',
         f'--num_steps={settings.optimize.n_steps}',
+        f'--latent_rank={settings.optimize.latent_rank}',
         f'--style_weight={settings.optimize.style_weight}',
         f'--lr={settings.optimize.lr}',
         *(['--soft_labels'] if settings.soft_labels else []),
@@ -103,7 +109,9 @@ def make_release(request: Request, several: Command | None) -> Callable:
             f'{found.groups.n_left_out} of {len(table)} photographs are in none.',
             'photographs of more people, or a smaller `k`',
         )
-        pictures = {'Groups: members, centroid, result': 'run/private/contact_sheet.png'}
+        pictures = {
+            'Groups: members, centroid (if steps follow), result': 'run/private/contact_sheet.png'
+        }
         return Outcome([finding], pictures, ['run/release/manifest.json'])
 
     return work

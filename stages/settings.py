@@ -32,7 +32,8 @@ class Preset(NamedTuple):
     """size: of the pictures. joint: encoder and generator are trained together.
 
     batch: photographs of a training step. image_passes: what a photograph costs in the training,
-    in passes through Lite0. release_steps: of the optimisation of a group.
+    in passes through Lite0. release_steps: of the optimisation of a group. latent_rank: in how
+    many leading directions of the generator's latents a group is told, 0: in all.
     """
 
     size: int
@@ -40,13 +41,15 @@ class Preset(NamedTuple):
     batch: int
     image_passes: float
     release_steps: int
+    latent_rank: int
 
 
-# image_passes of `small` is measured at 128 px (docs/training.md); of the others it is a guess.
+# image_passes of `small` is measured at 128 px, and so is what a release gives and gives away
+# without steps in eight directions (docs/training.md); image_passes of the others is a guess.
 PRESETS = {
-    'small': Preset(128, True, 10, 6.0, 60),
-    'gpu256': Preset(256, False, 8, 20.0, 60),
-    'gpu512': Preset(512, False, 8, 40.0, 60),
+    'small': Preset(128, True, 10, 6.0, 0, 8),
+    'gpu256': Preset(256, False, 8, 20.0, 60, 0),
+    'gpu512': Preset(512, False, 8, 40.0, 60, 0),
 }
 GROUP_PASSES = 11.0  # of a step of one group
 READ_SECONDS = 0.3  # of a photograph: check and crop
@@ -62,12 +65,12 @@ def _length(kind: Kind, help: str, metavar: str) -> Any:
 class Request:
     """What a user asks for.
 
-    photos, labels: photographs and their table. k: fewest people in a group. size: side in
-    pixels, None: the preset's. hours: for everything. held_out: share of the people who are
-    neither trained on nor released, and test both. steps: of the (last) training, None: what the
-    hours allow. generator_weights, encoder_weights: files in place of trainings. guide: file of
-    models.features.guide for the release. processes: of the trainings and the release, None: one
-    for each GPU.
+    photos, labels: photographs and their table. k: fewest people in a group. size: side in pixels,
+    None: the preset's. hours: for everything. held_out: share of the people who are neither trained
+    on nor released, and test both. steps: of the (last) training, None: what the hours allow.
+    release_steps, latent_rank: None: the preset's, see there. generator_weights, encoder_weights:
+    files in place of trainings. guide: file of models.features.guide for the release. processes: of
+    the trainings and the release, None: one for each GPU.
     """
 
     photos: Path = option(kind=path, help='folder of the photographs', metavar='DIR')
@@ -97,7 +100,13 @@ class Request:
         group=_LENGTHS,
         metavar='N',
     )
-    release_steps: int | None = _length(positive_int, "per group (default: preset's)", 'N')
+    release_steps: int | None = _length(nonnegative_int, "per group (default: preset's)", 'N')
+    latent_rank: int | None = _length(
+        nonnegative_int,
+        "tell a group in so many leading directions of the generator's latents, 0: in all "
+        "(default: preset's)",
+        'N',
+    )
     generator_weights: Path | None = _length(path, 'in place of that training', 'FILE')
     encoder_weights: Path | None = _length(
         path, 'ReStyle checkpoint, in place of all trainings', 'FILE'
@@ -112,11 +121,9 @@ class Request:
 
     @property
     def how(self) -> Preset:
-        """The preset with the size and the steps that were asked for."""
-        preset = PRESETS[self.preset]
-        return preset._replace(
-            size=self.size or preset.size, release_steps=self.release_steps or preset.release_steps
-        )
+        """The preset with the size, steps and directions that were asked for."""
+        asked = {name: getattr(self, name) for name in ('size', 'release_steps', 'latent_rank')}
+        return PRESETS[self.preset]._replace(**{k: v for k, v in asked.items() if v is not None})
 
     @property
     def world(self) -> int:

@@ -22,7 +22,8 @@ def build_job(request: Request, commands: Commands) -> Job:
     speed = pace(request)
     reading = len(table) * READ_SECONDS / 3600
     groups = len(table) * (1 - request.held_out) / request.k
-    drawing = groups * request.how.release_steps * GROUP_PASSES * speed.seconds / 3600
+    how = request.how
+    drawing = groups * (how.release_steps + 1) * GROUP_PASSES * speed.seconds / 3600
     seeded = {'seed': request.seed}
     guided = {} if request.guide is None else {'guide': sha256_file(request.guide)}
     inputs = {'photographs': digest(hashes), 'table': sha256_file(request.labels), **seeded}
@@ -45,7 +46,13 @@ def build_job(request: Request, commands: Commands) -> Job:
         Stage(
             'release',
             'Making the release',
-            {'k': request.k, 'steps': request.how.release_steps, **guided, **seeded},
+            {
+                'k': request.k,
+                'steps': how.release_steps,
+                'latent_rank': how.latent_rank,
+                **guided,
+                **seeded,
+            },
             drawing,
             release.make_release(request, commands.make_release),
         ),

@@ -229,6 +229,13 @@ def test_several_processes_make_the_release_that_one_makes(tmp_path):
     opts = load_script('k-SALSA', 'scripts').build_parser().parse_args(flags)
     assert Settings.from_options(vars(opts)) == settings
     assert settings.n_iters == 2 and settings.soft_labels and opts.guide == asked.guide
+    assert settings.optimize.n_steps == 9 and settings.optimize.latent_rank == 8
+
+
+def test_what_is_asked_for_replaces_what_the_preset_says(tmp_path):
+    assert request(tmp_path).how == PRESETS['small']
+    asked = request(tmp_path, preset='gpu256', size=64, release_steps=0, latent_rank=0).how
+    assert asked == PRESETS['gpu256']._replace(size=64, release_steps=0, latent_rank=0)
 
 
 def test_dry_run_prints_the_plan_and_does_nothing(tmp_path, capsys):
