@@ -24,6 +24,7 @@ def build_job(request: Request, commands: Commands) -> Job:
     groups = len(table) * (1 - request.held_out) / request.k
     how = request.how
     drawing = groups * (how.release_steps + 1) * GROUP_PASSES * speed.seconds / 3600
+    told = {'steps': how.release_steps, 'latent_rank': how.latent_rank}
     seeded = {'seed': request.seed}
     guided = {} if request.guide is None else {'guide': sha256_file(request.guide)}
     inputs = {'photographs': digest(hashes), 'table': sha256_file(request.labels), **seeded}
@@ -46,13 +47,7 @@ def build_job(request: Request, commands: Commands) -> Job:
         Stage(
             'release',
             'Making the release',
-            {
-                'k': request.k,
-                'steps': how.release_steps,
-                'latent_rank': how.latent_rank,
-                **guided,
-                **seeded,
-            },
+            {'k': request.k, **told, **guided, **seeded},
             drawing,
             release.make_release(request, commands.make_release),
         ),
