@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import load_script
+from conftest import ROOT, load_script
 from picture_tampering import PAYLOADS, PICTURES, reconstruction
 from PIL import Image
 from release_fixture import Spoiled, arguments, save_networks, save_photographs
@@ -61,6 +61,15 @@ def finished(tmp_path_factory):
         + ['--soft_labels', f'--card={folder / "card.yaml"}']
     )
     return folder
+
+
+def test_the_page_names_all_files_of_a_run(finished):
+    page = (ROOT / 'docs' / 'architecture.md').read_text(encoding='utf-8')
+    page = page[page.index('## A run folder') : page.index('## A training')]
+    named = {name.rstrip('/') for name in re.findall(r'`([\w.]+/?)', page)}
+    for part in ('private', 'release'):
+        found = {f.name for f in (finished / 'run' / part).iterdir() if f.suffix != '.sha256'}
+        assert found <= named, found - named
 
 
 @pytest.fixture
