@@ -40,7 +40,7 @@ from anonymization.optimize import (
     matmul_precision,
 )
 from benchmarks.against import add_against, print_comparison
-from benchmarks.machine import OperationCount, clock, describe, matrix_rate
+from benchmarks.machine import OperationCount, clock, describe, matrix_rate, print_rows
 from benchmarks.published import PublishedWay, synthesis
 from benchmarks.sizes import ENCODER_SIZE, add_sizes, channels_up_to
 from models.encoders import build_encoder
@@ -299,10 +299,7 @@ def print_table(
     rows.append(
         ['groups per minute', *(f'{60 / v:.3g}' for v in (old, new)), '', f'{60 / floor:.3g}']
     )
-    for i, row in enumerate(rows):
-        print('| ' + ' | '.join(row) + ' |' if opts.markdown else '\t'.join(row))
-        if i == 0 and opts.markdown:
-            print('|' + '---|' * len(row))
+    print_rows(rows, markdown=opts.markdown)
     return old / new, new / floor, 60 / new
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from anonymization.optimize import ACTIVATIONS, PRECISIONS, matmul_precision
-from benchmarks.machine import clock, describe, matrix_rate
+from benchmarks.machine import clock, describe, matrix_rate, print_rows
 from models.stylegan2.model import channel_table
 from utils.cli import parser_of, positive_int, power_of_two, resolve_device, run
 
@@ -111,10 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for layout, order in LAYOUTS.items():
                 rows += time_layers(table, side, layout, order, dtype, device, opts.repeats)
     print(f'{describe(device)}; {opts.precision} matrix rate {rate / 1e9:.0f} GFLOP/s')
-    for i, row in enumerate(rows):
-        print('| ' + ' | '.join(row) + ' |' if opts.markdown else '\t'.join(row))
-        if i == 0 and opts.markdown:
-            print('|' + '---|' * len(row))
+    print_rows(rows, markdown=opts.markdown)
     return 0
 
 

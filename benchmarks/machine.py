@@ -1,6 +1,7 @@
 """What the benchmarks measure about the machine itself."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,3 +73,11 @@ def describe(device: torch.device) -> str:
         else (f'CPU, {torch.get_num_threads()} thread(s)')
     )
     return f'{name}, torch {torch.__version__}'
+
+
+def print_rows(rows: Sequence[Sequence[str]], *, markdown: bool) -> None:
+    """Prints rows, the first of which are the headings, as Markdown or separated by tabs."""
+    for i, row in enumerate(rows):
+        print('| ' + ' | '.join(row) + ' |' if markdown else '\t'.join(row))
+        if i == 0 and markdown:
+            print('|' + '---|' * len(row))

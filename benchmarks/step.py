@@ -29,7 +29,7 @@ from anonymization.optimize import (
 )
 from benchmarks.anonymise import add_group_sizes, one_step, operations, photographs, random_networks
 from benchmarks.layers import best_ms
-from benchmarks.machine import describe, matrix_rate
+from benchmarks.machine import describe, matrix_rate, print_rows
 from criteria.content import content_loss
 from utils.cli import parser_of, positive_int, resolve_device, run
 from utils.images import from_uint8
@@ -101,10 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 [name, f'{work / 1e9:.0f}', f'{took:.3f}', f'{floor:.3f}', f'{took / floor:.1f}']
             )
     print(f'{describe(device)}; {opts.precision} matrix rate {rate / 1e9:.0f} GFLOP/s')
-    for i, row in enumerate(rows):
-        print('| ' + ' | '.join(row) + ' |' if opts.markdown else '\t'.join(row))
-        if i == 0 and opts.markdown:
-            print('|' + '---|' * len(row))
+    print_rows(rows, markdown=opts.markdown)
     return 0
 
 
