@@ -39,12 +39,20 @@ def test_documented_command(script, rest):
     assert used <= known, f'{script} does not know {sorted(used - known)}'
 
 
+def anchors(page):
+    """What links to the headings of a page end in."""
+    headings = re.findall(r'^#+ (.*)', page.read_text(encoding='utf-8'), re.M)
+    return {re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-') for heading in headings}
+
+
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding='utf-8')
-    for target in re.findall(r'\]\(([^)#]+)\)', text):
+    for target, anchor in re.findall(r'\]\(([^)#\s]*)(?:#([^)\s]*))?\)', text):
         if not target.startswith('http'):
-            assert (page.parent / target).exists(), f'{page.name}: {target}'
+            file = page.parent / target if target else page
+            assert file.exists(), f'{page.name}: {target}'
+            assert not anchor or anchor in anchors(file), f'{page.name}: {target}#{anchor}'
 
 
 def files():
