@@ -150,6 +150,13 @@ def build_parser() -> argparse.ArgumentParser:
         help='measure this finished run of scripts/k-SALSA.py on phantoms instead',
     )
     p.add_argument(
+        '--others',
+        type=Path,
+        metavar='DIR',
+        help="other people's photographs and labels.csv, prepared as those of --run were "
+        '(default: drawn)',
+    )
+    p.add_argument(
         '--cnn',
         metavar='YAML',
         help='a network of this configuration of classification/configs (small.yaml), trained '
@@ -377,7 +384,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f'--checkpoint: an encoder of {psp.input_size} px; at least 64 are needed')
     opts.out_dir.mkdir(parents=True, exist_ok=True)
     # Seed 1 drew the photographs that the embedded weights were trained on, 2 those of the demo.
-    others = photographs(opts, 'others', opts.seed + 202, psp.input_size, device)
+    if opts.others is None:
+        others = photographs(opts, 'others', opts.seed + 202, psp.input_size, device)
+    else:
+        table = read_table(opts.others / 'labels.csv', opts.others, require_label=True)
+        others = described(table, opts.out_dir / 'given', device, mirror_left=opts.mirror_left)
     if opts.run is None:
         members = photographs(opts, 'members', opts.seed + 101, psp.input_size, device)
     else:

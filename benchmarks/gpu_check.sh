@@ -65,7 +65,7 @@ if [ -n "$toy" ]; then
     full=(--size=32 --groups=2 --group_batch=1 "${ours[@]}")
     step=(--k=2 --repeats=1 "${narrow[@]}")
     joint=(--size=64 --encoder_size=64 --channels=16 --batch=5 --steps=1)
-    ops=(--shapes=1x4x8x8 --repeats=1) demo=(--n_patients=12 --k=2 --num_steps=1)
+    ops=(--shapes=1x4x8x8 --repeats=1) demo=(--n_patients=40 --k=2)
     cluster=(--sizes 60) features=(--sizes 60 --reduce=8)
 else
     sizes=(256 512) groups=32 train=() encoder=(--batch=8)
