@@ -143,19 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
         help='leave out the N groups that --n_groups=N draws: those that settings were chosen on',
     )
     p.add_argument('--rows', nargs='+', choices=sorted(ROWS), metavar='NAME', help='(default: all)')
-    p.add_argument(
-        '--run',
-        type=Path,
-        metavar='DIR',
-        help='measure this finished run of scripts/k-SALSA.py on phantoms instead',
-    )
-    p.add_argument(
-        '--others',
-        type=Path,
-        metavar='DIR',
-        help="other people's photographs and labels.csv, prepared as those of --run were "
-        '(default: drawn)',
-    )
+    _add_run(p)
     p.add_argument(
         '--cnn',
         metavar='YAML',
@@ -174,6 +162,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument('--precision', choices=PRECISIONS, default='bf16', help='of the optimisation')
     return add_common(p)
+
+
+def _add_run(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        '--run',
+        type=Path,
+        metavar='DIR',
+        help='measure this finished run of scripts/k-SALSA.py on phantoms instead',
+    )
+    p.add_argument(
+        '--others',
+        type=Path,
+        metavar='DIR',
+        help="other people's photographs and labels.csv, prepared as those of --run were "
+        '(default: drawn)',
+    )
 
 
 def photographs(

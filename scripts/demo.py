@@ -16,10 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import pandas as pd
+
 from scripts import make_phantoms, photos_to_release
 from stages.report import PAGE
 from stages.runner import RECORD
 from utils import cli
+from utils.errors import UserError
 from utils.logs import setup_logging
 
 WEIGHTS = ROOT / 'pretrained_models' / 'demo'
@@ -61,7 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     started = time.monotonic()
     data, run = opts.out_dir / 'phantoms', opts.out_dir / 'run'
-    if not (data / 'labels.csv').exists():
+    table = data / 'labels.csv'
+    if table.exists():
+        drawn = pd.read_csv(table).patient_id.nunique()
+        if drawn != opts.n_patients:
+            raise UserError(
+                f'`out_dir` {opts.out_dir}: photographs of {drawn} patients were drawn there, not '
+                f'of {opts.n_patients}; choose another folder'
+            )
+    else:
         # Seed 1128 drew the photographs the weights were trained on; these eyes are new.
         make_phantoms.main(
             [
@@ -74,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = photos_to_release.main(
         [
             f'--photos={data / "images"}',
-            f'--labels={data / "labels.csv"}',
+            f'--labels={table}',
             f'--out={run}',
             '--size=128',
             f'--k={opts.same_k}',
