@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import torch
 from pretended.modes import is_view, swap
@@ -141,6 +142,7 @@ def patches(gpu: PretendedGPU, kernels: object) -> list[tuple[object, str, objec
         (torch.Tensor, '__deepcopy__', _tagging(gpu, torch.Tensor.__deepcopy__)),
         (torch.nn.Parameter, '__deepcopy__', _tagging(gpu, torch.nn.Parameter.__deepcopy__)),
         (torch, 'from_numpy', _tagging(gpu, torch.from_numpy)),
+        (torch, 'frombuffer', _tagging(gpu, torch.frombuffer)),
         (torch, 'load', _tagging(gpu, torch.load)),
         (torch, 'Generator', _Generator),
         (torch, 'autocast', cast),
@@ -154,6 +156,7 @@ def patches(gpu: PretendedGPU, kernels: object) -> list[tuple[object, str, objec
         (torch.cuda, 'max_memory_allocated', lambda *_: 0),
         (torch.cuda, 'reset_peak_memory_stats', lambda *_: None),
         (torch.cuda, 'mem_get_info', lambda *_: (8 << 30, 8 << 30)),
+        (torch.cuda, 'get_device_properties', lambda *_: SimpleNamespace(total_memory=8 << 30)),
         (torch.cuda, 'get_rng_state', host),
         (torch.cuda, 'set_rng_state', lambda *_: None),
         (torch.cuda, 'synchronize', lambda *_: gpu.wait('synchronize')),
