@@ -9,7 +9,7 @@ block. n photographs.
 import io
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -278,7 +278,7 @@ def _records(path: Path) -> list[Record]:
     """Those of a block, or of all photographs."""
     if path.suffix == '.json':
         return [Record(*row) for row in json.loads(path.read_text(encoding='utf-8'))]
-    text = dict.fromkeys(('file', 'content', 'stored', 'eye'), str)
+    text: dict[Hashable, type[str]] = dict.fromkeys(('file', 'content', 'stored', 'eye'), str)
     frame = pd.read_csv(path, dtype=text, keep_default_na=False)
     return [Record(*row) for row in frame[list(Record._fields)].itertuples(index=False)]
 

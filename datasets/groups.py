@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ class Groups:
     @classmethod
     def read(cls, path: str | Path, ids: Sequence[str]) -> 'Groups':
         """The groups of a run's private groups.csv; UserError when it is not one of these ids."""
-        columns = {'id_code': str, 'release_name': str}
+        columns: dict[Hashable, type[str]] = {'id_code': str, 'release_name': str}
         table = pd.read_csv(path, dtype=columns, keep_default_na=False)
         if list(table['id_code']) != list(ids):
             raise UserError(f'{path} does not belong to the table of this run')

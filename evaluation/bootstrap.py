@@ -64,7 +64,7 @@ def rate_interval(
     alone = np.sum((hits - rate) ** 2)
     if alone > 0:
         effect = np.sum(np.bincount(unit, weights=hits - rate) ** 2) / alone
-        effective = n / max(effect, 1.0)
+        effective = n / max(float(effect), 1.0)
     else:
         effective = float(unit.max() + 1)
     found, tail = rate * effective, (1 - level) / 2

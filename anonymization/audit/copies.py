@@ -158,7 +158,7 @@ class Detector:
         extra = np.setdiff1d(np.asarray(members, int), self.searched)
         best: tuple[float, float, int] = (1.0, 1.0, int(self.searched[allowed[0]]))
         for m, (plane, coarse) in enumerate(zip(picture.astype(np.float32), self.coarse)):
-            rough = coarse.left_over(_shrink(plane[None])[0])[allowed]
+            rough = coarse.left_over(_shrink(np.asarray(plane)[None])[0])[allowed]
             nearest = allowed[np.argsort(rough, kind='stable')[:_CANDIDATES]]
             rows = np.concatenate([self.searched[nearest], extra])
             fine = _Pool(self.sources[rows, m].reshape(len(rows), -1).astype(np.float32))
