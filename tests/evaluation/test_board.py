@@ -6,6 +6,7 @@ import pytest
 from evaluation.board import sections
 from evaluation.comparison import Row
 from evaluation.registry import Measure, Method
+from evaluation.utility import utility
 
 K_SALSA = Method('k_salsa', 'k-SALSA', lambda *_: None, grouped=True)
 REAL = Method('real', 'photographs', lambda *_: None, grouped=False)
@@ -70,3 +71,12 @@ def test_photographs_are_no_release_and_k_salsa_comes_first():
     other = Method('centroid', 'centroid', lambda *_: None, grouped=True)
     found = sections([row(0, method=REAL), row(0, method=other), row(0)], [])
     assert [s.name for s in found] == ['k_salsa_k5', 'centroid_k5']
+
+
+def test_one_seed_has_the_interval_of_its_people():
+    def result(std):
+        seed = {'test_best': {'interval_95': {'auc_referable': [0.7, 0.9]}}}
+        return {'summary': {'auc_referable': {'mean': 0.8, 'std': std}}, 'seeds': [seed]}
+
+    assert utility.score(result(None)) == {'value': 0.8, 'low': 0.7, 'high': 0.9}
+    assert utility.score(result(0.05)) == pytest.approx({'value': 0.8, 'low': 0.75, 'high': 0.85})
