@@ -9,8 +9,8 @@ from scipy.ndimage import gaussian_filter
 
 from datasets.phantoms import render_phantom
 from evaluation.attacks.feature_pairs import FeaturePairs, pair_membership
-from evaluation.attacks.metrics import attack_metrics
-from evaluation.attacks.nearest import nearest_attack
+from evaluation.attacks.metrics import attack_metrics, reidentification_rates
+from evaluation.attacks.nearest import nearest_attack, reidentification_ranks
 from evaluation.judges import load_judges, made, networks_of
 from evaluation.probe import pooled_features
 from models.features.pretrained import load_feature_network
@@ -87,6 +87,38 @@ def test_scores_say_which_picture(features):
     )
     scores = attack.scores(features['members'][20:], features['copies'][20:])
     assert (scores.argmax(1) == np.arange(20)).mean() > 0.9
+
+
+def learnt_elsewhere(features, release, shadow):
+    """The pair attack that learnt on other people and their release, [N // 2] of each side."""
+    attack = FeaturePairs(features['reference']).fit(
+        features['strangers'][: len(shadow)], shadow, np.arange(len(shadow))
+    )
+    scores = [attack.scores(features[name], release).max(1) for name in ('members', 'others')]
+    return attack_metrics(*scores)['auc']
+
+
+def test_what_is_learnt_on_other_peoples_release_finds_members_and_nobody_else(features):
+    half = N // 2
+    # The attackers' release: pictures between their people and other photographs of strangers.
+    shadow = features['strangers'][:half] + 0.02 * (features['reference'][:half])
+    assert learnt_elsewhere(features, features['copies'], shadow)['low'] > 0.85
+    nobody = learnt_elsewhere(features, features['strangers'][half:], shadow)
+    assert nobody['low'] < 0.5 < nobody['high']
+
+
+def test_own_pictures_come_first_at_k_1_and_by_chance_where_nobody_is(features):
+    def rates(release):
+        ranks = reidentification_ranks(features['members'], np.arange(N), release, lambda f: f)
+        return reidentification_rates(ranks, N)
+
+    assert rates(features['copies'])['rank_1_low'] > 0.85
+    # In another order: strangers were drawn with the members' grades, one by one.
+    nobody = rates(np.random.default_rng(0).permutation(features['strangers']))
+    for top in (1, 5):
+        assert (
+            nobody[f'rank_{top}_low'] <= nobody[f'chance_rank_{top}'] <= nobody[f'rank_{top}_high']
+        )
 
 
 def test_too_few_for_the_pair_attack(features):
