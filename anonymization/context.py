@@ -74,6 +74,7 @@ class Context:
     def check(self) -> None:
         """UserError for what cannot come to a release, before networks are run."""
         s, psp, content = self.settings, self.networks.psp, self.networks.content
+        s.optimize.check_rank(psp.decoder.style_dim)
         if self.copies.any():
             log.warning(
                 '%d photographs are identical copies of others: they show the same '

@@ -146,6 +146,14 @@ class OptimizeConfig:
         metavar='N',
     )
 
+    def check_rank(self, style_dim: int) -> None:
+        """UserError for more directions than a generator's latents have."""
+        if self.latent_rank > style_dim:
+            raise UserError(
+                f'`latent_rank` {self.latent_rank}: the generator has latents of {style_dim} '
+                f'numbers; use at most {style_dim}'
+            )
+
 
 class Group(NamedTuple):
     """One group's members: ws [k, L, D], photographs u8 [k, 3, S, S], content features [k, F].
@@ -247,11 +255,7 @@ class GroupOptimizer:
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f'precision={precision!r}, want one of {PRECISIONS}')
-        if config.latent_rank > psp.decoder.style_dim:
-            raise UserError(
-                f'`latent_rank` {config.latent_rank}: the generator has latents of '
-                f'{psp.decoder.style_dim} numbers'
-            )
+        config.check_rank(psp.decoder.style_dim)
         self.config, self.device, self.precision = config, torch.device(device), precision
         self.psp = psp.to(self.device).eval().requires_grad_(False)
         dtype = ACTIVATIONS[precision]

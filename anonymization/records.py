@@ -119,7 +119,7 @@ def write_contact_sheet(
 ) -> None:
     """Rows of members uint8 [3, S, S], centroid, k-SALSA image. Shows photographs: private.
 
-    Without steps the centroid is the image and is shown once.
+    Where every centroid is the image, it is shown once.
     """
     most = max(len(members) for members, _ in groups)
     side = max(128, min(256, groups[0][0][0].shape[-1]))

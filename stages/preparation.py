@@ -122,7 +122,7 @@ def crop_photographs(request: Request, dataset_tool: Command) -> Callable:
         shown = find_images(folder / RELEASED)[:_SHOWN]
         sheet([load_pictures(shown, request.how.size)], folder / 'crops.png')
         finding = Finding(
-            'kept photographs',
+            'share of photographs kept',
             kept / len(report),
             _LEAST_KEPT,
             True,

@@ -101,7 +101,7 @@ def make_release(request: Request, several: Command | None) -> Callable:
         people = people_of(table)
         sizes = [len({people[row] for row in rows}) for rows in found.groups.members]
         finding = Finding(
-            'photographs in groups',
+            'share of photographs in groups',
             1 - found.groups.n_left_out / len(table),
             _LEAST_GROUPED,
             True,
@@ -110,7 +110,7 @@ def make_release(request: Request, several: Command | None) -> Callable:
             'photographs of more people, or a smaller `k`',
         )
         pictures = {
-            'Groups: members, centroid (if steps follow), result': 'run/private/contact_sheet.png'
+            'Groups: members, centroid (if it differs), result': 'run/private/contact_sheet.png'
         }
         return Outcome([finding], pictures, ['run/release/manifest.json'])
 

@@ -152,7 +152,7 @@ class Job:
             found = self.find(stage)
             if found is None and number < begin:
                 raise UserError(
-                    f'`first` {first}: the stage {stage.name} before it is not done with these '
+                    f'`from` {first}: the stage {stage.name} before it is not done with these '
                     'photographs and settings; leave the flag out'
                 )
             if found is None:
@@ -182,11 +182,14 @@ class Job:
         return Done(stage, folder, seconds, outcome)
 
     def plan(self, last: str | None = None) -> list[tuple[str, str, float]]:
-        """(stage, 'done' or 'to do', estimated hours to come) of each stage up to `last`."""
+        """(stage, 'done', 'beyond a line' or 'to do', estimated hours to come), up to `last`."""
         lines = []
         for stage in self.stages:
-            done = self.find(stage) is not None
-            lines.append((stage.name, 'done' if done else 'to do', 0.0 if done else stage.hours))
+            done = self.find(stage)
+            state = 'to do' if done is None else 'done'
+            if done is not None and any(f.binding and not f.passed for f in done.outcome.findings):
+                state = 'beyond a line'
+            lines.append((stage.name, state, stage.hours if done is None else 0.0))
             if stage.name == last:
                 break
         return lines

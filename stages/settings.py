@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from anonymization.optimize import OptimizeConfig
+from models.features.guide import load_guide
 from models.features.pretrained import load_feature_network, wheel_file
+from models.psp import load_psp
 from stages.figures import JUDGE
 from utils.errors import UserError
 from utils.io import write_json
@@ -26,6 +29,7 @@ from utils.options import check, option
 
 _CHANNELS = (256, 256, 256, 96, 48, 16, 8)  # of the small generator at 4, 8, ... px
 _BATCH = 8
+STYLE_DIM = 512  # of all generators that are trained here
 
 
 class Preset(NamedTuple):
@@ -159,8 +163,24 @@ class Request:
             if file is not None and not file.is_file():
                 raise UserError(f'`{name}` {file}: no such file')
         wheel_file(JUDGE)  # a stage far down the way needs it
+        self._check_release()
         if not self.photos.is_dir():
             raise UserError(f'`photos` {self.photos}: no such folder')
+
+    def _check_release(self) -> None:
+        """UserError for weights and settings that only a late stage would meet."""
+        style_dim = STYLE_DIM
+        if self.encoder_weights:
+            style_dim = load_psp(self.encoder_weights).decoder.style_dim
+        OptimizeConfig(latent_rank=self.how.latent_rank).check_rank(style_dim)
+        if self.guide and not self.how.release_steps:
+            raise UserError(
+                '`guide`: it steers the steps of the release, and there are none; leave it out, or '
+                'set `release_steps`'
+            )
+        if self.guide:
+            network = load_feature_network('lite0')
+            load_guide(self.guide, n_features=network.n_features, digest=network.digest)
 
 
 def channels(size: int) -> list[int]:

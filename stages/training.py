@@ -221,7 +221,10 @@ def take_encoder(request: Request) -> Callable:
             raise ValueError('no encoder is given')
         shutil.copyfile(request.encoder_weights, folder / ENCODER)
         found = judge_encoder(request, folder, places, folder / ENCODER)
-        return found._replace(findings=[f._replace(binding=False) for f in found.findings])
+        other = 'take other weights, or leave them out and train'
+        return found._replace(
+            findings=[f._replace(binding=False, remedy=other) for f in found.findings]
+        )
 
     return work
 

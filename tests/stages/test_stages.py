@@ -196,6 +196,22 @@ def test_what_does_not_go_together_is_said_first(tmp_path, changes, text):
     request(tmp_path).check()
 
 
+@pytest.mark.parametrize(
+    ('changes', 'text'),
+    [
+        ({'latent_rank': 513}, '`latent_rank` 513.*use at most 512'),
+        ({'guide': 'x.pt'}, '`guide`: it steers the steps.*`release_steps`'),
+        ({'guide': 'x.pt', 'release_steps': 5}, 'x.pt is no guide'),
+        ({'encoder_weights': 'x.pt'}, 'x.pt: state_dict holds no weights'),
+    ],
+)
+def test_weights_that_a_late_stage_would_refuse_are_refused_first(tmp_path, changes, text):
+    torch.save({'state_dict': {}}, tmp_path / 'x.pt')
+    changes = {k: tmp_path / v if v == 'x.pt' else v for k, v in changes.items()}
+    with pytest.raises(UserError, match=text):
+        request(tmp_path, **changes).check()
+
+
 def test_a_judge_that_is_not_installed_is_missed_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(UserError, match='lite1 are not installed: python -m pip install'):
