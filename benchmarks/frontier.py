@@ -191,6 +191,11 @@ def photographs(
     return described(table, opts.out_dir / role, device, mirror_left=opts.mirror_left)
 
 
+def marked(name: str, folder: Path) -> str:
+    """A name for what is kept of a folder elsewhere, so that another folder's is not taken."""
+    return f'{name}_{sha256_bytes(str(folder.resolve()).encode())[:8]}'
+
+
 def finished_run(
     folder: Path, cache: Path, device: torch.device
 ) -> tuple[Photographs, list[Int[np.ndarray, ' _']], UInt8[np.ndarray, 'G 3 S S']]:
@@ -202,9 +207,8 @@ def finished_run(
         raise UserError(f'--run {folder}: its group table is not of {options["df"]}')
     names = sorted(p.stem for p in (folder / 'release/images').iterdir())
     groups = [np.flatnonzero(frame.release_name == name) for name in names]
-    mark = sha256_bytes(str(folder.resolve()).encode())[:8]
     mirrored = options.get('sides') == 'mirror'
-    members = described(table, cache / f'run_{mark}', device, mirror_left=mirrored)
+    members = described(table, cache / marked('run', folder), device, mirror_left=mirrored)
     return members, groups, pictures_of([folder / f'release/images/{n}.png' for n in names])
 
 
@@ -392,7 +396,8 @@ def main(argv: list[str] | None = None) -> int:
         others = photographs(opts, 'others', opts.seed + 202, psp.input_size, device)
     else:
         table = read_table(opts.others / 'labels.csv', opts.others, require_label=True)
-        others = described(table, opts.out_dir / 'given', device, mirror_left=opts.mirror_left)
+        cache = opts.out_dir / marked('others', opts.others)
+        others = described(table, cache, device, mirror_left=opts.mirror_left)
     if opts.run is None:
         members = photographs(opts, 'members', opts.seed + 101, psp.input_size, device)
     else:

@@ -83,7 +83,7 @@ class Comparison:
         """The statistics of every kind, by the names under which `table` shows them."""
         side = min(picture_side(real, one_size=False), picture_side(synthetic, one_size=True))
         judges, pictures = self._judges(side), []
-        if self.judges or self.detail or self.spectrum:
+        if judges or self.detail or self.spectrum:
             pictures = [read_pictures(path, side) for path in (real, synthetic)]
         results = {judge.label: self._judged(judge, pictures) for judge in judges}
         for kind, network in self.networks.items():

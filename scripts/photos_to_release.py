@@ -138,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if course.dry_run:
         plan = job.plan(course.last)
         for name, state, hours in plan:
-            print(f'{name:14}{state:8}{hours:8.2f} hours')
-        print(f'{"together":22}{sum(hours for *_, hours in plan):8.2f} hours, roughly')
+            print(f'{name:14}{state:14}{hours:8.2f} hours')
+        print(f'{"together":28}{sum(hours for *_, hours in plan):8.2f} hours, roughly')
         return 0
     try:
         done = job.run(

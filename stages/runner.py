@@ -70,6 +70,11 @@ class Outcome(NamedTuple):
     pictures: dict[str, str]
     outputs: list[str]
 
+    @property
+    def failed(self) -> list[Finding]:
+        """The findings beyond their lines at which the run stops."""
+        return [f for f in self.findings if f.binding and not f.passed]
+
 
 # The folders of the earlier stages, by name.
 Places = Mapping[str, Path]
@@ -186,9 +191,9 @@ class Job:
         lines = []
         for stage in self.stages:
             done = self.find(stage)
-            state = 'to do' if done is None else 'done'
-            if done is not None and any(f.binding and not f.passed for f in done.outcome.findings):
-                state = 'beyond a line'
+            state = 'to do'
+            if done is not None:
+                state = 'beyond a line' if done.outcome.failed else 'done'
             lines.append((stage.name, state, stage.hours if done is None else 0.0))
             if stage.name == last:
                 break
@@ -200,7 +205,7 @@ def check(done: Done, force: bool) -> None:
     for finding in done.outcome.findings:
         level = logging.INFO if finding.passed else logging.WARNING
         log.log(level, '%s: %s', done.stage.name, finding.text())
-    failed = [f for f in done.outcome.findings if f.binding and not f.passed]
+    failed = done.outcome.failed
     if final := [finding for finding in failed if finding.final]:
         raise PrivacyError(_complaint(done.stage, final))
     if failed and not force:

@@ -14,9 +14,9 @@ from utils.io import sha256_file
 def build_job(request: Request, commands: Commands) -> Job:
     """All stages with what they depend on, and hours estimated from a short measurement.
 
-    UserError for bad flags, a bad table and photographs that are not there.
+    request: checked (`Request.check`). UserError for a bad table and photographs that are not
+    there.
     """
-    request.check()
     table = read_table(request.labels, request.photos)
     hashes = preparation.file_hashes(table.paths, request.out_dir / 'photographs.json')
     speed = pace(request)
