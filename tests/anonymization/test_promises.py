@@ -64,7 +64,7 @@ def test_no_group_below_k_people(tmp_path_factory, table, k, policy, surplus, st
         tmp_path_factory.getbasetemp(),
         read_table(csv, ids_only=True),
         SimpleNamespace(contents=digests, eyes=eyes),
-        SimpleNamespace(psp=None, content=None),
+        SimpleNamespace(psp=SimpleNamespace(decoder=SimpleNamespace(style_dim=6)), content=None),
         Settings(k=k, policy=policy, surplus=surplus, strata=strata, clustering=method),
         torch.device('cpu'),
         threads=1,
