@@ -20,9 +20,10 @@ from classification.train import train_grader
 from datasets.table import REFERABLE_FROM, Table
 from evaluation.attacks.nearest import nearest_attack
 from evaluation.attacks.projection import attack_features, projection_attack
+from evaluation.bootstrap import draw_weights, percentiles
 from evaluation.fidelity import feature_statistics, frechet_distance
 from evaluation.probe import Probe, fit_probe, read_release
-from evaluation.scores import auc
+from evaluation.scores import auc, weighted_auc
 from evaluation.spectra import high_frequency_ratio
 from evaluation.vessel_amount import vessel_ratios
 from models.features.pretrained import load_feature_network
@@ -36,6 +37,7 @@ MAKER, JUDGE = 'lite0', 'lite1'
 NETWORKS = (MAKER, JUDGE)
 N_GRADES = 5
 _BATCH = 16
+_LESSONS = 20  # draws for the interval of what a release teaches
 Features = dict[str, Float[np.ndarray, 'n F']]  # 'grams', 'pooled', or both
 
 
@@ -189,15 +191,33 @@ class Appraiser:
             }
         return found
 
-    def _lesson(self, name: str, seen: Features, shares: Float[np.ndarray, 'G 5']) -> float | None:
-        """AUC on the reference photographs of a probe that learnt from the release alone."""
-        try:
-            grader = fit_probe(seen['pooled'], shares, kind='ridge')
-        except UserError:
-            return None
-        score = grader.score(self.others.features[name]['pooled'][self.known])
-        truth = self.others.grades[self.known] >= REFERABLE_FROM
-        return auc(score[truth], score[~truth])
+    def _lesson(
+        self, name: str, seen: Features, shares: Float[np.ndarray, 'G 5']
+    ) -> dict[str, float] | None:
+        """AUC on the reference photographs of a probe that learnt from the release alone.
+
+        {value, low, high}; the interval, 90 %, draws groups for the training and people for the
+        test. None where all groups have the same share.
+        """
+        n, truth = len(shares), self.others.grades[self.known] >= REFERABLE_FROM
+        test = self.others.features[name]['pooled'][self.known]
+        rng = numpy_generator(self.seed, 'lessons')
+        people = self.others.people[self.known]
+        weights = np.concatenate(list(draw_weights(people, len(test), _LESSONS, rng)))
+        found = []
+        drawn = [np.arange(n), *rng.integers(n, size=(_LESSONS, n))]
+        for rows, weight in zip(drawn, [np.ones(len(test)), *weights]):
+            try:
+                grader = fit_probe(
+                    seen['pooled'][rows], shares[rows], people=rows.tolist(), kind='ridge'
+                )
+            except UserError:
+                if not found:
+                    return None
+                continue
+            found += weighted_auc(truth, grader.score(test), weight[None]).tolist()
+        low, high = percentiles(np.array(found[1:] or found), 0.9)
+        return {'value': found[0], 'low': low, 'high': high}
 
     def _sides(self, groups: list[Int[np.ndarray, ' _']]) -> 'Sides':
         rng = numpy_generator(self.seed, 'candidates')

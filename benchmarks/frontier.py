@@ -19,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import argparse
-import dataclasses
+import functools
 import json
 import logging
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,86 +31,25 @@ import torch
 from jaxtyping import Float, Int, UInt8
 
 from anonymization.grouping import assign_groups
-from anonymization.optimize import PRECISIONS, Group, GroupOptimizer, OptimizeConfig
+from anonymization.optimize import PRECISIONS
 from benchmarks.appraisal import MAKER, NETWORKS, Appraiser, Photographs, described, pictures_of
 from benchmarks.machine import describe
+from benchmarks.releases import BATCH, ROWS, WEIGHTS, release
 from datasets.phantoms.dataset import make_dataset
 from datasets.table import read_table
-from models.features.guide import load_guide
-from models.features.pretrained import load_feature_network
 from models.features.style import FILTERS
 from models.psp import PSP, FrozenPSP, invert, load_psp
-from models.stylegan2.sampling import seed_latents
 from utils.cli import add_common, nonnegative_int, parser_of, positive_int, resolve_device, run
 from utils.errors import UserError
-from utils.images import from_uint8, grid, save_png, to_uint8
+from utils.images import from_uint8, grid, save_png
 from utils.io import atomic_path, sha256_bytes, write_json, write_text
 from utils.logs import setup_logging
 from utils.seeds import numpy_generator
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = ROOT / 'pretrained_models/demo'
-_BATCH = 10
 _SINGLE = 200  # photographs in the row without groups
 _SHEET_GROUPS = 8
-AUTO = {'style_weight': 'auto', 'lr': 'auto', 'content_weight': 1.0}
-CONTENT_ONLY = {**AUTO, 'style_weight': 0.0}
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table: the size of the groups and the settings; none are baselines.
-
-    independent: samples of the generator stand in the place of the groups' pictures. guided: the
-    embedded guide is part of the content loss.
-    """
-
-    k: int = 5
-    settings: dict | None = None
-    independent: bool = False
-    guided: bool = False
-
-
-STRONG = {**AUTO, 'n_steps': 40, 'style_ratio': 3.0}  # both losses of about equal size
-ROWS = {
-    'photographs': Row(1),
-    'samples of the generator': Row(independent=True),
-    'pixel average': Row(),
-    'centroid': Row(settings={**AUTO, 'n_steps': 0}),
-    **{
-        f'centroid, 8 leading directions{name}': Row(k, {**AUTO, 'n_steps': 0, 'latent_rank': 8})
-        for name, k in {'': 5, ', k = 10': 10, ', k = 20': 20}.items()
-    },
-    'content and guide, 10 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 10}, guided=True),
-    'content only, 40 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 40}),
-    'content only, 60 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 60}),
-    'content only, 100 steps': Row(settings=CONTENT_ONLY),
-    'content and guide, 40 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 40}, guided=True),
-    'whole picture, 60 steps': Row(settings={**AUTO, 'n_steps': 60}),
-    'whole picture and guide, 40 steps (default)': Row(
-        settings={**AUTO, 'n_steps': 40}, guided=True
-    ),
-    'whole picture, ratio 3, 40 steps': Row(settings=STRONG),
-    'whole picture, ratio 3, 100 steps': Row(settings={**STRONG, 'n_steps': 100}),
-    'whole picture, ratio 3, stride 8, 40 steps': Row(settings={**STRONG, 'style_strides': (8,)}),
-    '4 x 4 patches at one place, ratio 3, 40 steps': Row(
-        settings={**STRONG, 'style_mode': 'same_place'}
-    ),
-    '4 x 4 patches, best match, ratio 3, 40 steps': Row(
-        settings={**STRONG, 'style_mode': 'best_match'}
-    ),
-    'content only, 100 steps, k = 10': Row(10, CONTENT_ONLY),
-    'whole picture, 100 steps, k = 10': Row(10, AUTO),
-    'whole picture and guide, 40 steps, k = 10': Row(10, {**AUTO, 'n_steps': 40}, guided=True),
-    **{
-        f'whole picture and guide of {weight}, {steps} steps, k = 10': Row(
-            10, {**AUTO, 'n_steps': steps, 'guide_weight': weight}, guided=True
-        )
-        for weight, steps in ((0.1, 60), (0.1, 80), (0.2, 40), (0.2, 60))
-    },
-    'whole picture, ratio 3, 40 steps, k = 10': Row(10, STRONG),
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -142,12 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar='N',
         help='leave out the N groups that --n_groups=N draws: those that settings were chosen on',
     )
-    p.add_argument('--rows', nargs='+', choices=sorted(ROWS), metavar='NAME', help='(default: all)')
+    p.add_argument('--rows', nargs='+', choices=list(ROWS), metavar='NAME', help='(default: all)')
     _add_run(p)
     p.add_argument(
         '--cnn',
         metavar='YAML',
-        help='a network of this configuration of classification/configs (small.yaml), trained '
+        help='a network of this configuration of classification/configs (small128.yaml), trained '
         "on the others' photographs, reads the releases too; give it from the first row on",
     )
     p.add_argument(
@@ -169,7 +109,8 @@ def _add_run(p: argparse.ArgumentParser) -> None:
         '--run',
         type=Path,
         metavar='DIR',
-        help='measure this finished run of scripts/k-SALSA.py on phantoms instead',
+        help='measure this finished run of scripts/k-SALSA.py on phantoms, and those --rows that '
+        'are given, of its members, latents and groups',
     )
     p.add_argument(
         '--others',
@@ -196,10 +137,22 @@ def marked(name: str, folder: Path) -> str:
     return f'{name}_{sha256_bytes(str(folder.resolve()).encode())[:8]}'
 
 
-def finished_run(
-    folder: Path, cache: Path, device: torch.device
-) -> tuple[Photographs, list[Int[np.ndarray, ' _']], UInt8[np.ndarray, 'G 3 S S']]:
-    """Members, rows of each group, and pictures of a run of the main job."""
+class FinishedRun(NamedTuple):
+    """Members and their latents [n, L, D], rows of each group, and pictures [G, 3, S, S]."""
+
+    members: Photographs
+    ws: Float[torch.Tensor, 'n L D']
+    groups: list[Int[np.ndarray, ' _']]
+    pictures: UInt8[np.ndarray, 'G 3 S S']
+
+    @property
+    def k(self) -> int:
+        """Photographs in the smallest group."""
+        return min(map(len, self.groups))
+
+
+def finished_run(folder: Path, cache: Path, device: torch.device) -> FinishedRun:
+    """A run of the main job on phantoms; UserError when its groups are of another table."""
     options = json.loads((folder / 'private/options.json').read_text(encoding='utf-8'))['options']
     table = read_table(Path(options['df']), Path(options['data_path']), require_label=True)
     frame = pd.read_csv(folder / 'private/groups.csv', dtype={'id_code': str})
@@ -209,7 +162,9 @@ def finished_run(
     groups = [np.flatnonzero(frame.release_name == name) for name in names]
     mirrored = options.get('sides') == 'mirror'
     members = described(table, cache / marked('run', folder), device, mirror_left=mirrored)
-    return members, groups, pictures_of([folder / f'release/images/{n}.png' for n in names])
+    ws = torch.from_numpy(np.load(folder / 'private/latents.npy'))
+    pictures = pictures_of([folder / f'release/images/{n}.png' for n in names])
+    return FinishedRun(members, ws, groups, pictures)
 
 
 def latents(
@@ -221,7 +176,7 @@ def latents(
         frozen = FrozenPSP(psp.to(device))
         found = [
             invert(frozen, from_uint8(part).to(device), n_iters=opts.n_iters_per_batch).ws.cpu()
-            for part in torch.from_numpy(members.pictures).split(_BATCH)
+            for part in torch.from_numpy(members.pictures).split(BATCH)
         ]
         with atomic_path(path) as temp, open(temp, 'wb') as file:
             np.save(file, torch.cat(found).numpy())
@@ -254,53 +209,6 @@ def groups_of(
     return [found[i] for i in order[:n_groups]]
 
 
-def release(
-    row: Row,
-    groups: list[Int[np.ndarray, ' _']],
-    members: Photographs,
-    ws: Float[torch.Tensor, 'n L D'],
-    psp: PSP,
-    opts: argparse.Namespace,
-    device: torch.device,
-) -> UInt8[np.ndarray, 'G 3 S S']:
-    """The groups' pictures, uint8 [G, 3, S, S]."""
-    if row.independent:
-        return samples(len(groups), psp, opts.seed, device)
-    if row.settings is None:
-        return np.stack([np.rint(members.pictures[g].mean(0)).astype(np.uint8) for g in groups])
-    net = load_feature_network(MAKER)
-    guide = None
-    if row.guided:
-        guide = load_guide(WEIGHTS / 'guide.pt', n_features=net.n_features, digest=net.digest)
-    engine = GroupOptimizer(
-        psp,
-        net,
-        net,
-        config=OptimizeConfig(**row.settings),
-        device=device,
-        precision=opts.precision,
-        guide=guide,
-    )
-    pooled = torch.from_numpy(members.features[MAKER]['pooled'])
-    made = []
-    for start in range(0, len(groups), _BATCH):
-        batch = [
-            Group(ws[g], torch.from_numpy(members.pictures[g]), pooled[g])
-            for g in groups[start : start + _BATCH]
-        ]
-        made.append(to_uint8(engine.psp.pool(engine.run(batch).image)))
-    return torch.cat(made).numpy()
-
-
-@torch.no_grad()
-def samples(n: int, psp: PSP, seed: int, device: torch.device) -> UInt8[np.ndarray, 'n 3 S S']:
-    """n pictures of the generator that depend on nobody, uint8 [n, 3, S, S]."""
-    psp = psp.to(device)
-    draws = seed_latents(range(seed, seed + n), psp.decoder.style_dim).to(device)
-    made = [to_uint8(psp.pool(psp.decoder(z))).cpu() for z in draws.split(_BATCH)]
-    return torch.cat(made).numpy()
-
-
 def markdown(results: dict[str, dict]) -> str:
     """What all rows tell an attacker, and what they tell a grader."""
     leaks = _table(
@@ -327,7 +235,7 @@ def markdown(results: dict[str, dict]) -> str:
                 f'{r["high_frequencies"]["value"]:.2f}',
                 f'{r["vessels"]["length"]["value"]:.2f}' if 'vessels' in r else '-',
                 f'{1000 * r["frechet"]:.0f}' if 'frechet' in r else '-',
-                f'{r["seconds"]:.1f}',
+                f'{r["seconds"]:.1f}' if 'seconds' in r else '-',
             ]
             for name, r in results.items()
         ],
@@ -343,7 +251,7 @@ def markdown(results: dict[str, dict]) -> str:
         [
             [
                 name,
-                *('-' if r['lessons'][n] is None else f'{r["lessons"][n]:.3f}' for n in learners),
+                *('-' if r['lessons'][n] is None else _interval(r['lessons'][n]) for n in learners),
                 _interval(r['cnn']['correlation']) if 'cnn' in r else '-',
                 *(f'{r[n]["nearest"]:.2f}' for n in NETWORKS),
             ]
@@ -363,20 +271,18 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def write_sheet(
-    opts: argparse.Namespace,
-    results: dict[str, dict],
+    path: Path,
+    made: list[UInt8[np.ndarray, 'G 3 S S']],
     members: Photographs,
     groups: list[Int[np.ndarray, ' _']],
 ) -> None:
-    """Eight groups of k = 5: members, then every row's picture."""
-    rows = [name for name in results if ROWS[name].k == 5]
-    pictures = [np.load(opts.out_dir / f'{slug(name)}.npy') for name in rows]
+    """Eight groups: five members, then every row's picture."""
     cells = [
         torch.from_numpy(c)
         for i, g in enumerate(groups[:_SHEET_GROUPS])
-        for c in [*members.pictures[g[:5]], *(p[i] for p in pictures)]
+        for c in [*members.pictures[g[:5]], *(pictures[i] for pictures in made)]
     ]
-    save_png(grid(from_uint8(torch.stack(cells)), 5 + len(rows)), opts.out_dir / 'sheet.png')
+    save_png(grid(from_uint8(torch.stack(cells)), 5 + len(made)), path)
 
 
 def slug(name: str) -> str:
@@ -399,9 +305,12 @@ def main(argv: list[str] | None = None) -> int:
         cache = opts.out_dir / marked('others', opts.others)
         others = described(table, cache, device, mirror_left=opts.mirror_left)
     if opts.run is None:
+        finished = None
         members = photographs(opts, 'members', opts.seed + 101, psp.input_size, device)
     else:
-        members, groups, pictures = finished_run(opts.run, opts.out_dir, device)
+        finished = finished_run(opts.run, opts.out_dir, device)
+        members = finished.members
+    names = wanted_rows(opts, finished)
     appraiser = Appraiser(
         members,
         others,
@@ -410,37 +319,72 @@ def main(argv: list[str] | None = None) -> int:
         cnn=opts.cnn,
         checkpoint=opts.out_dir / 'cnn.pt',
     )
-    if opts.run is not None:
-        print(json.dumps(appraiser.measure(pictures, groups), indent=2))
-        return 0
-    compare(opts, appraiser, psp, device)
+    compare(names, opts, appraiser, finished, psp, device)
     return 0
 
 
-def compare(opts: argparse.Namespace, appraiser: Appraiser, psp: PSP, device: torch.device) -> None:
-    """Computes the rows that are missing, and writes tables and sheet."""
-    members = appraiser.members
-    ws, results, groups = latents(opts, members, psp, device), {}, {}
+def wanted_rows(opts: argparse.Namespace, finished: FinishedRun | None) -> list[str]:
+    """The names of the rows to make; UserError for rows that the groups of --run cannot have."""
+    if finished is None:
+        return opts.rows or list(ROWS)
+    for name in opts.rows or []:
+        if ROWS[name].k not in (1, finished.k):
+            raise UserError(
+                f'--rows {name!r} is of groups of {ROWS[name].k}, the groups of --run {opts.run} '
+                f'are of {finished.k}; leave it out'
+            )
+    return opts.rows or []
+
+
+def compare(
+    names: list[str],
+    opts: argparse.Namespace,
+    appraiser: Appraiser,
+    finished: FinishedRun | None,
+    psp: PSP,
+    device: torch.device,
+) -> None:
+    """Computes the rows that are missing, and writes tables and sheet of all that are kept."""
+    members, results, made = appraiser.members, {}, []
+    ws = latents(opts, members, psp, device) if finished is None else finished.ws
+    main_k = 5 if finished is None else finished.k
+
+    @functools.cache
+    def groups(k: int) -> list[Int[np.ndarray, ' _']]:
+        if finished is not None and k == finished.k:
+            return finished.groups
+        return groups_of(k, members, ws, opts.n_groups, opts.seed, device)[opts.skip_groups :]
+
+    if finished is not None:
+        found = {'k': finished.k, **appraiser.measure(finished.pictures, finished.groups)}
+        write_json(opts.out_dir / f'{marked("run", opts.run)}.json', found)
+        results[opts.run.name] = found
+        made.append(finished.pictures)
     for name, row in ROWS.items():
-        path = opts.out_dir / f'{slug(name)}.json'
-        if row.k not in groups:
-            groups[row.k] = groups_of(row.k, members, ws, opts.n_groups, opts.seed, device)[
-                opts.skip_groups :
-            ]
-        if (opts.rows is None or name in opts.rows) and not path.exists():
-            begin = time.process_time()
-            pictures = release(row, groups[row.k], members, ws, psp, opts, device)
-            seconds = (time.process_time() - begin) / len(groups[row.k])
+        path = row_file(opts, name)
+        if name in names and not path.exists():
+            parts, begin = groups(row.k), time.process_time()
+            engine = {'seed': opts.seed, 'device': device, 'precision': opts.precision}
+            pictures = release(row, parts, members, ws, psp, **engine)
+            seconds = (time.process_time() - begin) / len(parts)
             with atomic_path(path.with_suffix('.npy')) as temp, open(temp, 'wb') as file:
                 np.save(file, pictures)
-            found = appraiser.measure(pictures, groups[row.k])
+            found = appraiser.measure(pictures, parts)
             write_json(path, {'k': row.k, 'seconds': seconds, **found})
         if path.exists():
             results[name] = json.loads(path.read_text(encoding='utf-8'))
             log.info('\n%s', markdown({name: results[name]}))
+            if row.k == main_k:
+                made.append(np.load(path.with_suffix('.npy')))
     write_text(opts.out_dir / 'frontier.md', markdown(results))
-    write_sheet(opts, results, members, groups[5])
+    write_sheet(opts.out_dir / 'sheet.png', made, members, groups(main_k))
     print(f'{describe(device)}\n\n{markdown(results)}')
+
+
+def row_file(opts: argparse.Namespace, name: str) -> Path:
+    """Where a row is kept; that of a --run's groups by itself."""
+    kept = slug(name) if opts.run is None else marked(slug(name), opts.run)
+    return opts.out_dir / f'{kept}.json'
 
 
 if __name__ == '__main__':
