@@ -82,6 +82,12 @@ def disc_to_the_right(image: Image.Image) -> tuple[Image.Image, bool]:
     return (ImageOps.mirror(image) if turned else image), turned
 
 
+def shown_sides(pictures: UInt8[np.ndarray, 'n 3 S S']) -> list[str]:
+    """'left' or 'right' [n]: the eye that each picture looks like, by the place of its disc."""
+    images = (Image.fromarray(np.ascontiguousarray(p.transpose(1, 2, 0))) for p in pictures)
+    return ['left' if find_disc(image).x < 0 else 'right' for image in images]
+
+
 def as_right_eyes(
     pictures: UInt8[np.ndarray, 'n 3 S S'], eyes: Sequence[str] | None
 ) -> UInt8[np.ndarray, 'n 3 S S']:
@@ -91,10 +97,7 @@ def as_right_eyes(
     """
     turned = np.array(pictures)
     for i, picture in enumerate(pictures):
-        eye = eyes[i] if eyes else ''
-        if not eye:
-            image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
-            eye = 'left' if find_disc(image).x < 0 else 'right'
+        eye = (eyes[i] if eyes else '') or shown_sides(picture[None])[0]
         if eye == 'left':
             turned[i] = picture[..., ::-1]
     return turned

@@ -17,6 +17,8 @@ from datasets.phantoms import make_dataset
 from datasets.table import Table, joined, read_table
 from evaluation.population import Population, first_visits, people_of
 from evaluation.splits import MEMBER, split_by_patient
+from utils.errors import UserError
+from utils.io import sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,28 @@ def draw_attackers(folder: Path, phantoms: dict[str, Any], *, seed: int) -> Atta
         shutil.rmtree(folder, ignore_errors=True)  # what a killed process had begun
         make_dataset(folder, progression=PROGRESSION, **phantoms)
     return own_attackers(read_table(folder / 'labels.csv', require_label=True), seed=seed)
+
+
+def given_attackers(table: Path, image_dir: Path, *, seed: int) -> Attackers:
+    """The people of a graded table of photographs."""
+    return own_attackers(read_table(table, image_dir, require_label=True), seed=seed)
+
+
+def check_strangers(attackers: Attackers, population: Population) -> None:
+    """UserError when a photograph of the attackers' own shows somebody under attack."""
+    known = (population.members, population.others, population.again, population.others_again)
+    used = {sha256_file(path) for table in known if table is not None for path in table.paths}
+    shared = [
+        table.ids[i]
+        for table in attackers
+        for i, path in enumerate(table.paths)
+        if sha256_file(path) in used
+    ]
+    if shared:
+        raise UserError(
+            f'`attackers`: {len(set(shared))} of their photographs are of people under attack as '
+            f'well, such as {shared[0]}; give photographs of other people'
+        )
 
 
 def eyes_of(table: Table) -> list[str]:

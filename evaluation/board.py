@@ -58,6 +58,30 @@ _ATTACKERS = {
 }
 
 
+def attackers(rows: list[Row]) -> list[str]:
+    """How good the networks are that know eyes, a sentence for each; none where none was asked."""
+    found = {}
+    for row in rows:
+        for label, result in row.results.get('identity', {}).get('by_judge', {}).items():
+            if result.get('network'):
+                found[label] = _knowing(label, result['network'])
+    return list(found.values())
+
+
+def _knowing(label: str, figures: dict) -> str:
+    task = (
+        'the two eyes of a person from eyes of two people'
+        if figures.get('fellow')
+        else 'two photographs of an eye from photographs of two people'
+    )
+    return (
+        f'The network that knows eyes ({label}) tells {task} with an AUC of '
+        f'{interval(figures["auc"], ".4f")} and an equal error rate of '
+        f'{figures["equal_error_rate"]:.1%}, by {figures["n_member_people"]} people who taught it '
+        'nothing.'
+    )
+
+
 def sections(rows: list[Row], measures: list[Measure]) -> list[Section]:
     """What is said of every release that stands for groups; the k-SALSA releases first."""
     grouped = [row for row in rows if row.method.grouped]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jinja2
 from matplotlib.figure import Figure
 
-from evaluation.board import sections
+from evaluation.board import attackers, sections
 from evaluation.comparison import Row
 from evaluation.plots import plot_roc
 from evaluation.registry import Measure, interval
@@ -142,7 +142,12 @@ def write_report(
     text = {}
     for name in ('results.md', 'results.html'):
         text[name] = templates.get_template(name).render(
-            table=table, facts=facts, rows=rows, plots=plots, sections=sections(rows, measures)
+            table=table,
+            facts=facts,
+            rows=rows,
+            plots=plots,
+            attackers=attackers(rows),
+            sections=sections(rows, measures),
         )
         write_text(folder / name, text[name])
     return text['results.md']

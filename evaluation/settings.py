@@ -43,6 +43,12 @@ _PHANTOMS = _table_of(
     {'n_patients', 'size', 'visits', 'seed'},
     'whole numbers n_patients, size, visits and seed',
 )
+_GIVEN = _table_of(text, {'table', 'image_dir'}, 'table and image_dir')
+_ATTACKERS = Kind(
+    lambda v: v,
+    lambda v: _PHANTOMS.accepts(v) or _GIVEN.accepts(v),
+    f'{_PHANTOMS.wanted}; or {_GIVEN.wanted}',
+)
 # Flags of scripts/k-SALSA.py that may differ between releases of one evaluation.
 _FLAGS = {
     'clustering',
@@ -84,10 +90,11 @@ class Settings:
     """Entries of a configuration. Paths count from the project folder.
 
     phantoms: {n_patients, size, visits, seed} of photographs to draw, or table and image_dir of
-    given ones. attackers: the same four of the attackers' own people; None leaves them the
-    reference people. controls: whether the attackers make a release of their own people by every
-    method, on which every attack is a control, and which trained attacks learn from. members: share
-    of the people that the releases are made of, or split_column {members: value, others: value}.
+    given ones. attackers: the same four, or {table, image_dir}, of the attackers' own people; None
+    leaves them the reference people. controls: whether the attackers make a release of their own
+    people by every method, on which every attack is a control, and which trained attacks learn
+    from. members: share of the people that the releases are made of, or split_column {members:
+    value, others: value}.
     checkpoint to precision: of scripts/k-SALSA.py; sides as well, and photographs are shown to
     every measure as releases show them. k: group sizes; levers: {name: {flag of
     scripts/k-SALSA.py: value}}, further k-SALSA releases of the first k; methods without groups
@@ -109,7 +116,7 @@ class Settings:
     )
     name: str = option('', text, free=True)
     phantoms: dict | None = option(None, _PHANTOMS)
-    attackers: dict | None = option(None, _PHANTOMS)
+    attackers: dict | None = option(None, _ATTACKERS)
     levers: dict | None = option(None, _LEVERS, free=True)
     controls: bool = option(True, boolean, free=True)
     table: str | None = option(None, text)

@@ -19,7 +19,13 @@ from datasets.phantoms.dataset import make_dataset
 from datasets.pictures import load_pictures
 from datasets.sides import as_right_eyes
 from datasets.table import Table, read_table
-from evaluation.attackers import Attackers, attackers_among, draw_attackers
+from evaluation.attackers import (
+    Attackers,
+    attackers_among,
+    check_strangers,
+    draw_attackers,
+    given_attackers,
+)
 from evaluation.attacks.identity import grid_features
 from evaluation.attacks.metrics import MIN_PEOPLE
 from evaluation.attacks.projection import attack_features, least_reference
@@ -32,7 +38,7 @@ from evaluation.splits import split_table
 from utils.errors import UserError
 from utils.io import sha256_file, write_csv
 from utils.options import free
-from utils.runs import run_record, start_run
+from utils.runs import PROJECT_ROOT, run_record, start_run
 from utils.seeds import derive
 
 log = logging.getLogger(__name__)
@@ -131,9 +137,15 @@ class Study:
     @functools.cached_property
     def attackers(self) -> Attackers:
         """The attackers' own people, or the reference people where they have none."""
-        if self.settings.attackers is None:
+        own = self.settings.attackers
+        if own is None:
             return attackers_among(self.population)
-        return draw_attackers(self.folder / 'attackers', self.settings.attackers, seed=self.seed)
+        if 'table' not in own:
+            return draw_attackers(self.folder / 'attackers', own, seed=self.seed)
+        table, images = PROJECT_ROOT / own['table'], PROJECT_ROOT / own['image_dir']
+        found = given_attackers(table, images, seed=self.seed)
+        check_strangers(found, self.population)
+        return found
 
     @functools.cached_property
     def shadow(self) -> 'Study':

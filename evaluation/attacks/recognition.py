@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from datasets.sides import as_right_eyes, shown_sides
+from datasets.table import Table
 from evaluation.attackers import eyes_of, has_visits
 from evaluation.attacks.feature_pairs import FeaturePairs
 from evaluation.attacks.identity import IdentityHead, fit_identity, orientations, verification
@@ -36,7 +38,11 @@ Scores = Callable[[UInt8[np.ndarray, 'q 3 S S']], Float[np.ndarray, 'q C']]
 
 
 class Taught(NamedTuple):
-    """An identity head, and how well it verifies eyes that taught it nothing (None: no visits)."""
+    """An identity head, and how well it verifies eyes of people who taught it nothing.
+
+    figures: `verification`, and `fellow`: whether it is the two eyes of a person that are told, for
+    want of later photographs; None where nobody has two photographs.
+    """
 
     head: IdentityHead
     figures: dict | None
@@ -49,7 +55,7 @@ def taught(study: Study, judge: Judge) -> Taught:
         table = study.attackers.teachers
         pictures, eyes = study.photographs(table), eyes_of(table)
         if not has_visits(table):  # the fellow eye stands in for another photograph
-            seen = None if study.settings.sides == 'mirror' else table.eyes  # None: all look alike
+            seen = None if study.settings.sides == 'mirror' else shown_sides(pictures)
             pictures, eyes = orientations(pictures, people_of(table), seen)
         head = fit_identity(study.grids(judge, pictures), eyes)
         return Taught(head, _figures(study, judge, head))
@@ -58,22 +64,41 @@ def taught(study: Study, judge: Judge) -> Taught:
 
 
 def _figures(study: Study, judge: Judge, head: IdentityHead) -> dict | None:
-    """`verification` of a head by the others' eyes that were photographed several times."""
+    """`verification` of a head by those of the others who did not teach it."""
     population = study.population
+    own = study.settings.attackers is not None
+    strange = np.full(len(population.others), True) if own else population.nonmember
+    others = population.others.subset(np.flatnonzero(strange))
     if population.others_again is None:
-        return None
-    others, again = population.others, population.others_again
-    vectors = head(
-        np.concatenate([study.grids(judge, p) for p in (study.others, study.others_again)])
-    )
+        return _fellow_figures(study, judge, head, others, study.others[strange])
+    later = strange[population.others_again_of]
+    again = population.others_again.subset(np.flatnonzero(later))
+    pictures = study.others[strange], study.others_again[later]
+    vectors = head(np.concatenate([study.grids(judge, p) for p in pictures]))
     known = others.eyes is not None and again.eyes is not None
-    return verification(
+    found = verification(
         vectors,
         eyes_of(others) + eyes_of(again),
         people_of(others) + people_of(again),
         sides=[*(others.eyes or ()), *(again.eyes or ())] if known else None,
         seed=study.seed,
     )
+    return {**found, 'fellow': False}
+
+
+def _fellow_figures(
+    study: Study,
+    judge: Judge,
+    head: IdentityHead,
+    others: Table,
+    pictures: UInt8[np.ndarray, 'n 3 S S'],
+) -> dict | None:
+    """How well two eyes of a person, as right ones, are told from eyes of two people."""
+    people = people_of(others)
+    if len(set(people)) == len(people):
+        return None
+    vectors = head(study.grids(judge, as_right_eyes(pictures, None)))
+    return {**verification(vectors, people, people, seed=study.seed), 'fellow': True}
 
 
 def _cells(label: str, found: dict) -> Cells:

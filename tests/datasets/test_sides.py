@@ -9,7 +9,8 @@ from conftest import load_script
 from PIL import Image, ImageOps
 
 from datasets.phantoms import make_dataset
-from datasets.sides import disc_to_the_right, find_disc
+from datasets.pictures import load_pictures
+from datasets.sides import disc_to_the_right, find_disc, shown_sides
 
 
 @pytest.fixture(scope='module')
@@ -66,3 +67,11 @@ def test_command_mirrors_and_reports(phantoms: tuple[Path, pd.DataFrame], tmp_pa
     assert report.mirrored.tolist() == (table.eye == 'left').tolist()
     for file in (tmp_path / 'one').rglob('*.png'):
         assert find_disc(Image.open(file)).x > 0
+
+
+def test_eyes_as_they_look(phantoms: tuple[Path, pd.DataFrame]) -> None:
+    folder, table = phantoms
+    pictures = load_pictures([folder / f'images/{name}.png' for name in table.id_code], 96)
+    assert shown_sides(pictures) == list(table.eye)
+    turned = {'left': 'right', 'right': 'left'}
+    assert shown_sides(pictures[..., ::-1]) == [turned[eye] for eye in table.eye]

@@ -7,17 +7,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import ROOT, load_script
 from release_fixture import save_networks
 
 from classification.settings import load_config
+from datasets.phantoms import make_dataset
 from evaluation.attacks.nearest import pixel
+from evaluation.attacks.recognition import taught
 from evaluation.catalogue import MEASURES, METHODS
+from evaluation.judges import Judge
+from evaluation.population import people_of
 from evaluation.registry import Candidate
 from evaluation.releases import read_release
 from evaluation.settings import read_settings
 from evaluation.study import open_study
+from models.features.pretrained import load_feature_network
 from utils.errors import UserError
 
 evaluate = load_script('evaluate')
@@ -314,9 +320,36 @@ def test_attackers_who_make_a_release_of_their_own(config, finished, tmp_path):
     assert set(rows) == {'real', 'pixel_average_k2', 'k_salsa_k2', 'k_salsa_k2_start'}
     page = (finished / 'results.html').read_text()
     assert page.count('<h3>k_salsa_k2_start: k-SALSA</h3>') == 2  # answers and examples
+    assert 'How good are the attackers?' in page and 'people who taught it nothing' in page
     known = rows['pixel_average_k2']['attacks']['identity']
     assert known['network']['auc']['value'] > 0.8
     assert known['own_group']['rank_1'] > 2 * known['own_group']['chance_rank_1']
     assert known['again']['own_group']['n_probes'] > 0
     assert set(known['linked']) == {'members', 'control', 'excess'}
     assert known['singled_out']['value'] > 2 * known['singled_out']['chance']
+
+
+def test_attackers_with_photographs_of_their_own(config, tmp_path):
+    """Without visits the fellow eye teaches, and the two eyes of a person say how well."""
+    own = {'table': str(tmp_path / 'own/labels.csv'), 'image_dir': str(tmp_path / 'own/images')}
+    make_dataset(tmp_path / 'own', n_patients=24, size=64, visits=1, seed=9)
+    drawn = {'n_patients': 40, 'size': 64, 'visits': 1, 'seed': 1}
+    settings = read_settings(change(config, tmp_path, phantoms=drawn, attackers=own))
+    study = open_study(settings, tmp_path / 'out', device=torch.device('cpu'), seed=0)
+    figures = taught(study, Judge(load_feature_network('lite0'), maker=False)).figures
+    others = set(people_of(study.population.others))
+    assert figures['fellow'] and figures['n_member_people'] == len(others)
+    assert len(study.attackers.teachers) == 24 and len(study.attackers.released) == 24
+    assert not set(study.attackers.teachers.patients) & set(study.attackers.released.patients)
+
+
+def test_attackers_must_be_other_people(config, tmp_path):
+    drawn = {'n_patients': 40, 'size': 64, 'visits': 1, 'seed': 1}
+    folder = tmp_path / 'out/phantoms'
+    own = {'table': str(folder / 'labels.csv'), 'image_dir': str(folder / 'images')}
+    settings = read_settings(change(config, tmp_path, phantoms=drawn, attackers=own))
+    study = open_study(settings, tmp_path / 'out', device=torch.device('cpu'), seed=0)
+    with pytest.raises(
+        UserError, match='`attackers`: 80 of their photographs are of people under attack'
+    ):
+        _ = study.attackers
