@@ -29,6 +29,7 @@ from torch import Tensor
 from criteria.laplacian import N_BANDS, band_variances, fine_deviations
 from datasets.pictures import Pictures
 from models.encoders import LightPooledEncoder
+from models.encoders.pooled_encoder import read_at
 from models.features.guide import load_guide
 from models.features.pretrained import load_feature_network
 from models.psp import PSP
@@ -91,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         variances, deviations = measured(first)
         pooled = torch.cat([features.pooled(p) for p in first.split(64)])
         if not opts.checkpoint_path:
-            prepare_encoder(psp.encoder, pooled, opts.first_spread)
+            read = torch.cat([features.pooled(read_at(p)) for p in first.split(64)])
+            prepare_encoder(psp.encoder, read, opts.first_spread)
         options['losses']['bands'] = BandTerm(opts.band_lambdas, variances), 1.0
         game = build(GameConfig, vars(opts))
         centre: Tensor | float = 0.0

@@ -2,6 +2,7 @@
 
 What a small encoder learns last is what is small: lesions, which hardly move any pixel. A frozen
 network that was trained on ImageNet sees them; one linear layer brings its features to the latent.
+It reads larger photographs at 128 px, so that a grown encoder reads what it learnt to read.
 Shapes: N images, L styles, D style dimension, S input side, F pooled features.
 """
 
@@ -14,9 +15,16 @@ from torch import Tensor, nn
 
 from models.encoders.restyle_e4e_encoders import LightProgressiveEncoder
 from models.features.pretrained import FeatureNetwork, load_feature_network
+from utils.images import shrink
 
 NETWORK = 'lite0'
 _LEAST = 1e-4  # deviation of a feature
+READ_AT = 128  # px, at most
+
+
+def read_at(x: Float[Tensor, 'N 3 S S']) -> Float[Tensor, 'N 3 s s']:
+    """Photographs [N, 3, S, S] at the size at which their features are read, s <= 128."""
+    return shrink(x, min(x.shape[-1], READ_AT))
 
 
 class LightPooledEncoder(LightProgressiveEncoder):
@@ -33,7 +41,7 @@ class LightPooledEncoder(LightProgressiveEncoder):
         super().__init__(input_size=input_size, style_dim=style_dim, **options)
         with torch.device('cpu'):  # also where the encoder itself is built without memory
             network = load_feature_network(NETWORK)
-        network.check_side(input_size)
+        network.check_side(min(input_size, READ_AT))
         self._network: list[FeatureNetwork] = [network]  # a list: no part of the module
         self.register_buffer('feature_mean', torch.zeros(network.n_features))
         self.register_buffer('feature_std', torch.ones(network.n_features))
@@ -58,6 +66,6 @@ class LightPooledEncoder(LightProgressiveEncoder):
     def forward(self, x: Float[Tensor, 'N C S S']) -> Float[Tensor, 'N L D']:
         """x [N, 6, S, S], photographs and reconstructions -> latent offsets [N, L, D]."""
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            pooled = self._network[0].pooled(x[:, :3].float())
+            pooled = self._network[0].pooled(read_at(x[:, :3].float()))
         features = (pooled - self.feature_mean) / self.feature_std
         return super().forward(x) + self.reading(features.to(x.dtype))[:, None]
