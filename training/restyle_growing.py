@@ -4,7 +4,6 @@ Shapes: S input side and picture side of the smaller one, L its styles, D style 
 """
 
 import torch
-from torch import nn
 
 from models.encoders import build_encoder
 from models.encoders.light_encoder import LightEncoder
@@ -46,6 +45,7 @@ def grow_psp(psp: PSP, *, channels: int, source: str) -> PSP:
         style_dim=decoder.style_dim,
         width=encoder.stem.out_channels,
     )
+    assert isinstance(new, LightEncoder)
     _grow_encoder(encoder, new)
     extra = large.n_latent - decoder.n_latent
     average = torch.cat([psp.latent_avg, psp.latent_avg[-1:].expand(extra, -1)])
@@ -53,7 +53,7 @@ def grow_psp(psp: PSP, *, channels: int, source: str) -> PSP:
 
 
 @torch.no_grad()
-def _grow_encoder(small: LightEncoder, large: nn.Module) -> None:
+def _grow_encoder(small: LightEncoder, large: LightEncoder) -> None:
     """Takes the weights over; new styles are told what the last one is told."""
     state = small.state_dict()
     weight, side = state['stem.weight'], small.patch  # [K, C side^2, 3, 3], a channel per pixel
