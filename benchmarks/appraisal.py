@@ -204,7 +204,7 @@ class Appraiser:
         rng = numpy_generator(self.seed, 'lessons')
         people = self.others.people[self.known]
         weights = np.concatenate(list(draw_weights(people, len(test), _LESSONS, rng)))
-        found = []
+        found: list[float] = []
         drawn = [np.arange(n), *rng.integers(n, size=(_LESSONS, n))]
         for rows, weight in zip(drawn, [np.ones(len(test)), *weights]):
             try:
