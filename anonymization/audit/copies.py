@@ -3,12 +3,12 @@
 Pictures are compared as two maps of 32 x 32: tone (ranks of grey levels, which no tone curve
 changes) and detail (the same after taking the local mean away). Each release picture is tried in
 328 views: the eight mirrored and quarter-turned ones, each shifted, turned, cropped or padded; 200
-views at half the size choose the sources that are compared in all of them. Of more than 10,000
-photographs, 10,000 evenly spread ones and those of the picture's own group are looked through, so
-that the time grows with the number of pictures alone. A copy explains the picture far better than
-any other person's photograph does; an average lies about equally far from several people. What is
-blended, painted over, or made in another way slips through: that every picture is the one which
-the optimisation made is shown by its digest, not here.
+views at half the size choose the sources that are compared in all of them; of more than 2,000
+photographs, those 2,000 whose rings (`rings.py`) are nearest the picture's, and those of its own
+group in any case, so that the time grows with the number of pictures. A copy explains the picture
+far better than any other person's photograph does; an average lies about equally far from several
+people. What is blended, painted over, or made in another way slips through: that every picture is
+the one which the optimisation made is shown by its digest, not here.
 
 Shapes: n sources, V views, S = 32 the side of a map, F = 2 maps.
 """
@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 from matplotlib.axes import Axes
 from scipy.sparse import csr_matrix
 
 from anonymization.audit.checks import Audit, Check, Findings
-from anonymization.audit.maps import SIDE, Features
+from anonymization.audit.maps import SIDE, Features, bilinear
 from anonymization.audit.records import Run
+from anonymization.audit.rings import Rings
 from utils.logs import progress
 
 COPIES = 'no release picture looks like a copy of a photograph'
@@ -34,8 +35,9 @@ LEFT_OVER = 0.12  # a copy leaves at most this share of the variance unexplained
 RATIO = 0.45  # and at most this part of what the nearest other person leaves
 _CANDIDATES = 24  # sources per map that are compared at full side
 _YARDSTICK = 300  # sources that are compared with the other people's
-_SEARCHED = 10_000  # sources that every picture is compared with, at most
-_BLOCK = 2048  # of them at a time
+_COMPARED = 2000  # sources per map, by their rings the nearest, that are compared at half the side
+_BLOCK = 2048
+_MAPS = 2
 
 
 class _Views(NamedTuple):
@@ -65,7 +67,7 @@ def _views(side: int) -> _Views:
         turn = np.deg2rad(angle + 90 * quarter)
         u = (np.cos(turn) * x - np.sin(turn) * y) / size + dx / SIDE
         v = (np.sin(turn) * x + np.cos(turn) * y) / size + dy / SIDE
-        weights, mask = _bilinear(-u if mirrored else u, v, side)
+        weights, mask = bilinear(-u if mirrored else u, v, side)
         maps.append(weights)
         masks.append(mask)
     rows, columns, values = (
@@ -76,23 +78,6 @@ def _views(side: int) -> _Views:
         (values, (rows, columns)), shape=(len(maps) * side * side, side * side), dtype=np.float32
     )
     return _Views(matrix, np.stack(masks).astype(np.float32))
-
-
-def _bilinear(
-    u: Float[np.ndarray, '*s'], v: Float[np.ndarray, '*s'], side: int
-) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    """(rows, columns, weights) that read a map at u, v in [-0.5, 0.5], and where it is there."""
-    px, py = (u + 0.5) * side - 0.5, (v + 0.5) * side - 0.5
-    inside = (np.abs(u) <= 0.5) & (np.abs(v) <= 0.5)
-    px, py = np.clip(px, 0, side - 1), np.clip(py, 0, side - 1)
-    x0, y0 = (np.minimum(np.floor(p).astype(int), side - 2) for p in (px, py))
-    fx, fy = px - x0, py - y0
-    rows = np.tile(np.arange(len(u)), 4)
-    columns = np.concatenate([(y0 + j) * side + x0 + i for j in (0, 1) for i in (0, 1)])
-    weights = np.concatenate(
-        [(fy if j else 1 - fy) * (fx if i else 1 - fx) for j in (0, 1) for i in (0, 1)]
-    )
-    return (rows, columns, weights), inside
 
 
 class _Pool:
@@ -107,43 +92,37 @@ class _Pool:
         self.sums, squares = maps @ masks.T, (maps**2) @ masks.T
         self.spread = squares - self.sums**2 / self.count  # [n, V]
 
-    def left_over(self, query: Float32[np.ndarray, ' P']) -> Float[np.ndarray, ' n']:
-        """Share of variance [n] that each source leaves unexplained in its best view, in [0, 1].
+    def left_over(
+        self, query: Float32[np.ndarray, ' P'], rows: Int[np.ndarray, ' r']
+    ) -> Float[np.ndarray, ' r']:
+        """Share of variance [r] that the sources `rows` leave unexplained in their best view.
 
-        query: map [S * S]. A negative explains as much as the picture.
+        query: map [S * S]. In [0, 1]; a negative explains as much as the picture.
         """
         masks = self.views.masks
         views = (self.views.matrix @ query).reshape(masks.shape) * masks
         means = views.sum(1) / self.count
         spread = (views**2).sum(1) - means**2 * self.count  # [V]
-        found = []
-        for start in range(0, len(self.maps), _BLOCK):
-            part = slice(start, start + _BLOCK)
-            cross = self.maps[part] @ views.T - self.sums[part] * means  # [n, V]
-            both = np.maximum(self.spread[part] * spread, 1e-9)
-            found.append(np.clip(1 - (cross**2 / both).max(1), 0, 1))
-        return np.concatenate(found)
+        cross = self.maps[rows] @ views.T - self.sums[rows] * means  # [r, V]
+        both = np.maximum(self.spread[rows] * spread, 1e-9)
+        return np.clip(1 - (cross**2 / both).max(1), 0, 1)
 
 
 class Detector:
     """Compares pictures with the photographs behind a release.
 
-    sources: features of the photographs [n, F, S, S]; people: person of each [n]; searched: how
-    many of them every picture is compared with, at most.
+    sources: features [F, S, S] of each photograph; people: person of each; compared: how many of
+    them, by their rings the nearest, are compared with a picture in all views, at most.
     """
 
     def __init__(
-        self,
-        sources: Float[np.ndarray, 'n F S S'],
-        people: Sequence[int],
-        *,
-        searched: int = _SEARCHED,
+        self, sources: Sequence[Features], people: Sequence[int], *, compared: int = _COMPARED
     ) -> None:
-        self.people, self.sources, n = np.asarray(people), sources, len(sources)
-        self.searched = np.linspace(0, n - 1, min(n, searched)).astype(int)
-        self.coarse = [
-            _Pool(_shrink(sources[self.searched, m].astype(np.float32)))
-            for m in range(sources.shape[1])
+        self.people, self.sources, self.compared = np.asarray(people), sources, compared
+        self.coarse = [_Pool(_shrink([maps[m] for maps in sources])) for m in range(_MAPS)]
+        self.rings = [
+            Rings([maps[m] for maps in sources]) if len(sources) > compared else None
+            for m in range(_MAPS)
         ]
 
     def compare(
@@ -152,17 +131,15 @@ class Detector:
         """What the nearest source and the nearest other person leave unexplained, and the source.
 
         Of the map (tone or detail) in which the nearest stands out most. other_than: a person
-        who is left out. members: sources that are looked at even where they are not searched.
+        who is left out. members: sources that are looked at in any case.
         """
-        allowed = np.flatnonzero(self.people[self.searched] != other_than)
-        extra = np.setdiff1d(np.asarray(members, int), self.searched)
-        best: tuple[float, float, int] = (1.0, 1.0, int(self.searched[allowed[0]]))
-        for m, (plane, coarse) in enumerate(zip(picture.astype(np.float32), self.coarse)):
-            rough = coarse.left_over(_shrink(np.asarray(plane)[None])[0])[allowed]
-            nearest = allowed[np.argsort(rough, kind='stable')[:_CANDIDATES]]
-            rows = np.concatenate([self.searched[nearest], extra])
-            fine = _Pool(self.sources[rows, m].reshape(len(rows), -1).astype(np.float32))
-            left = fine.left_over(plane.ravel())
+        allowed = np.flatnonzero(self.people != other_than)
+        best: tuple[float, float, int] = (1.0, 1.0, int(allowed[0]))
+        for m, plane in enumerate(picture.astype(np.float32)):
+            nearest = self._nearest(m, plane, allowed)
+            rows = np.concatenate([nearest, np.setdiff1d(np.asarray(members, int), nearest)])
+            fine = _Pool(_stacked([self.sources[row][m] for row in rows]))
+            left = fine.left_over(plane.ravel(), np.arange(len(rows)))
             first = int(left.argmin())
             others = left[self.people[rows] != self.people[rows[first]]]
             found = float(left[first]), float(others.min(initial=1.0)), int(rows[first])
@@ -170,12 +147,30 @@ class Detector:
                 best = found
         return best
 
+    def _nearest(
+        self, m: int, plane: Float32[np.ndarray, 'S S'], allowed: Int[np.ndarray, ' a']
+    ) -> Int[np.ndarray, ' c']:
+        """Those of the sources `allowed` that are compared at full side, by map m."""
+        rings = self.rings[m]
+        if rings is not None and len(allowed) > self.compared:
+            apart = rings.distances(plane.ravel())[allowed]
+            allowed = allowed[np.sort(np.argpartition(apart, self.compared)[: self.compared])]
+        rough = self.coarse[m].left_over(_shrink([plane])[0], allowed)
+        return allowed[np.argsort(rough, kind='stable')[:_CANDIDATES]]
 
-def _shrink(maps: Float[np.ndarray, 'n S S']) -> Float[np.ndarray, 'n P']:
-    """[n, S, S] -> [n, 16 * 16], means of 2 x 2."""
-    n = len(maps)
-    blocks = maps.reshape(n, COARSE, SIDE // COARSE, COARSE, SIDE // COARSE)
-    return np.ascontiguousarray(blocks.mean((2, 4)).reshape(n, -1))
+
+def _stacked(maps: Sequence[Float[np.ndarray, 'S S']]) -> Float32[np.ndarray, 'n P']:
+    return np.stack(maps).reshape(len(maps), -1).astype(np.float32)
+
+
+def _shrink(maps: Sequence[Float[np.ndarray, 'S S']]) -> Float32[np.ndarray, 'n P']:
+    """n maps [S, S] -> [n, 16 * 16], means of 2 x 2."""
+    step = SIDE // COARSE
+    blocks = (
+        _stacked(maps[i : i + _BLOCK]).reshape(-1, COARSE, step, COARSE, step)
+        for i in range(0, len(maps), _BLOCK)
+    )
+    return np.concatenate([b.mean((2, 4)).reshape(len(b), -1) for b in blocks])
 
 
 def is_copy(left: float, other: float) -> bool:
@@ -186,8 +181,9 @@ def is_copy(left: float, other: float) -> bool:
 def check_copies(pictures: Sequence[tuple[str, Features | None]], run: Run, audit: Audit) -> Check:
     """The check, and distances for the report in `audit`. pictures: (name, features)."""
     found = Findings(COPIES)
-    detector = Detector(np.stack([look.features for look in run.looks]), run.people)
-    members = {name: run.members[number] for number, name in run.names.items()}
+    detector = Detector([look.features for look in run.looks], run.people)
+    groups = run.members
+    members = {name: groups[number] for number, name in run.names.items()}
     rows = np.linspace(0, len(run.people) - 1, min(_YARDSTICK, len(run.people))).astype(int)
     seen = [(name, maps) for name, maps in pictures if maps is not None]
     yardstick = [detector.compare(run.looks[i].features, other_than=run.people[i])[0] for i in rows]
@@ -210,12 +206,6 @@ def check_copies(pictures: Sequence[tuple[str, Features | None]], run: Run, audi
         f'the nearest photograph leaves {min(distances):.0%} to {max(distances):.0%} of a '
         f"picture's variance unexplained, median {np.median(distances):.0%}; between two "
         f"people's photographs the median is {np.median(yardstick):.0%}"
-        + (
-            ''
-            if len(detector.searched) == len(run.people)
-            else f'; compared with {len(detector.searched)} of {len(run.people)} photographs and '
-            'those of the own group'
-        )
     )
 
 

@@ -1,7 +1,7 @@
 """Two small maps of a picture, in which copies are looked for: tone and detail."""
 
 import numpy as np
-from jaxtyping import Num, UInt8
+from jaxtyping import Float, Num, UInt8
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import rankdata
@@ -23,3 +23,20 @@ def features(pixels: UInt8[np.ndarray, 'H W 3']) -> Features:
 def _ranks(values: Num[np.ndarray, '*s'], step: float) -> Num[np.ndarray, '*s']:
     ranks = rankdata(np.round(values / step)).reshape(values.shape)
     return ranks / values.size - 0.5
+
+
+def bilinear(
+    u: Float[np.ndarray, '*s'], v: Float[np.ndarray, '*s'], side: int
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """(rows, columns, weights) that read a map at u, v in [-0.5, 0.5], and where it is there."""
+    px, py = (u + 0.5) * side - 0.5, (v + 0.5) * side - 0.5
+    inside = (np.abs(u) <= 0.5) & (np.abs(v) <= 0.5)
+    px, py = np.clip(px, 0, side - 1), np.clip(py, 0, side - 1)
+    x0, y0 = (np.minimum(np.floor(p).astype(int), side - 2) for p in (px, py))
+    fx, fy = px - x0, py - y0
+    rows = np.tile(np.arange(len(u)), 4)
+    columns = np.concatenate([(y0 + j) * side + x0 + i for j in (0, 1) for i in (0, 1)])
+    weights = np.concatenate(
+        [(fy if j else 1 - fy) * (fx if i else 1 - fx) for j in (0, 1) for i in (0, 1)]
+    )
+    return (rows, columns, weights), inside

@@ -1,12 +1,13 @@
 """Pictures synthesised anew from the recorded latents of the groups."""
 
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 
 from anonymization.audit.checks import Check, Findings
 from anonymization.audit.files import MAX_PICTURE, Fault, read_regular
@@ -25,7 +26,9 @@ ONE_PERSON = 'no group latent is the latent of one person'
 # Largest and mean difference in grey levels of 255 between machines, by precision.
 TOLERANCE = {'fp32': (2, 0.1), 'tf32': (16, 1.0), 'bf16': (32, 3.0)}
 _NEAR = 0.05  # of the members' own spread
-_DIRECTIONS, _BLOCK = 64, 128
+_AXES, _SAMPLE = 64, 256  # main axes, and the latents that they are found from
+_SLACK = 1.001  # for rounding
+_BLOCK = 128
 
 
 def read_latents(run: Run) -> Float32[np.ndarray, 'C L D']:
@@ -44,17 +47,25 @@ def _load(path: Path) -> np.ndarray:
     try:
         if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would be waited for
             raise ValueError('not a regular file')
-        return np.load(path, mmap_mode='r', allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        values = np.load(path, mmap_mode='r', allow_pickle=False)
+        if not all(np.isfinite(part).all() for part in _parts(values)):
+            raise ValueError('values that are no finite numbers')
+        return values
+    except (OSError, ValueError, TypeError, EOFError, SyntaxError) as error:
         raise UserError(
             f'{path} is missing or damaged; the pictures cannot be derived again without it'
         ) from error
 
 
+def _parts(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Some rows at a time, so that a memory-mapped file is not held as a whole."""
+    return (values[i : i + _BLOCK] for i in range(0, len(values), _BLOCK))
+
+
 def check_one_person(run: Run, latents: Float32[np.ndarray, 'C L D']) -> Check:
     """No group latent lies at the latent of one person, or at the mean over his photographs.
 
-    Measured against how far the members of the group lie from their mean.
+    At: nearer than a twentieth of how far the members of the group lie from their mean.
     """
     found = Findings(ONE_PERSON)
     path = run.private / 'latents.npy'
@@ -66,34 +77,50 @@ def check_one_person(run: Run, latents: Float32[np.ndarray, 'C L D']) -> Check:
     for row, person in enumerate(run.people):
         people.setdefault(person, []).append(row)
     candidates = [[row] for row in range(len(own))] + [r for r in people.values() if len(r) > 1]
-    nearest = _nearest(np.asarray(latents).reshape(len(latents), -1), flat, candidates)
-    for number, rows in run.members.items():
-        group = np.asarray(latents[number - 1], np.float64).ravel()
-        members = np.asarray(flat[rows], np.float64)
-        spread = np.median(np.linalg.norm(members - members.mean(0), axis=1))
-        one = np.asarray(flat[candidates[nearest[number - 1]]], np.float64).mean(0)
-        if np.linalg.norm(group - one) < _NEAR * spread:
+    members = run.members
+    reach = np.array([_NEAR * _spread(flat[rows]) for rows in members.values()])
+    near = _nearer(np.asarray(latents).reshape(len(latents), -1), reach, flat, candidates)
+    for number in members:
+        if near[number - 1]:
             found.add(f'group {number} has the latent of one person')
     return found.check(f'{len(latents)} latents of groups, {len(people)} people')
 
 
-def _nearest(
-    groups: Float[np.ndarray, 'C P'], own: Float[np.ndarray, 'n P'], candidates: list[list[int]]
-) -> Int[np.ndarray, ' C']:
-    """Which candidate, a mean over rows of `own`, lies nearest each group [C].
+def _spread(members: Float32[np.ndarray, 'm P']) -> float:
+    """Median distance from their mean."""
+    exact = np.asarray(members, np.float64)
+    return float(np.median(np.linalg.norm(exact - exact.mean(0), axis=1)))
 
-    Found in 64 random directions, in which what is equal stays equal.
+
+def _nearer(
+    groups: Float[np.ndarray, 'C P'],
+    reach: Float[np.ndarray, ' C'],
+    own: Float[np.ndarray, 'n P'],
+    candidates: list[list[int]],
+) -> Bool[np.ndarray, ' C']:
+    """Whether a candidate, a mean over rows of `own`, lies nearer each group than its reach.
+
+    What is that near is so in any projection, too. So those are looked for that can be, along the
+    first main axis and then on 64 of them; their own distances decide.
     """
-    directions = np.random.default_rng(0).standard_normal((own.shape[1], _DIRECTIONS))
-    seen = np.concatenate([own[i : i + _BLOCK] @ directions for i in range(0, len(own), _BLOCK)])
+    sample = np.asarray(own[np.linspace(0, len(own) - 1, _SAMPLE).astype(int)], np.float64)
+    axes = np.linalg.svd(sample - sample.mean(0), full_matrices=False)[2][:_AXES].T
+    seen = np.concatenate([(part - sample.mean(0)) @ axes for part in _parts(own)])
     means = np.stack([seen[rows].mean(0) for rows in candidates])
-    squares = (means**2).sum(1)
-    return np.concatenate(
-        [
-            (squares - 2 * (groups[i : i + _BLOCK] @ directions) @ means.T).argmin(1)
-            for i in range(0, len(groups), _BLOCK)
-        ]
-    )
+    order = means[:, 0].argsort()
+    means = means[order]
+    squares, centres = (means**2).sum(1), (groups - sample.mean(0)) @ axes
+    found, wide = np.zeros(len(groups), bool), reach * _SLACK
+    for block in np.array_split(centres[:, 0].argsort(), -(-len(groups) // _BLOCK)):
+        ends = (centres[block, 0] - wide[block]).min(), (centres[block, 0] + wide[block]).max()
+        part = slice(*means[:, 0].searchsorted(ends))
+        apart = squares[part] - 2 * centres[block] @ means[part].T
+        apart += (centres[block] ** 2).sum(1, keepdims=True)
+        for i, j in np.argwhere(apart < wide[block, None] ** 2):
+            rows, number = candidates[order[part.start + j]], block[i]
+            one = np.asarray(own[rows], np.float64).mean(0)
+            found[number] |= np.linalg.norm(groups[number] - one) < reach[number]
+    return found
 
 
 def check_recomputed(

@@ -231,7 +231,9 @@ def test_checksums_of_private_records(spoiled, name):
         'latents.npy',
     ],
 )
-@pytest.mark.parametrize('damage', ['missing', 'empty', 'list', 'deep', 'cut', 'pipe', 'folder'])
+@pytest.mark.parametrize(
+    'damage', ['missing', 'empty', 'list', 'deep', 'cut', 'pipe', 'folder', 'no numbers']
+)
 def test_damaged_private_record(spoiled, name, damage):
     path = spoiled.private / name
     data = path.read_bytes()
@@ -242,9 +244,13 @@ def test_damaged_private_record(spoiled, name, damage):
         os.mkfifo(path)
     elif damage != 'missing':
         path.write_bytes(
-            {'empty': b'', 'list': b'[]', 'deep': b'[' * 100_000, 'cut': data[: len(data) // 2]}[
-                damage
-            ]
+            {
+                'empty': b'',
+                'list': b'[]',
+                'deep': b'[' * 100_000,
+                'cut': data[: len(data) // 2],
+                'no numbers': data[:-4] + b'\0\0\xc0\x7f',  # ends with a float32 that is none
+            }[damage]
         )
     with pytest.raises(UserError, match=name.replace('.', r'\.')):
         audited(spoiled)
