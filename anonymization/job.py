@@ -20,7 +20,7 @@ from anonymization.release import MANIFEST, check_outside_release
 from anonymization.settings import Settings
 from anonymization.workers import one_thread
 from datasets.groups import Groups
-from datasets.table import Table
+from datasets.table import Table, without_patients
 from utils import distributed, options
 from utils.errors import UserError
 from utils.runs import run_record, start_run, versions
@@ -178,10 +178,7 @@ def _check_table(table: Table, settings: Settings, card: Card | None) -> None:
     if settings.grade_penalty and table.labels is None:
         raise UserError('`grade_penalty` needs a grade column in the table')
     if not table.patients:
-        log.warning(
-            'the table has no patient column: images are counted, not people; two photographs '
-            'of one person may stand for two'
-        )
+        log.warning(without_patients(table))
     if card:
         check_names(card, table.ids, table.patients)
 

@@ -5,6 +5,7 @@ level) and this project's phantoms.
 """
 
 import dataclasses
+import difflib
 import json
 import logging
 import re
@@ -26,6 +27,17 @@ log = logging.getLogger(__name__)
 ID_COLUMNS = ('id_code', 'image', 'image_id', 'id', 'filename', 'name')
 LABEL_COLUMNS = ('diagnosis', 'level', 'label', 'grade')
 PATIENT_COLUMNS = ('patient_id', 'patient', 'subject_id', 'subject')
+# What other columns of patients are called, without spaces, marks and capital letters.
+_PATIENT_WORDS = (
+    'patient',
+    'subject',
+    'person',
+    'patientid',
+    'subjectid',
+    'participant',
+    'patid',
+    'mrn',
+)
 MAX_GRADE = 4
 REFERABLE_FROM = 2  # referable diabetic retinopathy: moderate (grade 2) and worse
 _NUMBER = re.compile(r'0*(\d+)(?:\.0+)?')
@@ -56,6 +68,11 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def unit(self) -> str:
+        """What is counted: people, or photographs where the table names no patients."""
+        return 'people' if self.patients else 'photographs'
 
     @property
     def grades(self) -> Int[np.ndarray, ' n']:
@@ -159,6 +176,27 @@ def read_table(
         table = dataclasses.replace(table, paths=_find_files(table.ids, csv, image_dir))
     folder = None if image_dir is None else Path(image_dir)
     return dataclasses.replace(table, origin=Origin(csv, folder, split, n_images))
+
+
+def without_patients(table: Table) -> str:
+    """What it means that a table names no patients, and how to name them, in one sentence."""
+    csv = table.origin.csv if table.origin else None
+    alike = [] if csv is None else [c for c in _read_csv(csv).columns if _names_patients(c)]
+    return (
+        f'{csv or "The table"} has no column {PATIENT_COLUMNS[0]}: every photograph is taken for '
+        'another person, so photographs are counted, not people, and those of one person may stand '
+        'for several; '
+        + (f'if {" or ".join(alike)} holds the patients, rename it' if alike else 'add it')
+        + f' ({", ".join(PATIENT_COLUMNS)} are known)'
+    )
+
+
+def _names_patients(column: str) -> bool:
+    """Whether a column that is not known looks as if it held patients."""
+    name = re.sub('[^a-z]', '', column.casefold())
+    return bool(difflib.get_close_matches(name, _PATIENT_WORDS, 1, cutoff=0.8)) or any(
+        word in name for word in _PATIENT_WORDS[:3]
+    )
 
 
 def _read_csv(csv: Path) -> pd.DataFrame:

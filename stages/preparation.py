@@ -11,7 +11,7 @@ import pandas as pd
 
 from datasets.people import merge_identical
 from datasets.pictures import load_pictures
-from datasets.table import Table, read_table
+from datasets.table import Table, read_table, without_patients
 from evaluation.population import people_of
 from evaluation.splits import MEMBER, split_by_patient
 from stages.figures import sheet
@@ -27,6 +27,7 @@ RELEASED, HELD_OUT = 'release', 'held_out'  # values of the column `split`
 LABELS = 'labels.csv'
 MIN_HELD_OUT = 8  # people: 4 non-members and 4 whom an attacker knows
 _LEAST_GROUPS = 10
+_MORE = 'more photographs, or a smaller `k`'
 _LEAST_KEPT = 0.9
 _READERS = 4
 _SHOWN = 24
@@ -73,19 +74,25 @@ def check_photographs(request: Request, table: Table) -> Callable:
         outside = set(people) - inside
         if len(outside) < MIN_HELD_OUT:
             raise UserError(
-                f'`held_out` {request.held_out:g}: {len(outside)} people would be held out, at '
-                f'least {MIN_HELD_OUT} are needed to test the release; raise it'
+                f'`held_out` {request.held_out:g}: {len(outside)} {table.unit} would be held '
+                f'out, at least {MIN_HELD_OUT} are needed to test the release; raise it'
             )
-        known = '' if table.patients else ' The table names no patients: photographs are counted.'
         groups = len(inside) // request.k
+        if not groups:
+            raise UserError(
+                f'`k` {request.k}: {len(inside)} {table.unit} are left for the release, of which '
+                f'no group can be made; {_MORE}'
+            )
+        known = '' if table.patients else f' {without_patients(table)}.'
+        found = f' of {len(set(people))} people' if table.patients else ''
         finding = Finding(
             'groups',
             groups,
             _LEAST_GROUPS,
             True,
-            f'{len(table)} photographs of {len(set(people))} people; {len(outside)} people are '
+            f'{len(table)} photographs{found}; {len(outside)} {table.unit} are '
             f'held out for tests, {len(inside)} make groups of {request.k}.{known}',
-            'more photographs, or a smaller `k`',
+            _MORE,
         )
         return Outcome([finding], {}, [LABELS])
 

@@ -105,7 +105,7 @@ def make_release(request: Request, several: Command | None) -> Callable:
             1 - found.groups.n_left_out / len(table),
             _LEAST_GROUPED,
             True,
-            f'{len(found.groups)} pictures, each of at least {min(sizes)} people; '
+            f'{len(found.groups)} pictures, each of at least {min(sizes)} {table.unit}; '
             f'{found.groups.n_left_out} of {len(table)} photographs are in none.',
             'photographs of more people, or a smaller `k`',
         )

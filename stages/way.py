@@ -1,14 +1,17 @@
 """The stages of a request, in their order."""
 
+import logging
 from typing import Any
 
-from datasets.table import read_table
+from datasets.table import read_table, without_patients
 from evaluation.cache import digest
 from stages import preparation, release, training
 from stages.runner import Job, Stage
 from stages.settings import GROUP_PASSES, READ_SECONDS, Request, pace
 from stages.training import Commands
 from utils.io import sha256_file
+
+log = logging.getLogger(__name__)
 
 
 def build_job(request: Request, commands: Commands) -> Job:
@@ -18,6 +21,8 @@ def build_job(request: Request, commands: Commands) -> Job:
     there.
     """
     table = read_table(request.labels, request.photos)
+    if not table.patients:
+        log.warning(without_patients(table))
     hashes = preparation.file_hashes(table.paths, request.out_dir / 'photographs.json')
     speed = pace(request)
     reading = len(table) * READ_SECONDS / 3600
@@ -31,7 +36,7 @@ def build_job(request: Request, commands: Commands) -> Job:
     stages = [
         Stage(
             'check',
-            'Counting people',
+            f'Counting {table.unit}',
             {**inputs, 'k': request.k, 'held_out': request.held_out},
             reading / 3,
             preparation.check_photographs(request, table),

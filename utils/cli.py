@@ -65,9 +65,17 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like all errors of users, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        text = message.removeprefix('argument ')
+        self.exit(BAD_INPUT, f'error: {text}; --help explains the flags\n')
+
+
 def parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """An ArgumentParser that shows defaults and takes no abbreviated flags."""
-    return argparse.ArgumentParser(
+    return _Parser(
         description=description, epilog=epilog, allow_abbrev=False, formatter_class=_HelpFormatter
     )
 

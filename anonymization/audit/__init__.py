@@ -99,6 +99,11 @@ def _audit_derived(release: Path, run: Run, latents: Float32[np.ndarray, 'C L D'
         check_made(pictures, run.pictures),
         recompute.check_one_person(run, latents),
     ]
+    if not run.table.patients:
+        audit.notes.append(
+            'the table has no patient column: every photograph is taken for another person, '
+            'photographs are counted'
+        )
     grades, audit.facts['grade_diversity'] = derive.check_grades(run)
     seen = [(p.name, p.features) for p in pictures]
     audit.checks += [grades, copies.check_copies(seen, run, audit)]

@@ -202,10 +202,11 @@ def check_copies(pictures: Sequence[tuple[str, Features | None]], run: Run, audi
     audit.distances, audit.yardstick = np.array(distances), np.array(yardstick)
     audit.facts['nearest_source_unexplained'] = _quantiles(audit.distances)
     audit.facts['nearest_other_patient_unexplained'] = _quantiles(audit.yardstick)
+    others = "people's photographs" if run.table.patients else 'photographs'
     return found.check(
         f'the nearest photograph leaves {min(distances):.0%} to {max(distances):.0%} of a '
         f"picture's variance unexplained, median {np.median(distances):.0%}; between two "
-        f"people's photographs the median is {np.median(yardstick):.0%}"
+        f'{others} the median is {np.median(yardstick):.0%}'
     )
 
 

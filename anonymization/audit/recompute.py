@@ -83,7 +83,8 @@ def check_one_person(run: Run, latents: Float32[np.ndarray, 'C L D']) -> Check:
     for number in members:
         if near[number - 1]:
             found.add(f'group {number} has the latent of one person')
-    return found.check(f'{len(latents)} latents of groups, {len(people)} people')
+    who = run.table.unit if run.table.patients else 'different photographs'
+    return found.check(f'{len(latents)} latents of groups, {len(people)} {who}')
 
 
 def _spread(members: Float32[np.ndarray, 'm P']) -> float:

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from datasets.digests import read_digests
-from datasets.table import read_table
+from datasets.table import Table, read_table, without_patients
 from utils.errors import UserError
 
 
@@ -100,6 +100,23 @@ def test_missing_table_and_folder(tmp_path):
     csv = make(tmp_path, 'id_code\na\n', ['a.png'])
     with pytest.raises(UserError, match='image folder not found'):
         read_table(csv, tmp_path / 'elsewhere')
+
+
+@pytest.mark.parametrize(
+    'column', ['patientid', 'Patient_ID', 'Patient', 'pateint_id', 'person_no', 'MRN', 'SubjectID']
+)
+def test_columns_that_look_like_patients_are_named(column, tmp_path):
+    table = read_table(make(tmp_path, f'id_code,diagnosis,{column},camera\na,0,7,x\n', ['a.png']))
+    assert table.patients is None and table.unit == 'photographs'
+    said = without_patients(table)
+    assert 'has no column patient_id: every photograph is taken for another person' in said
+    assert f'if {column} holds the patients, rename it' in said
+
+
+def test_tables_without_patients_are_told_to_add_them(tmp_path):
+    text = 'id_code,diagnosis,eye,visit,split,image_quality,age\na,0,left,1,x,3,50\n'
+    assert '; add it (' in without_patients(read_table(make(tmp_path, text, ['a.png'])))
+    assert 'The table has no column' in without_patients(Table(['a'], []))
 
 
 def test_damaged_images_are_listed_together(tmp_path):

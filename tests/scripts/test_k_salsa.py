@@ -97,6 +97,7 @@ def test_manifest_and_report(thirteen):
     assert 'http' not in page.replace('http-equiv', '')  # opens without a network
     assert 'Differential privacy is not claimed' in page
     assert 'no patient column' in (release / 'DATASHEET.md').read_text()
+    assert 'photographs are counted' in (thirteen / 'run/private/audit.json').read_text()
 
 
 def test_second_start_changes_nothing(thirteen, nets, caplog):

@@ -150,6 +150,12 @@ def test_one_picture_in_two_files_shows_one_person(tmp_path):
     assert '30 photographs of 29 people' in found.findings[0].sentence
     splits = pd.read_csv(tmp_path / 'labels.csv')['split']
     assert splits.iloc[0] == splits.iloc[-1] and splits.nunique() == 2
+    unnamed = dataclasses.replace(table, patients=None)
+    said = check_photographs(asked, unnamed)(tmp_path, {}).findings[0].sentence
+    assert said.startswith('30 photographs; 12 photographs are held out for tests, 17 make')
+    assert 'has no column patient_id' in said
+    with pytest.raises(UserError, match='17 photographs are left for the release.*no group'):
+        check_photographs(dataclasses.replace(asked, k=18), unnamed)(tmp_path, {})
 
 
 def test_lines_that_do_not_bind_are_only_said(tmp_path):

@@ -136,6 +136,17 @@ def test_exit_codes(raised, code, capsys):
     assert stopped.value.code == code and capsys.readouterr().err.count('\n') == 1
 
 
+def test_a_bad_flag_is_one_line(capsys):
+    p = cli.parser('A script.')
+    p.add_argument('--k', type=cli.positive_int)
+    for argv, start in ((['--k=0'], '--k: '), (['--l=1'], 'unrecognized arguments: --l=1')):
+        with pytest.raises(SystemExit) as stopped:
+            p.parse_args(argv)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.count('\n') == 1
+        assert said.startswith(f'error: {start}') and '--help' in said
+
+
 def test_kinds_need_no_heavy_imports():
     """The types of flags are imported by everything."""
     code = 'import sys, utils.kinds, utils.options; sys.exit("torch" in sys.modules)'
