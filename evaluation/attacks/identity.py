@@ -60,11 +60,24 @@ class IdentityHead:
     scale: Float[np.ndarray, ' F']
     axes: Float[np.ndarray, 'F D']
 
+    def project(self, features: Float[np.ndarray, 'n F']) -> Float[np.ndarray, 'n D']:
+        """(features - mean) / scale @ axes, not of length 1."""
+        return ((features - self.mean) / self.scale) @ self.axes
+
     def __call__(
-        self, features: Float[np.ndarray, 'n F'], *, centre: bool = False
+        self,
+        features: Float[np.ndarray, 'n F'],
+        *,
+        centre: bool = False,
+        origin: Float[np.ndarray, ' D'] | None = None,
     ) -> Float[np.ndarray, 'n D']:
-        """centre: subtract the pictures' own mean, the look that those of a release share."""
-        x = ((features - self.mean) / self.scale) @ self.axes
+        """centre: subtract the pictures' own mean, the look that those of a release share.
+
+        origin: what is subtracted instead, such as the mean of photographs of the same camera.
+        """
+        x = self.project(features)
+        if origin is not None:
+            x = x - origin
         if centre and len(x) > 1:
             x = x - x.mean(0)
         return x / (np.linalg.norm(x, axis=1, keepdims=True) + _SMALL)

@@ -40,12 +40,19 @@ Scores = Callable[[UInt8[np.ndarray, 'q 3 S S']], Float[np.ndarray, 'q C']]
 class Taught(NamedTuple):
     """An identity head, and how well it verifies eyes of people who taught it nothing.
 
-    figures: `verification`, and `fellow`: whether it is the two eyes of a person that are told, for
-    want of later photographs; None where nobody has two photographs.
+    origin: the mean vector of the reference people, where photographs of another camera may have
+    taught; None where those of the same did. figures: `verification`, and `fellow`: whether it is
+    the two eyes of a person that are told, for want of later photographs; None where nobody has
+    two photographs.
     """
 
     head: IdentityHead
+    origin: Float[np.ndarray, ' D'] | None
     figures: dict | None
+
+    def vectors(self, features: Float[np.ndarray, 'n F']) -> Float[np.ndarray, 'n D']:
+        """Unit vectors of photographs under attack."""
+        return self.head(features, origin=self.origin)
 
 
 def taught(study: Study, judge: Judge) -> Taught:
@@ -57,47 +64,46 @@ def taught(study: Study, judge: Judge) -> Taught:
         if not has_visits(table):  # the fellow eye stands in for another photograph
             seen = None if study.settings.sides == 'mirror' else shown_sides(pictures)
             pictures, eyes = orientations(pictures, people_of(table), seen)
-        head = fit_identity(study.grids(judge, pictures), eyes)
-        return Taught(head, _figures(study, judge, head))
+        head, origin = fit_identity(study.grids(judge, pictures), eyes), None
+        if 'table' in (study.settings.attackers or {}):
+            origin = head.project(study.grids(judge, study.reference)).mean(0)
+        found = Taught(head, origin, None)
+        return found._replace(figures=_figures(study, judge, found))
 
     return study.once(('identity', judge.network.digest), teach)
 
 
-def _figures(study: Study, judge: Judge, head: IdentityHead) -> dict | None:
-    """`verification` of a head by those of the others who did not teach it."""
+def _figures(study: Study, judge: Judge, known: Taught) -> dict | None:
+    """`verification` of what is known by those of the others who did not teach it."""
     population = study.population
     own = study.settings.attackers is not None
     strange = np.full(len(population.others), True) if own else population.nonmember
     others = population.others.subset(np.flatnonzero(strange))
     if population.others_again is None:
-        return _fellow_figures(study, judge, head, others, study.others[strange])
+        return _fellow_figures(study, judge, known, others, study.others[strange])
     later = strange[population.others_again_of]
     again = population.others_again.subset(np.flatnonzero(later))
     pictures = study.others[strange], study.others_again[later]
-    vectors = head(np.concatenate([study.grids(judge, p) for p in pictures]))
-    known = others.eyes is not None and again.eyes is not None
+    vectors = known.vectors(np.concatenate([study.grids(judge, p) for p in pictures]))
+    sided = others.eyes is not None and again.eyes is not None
     found = verification(
         vectors,
         eyes_of(others) + eyes_of(again),
         people_of(others) + people_of(again),
-        sides=[*(others.eyes or ()), *(again.eyes or ())] if known else None,
+        sides=[*(others.eyes or ()), *(again.eyes or ())] if sided else None,
         seed=study.seed,
     )
     return {**found, 'fellow': False}
 
 
 def _fellow_figures(
-    study: Study,
-    judge: Judge,
-    head: IdentityHead,
-    others: Table,
-    pictures: UInt8[np.ndarray, 'n 3 S S'],
+    study: Study, judge: Judge, known: Taught, others: Table, pictures: UInt8[np.ndarray, 'n 3 S S']
 ) -> dict | None:
     """How well two eyes of a person, as right ones, are told from eyes of two people."""
     people = people_of(others)
     if len(set(people)) == len(people):
         return None
-    vectors = head(study.grids(judge, as_right_eyes(pictures, None)))
+    vectors = known.vectors(study.grids(judge, as_right_eyes(pictures, None)))
     return {**verification(vectors, people, people, seed=study.seed), 'fellow': True}
 
 
@@ -116,13 +122,13 @@ def _cells(label: str, found: dict) -> Cells:
 @judged_attack('identity', 'a network that knows whose eye it sees', _cells)
 def identity(study: Study, judge: Judge) -> Callable[[Candidate], Found]:
     """Taught by the attackers' people; it has not seen the method."""
-    head = taught(study, judge).head
+    known = taught(study, judge)
 
     def scores_of(candidate: Candidate) -> Scores:
-        pictures = head(study.grids(judge, candidate.pictures), centre=True)
-        return lambda photographs: head(study.grids(judge, photographs)) @ pictures.T
+        pictures = known.head(study.grids(judge, candidate.pictures), centre=True)
+        return lambda photographs: known.vectors(study.grids(judge, photographs)) @ pictures.T
 
-    return _attack(study, judge, scores_of, lambda: taught(study, judge).figures)
+    return _attack(study, judge, scores_of, lambda: known.figures)
 
 
 @judged_attack('pair_trained', 'pairs, learnt on a release of other people by the same method')
@@ -134,7 +140,7 @@ def pair_trained(study: Study, judge: Judge) -> Callable[[Candidate], Found]:
 @judged_attack('identity_trained', 'identity, learnt on a release of other people by the method')
 def identity_trained(study: Study, judge: Judge) -> Callable[[Candidate], Found]:
     """On the vectors of the identity head."""
-    head = taught(study, judge).head
+    head = taught(study, judge).head  # another camera is seen to by the whitening
     return _trained(study, judge, lambda pictures: head(study.grids(judge, pictures)))
 
 

@@ -69,6 +69,24 @@ def test_members_are_found_at_k_1_and_nobody_in_independent_pictures(drawn):
     assert nobody['low'] < 0.5 < nobody['high']
 
 
+def test_photographs_of_another_camera_are_asked_about_their_own_mean(drawn):
+    """A look that all of them share hides nobody once the mean of other people takes it away."""
+    head, axes, _, (first, _) = drawn
+    rng = np.random.default_rng(7)
+    camera = 8 * axes[:12].sum(0).astype(np.float32)
+    others, reference = (
+        photographs(rng, rng.standard_normal((PEOPLE, 80)), axes) + camera for _ in range(2)
+    )
+    origin = head.project(reference).mean(0)
+    pictures = head(first + camera, centre=True)
+
+    def found(**about):
+        members, strangers = (head(p, **about) @ pictures.T for p in (first + camera, others))
+        return attack_metrics(members.max(1), strangers.max(1))['auc']['value']
+
+    assert found() < 0.95 and found(origin=origin) > 0.99
+
+
 def test_groups_are_found_by_another_photograph(drawn):
     head, _, _, (first, second) = drawn
     group_of = np.arange(PEOPLE) // 4
