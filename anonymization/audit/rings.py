@@ -3,8 +3,9 @@
 A map is read on rings around its middle, and each ring is split into waves. Their amplitudes are
 the same however the map is turned, mirrored or inverted, so one short vector stands for all these
 views; shifts and sizes are tried one by one. Two maps that are correlated by c on the disc of the
-rings, in whatever turn, have vectors at most sqrt(2 - 2 |c|) apart (up to interpolation): so a
-copy is among the nearest, and a product of matrices finds these among very many.
+rings, in whatever turn, have vectors at most sqrt(2 - 2 |c|) apart (up to interpolation): a copy
+is likely among the nearest, which a product of matrices finds among very many. That is a rank and
+no bound: what nothing but the full search of all views would find can be missed.
 """
 
 import functools
