@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from audit_memory import remember_pictures
 from conftest import ROOT, load_script
 from picture_tampering import PAYLOADS, PICTURES, reconstruction
 from PIL import Image
@@ -70,6 +71,13 @@ def test_the_page_names_all_files_of_a_run(finished):
     for part in ('private', 'release'):
         found = {f.name for f in (finished / 'run' / part).iterdir() if f.suffix != '.sha256'}
         assert found <= named, found - named
+
+
+@pytest.fixture(scope='module', autouse=True)
+def remembered():
+    with pytest.MonkeyPatch.context() as patch:
+        remember_pictures(patch)
+        yield
 
 
 @pytest.fixture
