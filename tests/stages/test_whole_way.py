@@ -1,24 +1,12 @@
-"""All stages, trainings included, at toy size: killed in every stage, resumed, same release.
+"""All stages, trainings included, at toy size: killed in every stage, resumed, same release."""
 
-The killed runs are forks of this process, before it has computed anything: they need not import
-everything again.
-"""
-
-import multiprocessing
-import os
 import re
 import signal
-import threading
-import time
-from functools import partial
 
 from conftest import load_script
+from killed_stages import killers, run_until_killed
 
-from anonymization import optimisation
-from anonymization.audit import recompute
-from datasets.archive import ArchiveWriter
 from datasets.phantoms.dataset import make_dataset
-from stages import preparation, release
 
 
 def flags(data, out):
@@ -41,65 +29,12 @@ def release_files(out):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_at_call(number, place, name):
-    """Kills this process when the function is called for that time."""
-    real, calls = getattr(place, name), []
-
-    def counted(*args, **options):
-        calls.append(name)
-        if len(calls) == number:
-            die()
-        return real(*args, **options)
-
-    setattr(place, name, counted)
-
-
-def die_at_file(out, pattern):
-    """Kills this process as soon as there is a file of that pattern."""
-
-    def look():
-        while not list(out.glob(pattern)):
-            time.sleep(0.01)
-        die()
-
-    threading.Thread(target=look, daemon=True).start()
-
-
-def killers(out):
-    """What has to be called to be killed in the middle of each stage."""
-    return {
-        'check': partial(die_at_call, 1, preparation, 'write_csv'),
-        'crop': partial(die_at_call, 9, ArchiveWriter, 'add'),
-        'encoder': partial(die_at_file, out, 'stages/*-encoder-*/joint/checkpoints/state_*.pt'),
-        'release': partial(die_at_call, 2, optimisation, '_save_batch'),
-        'verification': partial(die_at_call, 2, recompute, '_picture'),
-        'evaluation': partial(die_at_call, 1, release, 'nearest_attack'),
-    }
-
-
-def go_on_until_killed(prepare, arguments):
-    """Runs the command in a fork; returns its exit code."""
-
-    def work():
-        prepare()
-        os._exit(load_script('photos_to_release', 'scripts').main(arguments))
-
-    process = multiprocessing.get_context('fork').Process(target=work)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
 def test_killed_in_every_stage_and_resumed_it_makes_the_same_release(tmp_path):
     data, whole, broken = (tmp_path / name for name in ('phantoms', 'whole', 'broken'))
     make_dataset(data, n_patients=28, size=64, seed=3, eyes=('left',))
     script = load_script('photos_to_release', 'scripts')
-    for number, (name, prepare) in enumerate(killers(broken).items()):
-        assert go_on_until_killed(prepare, flags(data, broken)) == -signal.SIGKILL, name
+    for number, name in enumerate(killers(broken)):
+        assert run_until_killed(name, broken, flags(data, broken)) == -signal.SIGKILL, name
         done = {p.parent.name.split('-')[1] for p in broken.glob('stages/*/stage.json')}
         assert done == set(list(killers(broken))[:number])
         assert list(broken.glob(f'stages/*-{name}-*'))
