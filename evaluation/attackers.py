@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from datasets.digests import read_digests
 from datasets.people import merge_identical
 from datasets.phantoms import make_dataset
 from datasets.table import Table, joined, read_table
 from evaluation.population import Population, first_visits, people_of
 from evaluation.splits import MEMBER, split_by_patient
 from utils.errors import UserError
-from utils.io import sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -64,25 +64,34 @@ def draw_attackers(folder: Path, phantoms: dict[str, Any], *, seed: int) -> Atta
     return own_attackers(read_table(folder / 'labels.csv', require_label=True), seed=seed)
 
 
-def given_attackers(table: Path, image_dir: Path, *, seed: int) -> Attackers:
-    """The people of a graded table of photographs."""
-    return own_attackers(read_table(table, image_dir, require_label=True), seed=seed)
+def given_attackers(table: Path, image_dir: Path, *, least: int, seed: int) -> Attackers:
+    """The people of a graded table of photographs.
+
+    UserError that names `attackers` for an unfit table, and for fewer than `least` people.
+    """
+    try:
+        found = read_table(table, image_dir, require_label=True)
+    except UserError as error:
+        raise UserError(f'`attackers`: {error}') from error
+    if (n := len(set(people_of(found)))) < least:
+        raise UserError(f'`attackers`: {n} people are too few; at least {least} are needed')
+    return own_attackers(found, seed=seed)
 
 
 def check_strangers(attackers: Attackers, population: Population) -> None:
-    """UserError when a photograph of the attackers' own shows somebody under attack."""
+    """UserError when a photograph of the attackers' own, by its pixels, is of one under attack."""
     known = (population.members, population.others, population.again, population.others_again)
-    used = {sha256_file(path) for table in known if table is not None for path in table.paths}
-    shared = [
-        table.ids[i]
+    used = set(read_digests([p for t in known if t is not None for p in t.paths]).pixels)
+    shared = {
+        name
         for table in attackers
-        for i, path in enumerate(table.paths)
-        if sha256_file(path) in used
-    ]
+        for name, pixels in zip(table.ids, read_digests(table.paths).pixels)
+        if pixels in used
+    }
     if shared:
         raise UserError(
-            f'`attackers`: {len(set(shared))} of their photographs are of people under attack as '
-            f'well, such as {shared[0]}; give photographs of other people'
+            f'`attackers`: {len(shared)} of their photographs are of people under attack as '
+            f'well, such as {min(shared)}; give photographs of other people'
         )
 
 

@@ -190,6 +190,11 @@ def _contradictions(settings: Settings) -> list[str]:
         for n, file in settings.weights().items()
         if not file.is_file()
     ]
+    found += [
+        f'attackers: {n}: no such file or folder: {path} (paths count from the project folder)'
+        for n, path in (settings.attackers or {}).items()
+        if isinstance(path, str) and not (PROJECT_ROOT / path).exists()
+    ]
     if (settings.phantoms is None) == (settings.table is None):
         found.append('give either phantoms or table')
     if not settings.controls and any('_trained' in m for m in settings.measures or ['_trained']):

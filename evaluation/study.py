@@ -142,8 +142,7 @@ class Study:
             return attackers_among(self.population)
         if 'table' not in own:
             return draw_attackers(self.folder / 'attackers', own, seed=self.seed)
-        table, images = PROJECT_ROOT / own['table'], PROJECT_ROOT / own['image_dir']
-        found = given_attackers(table, images, seed=self.seed)
+        found = _given(self.settings, self.seed)
         check_strangers(found, self.population)
         return found
 
@@ -184,7 +183,10 @@ class Study:
         if self.settings.attackers is None:
             return None
         tables = self.attackers
-        return digest([[sha256_file(path) for path in table.paths] for table in tables])
+        files = [[sha256_file(path) for path in table.paths] for table in tables]
+        if 'table' not in self.settings.attackers:
+            return digest(files)
+        return digest(files, [[people_of(t), t.grades.tolist(), t.eyes] for t in tables])
 
     @functools.cached_property
     def lever_releases(self) -> dict[str, Release]:
@@ -219,6 +221,14 @@ class Study:
         }
 
 
+def _given(settings: Settings, seed: int) -> Attackers:
+    """The attackers' photographs; UserError for an unfit table, or too few people in it."""
+    assert settings.attackers is not None
+    table, images = (PROJECT_ROOT / settings.attackers[n] for n in ('table', 'image_dir'))
+    least = 2 * max(settings.k)  # half of them make a release of every k
+    return given_attackers(table, images, least=least, seed=seed)
+
+
 def open_study(settings: Settings, folder: Path, *, device: torch.device, seed: int) -> Study:
     """Reads networks and photographs, splits the people (split.csv), and enters the run folder.
 
@@ -230,6 +240,9 @@ def open_study(settings: Settings, folder: Path, *, device: torch.device, seed: 
     load_judges(settings.judging(), [{n: sha256_file(f) for n, f in inputs.items()}])
     if settings.table is not None:
         inputs['table'] = settings.file('table')
+    given = 'table' in (settings.attackers or {})
+    if given:
+        _given(settings, seed)
     start_run(
         folder,
         run_record(dataclasses.asdict(settings), inputs=inputs, seed=seed),
@@ -241,7 +254,10 @@ def open_study(settings: Settings, folder: Path, *, device: torch.device, seed: 
     population = populate(table, roles, seed=seed)
     _check(population, grader, settings.measures)
     write_csv(folder / 'split.csv', split_table(table, roles))
-    return Study(settings, grader, population, folder, device, seed)
+    study = Study(settings, grader, population, folder, device, seed)
+    if given:
+        _ = study.attackers  # whoever is unfit is found before a release is made
+    return study
 
 
 def _table(settings: Settings, folder: Path) -> Table:

@@ -9,6 +9,7 @@ patches: LightEncoder, LightProgressiveEncoder, LightPooledEncoder.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,10 @@ from training.restyle_growing import grow_psp
 from utils import cli
 from utils.errors import UserError
 from utils.io import save_torch
+from utils.logs import setup_logging
 from utils.seeds import seed_everything
+
+log = logging.getLogger(__name__)
 
 _LEAST = 8  # channels of the new layers
 
@@ -46,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 @cli.names_flags(build_parser)
 def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
+    setup_logging()
     if opts.dest.exists():
         raise UserError(f'`dest` {opts.dest} already exists; remove it or choose another name')
     psp = load_psp(opts.checkpoint_path)
@@ -54,6 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     channels = opts.channels or max(_LEAST, last // 2)
     grown = grow_psp(psp, channels=channels, source=f'`checkpoint_path` {opts.checkpoint_path}')
     save_torch(opts.dest, psp_checkpoint(grown, {}))
+    log.info(
+        '%s of %d px grown to %d px, %d channels, in %s',
+        type(grown.encoder).__name__,
+        psp.input_size,
+        grown.input_size,
+        channels,
+        opts.dest,
+    )
     return 0
 
 

@@ -16,10 +16,11 @@ from utils.errors import UserError
 def grow_psp(psp: PSP, *, channels: int, source: str) -> PSP:
     """Encoder and generator for 2 S px from those for S px, both sides of one size.
 
-    The encoder finds in a photograph what the smaller one finds in its halved copy, from the same
-    start, and the generator draws the smaller one's picture, enlarged; the new layers, `channels`
-    wide, are untrained. UserError naming `source` for other encoders than those that read patches
-    (LightEncoder and its kin), and for encoders that do not see whole pictures.
+    The encoder finds in a photograph what the smaller one finds in its halved copy from the same
+    first picture (which is a little sharper now), and the generator draws the smaller one's
+    picture, enlarged; the new layers, `channels` wide, are untrained. UserError naming `source` for
+    other encoders than those that read patches (LightEncoder and its kin), and for encoders that do
+    not see whole pictures.
     """
     encoder, decoder = psp.encoder, psp.decoder
     if not isinstance(encoder, LightEncoder):

@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -25,6 +26,7 @@ from evaluation.settings import read_settings
 from evaluation.study import open_study
 from models.features.pretrained import load_feature_network
 from utils.errors import UserError
+from utils.images import load_rgb
 
 evaluate = load_script('evaluate')
 GROUPED = [m.name for m in METHODS.values() if m.grouped]
@@ -344,12 +346,28 @@ def test_attackers_with_photographs_of_their_own(config, tmp_path):
 
 
 def test_attackers_must_be_other_people(config, tmp_path):
+    """Also in other files: each photograph is written anew under another name."""
+    make_dataset(tmp_path / 'drawn', n_patients=40, size=64, visits=1, seed=1)
+    again = pd.read_csv(tmp_path / 'drawn/labels.csv')
+    (tmp_path / 'own').mkdir()
+    for name in again.id_code:
+        load_rgb(tmp_path / f'drawn/images/{name}.png').save(tmp_path / f'own/x{name}.bmp')
+    again = again.assign(id_code='x' + again.id_code, patient_id='y' + again.patient_id)
+    again.to_csv(tmp_path / 'own.csv', index=False)
+    own = {'table': str(tmp_path / 'own.csv'), 'image_dir': str(tmp_path / 'own')}
     drawn = {'n_patients': 40, 'size': 64, 'visits': 1, 'seed': 1}
-    folder = tmp_path / 'out/phantoms'
-    own = {'table': str(folder / 'labels.csv'), 'image_dir': str(folder / 'images')}
-    settings = read_settings(change(config, tmp_path, phantoms=drawn, attackers=own))
-    study = open_study(settings, tmp_path / 'out', device=torch.device('cpu'), seed=0)
-    with pytest.raises(
-        UserError, match='`attackers`: 80 of their photographs are of people under attack'
-    ):
-        _ = study.attackers
+
+    def opened(**entries):
+        settings = read_settings(change(config, tmp_path, phantoms=drawn, **entries))
+        return open_study(settings, tmp_path / 'out', device=torch.device('cpu'), seed=0)
+
+    with pytest.raises(UserError, match='`attackers`: 80 of their photographs are of people'):
+        opened(attackers=own)
+    again[:4].to_csv(tmp_path / 'few.csv', index=False)
+    with pytest.raises(UserError, match='`attackers`: 2 people are too few; at least 6'):
+        opened(attackers={**own, 'table': str(tmp_path / 'few.csv')})
+    again.drop(columns='diagnosis').to_csv(tmp_path / 'bare.csv', index=False)
+    with pytest.raises(UserError, match='`attackers`: .*bare.csv has no grade column'):
+        opened(attackers={**own, 'table': str(tmp_path / 'bare.csv')})
+    with pytest.raises(UserError, match='attackers: table: no such file or folder: none.csv'):
+        opened(attackers={**own, 'table': 'none.csv'})
