@@ -106,7 +106,10 @@ def ways_to_decode(side: int) -> dict[str, Callable[[Path], np.ndarray]]:
             fastupsample=True,
         )
 
-    found = {'entropy code': entropy, 'scaled, not resized': decode}
+    found: dict[str, Callable[[Path], np.ndarray]] = {
+        'entropy code': entropy,
+        'scaled, not resized': decode,
+    }
     try:
         simplejpeg = importlib.import_module('simplejpeg')
     except ModuleNotFoundError:
