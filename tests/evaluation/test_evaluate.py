@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from html import unescape
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,7 +110,10 @@ def test_the_comparison(finished):
 
 def test_the_page_shows_what_the_table_says(finished):
     page = (finished / 'results.html').read_text()
-    lines = (finished / 'results.md').read_text().splitlines()
+    text = (finished / 'results.md').read_text().splitlines()
+    lines = [line for line in text if line.startswith('|')]
+    (sentence,) = {line for line in text if line} - set(lines)
+    assert sentence.startswith('The network that knows eyes (lite0') and sentence in unescape(page)
     heads = lines[0].strip('| ').split(' | ')
     assert heads[:3] == ['method', 'k', 'n'] and heads[-2:] == [
         'TPR at 1 % FPR',
