@@ -138,6 +138,11 @@ class Settings:
     )
     judges: list = option(['lite1', 'lite0'], list_of(_JUDGE, _JUDGE.wanted, make=list), free=True)
 
+    @property
+    def attackers_given(self) -> bool:
+        """Whether the attackers' own people are photographs of a table."""
+        return self.attackers is not None and 'table' in self.attackers
+
     def file(self, entry: str) -> Path:
         """The path that an entry names."""
         return PROJECT_ROOT / getattr(self, entry)
@@ -193,7 +198,7 @@ def _contradictions(settings: Settings) -> list[str]:
     found += [
         f'attackers: {n}: no such file or folder: {path} (paths count from the project folder)'
         for n, path in (settings.attackers or {}).items()
-        if isinstance(path, str) and not (PROJECT_ROOT / path).exists()
+        if settings.attackers_given and not (PROJECT_ROOT / path).exists()
     ]
     if (settings.phantoms is None) == (settings.table is None):
         found.append('give either phantoms or table')

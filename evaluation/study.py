@@ -140,7 +140,7 @@ class Study:
         own = self.settings.attackers
         if own is None:
             return attackers_among(self.population)
-        if 'table' not in own:
+        if not self.settings.attackers_given:
             return draw_attackers(self.folder / 'attackers', own, seed=self.seed)
         found = _given(self.settings, self.seed)
         check_strangers(found, self.population)
@@ -184,7 +184,7 @@ class Study:
             return None
         tables = self.attackers
         files = [[sha256_file(path) for path in table.paths] for table in tables]
-        if 'table' not in self.settings.attackers:
+        if not self.settings.attackers_given:
             return digest(files)
         return digest(files, [[people_of(t), t.grades.tolist(), t.eyes] for t in tables])
 
@@ -240,8 +240,7 @@ def open_study(settings: Settings, folder: Path, *, device: torch.device, seed: 
     load_judges(settings.judging(), [{n: sha256_file(f) for n, f in inputs.items()}])
     if settings.table is not None:
         inputs['table'] = settings.file('table')
-    given = 'table' in (settings.attackers or {})
-    if given:
+    if settings.attackers_given:
         _given(settings, seed)
     start_run(
         folder,
@@ -255,7 +254,7 @@ def open_study(settings: Settings, folder: Path, *, device: torch.device, seed: 
     _check(population, grader, settings.measures)
     write_csv(folder / 'split.csv', split_table(table, roles))
     study = Study(settings, grader, population, folder, device, seed)
-    if given:
+    if settings.attackers_given:
         _ = study.attackers  # whoever is unfit is found before a release is made
     return study
 

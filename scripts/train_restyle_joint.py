@@ -31,7 +31,7 @@ from datasets.pictures import Pictures
 from models.encoders import LightPooledEncoder
 from models.encoders.pooled_encoder import read_at
 from models.features.guide import load_guide
-from models.features.pretrained import load_feature_network
+from models.features.pretrained import FeatureNetwork, load_feature_network
 from models.psp import PSP
 from scripts import train_restyle_e4e, train_restyle_psp
 from training.coach_restyle_joint import JointCoach, JointConfig, JointOptions
@@ -44,6 +44,7 @@ from utils.options import add_flags, build
 
 DEFAULT_ENCODER = 'LightPooledEncoder'
 _MEASURED_IMAGES = 512
+_BATCH = 64
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,6 +66,10 @@ def measured(photographs: Float[Tensor, 'N 3 S S']) -> tuple[list[float], list[f
     if min(*variances, *deviations) <= 0:
         raise UserError('`train_path`: the photographs are all the same')
     return variances, deviations
+
+
+def _pooled(net: FeatureNetwork, pictures: Float[Tensor, 'N 3 S S']) -> Float[Tensor, 'N F']:
+    return torch.cat([net.pooled(part) for part in pictures.split(_BATCH)])
 
 
 @torch.no_grad()
@@ -90,9 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f'`encoder_size` {psp.input_size}: not a multiple of {2**N_BANDS}')
         first = first_photographs(train_set)
         variances, deviations = measured(first)
-        pooled = torch.cat([features.pooled(p) for p in first.split(64)])
+        pooled = _pooled(features, first)
         if not opts.checkpoint_path:
-            read = torch.cat([features.pooled(read_at(p)) for p in first.split(64)])
+            small = read_at(first)
+            read = pooled if small.shape == first.shape else _pooled(features, small)
             prepare_encoder(psp.encoder, read, opts.first_spread)
         options['losses']['bands'] = BandTerm(opts.band_lambdas, variances), 1.0
         game = build(GameConfig, vars(opts))

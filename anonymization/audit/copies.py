@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from scipy.sparse import csr_matrix
 
 from anonymization.audit.checks import Audit, Check, Findings
-from anonymization.audit.maps import SIDE, Features, bilinear
+from anonymization.audit.maps import SIDE, Features, bilinear, sampling_matrix, stacked
 from anonymization.audit.records import Run
 from anonymization.audit.rings import Rings
 from utils.logs import progress
@@ -70,13 +70,7 @@ def _views(side: int) -> _Views:
         weights, mask = bilinear(-u if mirrored else u, v, side)
         maps.append(weights)
         masks.append(mask)
-    rows, columns, values = (
-        np.concatenate(parts)
-        for parts in zip(*((r + i * side * side, c, w) for i, (r, c, w) in enumerate(maps)))
-    )
-    matrix = csr_matrix(
-        (values, (rows, columns)), shape=(len(maps) * side * side, side * side), dtype=np.float32
-    )
+    matrix = sampling_matrix(maps, side * side, side)
     return _Views(matrix, np.stack(masks).astype(np.float32))
 
 
@@ -119,11 +113,9 @@ class Detector:
         self, sources: Sequence[Features], people: Sequence[int], *, compared: int = _COMPARED
     ) -> None:
         self.people, self.sources, self.compared = np.asarray(people), sources, compared
-        self.coarse = [_Pool(_shrink([maps[m] for maps in sources])) for m in range(_MAPS)]
-        self.rings = [
-            Rings([maps[m] for maps in sources]) if len(sources) > compared else None
-            for m in range(_MAPS)
-        ]
+        planes = [[maps[m] for maps in sources] for m in range(_MAPS)]
+        self.coarse = [_Pool(_shrink(maps)) for maps in planes]
+        self.rings = [Rings(maps) if len(sources) > compared else None for maps in planes]
 
     def compare(
         self, picture: Features, *, other_than: int | None = None, members: Sequence[int] = ()
@@ -138,7 +130,7 @@ class Detector:
         for m, plane in enumerate(picture.astype(np.float32)):
             nearest = self._nearest(m, plane, allowed)
             rows = np.concatenate([nearest, np.setdiff1d(np.asarray(members, int), nearest)])
-            fine = _Pool(_stacked([self.sources[row][m] for row in rows]))
+            fine = _Pool(stacked([self.sources[row][m] for row in rows]))
             left = fine.left_over(plane.ravel(), np.arange(len(rows)))
             first = int(left.argmin())
             others = left[self.people[rows] != self.people[rows[first]]]
@@ -159,15 +151,11 @@ class Detector:
         return allowed[np.argsort(rough, kind='stable')[:_CANDIDATES]]
 
 
-def _stacked(maps: Sequence[Float[np.ndarray, 'S S']]) -> Float32[np.ndarray, 'n P']:
-    return np.stack(maps).reshape(len(maps), -1).astype(np.float32)
-
-
 def _shrink(maps: Sequence[Float[np.ndarray, 'S S']]) -> Float32[np.ndarray, 'n P']:
     """n maps [S, S] -> [n, 16 * 16], means of 2 x 2."""
     step = SIDE // COARSE
     blocks = (
-        _stacked(maps[i : i + _BLOCK]).reshape(-1, COARSE, step, COARSE, step)
+        stacked(maps[i : i + _BLOCK]).reshape(-1, COARSE, step, COARSE, step)
         for i in range(0, len(maps), _BLOCK)
     )
     return np.concatenate([b.mean((2, 4)).reshape(len(b), -1) for b in blocks])

@@ -1,9 +1,12 @@
 """Two small maps of a picture, in which copies are looked for: tone and detail."""
 
+from collections.abc import Sequence
+
 import numpy as np
-from jaxtyping import Float, Num, UInt8
+from jaxtyping import Float, Float32, Num, UInt8
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from scipy.sparse import csr_matrix
 from scipy.stats import rankdata
 
 SIDE = 32
@@ -40,3 +43,20 @@ def bilinear(
         [(fy if j else 1 - fy) * (fx if i else 1 - fx) for j in (0, 1) for i in (0, 1)]
     )
     return (rows, columns, weights), inside
+
+
+def sampling_matrix(
+    readings: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], points: int, side: int
+) -> csr_matrix:
+    """Several readings of `points` places each (`bilinear`) as [readings * points, side * side]."""
+    rows, columns, values = (
+        np.concatenate(parts)
+        for parts in zip(*((r + i * points, c, w) for i, (r, c, w) in enumerate(readings)))
+    )
+    shape = (len(readings) * points, side * side)
+    return csr_matrix((values, (rows, columns)), shape=shape, dtype=np.float32)
+
+
+def stacked(maps: Sequence[Float[np.ndarray, 'S S']]) -> Float32[np.ndarray, 'n P']:
+    """Maps [S, S], one under the other: [n, S * S]."""
+    return np.stack(maps).reshape(len(maps), -1).astype(np.float32)

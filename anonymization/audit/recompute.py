@@ -105,12 +105,13 @@ def _nearer(
     first main axis and then on 64 of them; their own distances decide.
     """
     sample = np.asarray(own[np.linspace(0, len(own) - 1, _SAMPLE).astype(int)], np.float64)
-    axes = np.linalg.svd(sample - sample.mean(0), full_matrices=False)[2][:_AXES].T
-    seen = np.concatenate([(part - sample.mean(0)) @ axes for part in _parts(own)])
+    middle = sample.mean(0)
+    axes = np.linalg.svd(sample - middle, full_matrices=False)[2][:_AXES].T
+    seen = np.concatenate([(part - middle) @ axes for part in _parts(own)])
     means = np.stack([seen[rows].mean(0) for rows in candidates])
     order = means[:, 0].argsort()
     means = means[order]
-    squares, centres = (means**2).sum(1), (groups - sample.mean(0)) @ axes
+    squares, centres = (means**2).sum(1), (groups - middle) @ axes
     found, wide = np.zeros(len(groups), bool), reach * _SLACK
     for block in np.array_split(centres[:, 0].argsort(), -(-len(groups) // _BLOCK)):
         ends = (centres[block, 0] - wide[block]).min(), (centres[block, 0] + wide[block]).max()

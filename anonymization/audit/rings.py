@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 from scipy.sparse import csr_matrix
 
-from anonymization.audit.maps import SIDE, bilinear
+from anonymization.audit.maps import SIDE, bilinear, sampling_matrix, stacked
 
 _RADII = np.arange(1.5, 13, 1.5) / SIDE  # the disc lies within every view
 _ANGLES, _WAVES = 48, 6
@@ -33,10 +33,7 @@ class Rings:
 
     def __init__(self, maps: Sequence[Float[np.ndarray, 'S S']]) -> None:
         """maps: one of each source."""
-        parts = [
-            np.stack(maps[i : i + _BLOCK]).reshape(-1, SIDE * SIDE).astype(np.float32)
-            for i in range(0, len(maps), _BLOCK)
-        ]
+        parts = [stacked(maps[i : i + _BLOCK]) for i in range(0, len(maps), _BLOCK)]
         self.own = np.concatenate([_amplitudes(part, 1)[:, 0].T for part in parts], 1)  # [A, n]
         self.squares = (self.own**2).sum(0)
 
@@ -57,12 +54,7 @@ def _sampling(views: int) -> csr_matrix:
         bilinear(x / size + dx / SIDE, y / size + dy / SIDE, SIDE)[0]
         for size, dx, dy in _VIEWS[:views]
     ]
-    rows, columns, values = (
-        np.concatenate(kind)
-        for kind in zip(*((r + i * len(x), c, w) for i, (r, c, w) in enumerate(parts)))
-    )
-    shape = (views * len(x), SIDE * SIDE)
-    return csr_matrix((values, (rows, columns)), shape=shape, dtype=np.float32)
+    return sampling_matrix(parts, len(x), SIDE)
 
 
 def _amplitudes(maps: Float32[np.ndarray, 'n P'], views: int) -> Float32[np.ndarray, 'n V A']:

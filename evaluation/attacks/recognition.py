@@ -65,7 +65,7 @@ def taught(study: Study, judge: Judge) -> Taught:
             seen = None if study.settings.sides == 'mirror' else shown_sides(pictures)
             pictures, eyes = orientations(pictures, people_of(table), seen)
         head, origin = fit_identity(study.grids(judge, pictures), eyes), None
-        if 'table' in (study.settings.attackers or {}):
+        if study.settings.attackers_given:
             origin = head.project(study.grids(judge, study.reference)).mean(0)
         found = Taught(head, origin, None)
         return found._replace(figures=_figures(study, judge, found))
