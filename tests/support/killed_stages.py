@@ -1,20 +1,18 @@
 """The one command in a process of its own, which is killed in the middle of a stage."""
 
-import multiprocessing
 import os
 import signal
 import threading
 import time
 from functools import partial
 
+from fresh_process import start_fresh
+
 from anonymization import optimisation
 from anonymization.audit import recompute
 from datasets.archive import ArchiveWriter
 from scripts import photos_to_release
 from stages import preparation, release
-
-# Imported once by the process that the killed ones are forks of; it has computed nothing.
-_PRELOADED = ['torch', 'torchvision', 'timm', 'pandas', 'matplotlib.figure', 'scipy.ndimage']
 
 
 def die():
@@ -64,9 +62,6 @@ def _run_and_die(name, out, arguments):
 
 def run_until_killed(name, out, arguments):
     """Runs the command until it is in the middle of the stage `name`; its exit code."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(_PRELOADED)
-    process = context.Process(target=_run_and_die, args=(name, out, arguments))
-    process.start()
+    process = start_fresh(_run_and_die, name, out, arguments)
     process.join()
     return process.exitcode

@@ -16,6 +16,7 @@ import pandas as pd
 import pytorch_optimizer  # noqa: F401, slow to import in every process, like the next two
 import torch
 import torch._dynamo
+from fresh_process import start_fresh
 from golden_fill import fill_state_dict
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
@@ -199,10 +200,7 @@ def play(
     stop: Stop | None = None,
 ) -> int:
     """Runs a command in a fresh process (group); its exit code, -9 when it was killed."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['toy_trainings'])
-    process = context.Process(target=_lead, args=(name, list(flags), workers, processes, stop))
-    process.start()
+    process = start_fresh(_lead, name, list(flags), workers, processes, stop)
     process.join(_HANGS_AFTER)
     if process.is_alive():
         os.killpg(process.pid, signal.SIGKILL)
