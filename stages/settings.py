@@ -21,15 +21,20 @@ from utils.kinds import (
     fraction,
     nonnegative_int,
     path,
+    path_or,
     positive_float,
     positive_int,
     power_of_two,
 )
 from utils.options import check, option
+from utils.runs import PROJECT_ROOT
 
 _CHANNELS = (256, 256, 256, 96, 48, 16, 8)  # of the small generator at 4, 8, ... px
 _BATCH = 8
 STYLE_DIM = 512  # of all generators that are trained here
+# Encoder and generator of drawn eyes, from which those of photographs are learnt sooner.
+_START = PROJECT_ROOT / 'pretrained_models' / 'demo' / 'restyle128.pt'
+_START_SIZE = 128
 
 
 class Preset(NamedTuple):
@@ -73,7 +78,9 @@ class Request:
     None: the preset's. hours: for everything. held_out: share of the people who are neither trained
     on nor released, and test both. steps: of the (last) training, None: what the hours allow.
     release_steps, latent_rank: None: the preset's, see there. generator_weights, encoder_weights:
-    files in place of trainings. guide: file of models.features.guide for the release. processes: of
+    files in place of trainings. start_weights: what the training of encoder and generator together
+    goes on from; 'auto': the project's own weights, which have seen phantoms only, at their size;
+    'none': nothing. guide: file of models.features.guide for the release. processes: of
     the trainings and the release, None: one for each GPU.
     """
 
@@ -115,6 +122,14 @@ class Request:
     encoder_weights: Path | None = _length(
         path, 'ReStyle checkpoint, in place of all trainings', 'FILE'
     )
+    start_weights: Path | str = option(
+        'auto',
+        path_or('auto', 'none'),
+        "ReStyle checkpoint from which the training of `small` starts; auto: the project's, "
+        'which has seen drawn eyes only, at 128 px; none: from nothing',
+        group=_LENGTHS,
+        metavar='FILE|auto|none',
+    )
     processes: int | None = _length(
         positive_int,
         'of each training and of the release, at most, on this machine (default: one for each GPU)',
@@ -128,6 +143,14 @@ class Request:
         """The preset with the size, steps and directions that were asked for."""
         asked = {name: getattr(self, name) for name in ('size', 'release_steps', 'latent_rank')}
         return PRESETS[self.preset]._replace(**{k: v for k, v in asked.items() if v is not None})
+
+    @property
+    def start(self) -> Path | None:
+        """The checkpoint from which encoder and generator are trained together, or None."""
+        if isinstance(self.start_weights, Path):
+            return self.start_weights
+        known = self.how.joint and self.how.size == _START_SIZE
+        return _START if known and self.start_weights == 'auto' else None
 
     @property
     def world(self) -> int:
@@ -158,9 +181,11 @@ class Request:
                 '`generator_weights`: `preset` small trains encoder and generator together; give '
                 '`encoder_weights`, or another preset'
             )
-        for name in ('labels', 'generator_weights', 'encoder_weights', 'guide'):
+        if isinstance(self.start_weights, Path) and (self.encoder_weights or not self.how.joint):
+            raise UserError('`start_weights`: only the training of `preset` small starts from them')
+        for name in ('labels', 'generator_weights', 'encoder_weights', 'start_weights', 'guide'):
             file = getattr(self, name)
-            if file is not None and not file.is_file():
+            if isinstance(file, Path) and not file.is_file():
                 raise UserError(f'`{name}` {file}: no such file')
         wheel_file(JUDGE)  # a stage far down the way needs it
         self._check_release()
@@ -170,8 +195,14 @@ class Request:
     def _check_release(self) -> None:
         """UserError for weights and settings that only a late stage would meet."""
         style_dim = STYLE_DIM
-        if self.encoder_weights:
-            style_dim = load_psp(self.encoder_weights).decoder.style_dim
+        if given := self.encoder_weights or (self.how.joint and self.start):
+            psp = load_psp(given)
+            style_dim = psp.decoder.style_dim
+            if not self.encoder_weights and psp.decoder.size != self.how.size:
+                raise UserError(
+                    f'`start_weights` {given}: its generator draws {psp.decoder.size} px, and '
+                    f'`size` is {self.how.size}'
+                )
         OptimizeConfig(latent_rank=self.how.latent_rank).check_rank(style_dim)
         if self.guide and not self.how.release_steps:
             raise UserError(

@@ -28,6 +28,17 @@ _MOST_JUDGED = 400  # photographs
 _MOST_ERROR, _LEAST_VESSELS, _MOST_VESSELS, _MOST_DISTANCE = 0.5, 0.5, 2.0, 8.0
 _LONGER = 'train longer (`hours`), or on more photographs'
 _MAPPING_STEPS = 2000
+# Of a training that goes on from weights: half to a third of a new one's rates, means from the
+# first step, opponents sooner (measured in docs/training.md, 'Photographs').
+_FURTHER = (
+    '--learning_rate=1e-4',
+    '--decoder_lr=6e-4',
+    '--reading_lr=5e-4',
+    '--adv_lr=5e-4',
+    '--adv_start=300',
+    '--n_means=3',
+    '--mean_start=0',
+)
 
 
 class Commands(NamedTuple):
@@ -74,27 +85,15 @@ def train_jointly(request: Request, steps: int, commands: Commands) -> Callable:
     """The stage that trains encoder and generator together."""
 
     def work(folder: Path, places: Places) -> Outcome:
-        how, run, start = request.how, folder / 'joint', folder / 'untrained.pt'
-        data, common = places['crop'] / RELEASED, [f'--seed={request.seed}']
-        if not start.exists():
-            wide = [str(c) for c in channels(how.size)]
-            run_command(commands.new_generator, ['--channels', *wide, f'--dest={start}', *common])
-        flags = [
-            f'--exp_dir={run}',
-            f'--train_path={data}',
-            f'--test_path={places["crop"] / HELD_OUT}',
-            f'--stylegan_weights={start}',
-            f'--encoder_size={how.size}',
-            f'--batch_size={how.batch}',
-            '--learning_rate=2e-4',
-            '--amp=bf16',
-            '--no-mirror',
-            f'--max_steps={steps}',
-            f'--val_interval={max(1, min(250, steps // 4))}',
-            '--progressive_start=1000000000',
-            f'--device={request.device}',
-            *common,
-        ]
+        run, data = folder / 'joint', places['crop'] / RELEASED
+        start, common = request.start, [f'--seed={request.seed}']
+        if start is None:
+            start = folder / 'untrained.pt'
+            if not start.exists():
+                wide = [str(c) for c in channels(request.how.size)]
+                flags = ['--channels', *wide, f'--dest={start}', *common]
+                run_command(commands.new_generator, flags)
+        flags = joint_flags(request, places['crop'], start, run, steps)
         run_command(commands.train_joint, [*flags, *_resume(run)])
         run_command(
             commands.fit_mapping,
@@ -110,6 +109,29 @@ def train_jointly(request: Request, steps: int, commands: Commands) -> Callable:
         return judge_encoder(request, folder, places, folder / ENCODER, run)
 
     return work
+
+
+def joint_flags(request: Request, crops: Path, start: Path, run: Path, steps: int) -> list[str]:
+    """The flags of a new training of encoder and generator together."""
+    return [
+        f'--exp_dir={run}',
+        f'--train_path={crops / RELEASED}',
+        f'--test_path={crops / HELD_OUT}',
+        *(
+            [f'--stylegan_weights={start}', '--learning_rate=2e-4']
+            if request.start is None
+            else [f'--checkpoint_path={start}', *_FURTHER]
+        ),
+        f'--encoder_size={request.how.size}',
+        f'--batch_size={request.how.batch}',
+        '--amp=bf16',
+        '--no-mirror',
+        f'--max_steps={steps}',
+        f'--val_interval={max(1, min(250, steps // 4))}',
+        '--progressive_start=1000000000',
+        f'--device={request.device}',
+        f'--seed={request.seed}',
+    ]
 
 
 def _resume(run: Path) -> list[str]:

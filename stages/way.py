@@ -87,6 +87,8 @@ def _trainings(
         title = 'Looking at the given encoder'
         return [Stage('encoder', title, given, 0.01, training.take_encoder(request))]
     if how.joint:
+        if request.start is not None:
+            settings['start'] = sha256_file(request.start)
         work = training.train_jointly(request, steps, commands)
         return [Stage('encoder', 'Training encoder and generator', settings, hours, work)]
     encoder = training.train_encoder(request, steps, commands)

