@@ -26,7 +26,7 @@ class Context:
     """A run under way in `private`: its inputs, as every stage sees them.
 
     threads: units of work at a time on a CPU. facts: what the manifest says besides settings and
-    counts ('networks', 'versions', 'card').
+    counts ('networks', 'versions', 'card'). inversions: private folder in which runs share theirs.
     """
 
     private: Path
@@ -37,6 +37,7 @@ class Context:
     device: torch.device
     threads: int
     facts: dict[str, Any]
+    inversions: Path | None = None
 
     @property
     def work(self) -> Path:

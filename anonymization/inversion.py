@@ -9,6 +9,7 @@ import torch
 
 from anonymization.context import Context
 from anonymization.optimize import ACTIVATIONS, matmul_precision
+from anonymization.sharing import RECONSTRUCTIONS, give, take
 from anonymization.workers import each, unfinished
 from models.features.content import ContentNetwork
 from models.features.pretrained import FeatureNetwork
@@ -29,7 +30,7 @@ from utils.logs import progress
 
 log = logging.getLogger(__name__)
 
-LATENTS, CONTENT, ERRORS = 'latents.npy', 'content.npy', 'inversion_error.npy'
+ARRAYS = LATENTS, CONTENT, ERRORS = 'latents.npy', 'content.npy', 'inversion_error.npy'
 ANEW = 'remove it and its .sha256 and run the same command again: it is computed anew'
 
 
@@ -37,21 +38,34 @@ def invert_all(run: Context) -> tuple[np.ndarray, np.ndarray]:
     """Latents of all photographs [n, L, D], content features [n, F] of their pictures.
 
     Both as memory-mapped files in private/, computed once, in chunks that the processes take as
-    they get on. UserError where a latent is not finite, or a file of the run is damaged.
+    they get on, or taken from a run that found the same (see sharing). UserError where a latent is
+    not finite, or a file of the run is damaged.
     """
     latents, content = run.private / LATENTS, run.private / CONTENT
     done = has_seal(latents) and has_seal(content)
     distributed.barrier()  # before process 0 can have made them
+    done = done or distributed.from_main(lambda: _take(run))
     if not done:
         _invert_chunks(run)
         distributed.barrier()
     if distributed.is_main():
         if not done:
             _collect(run)
+            give(run, ARRAYS)
         for path in (latents, content):
             check_intact(path, remedy=ANEW)
     distributed.barrier()
     return np.load(latents, mmap_mode='r'), np.load(content, mmap_mode='r')
+
+
+def _take(run: Context) -> bool:
+    """Whether another run's inversions are in private/ now, sealed as this run's own would be."""
+    if not (taken := take(run, ARRAYS)):
+        return False
+    for name in (LATENTS, CONTENT):
+        with sealing(run.private / name):
+            pass
+    return taken
 
 
 def _chunks(run: Context) -> list[range]:
@@ -87,7 +101,7 @@ def _invert_chunks(run: Context) -> None:
         recon = found.pop('recon')
         if settings.save_reconstructions:
             for j, y in zip(chunks[i], recon):
-                save_png(y, run.private / 'reconstructions' / names[j])
+                save_png(y, run.private / RECONSTRUCTIONS / names[j])
         with sealing(_chunk_file(run, i), _chunk_size(run)):
             save_torch(_chunk_file(run, i), found)
         bar.update(len(u8))

@@ -61,6 +61,7 @@ def anonymize(
     device: torch.device | str = 'cpu',
     workers: int = 2,
     card: Card | None = None,
+    inversions: Path | None = None,
 ) -> Release:
     """Makes a k-anonymous release of the photographs of `table`, or goes on making it.
 
@@ -72,7 +73,8 @@ def anonymize(
     device: for the networks. workers: photographs decoded at a time, at least one per thread of
     torch. card: the institution's fields
     (`anonymization.card.read_card`); another one than before rewrites the pages of a finished
-    release, None leaves them as they are.
+    release, None leaves them as they are. inversions: a folder, as private as private/, in which
+    runs of the same photographs and networks share their inversions.
 
     Raises UserError for bad input, before heavy work where it can be seen; PrivacyError when a
     promise would be broken, and nothing is published.
@@ -82,9 +84,12 @@ def anonymize(
     run_folder = Path(run_folder)
     settings.check()
     _check_folders(run_folder, table)
+    if inversions is not None:
+        check_outside_release(inversions, '`inversions`')
+        _check_apart(inversions, '`inversions`', table)
     _check_table(table, settings, card)
     with one_thread() as threads:
-        _compute(table, networks, settings, run_folder, device, workers, card, threads)
+        _compute(table, networks, settings, run_folder, device, workers, card, threads, inversions)
     audit = distributed.from_main(lambda: _publish(run_folder, table, card))
     groups = Groups.read(run_folder / 'private' / GROUP_TABLE, table.ids)
     return Release(run_folder / 'release', audit, groups)
@@ -99,6 +104,7 @@ def _compute(
     workers: int,
     card: Card | None,
     threads: int,
+    inversions: Path | None,
 ) -> None:
     """All stages up to the staged release, or none where a release is published."""
     loaded = networks.load(settings.optimize)
@@ -137,6 +143,7 @@ def _compute(
         device,
         threads if device.type == 'cpu' else 1,
         _facts(networks.facts(loaded), card),
+        inversions,
     )
     run.check()
     run_stages(run, private / 'staging')
@@ -159,14 +166,19 @@ def _facts(networks: dict[str, str], card: Card | None) -> dict[str, Any]:
 def _check_folders(run_folder: Path, table: Table) -> None:
     """UserError for a run folder among the photographs, in a release, or with a strange release."""
     check_outside_release(run_folder, '`exp_dir`')
-    place = run_folder.resolve()
+    _check_apart(run_folder, '`exp_dir`', table)
+    check_place(run_folder)
+
+
+def _check_apart(folder: Path, name: str, table: Table) -> None:
+    """UserError for a folder among the photographs."""
+    place = folder.resolve()
     for photos in sorted({p.parent.resolve() for p in table.paths}):
         if place == photos or photos in place.parents:
             raise UserError(
-                f'`exp_dir` {run_folder} lies in `data_path` {photos}: results would stand '
+                f'{name} {folder} lies in `data_path` {photos}: results would stand '
                 'among the photographs; choose another folder'
             )
-    check_place(run_folder)
 
 
 def _check_table(table: Table, settings: Settings, card: Card | None) -> None:

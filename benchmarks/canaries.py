@@ -9,9 +9,10 @@
 plant copies the photographs of --image_dir and --copies of each of --n phantoms into train/; as
 many phantoms of other people are held back, and as many again serve as reference (canaries/, with
 vessel masks in canaries/masks). attack asks who has samples (nearest in pixels, in features of
---network and in its identity head's) and who has the generator (how well it can be made to draw a
-photograph) whether planted people can be told from those held back; writes canaries.json and
-canaries.md. An AUC of 0.5 with an interval around it: nothing was found.
+--network and in its identity head's), who has the generator (how well it can be made to draw a
+photograph) and, with --encoder=restyle.pt, who has encoder and generator (how well they draw it
+again) whether planted people can be told from those held back; writes attack-NAME.json and .md,
+NAME that of the weights. An AUC of 0.5 with an interval around it: nothing was found.
 """
 
 import sys
@@ -33,12 +34,14 @@ from datasets.phantoms import make_dataset
 from datasets.pictures import load_pictures
 from datasets.table import read_table
 from evaluation.attackers import eyes_of
-from evaluation.attacks.canaries import generator_attack, sample_attacks
+from evaluation.attacks.canaries import encoder_attack, generator_attack, sample_attacks
 from evaluation.attacks.identity import fit_identity, grid_features
 from evaluation.registry import interval
 from models.features.pretrained import WHEELS, load_feature_network
+from models.psp import load_psp
 from models.stylegan2 import Generator
 from models.stylegan2.checkpoint import load_generator
+from stages.training import refinements
 from utils import cli
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES, to_uint8
@@ -66,6 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
         '--size', type=cli.positive_int, default=64, metavar='PX', help='plant: side of canaries'
     )
     p.add_argument('--generator', type=Path, metavar='FILE', help='attack: generator.pt')
+    p.add_argument(
+        '--encoder',
+        type=Path,
+        metavar='FILE',
+        help='attack: restyle.pt, whose generator is taken unless --generator is given',
+    )
     p.add_argument(
         '--n_samples', type=cli.positive_int, default=1000, metavar='INT', help='attack: samples'
     )
@@ -115,21 +124,39 @@ def samples(generator: Generator, n: int, seed: int) -> UInt8[np.ndarray, 'n 3 R
 
 def attack(opts: argparse.Namespace) -> dict:
     """Results of all attacks, by who has what."""
-    if opts.generator is None:
-        raise UserError('attack needs --generator')
-    generator, _ = load_generator(opts.generator)
+    psp = load_psp(opts.encoder) if opts.encoder else None
+    if opts.generator is not None:
+        generator, _ = load_generator(opts.generator)
+    elif psp is not None:
+        generator = psp.decoder
+    else:
+        raise UserError('attack needs --generator, --encoder or both')
     paths = read_table(opts.out_dir / 'canaries/labels.csv').paths
-    shown = load_pictures([[p] for p in paths], generator.size)
-    planted, held, reference = np.split(shown, 3)
+    planted, held, reference = _canaries(paths, generator.size)
     network = load_feature_network(opts.network)
     teachers = read_table(opts.out_dir / 'teachers/labels.csv')
     taught = load_pictures([[p] for p in teachers.paths], generator.size)
     head = fit_identity(grid_features(network, taught), eyes_of(teachers))
-    embeds = {'identity': lambda pictures: head(grid_features(network, pictures))}
+    embeds = {
+        'features': lambda pictures: grid_features(network, pictures),
+        'identity': lambda pictures: head(grid_features(network, pictures)),
+    }
     drawn = samples(generator, opts.n_samples, opts.seed)
-    found = sample_attacks(planted, held, drawn, reference, embeds)
+    found = {
+        f'samples, {name}': result
+        for name, result in sample_attacks(planted, held, drawn, reference, embeds).items()
+    }
     found['generator'] = generator_attack(generator, planted, held, n_steps=opts.n_steps)
+    if psp is not None:
+        sides = _canaries(paths, psp.input_size)[:2]
+        by = encoder_attack(psp, *sides, embeds, n_iters=refinements(opts.encoder))
+        found |= {f'encoder, {name}': result for name, result in by.items()}
     return found
+
+
+def _canaries(paths: Sequence[Path], side: int) -> list[UInt8[np.ndarray, 'n 3 S S']]:
+    """Planted, held back, and reference."""
+    return np.split(load_pictures([[p] for p in paths], side), 3)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,14 +166,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         plant(opts)
         return 0
     found = attack(opts)
+    name = f'attack-{(opts.encoder or opts.generator).stem}'
     write_json(
-        opts.out_dir / 'canaries.json', {'attacks': found, 'machine': describe(torch.device('cpu'))}
+        opts.out_dir / f'{name}.json', {'attacks': found, 'machine': describe(torch.device('cpu'))}
     )
     lines = ['| attack | AUC | TPR at 1 % FPR |', '|---|---|---|']
     for name, r in found.items():
         rate = interval(r['tpr_at_1pct_fpr'], '.2f')
         lines.append(f'| {name} | {interval(r["auc"], ".2f")} | {rate} |')
-    write_text(opts.out_dir / 'canaries.md', '\n'.join(lines) + '\n')
+    write_text(opts.out_dir / f'{name}.md', '\n'.join(lines) + '\n')
     print('\n'.join(lines))
     return 0
 

@@ -52,11 +52,13 @@ def make_release(
     device: torch.device | str,
     seed: int,
     lever: dict[str, Any] | None = None,
+    inversions: Path | None = None,
 ) -> Release:
     """Makes the release of groups of k in out_dir/k<k>, or finds it finished.
 
-    lever: settings that differ from those of the study, by flag of scripts/k-SALSA.py. UserError
-    where it is there and was made from other photographs or settings.
+    lever: settings that differ from those of the study, by flag of scripts/k-SALSA.py. inversions:
+    folder in which releases share theirs. UserError where the release is there and was made from
+    other photographs or settings.
     """
     columns = {'id_code': [p.name for p in members.paths], 'diagnosis': members.grades}
     if members.patients:
@@ -76,6 +78,7 @@ def make_release(
         shaped(settings, k, seed, lever or {}),
         out_dir / f'k{k}',
         device=device,
+        inversions=inversions,
     )
     return read_release(out_dir / f'k{k}', k, members)
 

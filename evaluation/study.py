@@ -43,6 +43,8 @@ from utils.seeds import derive
 
 log = logging.getLogger(__name__)
 
+_INVERSIONS = 'inversions'  # folder of those that the releases share
+
 
 @dataclasses.dataclass(frozen=True)
 class Study:
@@ -200,6 +202,7 @@ class Study:
                 device=str(self.device),
                 seed=self.seed,
                 lever=lever,
+                inversions=self.folder / _INVERSIONS,
             )
             for name, lever in (self.settings.levers or {}).items()
         }
@@ -216,6 +219,7 @@ class Study:
                 self.folder,
                 device=self.device,
                 seed=self.seed,
+                inversions=self.folder / _INVERSIONS,
             )
             for k in self.settings.first_k()
         }

@@ -13,10 +13,11 @@ from jaxtyping import Float, UInt8
 
 from evaluation.attacks.metrics import attack_metrics
 from evaluation.attacks.nearest import nearest_attack, not_empty, pixels
+from models.psp import PSP, FrozenPSP, invert
 from models.stylegan2 import Generator
 from models.stylegan2.frozen import FrozenSynthesis
 from models.stylegan2.sampling import latent_spread, seed_styles
-from utils.images import from_uint8
+from utils.images import from_uint8, to_uint8
 
 _MEAN_OF = 1000  # latents whose mean a search starts from
 _BATCH = 16
@@ -62,6 +63,43 @@ def generator_attack(
     first, best = drawing_errors(generator, np.concatenate([planted, held]), n_steps=n_steps)
     gain = np.log(first + _SMALL) - np.log(best + _SMALL)
     return attack_metrics(gain[: len(planted)], gain[len(planted) :])
+
+
+def encoder_attack(
+    psp: PSP,
+    planted: UInt8[np.ndarray, 'p 3 S S'],
+    held: UInt8[np.ndarray, 'h 3 S S'],
+    embeds: dict[str, Embed],
+    *,
+    n_iters: int,
+) -> dict[str, dict]:
+    """`attack_metrics` by who has encoder and generator: how well they draw a photograph again.
+
+    Photographs of the encoder's size. In pixels and in each of `embeds`, the score is the
+    logarithm of how much nearer the reconstruction is to the photograph than the picture of the
+    mean latent. UserError when a set is empty.
+    """
+    not_empty(planted=planted, held=held)
+    shown = np.concatenate([planted, held])
+    drawn = reconstructions(psp, shown, n_iters=n_iters)
+    average = to_uint8(psp.average_image().clamp(-1, 1)[None]).cpu().numpy()
+    found = {}
+    for name, embed in {'pixel': pixels, **embeds}.items():
+        there = embed(shown)
+        far, near = (np.square(there - embed(p)).mean(1) for p in (average, drawn))
+        gain = np.log(far + _SMALL) - np.log(near + _SMALL)
+        found[name] = attack_metrics(gain[: len(planted)], gain[len(planted) :])
+    return found
+
+
+def reconstructions(
+    psp: PSP, photographs: UInt8[np.ndarray, 'n 3 S S'], *, n_iters: int
+) -> UInt8[np.ndarray, 'n 3 S S']:
+    """Photographs of the encoder's size, by encoder and generator."""
+    frozen, device = FrozenPSP(psp), psp.latent_avg.device
+    parts = torch.from_numpy(np.ascontiguousarray(photographs)).split(_BATCH)
+    drawn = [invert(frozen, from_uint8(p).to(device), n_iters=n_iters).recon for p in parts]
+    return to_uint8(torch.cat(drawn).clamp(-1, 1)).cpu().numpy()
 
 
 def drawing_errors(

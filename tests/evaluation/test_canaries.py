@@ -9,7 +9,15 @@ from conftest import load_script
 from PIL import Image
 from small_engine import small_engine
 
-from evaluation.attacks.canaries import drawing_errors, generator_attack, sample_attacks
+from evaluation.attacks.canaries import (
+    drawing_errors,
+    encoder_attack,
+    generator_attack,
+    reconstructions,
+    sample_attacks,
+)
+from models.encoders import build_encoder
+from models.psp import PSP, psp_checkpoint
 from models.stylegan2 import Generator
 from models.stylegan2.sampling import seed_styles
 from utils.errors import UserError
@@ -54,6 +62,22 @@ def test_who_has_the_generator_finds_what_it_can_draw(generator):
     assert (best <= first).all() and best.mean() < 0.5 * first.mean()
 
 
+def test_who_has_encoder_and_generator_finds_what_they_draw_again():
+    """Planted: pictures that come out as they went in; held: the same upside down."""
+    psp = small_engine().psp.eval().requires_grad_(False)
+    for rgb in (psp.decoder.to_rgb1, *psp.decoder.to_rgbs):
+        rgb.conv.weight.mul_(0.1)
+    drawn = photographs(np.random.default_rng(0), 12)
+    for _ in range(4):
+        drawn = reconstructions(psp, drawn, n_iters=2)
+    halves = {'left half': lambda pictures: pictures[..., :16].reshape(len(pictures), -1) / 255}
+    found = encoder_attack(psp, drawn, drawn[:, :, ::-1], halves, n_iters=2)
+    assert set(found) == {'pixel', 'left half'}
+    assert all(r['auc']['value'] > 0.9 and r['n_members'] == 12 for r in found.values())
+    swapped = encoder_attack(psp, drawn[:, :, ::-1], drawn, halves, n_iters=2)
+    assert swapped['pixel']['auc']['value'] < 0.1
+
+
 def test_the_commands(tmp_path, monkeypatch):
     (tmp_path / 'photos').mkdir()
     for i in range(3):
@@ -68,16 +92,20 @@ def test_the_commands(tmp_path, monkeypatch):
     assert len(masks) == 12
     with pytest.raises(UserError, match='exists'):
         script.main(planting)
-    with pytest.raises(UserError, match='needs --generator'):
+    with pytest.raises(UserError, match='needs --generator, --encoder'):
         script.main(['attack', *flags])
     torch.manual_seed(0)
-    channels = dict.fromkeys((4, 8, 16, 32, 64), 8)
-    save_torch(
-        tmp_path / 'generator.pt',
-        {'g_ema': Generator(64, style_dim=16, n_mlp=2, channels=channels).state_dict()},
-    )
-    more = [f'--generator={tmp_path / "generator.pt"}', '--n_samples=8', '--n_steps=1']
-    assert script.main(['attack', *flags, *more]) == 0
-    found = json.loads((tmp_path / 'run/canaries.json').read_text())['attacks']
-    assert set(found) == {'pixel', 'identity', 'generator'}
-    assert all(r['n_members'] == r['n_others'] == 4 for r in found.values())
+    decoder = Generator(64, style_dim=16, n_mlp=2, channels=dict.fromkeys((4, 8, 16, 32, 64), 8))
+    encoder = build_encoder('LightEncoder', n_styles=10, input_size=64, style_dim=16, width=8)
+    save_torch(tmp_path / 'generator.pt', {'g_ema': decoder.state_dict()})
+    psp = PSP(encoder, decoder, torch.zeros(16), 64)
+    save_torch(tmp_path / 'restyle.pt', psp_checkpoint(psp, {'n_iters_per_batch': 1}))
+    kinds = {'samples, pixel', 'samples, features', 'samples, identity', 'generator'}
+    for name, more in (('generator', set()), ('encoder', {'encoder, pixel', 'encoder, features'})):
+        weights = 'generator' if name == 'generator' else 'restyle'
+        asked = [f'--{name}={tmp_path / weights}.pt', '--n_samples=8', '--n_steps=1']
+        assert script.main(['attack', *flags, *asked]) == 0
+        found = json.loads((tmp_path / f'run/attack-{weights}.json').read_text())['attacks']
+        assert kinds | more <= set(found)
+        assert ('encoder, pixel' in found) == (name == 'encoder')
+        assert all(r['n_members'] == r['n_others'] == 4 for r in found.values())

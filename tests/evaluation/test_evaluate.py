@@ -108,6 +108,15 @@ def test_the_comparison(finished):
     assert rows['unconditional']['reidentification']['lite0'] is None
 
 
+def test_the_releases_share_their_inversions(finished):
+    """Photographs are inverted for the first release only."""
+    (shared,) = (finished / 'inversions').iterdir()
+    for k in (2, 3):
+        for name in ('latents.npy', 'content.npy'):
+            own = finished / f'k{k}/private' / name
+            assert own.read_bytes() == (shared / name).read_bytes()
+
+
 def test_the_page_shows_what_the_table_says(finished):
     page = (finished / 'results.html').read_text()
     text = (finished / 'results.md').read_text().splitlines()
