@@ -6,7 +6,6 @@ Blocks of rows are shared out among processes, and a run that was killed goes on
 block. n photographs.
 """
 
-import io
 import json
 import logging
 from collections.abc import Hashable, Iterable, Sequence
@@ -25,8 +24,9 @@ from datasets.pictures import OVERSAMPLING, decoding_scales
 from datasets.sides import find_disc
 from datasets.table import Table
 from utils import distributed
+from utils.decoding import decode_rgb
 from utils.errors import UserError, listing
-from utils.images import as_rgb, decode_reason, open_image, resize
+from utils.images import decode_reason, resize_pixels
 from utils.io import (
     atomic_path,
     check_intact,
@@ -244,15 +244,13 @@ def _read(
     """One photograph as bytes [3, S, S] with its record; UserError, UnusableFrame, OSError."""
     stat = path.stat()
     data = path.read_bytes()
-    with open_image(lambda: io.BytesIO(data), str(path)) as image:
-        whole = image.size
-        picture = as_rgb(image, at_least)
+    picture, whole = decode_rgb(lambda: data, str(path), at_least)
     if 2 * min(whole) < size:
         raise UnusableFrame(f'{whole[0]} x {whole[1]} px are too few for an encoder of {size} px')
-    pixels = np.asarray(resize(picture, size))
+    pixels = resize_pixels(picture, size)
     check_frame(pixels.max(2))
     if not eye and sides != 'mixed':
-        eye = 'left' if find_disc(picture).x < 0 else 'right'
+        eye = 'left' if find_disc(Image.fromarray(picture)).x < 0 else 'right'
     if sides == 'mirror' and eye == 'left':
         pixels = pixels[:, ::-1]
     stored = np.ascontiguousarray(pixels.transpose(2, 0, 1)).tobytes()

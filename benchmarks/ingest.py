@@ -6,8 +6,8 @@
 Draws JPEGs (eyes of phantoms, enlarged, with the noise of a sensor) and reads them into arrays: by
 Pillow in the plain way, whole and resized; as this project does when it decodes them whole; and as
 it does, decoded at a smaller scale, half for 512 px and a quarter for 256. Beside that stand its
-parts (the entropy code, shown by decoding to an eighth in grey; decoding without the resize) and,
-where the package simplejpeg is installed, its decoder at the same scale. Then it crops them as
+parts: the entropy code, shown by decoding to an eighth in grey; decoding without the resize, by
+Pillow and as this project does. Then it crops them as
 `scripts/dataset_tool.py --transform=fundus` does. Counted are photographs per second of CPU time,
 which other work on the machine disturbs least, and the cores in use. With --against the crops of
 both checkouts are compared; exit code 1 when they differ by more than the tolerance that is
@@ -39,6 +39,7 @@ from datasets.prepare import build_archive
 from utils.cli import parser, positive_int, power_of_two, run
 from utils.images import find_images, load_rgb, resize
 
+decode_rgb: Any
 list_source: Any
 load_pictures: Any
 make_dataset: Any
@@ -51,9 +52,14 @@ try:
 except ModuleNotFoundError:  # checkouts before datasets/pictures.py read one by one
     list_source = importlib.import_module('datasets.prepare').list_source
     load_pictures = make_dataset = open_image = None
+try:
+    decode_rgb = importlib.import_module('utils.decoding').decode_rgb
+except ModuleNotFoundError:
+    decode_rgb = None
 
 FRAME, DRAWN, NOISE, QUALITY = (3888, 2592), 512, 3.0, 90  # noise: deviation in grey levels
 MOST_MEAN, MOST_APART = 1.0, 0.005  # grey levels on average; share of values over 16 apart
+PLAIN = 'whole, Pillow'
 Rate = tuple[float, float]  # photographs per second of CPU time, cores in use
 
 
@@ -86,7 +92,7 @@ def rate(work: Callable[[], object], n: int) -> Rate:
 
 
 def ways_to_decode(side: int) -> dict[str, Callable[[Path], np.ndarray]]:
-    """Parts of reading at the scale that leaves `side` pixels, and another library's decoder."""
+    """Parts of reading at the scale that leaves `side` pixels."""
 
     def entropy(path: Path) -> np.ndarray:
         with open_image(path) as image:
@@ -96,25 +102,13 @@ def ways_to_decode(side: int) -> dict[str, Callable[[Path], np.ndarray]]:
     def decode(path: Path) -> np.ndarray:
         return np.asarray(load_rgb(path, side))
 
-    def other(path: Path) -> np.ndarray:
-        return simplejpeg.decode_jpeg(
-            path.read_bytes(),
-            min_height=side,
-            min_width=side,
-            min_factor=1,
-            fastdct=True,
-            fastupsample=True,
-        )
-
     found: dict[str, Callable[[Path], np.ndarray]] = {
         'entropy code': entropy,
-        'scaled, not resized': decode,
+        'scaled by Pillow, not resized': decode,
     }
-    try:
-        simplejpeg = importlib.import_module('simplejpeg')
-    except ModuleNotFoundError:
-        return found
-    return found | {'scaled, not resized, by simplejpeg': other}
+    if decode_rgb is not None:
+        found['scaled, not resized'] = lambda path: decode_rgb(path.read_bytes, '', side).pixels
+    return found
 
 
 def measure(folder: Path, size: int, threads: int, crops: Path) -> dict[str, Rate]:
@@ -151,7 +145,7 @@ def measure(folder: Path, size: int, threads: int, crops: Path) -> dict[str, Rat
 
     found = {'whole': each(whole)}
     if load_pictures is not None:
-        found['whole, Pillow'] = each(plain)
+        found[PLAIN] = each(plain)
         found['scaled'] = lambda: load_pictures(paths, size, threads=threads)
         found |= {name: each(read) for name, read in ways_to_decode(2 * size).items()}
     rates = {name: rate(work, len(paths)) for name, work in found.items()}
@@ -198,7 +192,7 @@ def report(found: dict[str, dict[str, Rate]], size: int) -> None:
         for way, (speed, cores) in rates.items():
             print(f'| {way}, {name} | {speed:.1f} | {cores:.2f} |')
     now = found['now']
-    for way in ('whole, Pillow', 'whole'):
+    for way in (PLAIN, 'whole'):
         print(f'reading scaled over {way}: {now["scaled"][0] / now[way][0]:.1f} times')
     if before := found.get('before'):
         print(f'over whole, before: {now["scaled"][0] / before["whole"][0]:.1f} times')

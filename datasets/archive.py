@@ -22,6 +22,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 from torch import Tensor
 
+from utils.decoding import decode_rgb
 from utils.errors import UserError, listing
 from utils.images import IMAGE_SUFFIXES, as_rgb, decode_reason, open_image
 from utils.io import atomic_path, digest_files, sha256_bytes
@@ -95,6 +96,15 @@ class FileStore:
         """
         with open_image(lambda: self.open(name), f'{self.path}: {name}') as image:
             return as_rgb(image, at_least)
+
+    def pixels(self, name: str, at_least: int | None = None) -> UInt8[np.ndarray, 'H W 3']:
+        """`image` as an array, faster."""
+
+        def read() -> bytes:
+            with self.open(name) as file:
+                return file.read()
+
+        return decode_rgb(read, f'{self.path}: {name}', at_least).pixels
 
     def size(self, name: str) -> tuple[int, int]:
         """(width, height) of one image, from its header; UserError when it cannot be read."""

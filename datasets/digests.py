@@ -2,16 +2,17 @@
 
 import functools
 import hashlib
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+import numpy as np
+from jaxtyping import UInt8
 
+from utils.decoding import decode_rgb
 from utils.errors import UserError, listing
-from utils.images import as_rgb, decode_reason, open_image
+from utils.images import decode_reason
 from utils.logs import progress
 
 _READERS = 4  # threads that read and decode
@@ -56,11 +57,13 @@ def read_digests(paths: Sequence[Path]) -> Digests:
 def _digests_of(path: Path, size: int, time: int) -> tuple[str, str]:
     """SHA-256 of the file and of its pixels; size and time: of the file, which may be replaced."""
     data = path.read_bytes()
-    with open_image(lambda: io.BytesIO(data), str(path)) as image:
-        picture = as_rgb(image)
-    return hashlib.sha256(data).hexdigest(), picture_digest(picture)
+    pixels = decode_rgb(lambda: data, str(path)).pixels
+    return hashlib.sha256(data).hexdigest(), picture_digest(pixels)
 
 
-def picture_digest(picture: Image.Image) -> str:
+def picture_digest(pixels: UInt8[np.ndarray, 'H W 3']) -> str:
     """SHA-256 of the size and the pixels of a decoded picture."""
-    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    height, width, _ = pixels.shape
+    found = hashlib.sha256(repr((width, height)).encode())
+    found.update(np.ascontiguousarray(pixels).data)
+    return found.hexdigest()

@@ -19,7 +19,7 @@ from datasets.dicom import find_dicom
 from datasets.sources import SourceImage, list_files, list_source, list_table
 from datasets.table import Table, read_table
 from utils.errors import UserError, listing
-from utils.images import decode_reason, open_image, resize
+from utils.images import decode_reason, open_image, resize_pixels
 from utils.io import digest_files
 from utils.logs import progress
 
@@ -160,10 +160,10 @@ def read_into(
 def _read(item: Item, size: int, resample: Image.Resampling) -> np.ndarray:
     """One picture, or the mean of several, uint8 [3, S, S]."""
     several = [item] if isinstance(item, SourceImage) else item
-    parts = [resize(one.load(OVERSAMPLING * size), size, resample) for one in several]
+    parts = [resize_pixels(one.load.pixels(OVERSAMPLING * size), size, resample) for one in several]
     if len(parts) == 1:
-        return np.array(parts[0]).transpose(2, 0, 1)
-    total = np.sum([np.asarray(p, dtype=np.float64) for p in parts], 0)
+        return parts[0].transpose(2, 0, 1)
+    total = np.sum(parts, 0, dtype=np.float64)
     return np.rint(total / len(parts)).astype(np.uint8).transpose(2, 0, 1)
 
 

@@ -101,16 +101,30 @@ def resize(
 ) -> Image.Image:
     """PIL picture -> `size` x `size`, antialiased, aspect ratio not kept; bilinear is published.
 
-    Of large RGB pictures the bilinear way is PyTorch's form of Pillow's, in a third of the time; a
-    few values of a thousand differ by one grey level.
+    Large RGB pictures as `resize_pixels` does.
     """
     if image.size == (size, size):
         return image
     if resample == Image.Resampling.BILINEAR and image.mode == 'RGB' and min(image.size) > 2 * size:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-        small = F.interpolate(pixels, (size, size), mode='bilinear', antialias=True)[0]
-        return Image.fromarray(small.permute(1, 2, 0).numpy())
+        return Image.fromarray(resize_pixels(np.array(image), size))
     return image.resize((size, size), resample)
+
+
+def resize_pixels(
+    pixels: UInt8[np.ndarray, 'H W 3'],
+    size: int,
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
+) -> UInt8[np.ndarray, '{size} {size} 3']:
+    """`resize` of an RGB array.
+
+    Of large pictures the bilinear way is PyTorch's form of Pillow's, in a third of the time; a
+    few values of a thousand differ by one grey level.
+    """
+    if resample != Image.Resampling.BILINEAR or min(pixels.shape[:2]) <= 2 * size:
+        return np.asarray(resize(Image.fromarray(pixels), size, resample))
+    channels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    small = F.interpolate(channels, (size, size), mode='bilinear', antialias=True)[0]
+    return small.permute(1, 2, 0).numpy()
 
 
 def shrink(img: Float[Tensor, 'N C H W'], side: int) -> Float[Tensor, 'N C {side} {side}']:

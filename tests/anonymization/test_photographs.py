@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image, ImageFile
+from decodes import count_decodes
+from PIL import Image
 from release_fixture import save_networks, save_photographs, tree_bytes
 
 from anonymization import Networks, OptimizeConfig, Settings, anonymize, job, photographs
@@ -37,20 +38,18 @@ def make(nets, data, run, settings=SETTINGS, **options):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Names of the photographs whose pixels were decoded, in a list that grows."""
-    sizes, real = [], ImageFile.ImageFile.load
-
-    def load(self):
-        if self.tile:
-            sizes.append(self.size)
-        return real(self)
-
-    monkeypatch.setattr(ImageFile.ImageFile, 'load', load)
-    return sizes
+    """Sizes of the pictures that were decoded, in a list that grows."""
+    return count_decodes(monkeypatch)
 
 
-def test_every_photograph_is_decoded_once_and_once_by_the_audit(nets, tmp_path, decoded):
+@pytest.mark.parametrize('kind', ['png', 'jpg'])
+def test_every_photograph_is_decoded_once_and_once_by_the_audit(nets, tmp_path, decoded, kind):
     save_photographs(tmp_path / 'data', 11)  # 40 px, and 32 px pictures in the release
+    if kind == 'jpg':
+        for path in list((tmp_path / 'data/images').iterdir()):
+            load_rgb(path).save(path.with_suffix('.jpg'))
+            path.unlink()
+        decoded.clear()
     make(nets, tmp_path / 'data', tmp_path / 'run')
     assert decoded.count((40, 40)) == 2 * 11
     make(nets, tmp_path / 'data', tmp_path / 'run')

@@ -4,7 +4,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from decodes import count_decodes
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from datasets.pictures import Pictures, load_pictures
@@ -58,15 +59,8 @@ def test_large_jpegs_are_decoded_at_a_smaller_scale(tmp_path, monkeypatch, side,
     fine = gaussian_filter(rng.standard_normal((600, 800, 3)), (2, 2, 0))
     u8 = np.clip(128 + 250 * fine, 0, 255).astype(np.uint8)
     Image.fromarray(u8).save(tmp_path / 'x.jpg', quality=90)
-    sizes, real = [], ImageFile.ImageFile.load
-
-    def load(self):
-        found = real(self)
-        sizes.append(self.size)
-        return found
-
     whole = np.asarray(resize(load_rgb(tmp_path / 'x.jpg'), side), dtype=int)
-    monkeypatch.setattr(ImageFile.ImageFile, 'load', load)
+    sizes = count_decodes(monkeypatch)
     got = load_pictures([tmp_path / 'x.jpg'], side)[0].transpose(1, 2, 0).astype(int)
     assert min(sizes[0]) >= 2 * side or not scaled
     assert (sizes[0] < (800, 600)) == scaled
