@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from anonymization.calibrated import Noise, most_groups, noise_of
 from anonymization.grouping import check_groupable
 from anonymization.networks import Loaded
 from anonymization.photographs import Photographs, copies
 from anonymization.settings import Settings
+from datasets.groups import Groups
 from datasets.people import merge_duplicates
 from datasets.table import Table
 from models.features.content import ContentNetwork
@@ -72,10 +74,22 @@ class Context:
             columns.append(self.photographs.eyes)
         return ['/'.join(parts) for parts in zip(*columns)] if columns else None
 
+    def noise(self, groups: Groups) -> Noise | None:
+        """The calibrated noise of the groups; None without an epsilon."""
+        s, people = self.settings, [[self.people[i] for i in rows] for rows in groups.members]
+        return noise_of(
+            s.noise, rank=s.optimize.latent_rank, k=s.k, groups_per_person=most_groups(people)
+        )
+
     def check(self) -> None:
         """UserError for what cannot come to a release, before networks are run."""
         s, psp, content = self.settings, self.networks.psp, self.networks.content
         s.optimize.check_rank(psp.decoder.style_dim)
+        if s.noise.epsilon is not None and not self.alone:
+            raise UserError(
+                '`epsilon` needs `deterministic` on a GPU, where photographs that are computed '
+                "together change each other's last digits"
+            )
         if self.copies.any():
             log.warning(
                 '%d photographs are identical copies of others: they show the same '

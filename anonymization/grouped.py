@@ -11,6 +11,7 @@ from anonymization.grouping import assign_groups
 from anonymization.inversion import ANEW
 from anonymization.promises import check_groups
 from anonymization.release import release_names
+from anonymization.starts import read_key
 from datasets.groups import Groups
 from utils import distributed
 from utils.io import check_intact, has_seal, sealing, write_csv
@@ -84,8 +85,10 @@ def _check(run: Context, numbers: np.ndarray) -> None:
 def _write_groups(run: Context, path: Path, numbers: np.ndarray) -> None:
     _check(run, numbers)
     sizes = np.bincount(numbers)
-    secret = '\n'.join(f'{i} {c}' for i, c in zip(run.table.ids, numbers)).encode()
-    names = release_names(int(numbers.max()), secret, run.settings.seed)
+    secret, s = '\n'.join(f'{i} {c}' for i, c in zip(run.table.ids, numbers)).encode(), run.settings
+    if s.noise.epsilon is not None:  # else names that fit one table only would say who is in it
+        secret = read_key(run.private, s.start_key) + secret
+    names = release_names(int(numbers.max()), secret, s.seed)
     columns = {
         'id_code': run.table.ids,
         'centers': numbers,

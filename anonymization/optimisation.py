@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from anonymization.calibrated import Teller
 from anonymization.context import Context
 from anonymization.grouped import GROUP_TABLE
 from anonymization.inversion import ANEW, CONTENT, LATENTS
@@ -50,7 +51,7 @@ def optimise(run: Context, latents: np.ndarray, content: np.ndarray, groups: Gro
     latents [n, L, D], content [n, F]: of all photographs. UserError where the optimisation
     diverges.
     """
-    offset = _offsets(run)
+    secret = _secrets(run, groups)
     at_once = _at_once(run, len(groups))
     size = 1 if run.alone else at_once
     batches = [range(i, min(i + size, len(groups))) for i in range(0, len(groups), size)]
@@ -77,7 +78,7 @@ def optimise(run: Context, latents: np.ndarray, content: np.ndarray, groups: Gro
                 bar.update(n)
 
             members = [groups.members[c] for c in batches[i]]
-            batch = [_group(run, m, latents, content)._replace(offset=offset(m)) for m in members]
+            batch = [secret(m, _group(run, m, latents, content)) for m in members]
             result = run_within_memory(engine, batch, on_step=on_step)
             _save_batch(run, i, result, sources)
 
@@ -105,7 +106,7 @@ def _batch_file(run: Context, i: int) -> Path:
 
 def _sources(run: Context) -> str:
     """One digest of what the optimisation starts from: latents, content features, groups, key."""
-    names = [LATENTS, CONTENT, GROUP_TABLE] + [KEY] * bool(run.settings.start_noise)
+    names = [LATENTS, CONTENT, GROUP_TABLE] + [KEY] * run.settings.secret
     files = [run.private / name for name in names]
     return sha256_bytes('\n'.join(sha256_file(f) for f in files).encode())
 
@@ -119,15 +120,30 @@ def _group(run: Context, members: np.ndarray, latents: np.ndarray, content: np.n
     )
 
 
-def _offsets(run: Context) -> Callable[[np.ndarray], torch.Tensor | None]:
-    """What the group of given rows starts away from the mean of its latents."""
-    noise, given = run.settings.start_noise, run.settings.start_key
-    if not noise:
-        return lambda rows: None
-    key = distributed.from_main(lambda: read_key(run.private, given))
+def _secrets(run: Context, groups: Groups) -> Callable[[np.ndarray, Group], Group]:
+    """Gives the group of given rows what the run's key decides of its start, if anything."""
+    settings = run.settings
+    if not settings.secret:
+        return lambda rows, group: group
+    key = distributed.from_main(lambda: read_key(run.private, settings.start_key))
     decoder = run.networks.psp.decoder
-    scale, shape = noise * latent_spread(decoder), (decoder.n_latent, decoder.style_dim)
-    return lambda rows: start_offset(key, [run.table.ids[int(i)] for i in rows], shape, scale)
+    noise = run.noise(groups)
+    if noise is not None:
+        teller = Teller(decoder, noise, key, run.facts['networks']['generator and encoder'])
+
+        def told(rows: np.ndarray, group: Group) -> Group:
+            ids, people = [run.table.ids[i] for i in rows], [run.people[i] for i in rows]
+            return group._replace(start=teller.tell(ids, group.ws, people))
+
+        return told
+    scale = settings.start_noise * latent_spread(decoder)
+    shape = decoder.n_latent, decoder.style_dim
+
+    def moved(rows: np.ndarray, group: Group) -> Group:
+        ids = [run.table.ids[int(i)] for i in rows]
+        return group._replace(offset=start_offset(key, ids, shape, scale))
+
+    return moved
 
 
 def _save_batch(run: Context, i: int, result: Result, sources: str) -> None:

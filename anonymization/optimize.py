@@ -31,7 +31,7 @@ from models.features.guide import Guide
 from models.features.pretrained import FeatureNetwork
 from models.psp import PSP
 from models.stylegan2.frozen import FrozenSynthesis
-from models.stylegan2.sampling import latent_spread, leading_directions
+from models.stylegan2.sampling import Leading, latent_spread, leading_directions
 from utils.cuda_graphs import Step, captured
 from utils.errors import UserError
 from utils.images import from_uint8
@@ -159,7 +159,9 @@ class Group(NamedTuple):
     """One group's members: ws [k, L, D], photographs u8 [k, 3, S, S], content features [k, F].
 
     shares: [k], how much each member counts, with sum 1; None: all the same. offset: [L, D], what
-    the optimisation starts away from the mean of ws; None: nothing.
+    the optimisation starts away from the mean of ws; None: nothing. start: [L, D], where it starts
+    whatever that mean is, for all groups of a batch or none; None: at the mean, or its part in
+    `latent_rank`.
     """
 
     ws: torch.Tensor
@@ -167,6 +169,7 @@ class Group(NamedTuple):
     content: torch.Tensor
     shares: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+    start: torch.Tensor | None = None
 
     def mean(self, values: Float[Tensor, ' k *s']) -> Float[Tensor, '*s']:
         """Mean over the members of values [k, ...]."""
@@ -268,7 +271,7 @@ class GroupOptimizer:
         self.content_net = content_net.to(**layout)
         self.style = None if style_net is None else style_term(style_net.to(**layout), config)
         self.guide = None if guide is None else guide.to(self.device)
-        self._leading: tuple[Tensor, Tensor] | None = None
+        self._leading: Leading | None = None
         self._shared: FeatureNetwork | None = None  # the network of both losses, passed once
         if content_net is style_net and isinstance(content_net, FeatureNetwork):
             self._shared = content_net
@@ -318,15 +321,22 @@ class GroupOptimizer:
         """The means of the groups' latents, [G, L, D]."""
         return torch.stack([g.mean(g.ws.to(self.device)) for g in groups])
 
-    def _starts(self, means: Float[Tensor, 'G L D']) -> Float[Tensor, 'G L D']:
-        """Where the groups of these means start, [G, L, D]: the means, in `latent_rank`."""
-        if not self.config.latent_rank:
-            return means
-        if self._leading is None:
-            self._leading = leading_directions(self.psp.decoder, self.config.latent_rank)
-        middle, directions = self._leading
-        away = (means - middle).double()
-        return middle + (away @ directions.T @ directions).float()
+    def _starts(
+        self, groups: Sequence[Group], means: Float[Tensor, 'G L D']
+    ) -> Float[Tensor, 'G L D']:
+        """Where the groups of these means start, [G, L, D]: as they say, or in `latent_rank`."""
+        given = [g.start for g in groups if g.start is not None]
+        if given:
+            return torch.stack(given).to(means)
+        if self.config.latent_rank:
+            if self._leading is None:
+                self._leading = leading_directions(self.psp.decoder, self.config.latent_rank)
+            middle, directions, *_ = self._leading
+            away = (means - middle).double()
+            means = middle + (away @ directions.T @ directions).float()
+        return torch.stack(
+            [m if g.offset is None else m + g.offset.to(m) for m, g in zip(means, groups)]
+        )
 
     @functools.cached_property
     def _spread(self) -> float:
@@ -377,11 +387,8 @@ class GroupOptimizer:
         with matmul_precision(self.precision):
             targets = self.targets(groups)
             means = self.centroids(groups)
-            start = self._starts(means)
-            start = torch.stack(
-                [m if g.offset is None else m + g.offset.to(m) for m, g in zip(start, groups)]
-            )
-            moved = cfg.latent_rank > 0 or any(g.offset is not None for g in groups)
+            start = self._starts(groups, means)
+            moved = not torch.equal(start, means)
             ws = start.clone().requires_grad_(True)
             rate, style_weights = self.peak_rate(), self.style_weights(start, targets)
             on_gpu = self.device.type == 'cuda'

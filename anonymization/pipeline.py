@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from anonymization.calibrated import stated
 from anonymization.context import Context
 from anonymization.grouped import form_groups
 from anonymization.inversion import invert_all
@@ -101,6 +102,7 @@ def _manifest_facts(run: Context, groups: Groups, side: int) -> dict[str, Any]:
         'n_suppressed': groups.n_left_out,
         'image_size': side,
         'settings': settings,
+        'noise': stated(run.noise(groups)),
         **run.facts,
         'png_encoder': png_encoder(),
     }

@@ -35,10 +35,7 @@ README, CROISSANT = 'README.md', 'croissant.json'
 # All but manifest and pictures, which say the same in the forms that people and tools read.
 PAGES = (LABELS, METADATA, DATASHEET, REPORT, README, CROISSANT)
 # Stands for the wording of the templates too: a recipient renders them again and compares.
-FORMAT, OLDER_FORMATS = (
-    'k-salsa-release-4',
-    ('k-salsa-release-1', 'k-salsa-release-2', 'k-salsa-release-3'),
-)
+FORMAT, OLDER_FORMATS = ('k-salsa-release-5', tuple(f'k-salsa-release-{n}' for n in range(1, 5)))
 # International scale for diabetic retinopathy.
 GRADE_NAMES = ('none', 'mild', 'moderate', 'severe', 'proliferative')
 RISK_LINE = 0.09  # re-identification risk accepted by EMA policy 0070 and Health Canada

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from anonymization.grouping import METHODS, POLICIES, SURPLUS
+from anonymization.calibrated import NoiseConfig
+from anonymization.grouping import DEALT, METHODS, POLICIES, SURPLUS
 from anonymization.optimize import PRECISIONS, OptimizeConfig
 from anonymization.photographs import SIDES
 from utils import options
@@ -41,7 +42,8 @@ class Settings:
     'referable', 'visits', 'splits') that groups never cross. grade_penalty: how much grades count
     in the grouping beside the latents, in parts of the latents' total variance. start_noise: how
     far from the mean of its members a group starts, by secret noise, in standard deviations of the
-    generator's latents; start_key: file of its key (anonymization.starts), None draws one.
+    generator's latents; start_key: file of the key of secret noise (anonymization.starts), None
+    draws one. noise: what differential privacy asks for.
     reduce_dim: group on that many principal components. sides: 'mirror' (left eyes
     are mirrored before anything else, so that optic discs align), 'apart' (groups never cross
     sides), 'mixed' (published). n_iters: refinements of the inversion. batch_size: photographs per
@@ -60,7 +62,8 @@ class Settings:
     clustering: str = option(
         'default',
         choice(*METHODS),
-        "how groups are found; published: the paper's greedy",
+        "how groups are found; published: the paper's greedy; random: dealt out within strata, "
+        'without a look at the photographs',
         group=_GROUPS,
     )
     policy: str = option(
@@ -116,12 +119,14 @@ class Settings:
     start_key: str | None = option(
         None,
         text,
-        'key of that noise, such as private/start.key of another run (default: a new one)',
+        'key of secret noise, that of `epsilon` too, such as private/start.key of another run '
+        '(default: a new one)',
         group=_HOW,
         metavar='FILE',
         free=True,
     )
     optimize: OptimizeConfig = OptimizeConfig()
+    noise: NoiseConfig = NoiseConfig()
     n_iters: int = option(
         5,
         positive_int,
@@ -204,6 +209,8 @@ class Settings:
         """UserError for what is no setting, before anything is read."""
         options.check(self)
         options.check(self.optimize)
+        options.check(self.noise)
+        self.noise.check(self.optimize, self.start_noise)
         if self.k < 2:
             raise UserError(
                 f"`k` {self.k}: a group of one is the patient's own picture; use 2 or more"
@@ -218,3 +225,13 @@ class Settings:
             raise UserError(f'`n_steps` {steps}: at most {_MOST_STEPS}')
         if self.seed >= 2**63:
             raise UserError(f'`seed` {self.seed}: want less than 2^63')
+        if self.clustering == DEALT and self.grade_penalty:
+            raise UserError(
+                '`grade_penalty` has no effect on `clustering` random, which looks at nothing but '
+                '`strata`; leave it out, or use `strata` label'
+            )
+
+    @property
+    def secret(self) -> bool:
+        """Whether a key decides what groups start from."""
+        return bool(self.start_noise) or self.noise.epsilon is not None

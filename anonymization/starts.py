@@ -1,8 +1,9 @@
 """Secret starts: a perturbation of every group's first latent that nobody outside can repeat.
 
-Without it a picture follows from its members' photographs, the networks and the settings, so that
-whoever has all of these can try who completes a group. The key is 32 bytes of the system's
-randomness, in private/; with the same key the same run gives the same bytes.
+It is noise in all directions (`start_noise`), or calibrated noise on a few (`epsilon`,
+anonymization.calibrated). Without it a picture follows from its members' photographs, the networks
+and the settings, so that whoever has all of these can try who completes a group. The key is 32
+bytes of the system's randomness, in private/; with the same key the same run gives the same bytes.
 """
 
 import hashlib
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
+from scipy.special import ndtri
 from torch import Tensor
 
 from utils.errors import UserError
@@ -57,3 +59,14 @@ def start_offset(
     digest = hashlib.sha256(key + hashlib.sha256(text).digest()).digest()
     rng = np.random.default_rng(int.from_bytes(digest, 'big'))
     return torch.from_numpy((scale * rng.standard_normal(tuple(shape))).astype(np.float32))
+
+
+def secret_normals(key: bytes, context: bytes, n: int) -> Float64[np.ndarray, ' n']:
+    """`n` standard normal numbers that the key and the context decide.
+
+    Without the key they are as good as independent of all that was drawn under other contexts,
+    and cannot be told from chance (SHAKE-256 as a pseudo-random function).
+    """
+    drawn = hashlib.shake_256(key + hashlib.sha256(context).digest()).digest(8 * n)
+    whole = np.frombuffer(drawn, '<u8') >> np.uint64(12)  # 52 bits, so that a half can be added
+    return ndtri((whole + 0.5) / 2**52)

@@ -34,7 +34,7 @@ from anonymization.grouping import assign_groups
 from anonymization.optimize import PRECISIONS
 from benchmarks.appraisal import MAKER, NETWORKS, Appraiser, Photographs, described, pictures_of
 from benchmarks.machine import describe
-from benchmarks.releases import BATCH, ROWS, WEIGHTS, release
+from benchmarks.releases import APART, BATCH, ROWS, WEIGHTS, Grouping, release
 from datasets.phantoms.dataset import make_dataset
 from datasets.table import read_table
 from models.features.style import FILTERS
@@ -190,6 +190,7 @@ def groups_of(
     n_groups: int | None,
     seed: int,
     device: torch.device,
+    how: Grouping = APART,
 ) -> list[Int[np.ndarray, ' _']]:
     """Member rows of each group, as the main job groups them; n_groups of them by chance.
 
@@ -201,12 +202,27 @@ def groups_of(
     _, people = np.unique(members.people, return_inverse=True)
     numbers = np.asarray(
         assign_groups(
-            ws.numpy().reshape(len(ws), -1), k, patients=list(people), seed=seed, device=device
+            ws.numpy().reshape(len(ws), -1),
+            k,
+            patients=list(people),
+            strata=_grades_of_people(members) if how.by_grade else None,
+            method=how.clustering,
+            policy=how.policy,
+            seed=seed,
+            device=device,
         ).numbers
     )
     found = [np.flatnonzero(numbers == c) for c in range(1, numbers.max() + 1)]
     order = numpy_generator(seed, 'groups', k).permutation(len(found))
     return [found[i] for i in order[:n_groups]]
+
+
+def _grades_of_people(members: Photographs) -> list[int]:
+    """The worst grade of the person on each photograph, so that no stratum divides a person."""
+    worst: dict[str, int] = {}
+    for person, grade in zip(members.people.tolist(), members.grades.tolist()):
+        worst[person] = max(grade, worst.get(person, 0))
+    return [worst[person] for person in members.people.tolist()]
 
 
 def markdown(results: dict[str, dict]) -> str:
@@ -350,10 +366,11 @@ def compare(
     main_k = 5 if finished is None else finished.k
 
     @functools.cache
-    def groups(k: int) -> list[Int[np.ndarray, ' _']]:
+    def groups(k: int, how: Grouping = APART) -> list[Int[np.ndarray, ' _']]:
         if finished is not None and k == finished.k:
             return finished.groups
-        return groups_of(k, members, ws, opts.n_groups, opts.seed, device)[opts.skip_groups :]
+        found = groups_of(k, members, ws, opts.n_groups, opts.seed, device, how)
+        return found[opts.skip_groups :]
 
     if finished is not None:
         found = {'k': finished.k, **appraiser.measure(finished.pictures, finished.groups)}
@@ -363,7 +380,7 @@ def compare(
     for name, row in ROWS.items():
         path = row_file(opts, name)
         if name in names and not path.exists():
-            parts, begin = groups(row.k), time.process_time()
+            parts, begin = groups(row.k, row.grouping), time.process_time()
             engine = {'seed': opts.seed, 'device': device, 'precision': opts.precision}
             pictures = release(row, parts, members, ws, psp, **engine)
             seconds = (time.process_time() - begin) / len(parts)
@@ -374,7 +391,7 @@ def compare(
         if path.exists():
             results[name] = json.loads(path.read_text(encoding='utf-8'))
             log.info('\n%s', markdown({name: results[name]}))
-            if row.k == main_k:
+            if row.k == main_k and row.grouping == APART:
                 made.append(np.load(path.with_suffix('.npy')))
     write_text(opts.out_dir / 'frontier.md', markdown(results))
     write_sheet(opts.out_dir / 'sheet.png', made, members, groups(main_k))

@@ -4,13 +4,19 @@ Shapes: n photographs, G groups, L styles, D style dimension, S side of the pict
 """
 
 import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 
-from anonymization.optimize import Group, GroupOptimizer, OptimizeConfig
+from anonymization.calibrated import NoiseConfig, Teller, most_groups, noise_of
+from anonymization.grouping import DEALT
+from anonymization.optimize import Group, GroupOptimizer, OptimizeConfig, equal_shares
 from benchmarks.appraisal import MAKER, Photographs
 from models.features.guide import load_guide
 from models.features.pretrained import load_feature_network
@@ -18,10 +24,24 @@ from models.psp import PSP
 from models.stylegan2.sampling import seed_latents
 from utils.images import to_uint8
 
+log = logging.getLogger(__name__)
+
 WEIGHTS = Path(__file__).resolve().parents[1] / 'pretrained_models/demo'
 BATCH = 10
 AUTO = {'style_weight': 'auto', 'lr': 'auto', 'content_weight': 1.0}
 CONTENT_ONLY = {**AUTO, 'style_weight': 0.0}
+
+
+class Grouping(NamedTuple):
+    """Settings of the grouping; by_grade: groups are of one grade."""
+
+    policy: str = 'distinct'
+    clustering: str = 'default'
+    by_grade: bool = False
+
+
+APART = Grouping()  # as the main job does unless told otherwise
+TOGETHER = Grouping('together')  # each person in one group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +49,24 @@ class Row:
     """One line of the table: the size of the groups and the settings; none are baselines.
 
     independent: samples of the generator stand in the place of the groups' pictures. guided: the
-    embedded guide is part of the content loss.
+    embedded guide is part of the content loss. epsilon: of calibrated noise. grouping: how people
+    are grouped, where that differs from the main job's default.
     """
 
     k: int = 5
     settings: dict | None = None
     independent: bool = False
     guided: bool = False
+    epsilon: float | None = None
+    grouping: Grouping = APART
+
+
+_EPSILONS = (None, 32, 8, 2)
+
+
+def _told(rank: int, k: int, epsilon: float | None, grouping: Grouping = TOGETHER) -> Row:
+    settings = {**AUTO, 'n_steps': 0, 'latent_rank': rank}
+    return Row(k, settings, epsilon=epsilon, grouping=grouping)
 
 
 STRONG = {**AUTO, 'n_steps': 40, 'style_ratio': 3.0}  # both losses of about equal size
@@ -47,6 +78,23 @@ ROWS = {
     **{
         f'centroid, 8 leading directions{name}': Row(k, {**AUTO, 'n_steps': 0, 'latent_rank': 8})
         for name, k in {'': 5, ', k = 10': 10, ', k = 20': 20}.items()
+    },
+    **{
+        f'people together, {rank} directions, epsilon {epsilon}, k = {k}': _told(rank, k, epsilon)
+        for rank in (4, 8)
+        for k in (5, 10, 20)
+        for epsilon in _EPSILONS
+    },
+    **{
+        f'both eyes apart, 4 directions, epsilon {epsilon}, k = 10': _told(4, 10, epsilon, APART)
+        for epsilon in _EPSILONS
+    },
+    **{
+        f'dealt out within grades, 4 directions, epsilon {epsilon}, k = {k}': _told(
+            4, k, epsilon, Grouping('together', DEALT, True)
+        )
+        for k in (5, 10, 20)
+        for epsilon in _EPSILONS
     },
     'content and guide, 10 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 10}, guided=True),
     'content only, 40 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 40}),
@@ -115,14 +163,45 @@ def release(
         guide=guide,
     )
     pooled = torch.from_numpy(members.features[MAKER]['pooled'])
-    made = []
+    tell, made = _telling(row, groups, members, ws, psp, seed), []
     for start in range(0, len(groups), BATCH):
         batch = [
-            Group(ws[g], torch.from_numpy(members.pictures[g]), pooled[g])
+            Group(
+                ws[g],
+                torch.from_numpy(members.pictures[g]),
+                pooled[g],
+                equal_shares(members.people[g].tolist()),
+                start=tell(g),
+            )
             for g in groups[start : start + BATCH]
         ]
         made.append(to_uint8(engine.psp.pool(engine.run(batch).image)))
     return torch.cat(made).numpy()
+
+
+def _telling(
+    row: Row,
+    groups: list[Int[np.ndarray, ' _']],
+    members: Photographs,
+    ws: Float[torch.Tensor, 'n L D'],
+    psp: PSP,
+    seed: int,
+) -> Callable[[Int[np.ndarray, ' _']], torch.Tensor | None]:
+    """The latent of given rows with the noise of a row of the table, None where it has none."""
+    if row.epsilon is None or row.settings is None:
+        return lambda rows: None
+    people = [members.people[g].tolist() for g in groups]
+    noise = noise_of(
+        NoiseConfig(row.epsilon),
+        rank=row.settings['latent_rank'],
+        k=row.k,
+        groups_per_person=most_groups(people),
+    )
+    assert noise is not None  # there is an epsilon
+    log.info('%s', noise)
+    key = hashlib.sha256(f'benchmark {seed}'.encode()).digest()  # to be repeated, not secret
+    teller = Teller(psp.decoder, noise, key, '')
+    return lambda rows: teller.tell([str(r) for r in rows], ws[rows], members.people[rows].tolist())
 
 
 @torch.no_grad()

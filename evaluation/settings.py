@@ -51,14 +51,18 @@ _ATTACKERS = Kind(
 )
 # Flags of scripts/k-SALSA.py that may differ between releases of one evaluation.
 _FLAGS = {
+    'clip',
     'clustering',
     'content_weight',
+    'delta',
+    'epsilon',
     'grade_penalty',
     'guide_weight',
     'latent_rank',
     'lr',
     'num_crop',
     'num_steps',
+    'policy',
     'start_noise',
     'strata',
     'style_mode',

@@ -8,6 +8,7 @@ import numpy as np
 
 from anonymization import Networks, OptimizeConfig, Settings, anonymize
 from anonymization.audit import audit_release, report_dict
+from anonymization.calibrated import NoiseConfig
 from anonymization.grouped import GROUP_TABLE
 from datasets.groups import Groups
 from datasets.pictures import load_pictures
@@ -42,6 +43,8 @@ def release_settings(request: Request, encoder: Path, table: Table) -> Settings:
         sides='mixed',  # the crops are turned to one side
         n_iters=refinements(encoder),
         seed=request.seed,
+        noise=NoiseConfig(request.epsilon),
+        deterministic=request.epsilon is not None and request.device.type == 'cuda',
         optimize=OptimizeConfig(
             n_steps=request.how.release_steps,
             latent_rank=request.how.latent_rank,
@@ -73,6 +76,8 @@ def release_flags(
         f'--latent_rank={settings.optimize.latent_rank}',
         f'--style_weight={settings.optimize.style_weight}',
         f'--lr={settings.optimize.lr}',
+        *([f'--epsilon={settings.noise.epsilon}'] if settings.noise.epsilon else []),
+        *(['--deterministic'] if settings.deterministic else []),
         *(['--soft_labels'] if settings.soft_labels else []),
         f'--device={request.device}',
     ]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from anonymization.calibrated import EPSILON
 from anonymization.optimize import OptimizeConfig
 from models.features.guide import load_guide
 from models.features.pretrained import load_feature_network, wheel_file
@@ -77,7 +78,8 @@ class Request:
     photos, labels: photographs and their table. k: fewest people in a group. size: side in pixels,
     None: the preset's. hours: for everything. held_out: share of the people who are neither trained
     on nor released, and test both. steps: of the (last) training, None: what the hours allow.
-    release_steps, latent_rank: None: the preset's, see there. generator_weights, encoder_weights:
+    release_steps, latent_rank: None: the preset's, see there. epsilon: of anonymization.calibrated,
+    with networks of other people alone. generator_weights, encoder_weights:
     files in place of trainings. start_weights: what the training of encoder and generator together
     goes on from; 'auto': the project's own weights, which have seen phantoms only, at their size;
     'none': nothing. guide: file of models.features.guide for the release. processes: of
@@ -117,6 +119,9 @@ class Request:
         "tell a group in so many leading directions of the generator's latents, 0: in all "
         "(default: preset's)",
         'N',
+    )
+    epsilon: float | None = _length(
+        EPSILON, 'secret noise on these directions, for differential privacy', 'FLOAT'
     )
     generator_weights: Path | None = _length(path, 'in place of that training', 'FILE')
     encoder_weights: Path | None = _length(
@@ -204,6 +209,16 @@ class Request:
                     f'`size` is {self.how.size}'
                 )
         OptimizeConfig(latent_rank=self.how.latent_rank).check_rank(style_dim)
+        if self.epsilon and (self.how.release_steps or not self.how.latent_rank):
+            raise UserError(
+                '`epsilon` needs `latent_rank` above 0 and `release_steps` 0, which look at the '
+                'photographs again'
+            )
+        if self.epsilon and not self.encoder_weights:
+            raise UserError(
+                '`epsilon` needs `encoder_weights` of other people: no noise covers what networks '
+                'keep of those they are trained on'
+            )
         if self.guide and not self.how.release_steps:
             raise UserError(
                 '`guide`: it steers the steps of the release, and there are none; leave it out, or '

@@ -29,7 +29,9 @@ def build_job(request: Request, commands: Commands) -> Job:
     groups = len(table) * (1 - request.held_out) / request.k
     how = request.how
     drawing = groups * (how.release_steps + 1) * GROUP_PASSES * speed.seconds / 3600
-    told = {'steps': how.release_steps, 'latent_rank': how.latent_rank}
+    told: dict[str, float] = {'steps': how.release_steps, 'latent_rank': how.latent_rank}
+    if request.epsilon is not None:
+        told['epsilon'] = request.epsilon
     seeded = {'seed': request.seed}
     guided = {} if request.guide is None else {'guide': sha256_file(request.guide)}
     inputs = {'photographs': digest(hashes), 'table': sha256_file(request.labels), **seeded}

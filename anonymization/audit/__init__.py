@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float32
 
-from anonymization.audit import copies, derive, recompute, schema
+from anonymization.audit import copies, derive, noise, recompute, schema
 from anonymization.audit.checks import Audit, Check, Findings, report_dict, report_text
 from anonymization.audit.copies import plot_distances
 from anonymization.audit.files import Fault, Tree, parse_json, read_regular, scan
@@ -25,6 +25,7 @@ from anonymization.audit.pictures import Picture, check_form, check_made, look_a
 from anonymization.audit.records import Run, read_run
 from anonymization.release import LABELS, MANIFEST, METADATA, OLDER_FORMATS, PAGES, render_pages
 from datasets.table import Table
+from models.psp import load_psp
 from utils.errors import UserError
 
 __all__ = ['Audit', 'Check', 'audit_release', 'plot_distances', 'report_dict', 'report_text']
@@ -66,6 +67,9 @@ def audit_release(
             release, run, latents, recompute_n, checkpoint=checkpoint, device=device
         )
         audit.checks.append(check)
+        if run.options['epsilon'] is not None:
+            psp = load_psp(checkpoint or run.options['checkpoint_path'])
+            audit.checks.append(noise.check_told(run, latents, psp))
     return audit
 
 
@@ -116,6 +120,7 @@ def _check_content(release: Path, run: Run, pictures: list[Picture]) -> Check:
     derive.check_networks(run, found)
     derive.check_card(run, found)
     manifest, labels = derive.manifest_without_files(run), derive.labels_text(run)
+    noise.check_noise(manifest, found)
     table = pd.read_csv(io.StringIO(labels), dtype={'image': str}, keep_default_na=False)
     rendered = render_pages(manifest, table)
     rendered |= {LABELS: labels, METADATA: derive.metadata_text(run)}

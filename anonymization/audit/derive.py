@@ -12,9 +12,11 @@ from typing import Any
 
 from anonymization.audit.checks import Check, Findings
 from anonymization.audit.files import Fault, read_regular
+from anonymization.audit.noise import derived_noise, stored_key
 from anonymization.audit.records import SETTINGS, Run
 from anonymization.card import is_card, named_in
 from anonymization.release import FORMAT, release_names
+from anonymization.starts import KEY
 from utils.io import sha256_file
 
 RECORDS = 'the records of the run are whole and belong to these photographs'
@@ -45,14 +47,15 @@ _REFERABLE = (2, 3, 4)
 def check_records(run: Run) -> Check:
     """Checksums, photographs and weight files of the run record; the group table's own columns."""
     found = Findings(RECORDS)
-    for name in _SEALED:
+    for name in (*_SEALED, *([KEY] if run.options['epsilon'] is not None else [])):
         seal = run.private / f'{name}.sha256'
         try:
             wanted = read_regular(seal)[:64].decode('latin-1')
         except Fault:
             found.add(f'private/{name} has no readable checksum beside it')
             continue
-        if sha256_file(run.private / name) != wanted:
+        file = run.private / name
+        if not file.is_file() or sha256_file(file) != wanted:
             found.add(f'private/{name} is not the file that the run wrote')
     for column, words in _PHOTOGRAPHS.items():
         own = [getattr(look, column) for look in run.looks]
@@ -151,6 +154,8 @@ def _check_strata(run: Run, found: Findings) -> None:
 
 def _derived_names(run: Run) -> dict[int, str]:
     secret = '\n'.join(f'{i} {c}' for i, c in zip(run.groups['id_code'], run.numbers)).encode()
+    if run.options['epsilon'] is not None:
+        secret = stored_key(run) + secret
     names = release_names(len(run.members), secret, run.record['seed'])
     return dict(zip(run.members, names))
 
@@ -238,6 +243,7 @@ def manifest_without_files(run: Run) -> dict[str, Any]:
         'n_suppressed': run.numbers.count(0),
         'image_size': run.facts['image_size'],
         'settings': {name: run.options[option] for name, option in SETTINGS.items()},
+        'noise': derived_noise(run),
         'networks': run.facts['networks'],
         'versions': run.facts['versions'],
         'card': run.card,

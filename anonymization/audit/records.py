@@ -118,11 +118,11 @@ def read_run(private: Path, table: Table) -> Run:
         pixels = {name: str(entry['pixels']) for name, entry in pictures.items()}
         # Looked up here, so that a record without them is an error in the input.
         [record['options'][name] for name in ('same_k', 'policy', 'clustering', 'strata')]
-        [record['options'][name] for name in SETTINGS.values()]
+        [record['options'][name] for name in (*SETTINGS.values(), 'epsilon', 'delta', 'clip')]
         [record[name] for name in ('seed', 'inputs')]
         [
             facts['facts'][name]
-            for name in ('networks', 'versions', 'card', 'image_size', 'png_encoder')
+            for name in ('networks', 'versions', 'card', 'image_size', 'png_encoder', 'noise')
         ]
         soft_labels = bool(facts['soft_labels'])
     except (KeyError, TypeError, AttributeError) as error:

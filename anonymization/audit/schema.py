@@ -10,11 +10,13 @@ import pandas as pd
 
 from anonymization.audit.checks import Findings
 from anonymization.audit.files import Fault
+from anonymization.audit.noise import noise_suffices
 from anonymization.card import is_card
 from anonymization.release import FORMAT
 
 NAME = r'[bcdfghjkmnpqrstvwxz]{8}'
 _N_GRADES = 5
+_LEAST = 1e-300  # of what is above 0
 _HASH = re.compile(r'[0-9a-f]{64}')
 _NETWORK = re.compile(r'[\w.-]{1,40}( [0-9a-f]{64})?', re.ASCII)
 _WORD = re.compile(r'[a-z_]{1,20}')
@@ -120,6 +122,16 @@ _MANIFEST: dict[str, Callable[[Any], bool]] = {
         precision=_one_of('fp32', 'tf32', 'bf16'),
         sides=lambda v: v in ('mirror', 'apart', 'mixed'),
     ),
+    'noise': _or_none(
+        _fields(
+            epsilon=_number(_LEAST, 500),
+            delta=_number(_LEAST, 1),
+            clip=_number(_LEAST),
+            directions=_count(1),
+            groups_per_person=_count(1),
+            sigma=_number(_LEAST),
+        )
+    ),
     'networks': _networks,
     'versions': _versions,
     'card': is_card,
@@ -168,6 +180,11 @@ def check_sums(manifest: dict[str, Any], labels: pd.DataFrame, found: Findings) 
     )
     if people > images or (manifest['policy'] == 'distinct' and people != images):
         found.add('images_per_group and patients_per_group do not go together')
+    if not noise_suffices(manifest):
+        found.add('the noise is too small for epsilon and delta')
+    noise, settings = manifest['noise'], manifest['settings']
+    if noise and (noise['directions'] != settings['latent_rank'] or settings['n_steps']):
+        found.add('noise and settings do not go together')
     if manifest['n_images'] != len(labels):
         found.add('n_images is not the number of labels')
     grades = (

@@ -1,6 +1,6 @@
 """Assigns images to groups of at least k distinct patients with a small within-group squared error.
 
-Three methods share one interface: the paper's greedy (section on same-size clustering), MDAV
+Methods share one interface: the paper's greedy (section on same-size clustering), MDAV
 (Domingo-Ferrer and Mateo-Sanz, 2002), the standard of microaggregation, and the default, which
 starts from MDAV and then repeatedly ejects one member of every group and puts all of them back by
 an optimal assignment. Nothing larger than the features is ever held: no n x n matrix.
@@ -19,8 +19,10 @@ from anonymization.grouping.assign import (
     check_groupable,
 )
 from anonymization.grouping.features import squared_errors
+from anonymization.grouping.methods import DEALT
 
 __all__ = [
+    'DEALT',
     'METHODS',
     'POLICIES',
     'SURPLUS',

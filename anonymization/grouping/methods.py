@@ -1,5 +1,6 @@
 """The clustering methods by name."""
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,8 @@ from anonymization.grouping.units import Units
 from utils.errors import UserError
 from utils.seeds import numpy_generator
 
-METHODS = ('default', 'published', 'mdav', 'kmeans-constrained')
+DEALT = 'random'
+METHODS = ('default', 'published', 'mdav', 'kmeans-constrained', DEALT)
 
 
 class Effort(NamedTuple):
@@ -28,6 +30,8 @@ def solve(units: Units, k: int, method: str, seed: int, effort: Effort) -> Int[n
     """Group numbers 0..C-1 of the units, which are centred in place."""
     if method == 'published':
         return published(units, k)
+    if method == DEALT:
+        return _dealt(units, k, numpy_generator(seed, 'dealing'))
     # Differences of large sums lose float32 digits; a shift moves no distance.
     units.x -= units.x.mean(0)
     if method == 'kmeans-constrained':
@@ -63,6 +67,14 @@ def _deal(units: Units, k: int, rng: np.random.Generator) -> Int[np.ndarray, ' u
     assignment = np.empty(len(units), int)
     assignment[order] = np.arange(len(units)) % (len(units) // k)
     return assignment
+
+
+def _dealt(units: Units, k: int, rng: np.random.Generator) -> Int[np.ndarray, ' u']:
+    """The same with people in an order of chance, too."""
+    if units.person is None:
+        return _deal(units, k, rng)
+    shuffled = rng.permutation(units.person.max() + 1)[units.person]
+    return _deal(dataclasses.replace(units, person=shuffled), k, rng)
 
 
 def kmeans_constrained(units: Units, k: int, seed: int) -> Int[np.ndarray, ' u']:

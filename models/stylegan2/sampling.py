@@ -1,6 +1,7 @@
 """Latents for pictures: from seeds, mixed by layer, and on a closed path; and their rendering."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,13 +50,25 @@ def latent_spread(net: Generator, n: int = 1000) -> float:
     return float(_fixed_draws(net, n).std(0).mean())
 
 
-@torch.no_grad()
-def leading_directions(
-    net: Generator, rank: int, n: int = 4000
-) -> tuple[Float32[Tensor, ' D'], Float64[Tensor, 'R D']]:
-    """Mean [D] of the latents w of n fixed draws, and their `rank` first principal directions.
+class Leading(NamedTuple):
+    """Where a generator's latents w lie.
 
-    The directions, [rank, D], are orthonormal. ValueError for a rank above D.
+    middle: [D], their mean. directions: [R, D], orthonormal, those of most variance first.
+    codes: [n, R], the draws along the directions, in their own standard deviations. deviations:
+    [R], these.
+    """
+
+    middle: Float32[Tensor, ' D']
+    directions: Float64[Tensor, 'R D']
+    codes: Float64[Tensor, 'n R']
+    deviations: Float64[Tensor, ' R']
+
+
+@torch.no_grad()
+def leading_directions(net: Generator, rank: int, n: int = 4000) -> Leading:
+    """The `rank` first principal directions of the latents w of n fixed draws.
+
+    ValueError for a rank above D.
     """
     if not 1 <= rank <= net.style_dim:
         raise ValueError(f'rank {rank} of latents of {net.style_dim} numbers')
@@ -63,7 +76,10 @@ def leading_directions(
     middle = w.mean(0)
     away = (w - middle).double()
     _, vectors = torch.linalg.eigh(away.T @ away)  # in ascending order
-    return middle, vectors[:, -rank:].T.flip(0).contiguous()
+    directions = vectors[:, -rank:].T.flip(0).contiguous()
+    along = away @ directions.T
+    deviations = along.std(0, correction=0)
+    return Leading(middle, directions, along / deviations, deviations)
 
 
 def mix_styles(

@@ -134,7 +134,7 @@ def test_a_finished_release_gets_another_card(tmp_path, card, monkeypatch, capsy
 def test_no_other_card_for_a_release_of_another_version(tmp_path):
     release = make_release(tmp_path)
     path = release / 'manifest.json'
-    path.write_text(path.read_text().replace('k-salsa-release-4', 'k-salsa-release-2'))
+    path.write_text(path.read_text().replace('k-salsa-release-5', 'k-salsa-release-2'))
     with pytest.raises(UserError, match='made by another version'):
         describe_anew(release, tmp_path / 'new', read_card(None))
     assert not (tmp_path / 'new').exists()

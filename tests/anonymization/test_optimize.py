@@ -154,7 +154,7 @@ def test_latent_rank_keeps_the_leading_directions_of_the_generator():
         return made(rank).ws
 
     decoder = engine.psp.decoder
-    middle, directions = leading_directions(decoder, 2)
+    middle, directions, *_ = leading_directions(decoder, 2)
     assert torch.allclose(directions @ directions.T, torch.eye(2, dtype=torch.float64))
     full, kept = centroids(0), centroids(2)
     away = kept - middle

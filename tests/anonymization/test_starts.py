@@ -96,7 +96,7 @@ def test_results_among_the_photographs(inputs, no_work, place):
 def test_nothing_is_written_into_a_release(inputs, no_work, tmp_path):
     release = tmp_path / 'other/release'
     release.mkdir(parents=True)
-    (release / 'manifest.json').write_text('{"format": "k-salsa-release-4"}')
+    (release / 'manifest.json').write_text('{"format": "k-salsa-release-5"}')
     with pytest.raises(UserError, match='--exp_dir .*/images/x lies in the release'):
         k_salsa.main(command(inputs, exp_dir=release / 'images/x'))
     with pytest.raises(UserError, match='--dest .* lies in the release'):

@@ -123,6 +123,15 @@ EFFECTS = {
     '--latent_rank=2': lambda new, old: (
         new.manifest['settings']['latent_rank'] == 2 and moved(new, old)
     ),
+    '--latent_rank=2 --num_steps=0 --epsilon=4 --delta=1e-3 --clip=2': lambda new, old: (
+        new.manifest['noise'].items()
+        >= {'epsilon': 4.0, 'delta': 1e-3, 'clip': 2.0, 'directions': 2}.items()
+        and old.manifest['noise'] is None
+        and moved(new, old)
+    ),
+    '--clustering=random': lambda new, old: (
+        new.manifest['clustering'] == 'random' and new.grouping() != old.grouping()
+    ),
     '--n_iters_per_batch=2': lambda new, old: not np.allclose(new.latents(), old.latents()),
     '--precision=bf16': lambda new, old: (
         new.manifest['settings']['precision'] == 'bf16' and moved(new, old)

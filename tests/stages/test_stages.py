@@ -207,6 +207,9 @@ def test_what_does_not_go_together_is_said_first(tmp_path, changes, text):
     ('changes', 'text'),
     [
         ({'latent_rank': 513}, '`latent_rank` 513.*use at most 512'),
+        ({'epsilon': 8.0}, '`epsilon` needs `encoder_weights`'),
+        ({'epsilon': 8.0, 'latent_rank': 0}, '`epsilon` needs `latent_rank`'),
+        ({'epsilon': 8.0, 'release_steps': 5}, '`epsilon` needs.*`release_steps` 0'),
         ({'guide': 'x.pt'}, '`guide`: it steers the steps.*`release_steps`'),
         ({'guide': 'x.pt', 'release_steps': 5}, 'x.pt is no guide'),
         ({'encoder_weights': 'x.pt'}, 'x.pt: state_dict holds no weights'),
@@ -262,6 +265,7 @@ def test_the_commands_know_the_flags_of_the_gpu_presets(tmp_path):
 def test_several_processes_make_the_release_that_one_makes(tmp_path):
     """The flags say the same settings; processes share a batch evenly."""
     asked = request(tmp_path, processes=4, k=7, seed=3, release_steps=9, guide=tmp_path / 'g.pt')
+    asked = dataclasses.replace(asked, epsilon=4.0)
     assert asked.world == 2 and PRESETS['small'].batch == 10
     assert dataclasses.replace(asked, preset='gpu256').world == 4
     assert request(tmp_path).world == 1

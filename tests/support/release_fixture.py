@@ -79,6 +79,7 @@ def release_facts(card: Path | None = None) -> dict[str, Any]:
             'precision': 'fp32',
             'sides': 'mirror',
         },
+        'noise': None,
         'networks': {
             'generator and encoder': 64 * 'a',
             'content': f'moco {64 * "b"}',

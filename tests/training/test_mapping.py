@@ -41,7 +41,7 @@ def test_the_mapping_learns_the_latents_and_nothing_else_changes() -> None:
     assert float((w.mean(0) - latents.mean(0)).abs().mean()) < 0.2
     assert float(w.std(0).mean() / latents.std(0).mean()) == pytest.approx(1, abs=0.15)
     # What varies most in the latents varies most in the mapping's, too.
-    _, directions = leading_directions(net, 4)
+    directions = leading_directions(net, 4).directions
     away = (latents - latents.mean(0)).double()
     found_share = (away @ directions.T).square().sum() / away.square().sum()
     most = torch.linalg.svdvals(away)[:4].square().sum() / away.square().sum()
