@@ -90,9 +90,7 @@ def assign_groups(
     owners, kinds = as_ids(patients, n, 'patient'), as_ids(strata, n, 'stratum')
     _check_homes(owners, kinds, policy)
     matrix = as_matrix(features)
-    hashes = row_hashes(matrix)
-    if method == DEALT:  # not even equal features decide anything
-        hashes = np.zeros_like(hashes)
+    hashes = row_hashes(matrix) if method != DEALT else np.zeros(n, 'S32')  # features say nothing
     x, reduction = load_features(matrix, hashes, reduce, seed, device)
     if grade_penalty:
         x = with_grades(x, grades, grade_penalty)
