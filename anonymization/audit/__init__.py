@@ -54,6 +54,10 @@ def audit_release(
     release = Path(release)
     if not release.is_dir():
         raise UserError(f'release folder not found: {release}')
+    if not any((release / name).exists() for name in (MANIFEST, LABELS, 'images')):
+        inside = release / 'release'
+        meant = f'; did you mean {inside}?' if (inside / MANIFEST).exists() else ''
+        raise UserError(f'{release} is no release: it has no {MANIFEST}, labels or pictures{meant}')
     if (private is None) != (source_table is None):
         raise ValueError('private and source_table go together')
     _check_version(release)

@@ -439,6 +439,12 @@ def test_release_of_an_older_version(spoiled, form, private):
         verify.main([str(spoiled.release), *(['--private', str(spoiled.private)] * private)])
 
 
-def test_no_release():
+def test_no_release(tmp_path):
+    (tmp_path / 'run/release').mkdir(parents=True)
+    with pytest.raises(UserError, match=r'run is no release: .* or pictures$'):
+        verify.main([str(tmp_path / 'run')])
+    (tmp_path / 'run/release/manifest.json').touch()
+    with pytest.raises(UserError, match='did you mean .*run/release'):
+        verify.main([str(tmp_path / 'run')])
     with pytest.raises(UserError, match='release folder not found'):
         verify.main([str(Path('nowhere'))])
