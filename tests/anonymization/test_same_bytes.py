@@ -1,19 +1,21 @@
 """The release does not depend on how much is computed at a time, or by how many processes."""
 
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import load_script
 from release_fixture import arguments, save_networks, save_photographs, tree_bytes
+from two_processes import Together
 
 from anonymization import optimisation
 from anonymization.workers import deterministic_algorithms, each, one_thread
 
 k_salsa = load_script('k-SALSA')
+
+
+def run_main_job(argv):
+    return k_salsa.main(argv)
 
 
 @pytest.fixture(scope='module')
@@ -75,21 +77,8 @@ def test_deterministic_on_a_gpu(one, tmp_path):
 
 @pytest.mark.parametrize('n', [2, 3])
 def test_processes(one, tmp_path, n):
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            f'--nproc_per_node={n}',
-            str(ROOT / 'scripts/k-SALSA.py'),
-            *command(one, tmp_path / 'run', group_batch=4),
-        ],
-        env={**os.environ, 'OMP_NUM_THREADS': str(n - 1)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    asked = command(one, tmp_path / 'run', group_batch=4)
+    Together(n, tmp_path / 'log', run_main_job, asked, threads=n - 1).wait()
     assert tree_bytes(tmp_path / 'run/release') == tree_bytes(one / 'run/release')
 
 

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ from conftest import relative_error
 from moco_pictures import generator, pictures
 from PIL import Image
 from torch import nn
+from two_processes import Together
 from unit_vectors import people, units
 
 from datasets.pictures import Pictures as TablePictures
@@ -35,6 +33,7 @@ from training.moco import (
     learning_rate,
 )
 from training.sync_batchnorm import CrossProcessBatchNorm2d, share_batch_statistics
+from utils import distributed
 from utils.errors import UserError
 from utils.images import from_uint8
 from utils.io import load_weights
@@ -216,37 +215,19 @@ def test_resume_is_exact_and_survives_damage(tmp_path, caplog):
         whole.load_state({'format': 7})
 
 
+def two_steps_together(folder):
+    distributed.init('cpu')
+    two_steps(folder)
+    distributed.shutdown()
+
+
 def test_two_processes_compute_what_one_does(tmp_path):
-    """The same global batches under torchrun with gloo; weights agree to 2e-3 of their update
+    """The same global batches by gloo; weights agree to 2e-3 of their update
     (float32 sums in another order, through two steps)."""
-    program = tmp_path / 'run.py'
-    program.write_text(f"""
-import sys
-sys.path[:] = {sys.path!r}
-from test_content_training import two_steps
-from utils import distributed
-distributed.init('cpu')
-two_steps(sys.argv[1])
-distributed.shutdown()
-""")
-    job = subprocess.Popen(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            '--nproc_per_node=2',
-            str(program),
-            str(tmp_path / 'two'),
-        ],
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    both = Together(2, tmp_path / 'log', two_steps_together, tmp_path / 'two')
     start = two_steps(tmp_path / 'start', max_steps=0).moco.state_dict()
     one = two_steps(tmp_path / 'one').moco.state_dict()
-    output = job.communicate(timeout=900)[0]
-    assert job.returncode == 0, output.decode()
+    both.wait()
     two = load_weights(tmp_path / 'two' / 'checkpoints' / 'state_2.pt')['moco']
 
     def distance(a, b):

@@ -1,21 +1,20 @@
 """The projected discriminator: what is frozen, one step by hand, exact resume, two processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load_script
+from conftest import load_script
 from PIL import Image
 from torch import Tensor
+from two_processes import run_together
 
 from datasets.archive import ImageArchive
 from models.features.pretrained import load_feature_network
 from models.projected import STRIDES, ProjectedDiscriminator
+from scripts import train_stylegan2_ada
 from training.augment import PIPES, AugmentPipe, RandomDraws
 from training.stylegan2_config import make_config
 from training.stylegan2_loop import Trainer
@@ -181,20 +180,8 @@ def test_command_one_and_two_processes_agree(archive: Path, tmp_path: Path) -> N
     rows, runs = {}, {}
     for gpus in (1, 2):
         out = tmp_path / f'gpus{gpus}'
-        done = subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / 'scripts' / 'train_stylegan2_ada.py'),
-                '--outdir',
-                str(out),
-                *flags,
-                f'--gpus={gpus}',
-            ],
-            capture_output=True,
-            text=True,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        )
-        assert done.returncode == 0, done.stderr
+        asked = ['--outdir', str(out), *flags]
+        run_together(gpus, tmp_path / f'{gpus}.log', train_stylegan2_ada.main, asked)
         (runs[gpus],) = out.iterdir()
         rows[gpus] = read_jsonl(runs[gpus] / 'stats.jsonl')
     assert 'projected-fixed-diff' in runs[1].name

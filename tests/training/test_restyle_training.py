@@ -2,16 +2,13 @@
 
 import logging
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from golden_fill import fill_image, fill_tensor
 from restyle_nets import make_psp, photographs
-from two_processes import run_in_one_and_two
+from two_processes import run_code, run_in_one_and_two, run_together
 
 from criteria.w_norm import latent_norm
 from models.psp import invert, load_psp, psp_checkpoint
@@ -288,10 +285,7 @@ distributed.shutdown()
 
 def test_an_overflow_in_one_process_is_skipped_by_all(tmp_path: Path) -> None:
     """Loss scaling as float16 on GPUs uses it; only the first process overflows, in one step."""
-    script = tmp_path / 'run.py'
-    script.write_text(f"""
-import sys
-sys.path[:] = {sys.path!r}
+    code = """
 import torch
 from pathlib import Path
 from test_restyle_training import make_coach, photographs
@@ -306,34 +300,20 @@ class Overflowing(L2Term):
 
 distributed.init('cpu')
 rank = distributed.rank()
-coach = make_coach(losses={{'l2': (Overflowing(), 1.0)}}, learning_rate=1e-3)
+coach = make_coach(losses={'l2': (Overflowing(), 1.0)}, learning_rate=1e-3)
 coach.scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)
-start = {{k: v.clone() for k, v in coach.psp.encoder.named_parameters()}}
+start = {k: v.clone() for k, v in coach.psp.encoder.named_parameters()}
 found = []
 for _ in range(2):
     coach.step(from_uint8(photographs(4))[2 * rank:2 * rank + 2])
     weights = dict(coach.psp.encoder.named_parameters())
-    found.append({{'same': all(torch.equal(weights[k], v) for k, v in start.items()),
+    found.append({'same': all(torch.equal(weights[k], v) for k, v in start.items()),
                    'scale': coach.scaler.get_scale(), 'sum': sum(
-                       float(v.double().sum()) for v in weights.values())}})
-torch.save(found, Path(sys.argv[1]) / f'{{rank}}.pt')
+                       float(v.double().sum()) for v in weights.values())})
+torch.save(found, Path(sys.argv[1]) / f'{rank}.pt')
 distributed.shutdown()
-""")
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            '--nproc_per_node=2',
-            str(script),
-            str(tmp_path),
-        ],
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'},
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
+"""
+    run_together(2, tmp_path / 'log', run_code, code, str(tmp_path))
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
     assert first == second
     assert [step['same'] for step in first] == [True, False]

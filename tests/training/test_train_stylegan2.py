@@ -1,17 +1,16 @@
 """The generator's training loop: exact resume, equal processes, adaptive strength, commands."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import load_script
 from PIL import Image
 from tiny_generator import Discs, tiny_config, tiny_trainer
+from two_processes import run_together
 
 from datasets.archive import ImageArchive
+from scripts import train_stylegan2_ada
 from training.stylegan2_loop import Draws, Trainer
 from training.stylegan2_run import snapshots
 from utils.errors import UserError
@@ -99,24 +98,11 @@ def test_two_processes_give_the_losses_of_one(archive, tmp_path):
         '--device=cpu',
         '--workers=0',
     ]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     rows = {}
     for gpus in (1, 2):
         out = tmp_path / f'gpus{gpus}'
-        done = subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / 'scripts' / 'train_stylegan2_ada.py'),
-                '--outdir',
-                str(out),
-                *flags,
-                f'--gpus={gpus}',
-            ],
-            env=env,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        asked = ['--outdir', str(out), *flags]
+        run_together(gpus, tmp_path / f'{gpus}.log', train_stylegan2_ada.main, asked)
         (run_dir,) = out.iterdir()
         rows[gpus] = read_jsonl(run_dir / 'stats.jsonl')
         assert (run_dir / 'generator.pt').is_file() and (run_dir / 'curves.png').is_file()

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,14 +40,6 @@ CELLS = [
     for processes in ((1, 2) if not toy.alone and name != 'e4e' else (1,))
 ]
 Runner = Callable[[str, int], Path]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def import_path() -> Iterator[None]:
-    """The server that processes are forked from imports what tests import."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('PYTHONPATH', os.pathsep.join(sys.path))
-        yield
 
 
 @pytest.fixture(scope='module')
