@@ -148,8 +148,9 @@ def attack(opts: argparse.Namespace) -> dict:
     }
     found['generator'] = generator_attack(generator, planted, held, n_steps=opts.n_steps)
     if psp is not None:
-        sides = _canaries(paths, psp.input_size)[:2]
-        by = encoder_attack(psp, *sides, embeds, n_iters=refinements(opts.encoder))
+        inside, outside, _ = _canaries(paths, psp.input_size)
+        n_iters = refinements(opts.encoder)
+        by = encoder_attack(psp, inside, outside, embeds, n_iters=n_iters)
         found |= {f'encoder, {name}': result for name, result in by.items()}
     return found
 

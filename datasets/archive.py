@@ -24,7 +24,7 @@ from torch import Tensor
 
 from utils.decoding import decode_rgb
 from utils.errors import UserError, listing
-from utils.images import IMAGE_SUFFIXES, as_rgb, decode_reason, open_image
+from utils.images import IMAGE_SUFFIXES, decode_reason, open_image
 from utils.io import atomic_path, digest_files, sha256_bytes
 from utils.leftovers import SUFFIX, claimed, remove_leftovers
 
@@ -89,16 +89,11 @@ class FileStore:
             and not n.rsplit('/', 1)[-1].startswith('._')
         ]
 
-    def image(self, name: str, at_least: int | None = None) -> Image.Image:
-        """One file as a PIL RGB picture; UserError when it cannot be decoded.
+    def pixels(self, name: str, at_least: int | None = None) -> UInt8[np.ndarray, 'H W 3']:
+        """One file decoded; UserError when it cannot be.
 
         at_least: as in `utils.images.as_rgb`.
         """
-        with open_image(lambda: self.open(name), f'{self.path}: {name}') as image:
-            return as_rgb(image, at_least)
-
-    def pixels(self, name: str, at_least: int | None = None) -> UInt8[np.ndarray, 'H W 3']:
-        """`image` as an array, faster."""
 
         def read() -> bytes:
             with self.open(name) as file:
@@ -268,7 +263,7 @@ class ImageArchive(torch.utils.data.Dataset):
     def _decode(self, i: int) -> UInt8[Tensor, '3 H W']:
         if self._cache is not None and i in self._cache:
             return self._cache[i]
-        pixels = np.array(self.store.image(self.names[i]))
+        pixels = self.store.pixels(self.names[i])
         img = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         if self._cache is not None:
             self._cache[i] = img

@@ -160,7 +160,7 @@ def read_into(
 def _read(item: Item, size: int, resample: Image.Resampling) -> np.ndarray:
     """One picture, or the mean of several, uint8 [3, S, S]."""
     several = [item] if isinstance(item, SourceImage) else item
-    parts = [resize_pixels(one.load.pixels(OVERSAMPLING * size), size, resample) for one in several]
+    parts = [resize_pixels(one.load(OVERSAMPLING * size), size, resample) for one in several]
     if len(parts) == 1:
         return parts[0].transpose(2, 0, 1)
     total = np.sum(parts, 0, dtype=np.float64)

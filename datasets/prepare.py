@@ -78,9 +78,9 @@ def _load(item: SourceImage, transform: str, width: int | None) -> tuple[Image.I
     Its field of view, where it was looked for.
     """
     if width is None:
-        return item.load(None), None
+        return Image.fromarray(item.load(None)), None
     wanted = OVERSAMPLING * width
-    image = item.load(wanted)
+    image = Image.fromarray(item.load(wanted))
     if transform != 'fundus':
         return image, None
     fov = find_fov(image)
@@ -89,7 +89,7 @@ def _load(item: SourceImage, transform: str, width: int | None) -> tuple[Image.I
     if field >= wanted or min(image.size) < wanted:  # the latter was decoded whole
         return image, fov
     # The field fills a part of the frame only.
-    return item.load(-(-wanted * min(image.size) // field)), None
+    return Image.fromarray(item.load(-(-wanted * min(image.size) // field))), None
 
 
 def _central(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -1,13 +1,11 @@
 """Where photographs come from: folders, ZIP archives, tables, lists of files, DICOM folders."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from datasets.archive import FileStore
 from datasets.dicom import DICOM_SUFFIXES, DicomPhotograph, find_dicom, list_photographs, load_dicom
@@ -15,29 +13,20 @@ from datasets.fov import UnusableFrame
 from datasets.table import Table, read_table
 from utils.decoding import decode_rgb
 from utils.errors import UserError
-from utils.images import load_rgb
 
-
-class Loader(Protocol):
-    """Decodes one picture, at a smaller scale that leaves `at_least` px (`utils.images.as_rgb`).
-
-    UserError when it is damaged.
-    """
-
-    def __call__(self, at_least: int | None = None) -> Image.Image:
-        """As a PIL RGB picture."""
-
-    def pixels(self, at_least: int | None = None) -> UInt8[np.ndarray, 'H W 3']:
-        """As an array, faster."""
+Load = Callable[[int | None], UInt8[np.ndarray, 'H W 3']]
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceImage:
-    """One picture of a source."""
+    """One picture of a source.
+
+    load(at_least) decodes it, RGB (`utils.decoding.decode_rgb`; UserError when it is damaged).
+    """
 
     source: str
     name: str
-    load: Loader
+    load: Load
     label: object = None
     dicom: DicomPhotograph | None = None
 
@@ -47,10 +36,7 @@ class _Stored:
     store: FileStore
     name: str
 
-    def __call__(self, at_least: int | None = None) -> Image.Image:
-        return self.store.image(self.name, at_least)
-
-    def pixels(self, at_least: int | None = None) -> UInt8[np.ndarray, 'H W 3']:
+    def __call__(self, at_least: int | None) -> UInt8[np.ndarray, 'H W 3']:
         return self.store.pixels(self.name, at_least)
 
 
@@ -58,10 +44,7 @@ class _Stored:
 class _File:
     path: Path
 
-    def __call__(self, at_least: int | None = None) -> Image.Image:
-        return load_rgb(self.path, at_least)
-
-    def pixels(self, at_least: int | None = None) -> UInt8[np.ndarray, 'H W 3']:
+    def __call__(self, at_least: int | None) -> UInt8[np.ndarray, 'H W 3']:
         return decode_rgb(self.path.read_bytes, str(self.path), at_least).pixels
 
 
@@ -69,21 +52,15 @@ class _File:
 class _Dicom:
     path: Path
 
-    def __call__(self, at_least: int | None = None) -> Image.Image:
-        return load_dicom(self.path)
-
-    def pixels(self, at_least: int | None = None) -> UInt8[np.ndarray, 'H W 3']:
-        return np.array(self())
+    def __call__(self, at_least: int | None) -> UInt8[np.ndarray, 'H W 3']:
+        return np.array(load_dicom(self.path))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Refused:
     reason: str
 
-    def __call__(self, at_least: int | None = None) -> Image.Image:
-        raise UnusableFrame(self.reason)
-
-    def pixels(self, at_least: int | None = None) -> UInt8[np.ndarray, 'H W 3']:
+    def __call__(self, at_least: int | None) -> UInt8[np.ndarray, 'H W 3']:
         raise UnusableFrame(self.reason)
 
 

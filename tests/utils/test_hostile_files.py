@@ -288,7 +288,7 @@ def test_what_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
     assert path.stat().st_size < 20_000
     store = FileStore(path)
     for read in (
-        lambda: store.image('a.png'),
+        lambda: store.pixels('a.png'),
         lambda: store.size('a.png'),
         store.labels,
         lambda: ImageArchive(path),

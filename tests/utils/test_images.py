@@ -46,8 +46,8 @@ def test_a_program_named_as_a_picture_does_not_run(program, tmp_path):
         archive.write(path, 'x.png')
     for read in (
         load_rgb,
-        lambda p: FileStore(p.parent).image('x.png'),
-        lambda p: FileStore(tmp_path / 'x.zip').image('x.png'),
+        lambda p: FileStore(p.parent).pixels('x.png'),
+        lambda p: FileStore(tmp_path / 'x.zip').pixels('x.png'),
         lambda p: FileStore(p.parent).size('x.png'),
         lambda p: Pictures(p.parent, 8),
         lambda p: read_digests([p]),
