@@ -5,7 +5,7 @@
 Subtraction, for every member: all others of his group subtract their latents from that of its
 picture, as the encoder finds it; at which place does he come among everybody else? Replay, for a
 member of each of a few groups: the picture is made again with every candidate for his place,
-without the secret start (--start_noise), if there was one, which is not theirs. Writes
+without the secret start (--start_noise, --epsilon), if there was one, which is not theirs. Writes
 insiders.json and insiders.md. With runs of and without a secret start, the two tables compare.
 """
 
@@ -136,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     result: dict[str, Any] = {
         'start_noise': settings.start_noise,
+        'epsilon': settings.noise.epsilon,
         'k': settings.k,
         'subtraction_first': {**rate(ranks == 1), 'chance': chance, 'members': len(ranks)},
         'replay_first': {**rate(places == 1), 'chance': 1 / opts.candidates, 'groups': len(places)},

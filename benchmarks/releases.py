@@ -61,9 +61,6 @@ class Row:
     grouping: Grouping = APART
 
 
-_EPSILONS = (None, 32, 8, 2)
-
-
 def _told(rank: int, k: int, epsilon: float | None, grouping: Grouping = TOGETHER) -> Row:
     settings = {**AUTO, 'n_steps': 0, 'latent_rank': rank}
     return Row(k, settings, epsilon=epsilon, grouping=grouping)
@@ -81,21 +78,16 @@ ROWS = {
     },
     **{
         f'people together, {rank} directions, epsilon {epsilon}, k = {k}': _told(rank, k, epsilon)
-        for rank in (4, 8)
-        for k in (5, 10, 20)
-        for epsilon in _EPSILONS
+        for rank, k in ((4, 5), (4, 10), (4, 20), (8, 20))
+        for epsilon in (None, 32, 8, 2)
     },
     **{
-        f'both eyes apart, 4 directions, epsilon {epsilon}, k = 10': _told(4, 10, epsilon, APART)
-        for epsilon in _EPSILONS
-    },
-    **{
-        f'dealt out within grades, 4 directions, epsilon {epsilon}, k = {k}': _told(
-            4, k, epsilon, Grouping('together', DEALT, True)
+        f'dealt out within grades, 4 directions, epsilon {epsilon}, k = 10': _told(
+            4, 10, epsilon, Grouping('together', DEALT, by_grade=True)
         )
-        for k in (5, 10, 20)
-        for epsilon in _EPSILONS
+        for epsilon in (None, 8)
     },
+    'both eyes apart, 4 directions, epsilon 8, k = 10': _told(4, 10, 8, APART),
     'content and guide, 10 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 10}, guided=True),
     'content only, 40 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 40}),
     'content only, 60 steps': Row(settings={**CONTENT_ONLY, 'n_steps': 60}),

@@ -22,7 +22,7 @@ from evaluation.catalogue import MEASURES, METHODS
 from evaluation.judges import Judge
 from evaluation.population import people_of
 from evaluation.registry import Candidate
-from evaluation.releases import read_release
+from evaluation.releases import read_release, shaped
 from evaluation.settings import read_settings
 from evaluation.study import open_study
 from models.features.pretrained import load_feature_network
@@ -310,6 +310,15 @@ def test_too_few_people(config, tmp_path):
     )
     with pytest.raises(UserError, match='4 people are too few others.*at least 8'):
         evaluate.main([f'--config={few}', f'--out_dir={tmp_path / "out"}', '--device=cpu'])
+
+
+@pytest.mark.parametrize('name', ['levers', 'phantoms128'])
+def test_levers_of_the_configurations_go_together(name):
+    settings = read_settings(ROOT / f'configs/evaluation/{name}.yaml')
+    for lever in (settings.levers or {}).values():
+        shaped(settings, 5, 0, lever).check()
+    with pytest.raises(UserError, match='`epsilon` needs'):
+        shaped(settings, 5, 0, {'epsilon': 8, 'latent_rank': 0}).check()
 
 
 def test_attackers_who_make_a_release_of_their_own(config, finished, tmp_path):
