@@ -233,6 +233,17 @@ FACTS: dict[str, Kind] = {
     't-closeness': _field('grade_diversity.t_max', 0.5),
     'settings': _field('settings.n_steps', 100),
     'seed': _field('settings.seed', 0),
+    'noise': _field(
+        'noise',
+        {
+            'epsilon': 1.0,
+            'delta': 1e-5,
+            'clip': 1.5,
+            'directions': 4,
+            'groups_per_person': 1,
+            'sigma': 9.0,
+        },
+    ),
     'networks': _field('networks.style', 'vgg19-relu1_2 ' + 64 * 'a'),
     'versions': _field('versions.torch', '2.0.0'),
     'format': _field('format', 'k-salsa-release-9'),
