@@ -172,9 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         opts.out_dir / f'{name}.json', {'attacks': found, 'machine': describe(torch.device('cpu'))}
     )
     lines = ['| attack | AUC | TPR at 1 % FPR |', '|---|---|---|']
-    for name, r in found.items():
+    for attacker, r in found.items():
         rate = interval(r['tpr_at_1pct_fpr'], '.2f')
-        lines.append(f'| {name} | {interval(r["auc"], ".2f")} | {rate} |')
+        lines.append(f'| {attacker} | {interval(r["auc"], ".2f")} | {rate} |')
     write_text(opts.out_dir / f'{name}.md', '\n'.join(lines) + '\n')
     print('\n'.join(lines))
     return 0

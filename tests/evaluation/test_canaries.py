@@ -107,5 +107,7 @@ def test_the_commands(tmp_path, monkeypatch):
         assert script.main(['attack', *flags, *asked]) == 0
         found = json.loads((tmp_path / f'run/attack-{weights}.json').read_text())['attacks']
         assert kinds | more <= set(found)
+        table = (tmp_path / f'run/attack-{weights}.md').read_text()
+        assert all(f'| {attacker} | ' in table for attacker in found)
         assert ('encoder, pixel' in found) == (name == 'encoder')
         assert all(r['n_members'] == r['n_others'] == 4 for r in found.values())
