@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 
 from utils.io import atomic_path
 
+_INSIDE = 8  # lines whose names fit into a panel; more stand beside it
+
 
 class Panel(NamedTuple):
     """The lines of one panel: `names` of numbers, less `prefix` in the legend."""
@@ -46,6 +48,8 @@ def plot_curves(
                     )
         axis.set(xlabel=unit, title=panel.title, yscale='log' if panel.log_scale else 'linear')
         if axis.lines:
-            axis.legend(fontsize=8)
+            inside = len(axis.lines) <= _INSIDE
+            place = {} if inside else {'loc': 'upper left', 'bbox_to_anchor': (1, 1)}
+            axis.legend(fontsize=8, **place)
     with atomic_path(path) as temp:
         figure.savefig(temp, format='png', dpi=80, metadata={'Software': None})
