@@ -38,6 +38,7 @@ from utils.options import option
 CLIP = 0.75
 # Noisy codes are rounded to this, so that their last digits say nothing (Mironov 2012).
 STEP = 2.0**-10
+DELTA = 1e-5
 EPSILON = number(lambda v: 0 < v <= 500, 'a number above 0, at most 500')
 _DECIMALS = 6  # of sigma and the clipping length; sigma is rounded up
 _HEADING = 'noise with a stated epsilon'
@@ -62,7 +63,7 @@ class NoiseConfig:
         metavar='FLOAT',
     )
     delta: float = option(
-        1e-5,
+        DELTA,
         number(lambda v: 0 < v < 1, 'a number between 0 and 1'),
         'how likely more may leak',
         group=_HEADING,
@@ -80,8 +81,9 @@ class NoiseConfig:
     def check(self, optimize: OptimizeConfig, start_noise: float) -> None:
         """UserError for what would break the guarantee, and settings without effect."""
         if self.epsilon is None:
-            if self.clip is not None:
-                raise UserError('`clip` bounds people for `epsilon`, which is not given; give both')
+            for name, given in (('clip', self.clip is not None), ('delta', self.delta != DELTA)):
+                if given:
+                    raise UserError(f'`{name}` belongs to `epsilon`, which is not given; give both')
             return
         if not optimize.latent_rank:
             raise UserError(
@@ -97,6 +99,14 @@ class NoiseConfig:
             raise UserError(
                 '`epsilon` and `start_noise` are both noise on the start, and the latter has no '
                 'guarantee; leave it out'
+            )
+
+    def check_people(self, n: int) -> None:
+        """UserError for a delta with which one of `n` people may be given away altogether."""
+        if self.epsilon is not None and self.delta * n >= 1:
+            raise UserError(
+                f'`delta` {self.delta:g}: one of {n} people may be given away altogether; use much '
+                f'less than 1 / {n}'
             )
 
 

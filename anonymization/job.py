@@ -18,6 +18,7 @@ from anonymization.pipeline import run_stages
 from anonymization.publish import check_place, finished, publish
 from anonymization.release import MANIFEST, check_outside_release
 from anonymization.settings import Settings
+from anonymization.starts import parse_key
 from anonymization.workers import one_thread
 from datasets.groups import Groups
 from datasets.table import Table, without_patients
@@ -187,6 +188,9 @@ def _check_table(table: Table, settings: Settings, card: Card | None) -> None:
     if people < settings.k:
         kind = 'patients' if table.patients else 'images'
         raise UserError(f'`k` {settings.k}: the table has only {people} {kind}')
+    settings.noise.check_people(people)
+    if settings.start_key is not None:
+        parse_key(Path(settings.start_key))  # which is used far later
     if settings.grade_penalty and table.labels is None:
         raise UserError('`grade_penalty` needs a grade column in the table')
     if not table.patients:

@@ -30,18 +30,19 @@ def read_key(private: Path, given: str | Path | None) -> bytes:
     UserError for a file that holds none, and another key than the run began with.
     """
     path = private / KEY
-    wanted = None if given is None else _parse(Path(given))
+    wanted = None if given is None else parse_key(Path(given))
     if not has_seal(path):
         with sealing(path):
             write_text(path, (wanted or secrets.token_bytes(_BYTES)).hex() + '\n')
     check_intact(path, remedy='start the run anew in another folder: its key is lost')
-    key = _parse(path)
+    key = parse_key(path)
     if wanted not in (None, key):
         raise UserError(f'`start_key` {given}: the run in {private} began with another key')
     return key
 
 
-def _parse(path: Path) -> bytes:
+def parse_key(path: Path) -> bytes:
+    """The key in a file; UserError when there is none."""
     try:
         key = bytes.fromhex(path.read_text(encoding='ascii').strip())
     except (OSError, ValueError) as error:

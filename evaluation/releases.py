@@ -12,6 +12,7 @@ from anonymization import Settings as Shape
 from datasets.groups import read_groups
 from datasets.table import Table, read_table
 from evaluation.settings import Settings
+from utils.errors import UserError
 from utils.io import write_csv
 
 N_GRADES = 5
@@ -102,6 +103,15 @@ def shaped(settings: Settings, k: int, seed: int, lever: dict[str, Any]) -> Shap
         ),
     )
     return Shape.from_options(shape.options() | lever)
+
+
+def check_levers(settings: Settings) -> None:
+    """UserError, that names it, for a lever whose settings do not go together."""
+    for name, lever in (settings.levers or {}).items():
+        try:
+            shaped(settings, settings.k[0], 0, lever).check()
+        except UserError as error:
+            raise UserError(f'`config`: levers: {name}: {error}') from error
 
 
 def read_release(run: Path, k: int, members: Table) -> Release:

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 
 from evaluation.catalogue import MEASURES, METHODS
 from evaluation.comparison import compare
+from evaluation.releases import check_levers
 from evaluation.report import write_report
 from evaluation.settings import read_settings
 from evaluation.study import open_study
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()
     settings = read_settings(opts.config)
+    check_levers(settings)
     methods = METHODS.choose(settings.methods)
     measures = MEASURES.choose(settings.measures)
     study = open_study(

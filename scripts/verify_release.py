@@ -121,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     opts = build_parser().parse_args(argv)
     setup_logging()
     check_flags(opts)
+    if opts.release.is_file():
+        raise UserError(f'{opts.release} is a file; name the release folder')
     table = source_table(opts) if opts.private else None
     audit = audit_release(
         opts.release,

@@ -54,6 +54,27 @@ def file_hashes(paths: Sequence[Path], known_in: Path) -> list[str]:
     return [entry[2] for _, entry in found]
 
 
+def hold_out(request: Request, table: Table, people: Sequence[str]) -> list[str]:
+    """The role of every photograph (`evaluation.splits`), where people [n] says who is on it.
+
+    UserError when too few are held out, or no group can be made of the others.
+    """
+    roles = split_by_patient(people, 1 - request.held_out, seed=request.seed)
+    inside = {p for p, role in zip(people, roles) if role == MEMBER}
+    outside = set(people) - inside
+    if len(outside) < MIN_HELD_OUT:
+        raise UserError(
+            f'`held_out` {request.held_out:g}: {len(outside)} {table.unit} would be held out, at '
+            f'least {MIN_HELD_OUT} are needed to test the release; raise it'
+        )
+    if len(inside) < request.k:
+        raise UserError(
+            f'`k` {request.k}: {len(inside)} {table.unit} are left for the release, of which no '
+            f'group can be made; {_MORE}'
+        )
+    return roles
+
+
 def check_photographs(request: Request, table: Table) -> Callable:
     """The stage that decodes all photographs, counts people and decides who is held out.
 
@@ -62,7 +83,7 @@ def check_photographs(request: Request, table: Table) -> Callable:
 
     def work(folder: Path, places: Places) -> Outcome:
         people = people_of(merge_identical(table))
-        roles = split_by_patient(people, 1 - request.held_out, seed=request.seed)
+        roles = hold_out(request, table, people)
         rows = pd.read_csv(
             request.labels, dtype=str, keep_default_na=False, encoding='utf-8-sig'
         ).rename(columns=str.strip)
@@ -72,17 +93,7 @@ def check_photographs(request: Request, table: Table) -> Callable:
         )
         inside = {p for p, role in zip(people, roles) if role == MEMBER}
         outside = set(people) - inside
-        if len(outside) < MIN_HELD_OUT:
-            raise UserError(
-                f'`held_out` {request.held_out:g}: {len(outside)} {table.unit} would be held '
-                f'out, at least {MIN_HELD_OUT} are needed to test the release; raise it'
-            )
         groups = len(inside) // request.k
-        if not groups:
-            raise UserError(
-                f'`k` {request.k}: {len(inside)} {table.unit} are left for the release, of which '
-                f'no group can be made; {_MORE}'
-            )
         known = '' if table.patients else f' {without_patients(table)}.'
         found = f' of {len(set(people))} people' if table.patients else ''
         finding = Finding(

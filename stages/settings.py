@@ -36,6 +36,7 @@ STYLE_DIM = 512  # of all generators that are trained here
 # Encoder and generator of drawn eyes, from which those of photographs are learnt sooner.
 _START = PROJECT_ROOT / 'pretrained_models' / 'demo' / 'restyle128.pt'
 _START_SIZE = 128
+_GROW = 'scripts/grow_restyle.py doubles it, `none` begins with nothing'
 
 
 class Preset(NamedTuple):
@@ -150,6 +151,12 @@ class Request:
         return PRESETS[self.preset]._replace(**{k: v for k, v in asked.items() if v is not None})
 
     @property
+    def told(self) -> dict[str, float]:
+        """How the release tells a group."""
+        given = {} if self.epsilon is None else {'epsilon': self.epsilon}
+        return {'steps': self.how.release_steps, 'latent_rank': self.how.latent_rank, **given}
+
+    @property
     def start(self) -> Path | None:
         """The checkpoint from which encoder and generator are trained together, or None."""
         if isinstance(self.start_weights, Path):
@@ -186,7 +193,7 @@ class Request:
                 '`generator_weights`: `preset` small trains encoder and generator together; give '
                 '`encoder_weights`, or another preset'
             )
-        if isinstance(self.start_weights, Path) and (self.encoder_weights or not self.how.joint):
+        if self.start_weights != 'auto' and (self.encoder_weights or not self.how.joint):
             raise UserError('`start_weights`: only the training of `preset` small starts from them')
         for name in ('labels', 'generator_weights', 'encoder_weights', 'start_weights', 'guide'):
             file = getattr(self, name)
@@ -203,15 +210,18 @@ class Request:
         if given := self.encoder_weights or (self.how.joint and self.start):
             psp = load_psp(given)
             style_dim = psp.decoder.style_dim
-            if not self.encoder_weights and psp.decoder.size != self.how.size:
+            name = 'encoder_weights' if self.encoder_weights else 'start_weights'
+            size = self.size if self.encoder_weights else self.how.size
+            if size not in (None, psp.decoder.size):
+                other = 'leave `size` out, or take others'
                 raise UserError(
-                    f'`start_weights` {given}: its generator draws {psp.decoder.size} px, and '
-                    f'`size` is {self.how.size}'
+                    f'`{name}` {given}: its generator draws {psp.decoder.size} px, and `size` is '
+                    f'{size}; {other if self.encoder_weights else _GROW}'
                 )
         OptimizeConfig(latent_rank=self.how.latent_rank).check_rank(style_dim)
         if self.epsilon and (self.how.release_steps or not self.how.latent_rank):
             raise UserError(
-                '`epsilon` needs `latent_rank` above 0 and `release_steps` 0, which look at the '
+                '`epsilon` needs `latent_rank` above 0, and `release_steps` 0: steps look at the '
                 'photographs again'
             )
         if self.epsilon and not self.encoder_weights:

@@ -1,5 +1,6 @@
 """The stages that train the networks, each by the commands for it, and look at what they draw."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from utils.errors import UserError
 from utils.images import shrink, to_uint8
 from utils.io import load_weights
 from utils.seeds import torch_generator
+
+log = logging.getLogger(__name__)
 
 ENCODER, GENERATOR = 'restyle.pt', 'generator.pt'
 _MOST_JUDGED = 400  # photographs
@@ -88,6 +91,7 @@ def train_jointly(request: Request, steps: int, commands: Commands) -> Callable:
         run, data = folder / 'joint', places['crop'] / RELEASED
         start, common = request.start, [f'--seed={request.seed}']
         if start is None:
+            log.info('encoder and generator begin with nothing')
             start = folder / 'untrained.pt'
             if not start.exists():
                 wide = [str(c) for c in channels(request.how.size)]

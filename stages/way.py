@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets.table import read_table, without_patients
 from evaluation.cache import digest
+from evaluation.population import people_of
 from stages import preparation, release, training
 from stages.runner import Job, Stage
 from stages.settings import GROUP_PASSES, READ_SECONDS, Request, pace
@@ -23,15 +24,12 @@ def build_job(request: Request, commands: Commands) -> Job:
     table = read_table(request.labels, request.photos)
     if not table.patients:
         log.warning(without_patients(table))
+    preparation.hold_out(request, table, people_of(table))
     hashes = preparation.file_hashes(table.paths, request.out_dir / 'photographs.json')
     speed = pace(request)
     reading = len(table) * READ_SECONDS / 3600
     groups = len(table) * (1 - request.held_out) / request.k
-    how = request.how
-    drawing = groups * (how.release_steps + 1) * GROUP_PASSES * speed.seconds / 3600
-    told: dict[str, float] = {'steps': how.release_steps, 'latent_rank': how.latent_rank}
-    if request.epsilon is not None:
-        told['epsilon'] = request.epsilon
+    drawing = groups * (request.how.release_steps + 1) * GROUP_PASSES * speed.seconds / 3600
     seeded = {'seed': request.seed}
     guided = {} if request.guide is None else {'guide': sha256_file(request.guide)}
     inputs = {'photographs': digest(hashes), 'table': sha256_file(request.labels), **seeded}
@@ -54,7 +52,7 @@ def build_job(request: Request, commands: Commands) -> Job:
         Stage(
             'release',
             'Making the release',
-            {'k': request.k, **told, **guided, **seeded},
+            {'k': request.k, **request.told, **guided, **seeded},
             drawing,
             release.make_release(request, commands.make_release),
         ),

@@ -143,6 +143,7 @@ def test_noisy_codes_have_the_deviation_of_the_generators_own(teller):
         ({'optimize': OptimizeConfig(n_steps=3, latent_rank=2)}, '`epsilon` needs `n_steps` 0'),
         ({'start_noise': 0.5}, '`epsilon` and `start_noise`'),
         ({'noise': NoiseConfig(clip=1.0)}, '`clip`.*`epsilon`'),
+        ({'noise': NoiseConfig(delta=0.1)}, '`delta`.*`epsilon`'),
         ({'noise': NoiseConfig(epsilon=0.0)}, '`epsilon`: want'),
         ({'noise': NoiseConfig(epsilon=1.0, delta=1.0)}, '`delta`: want'),
         ({'clustering': 'random', 'grade_penalty': 1.0}, '`grade_penalty` has no effect'),
@@ -219,6 +220,17 @@ def test_a_run_is_repeated_with_its_key_alone(inputs, made, tmp_path):
     assert key.read_text().strip().encode() not in released
     with pytest.raises(UserError, match='epsilon'):
         make(inputs, made, dataclasses.replace(SETTINGS, noise=NoiseConfig(epsilon=9.0)))
+    with pytest.raises(UserError, match='`delta` 0.5: one of .* people may be given away'):
+        loose = NoiseConfig(epsilon=9.0, delta=0.5)
+        make(inputs, tmp_path / 'loose', dataclasses.replace(SETTINGS, noise=loose))
+    (tmp_path / 'bad.key').write_text('hello')
+    with pytest.raises(UserError, match='`start_key`.*not a file of 64'):
+        make(
+            inputs,
+            tmp_path / 'bad',
+            dataclasses.replace(SETTINGS, start_key=str(tmp_path / 'bad.key')),
+        )
+    assert not (tmp_path / 'loose').exists() and not (tmp_path / 'bad').exists()
 
 
 def test_the_release_says_what_holds(inputs, made):

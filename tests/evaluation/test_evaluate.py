@@ -249,6 +249,8 @@ def test_pictures_of_photographs_know_their_people(config, finished):
         ({'controls': 1}, 'controls: want true or false'),
         ({'attackers': {'n_patients': 3}}, 'attackers: want'),
         ({'levers': {'x': {'k': 3}}}, 'levers: want a name for each'),
+        ({'levers': {'x': {'epsilon': -1}}}, 'levers: x: .*epsilon.*want a number above 0'),
+        ({'levers': {'x': {'epsilon': 8}}}, 'levers: x: .*epsilon.* needs .*latent_rank'),
         ({'table': 'x.csv'}, 'either phantoms or table'),
         ({'k': None}, 'k: want'),
         ({'k': [0]}, 'k: want'),

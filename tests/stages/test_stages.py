@@ -246,6 +246,10 @@ def test_the_training_starts_from_the_weights_of_its_size_unless_told_otherwise(
         request(tmp_path, start_weights=asked.start, size=64).check()
     with pytest.raises(UserError, match='`start_weights`: only the training'):
         request(tmp_path, start_weights=asked.start, encoder_weights=asked.start).check()
+    with pytest.raises(UserError, match='`start_weights`: only the training'):
+        request(tmp_path, start_weights='none', encoder_weights=asked.start).check()
+    with pytest.raises(UserError, match='`encoder_weights`.*draws 128 px, and `size` is 64'):
+        request(tmp_path, size=64, encoder_weights=asked.start).check()
 
 
 def test_the_commands_know_the_flags_of_the_gpu_presets(tmp_path):
@@ -288,10 +292,10 @@ def test_what_is_asked_for_replaces_what_the_preset_says(tmp_path):
 def test_dry_run_prints_the_plan_and_does_nothing(tmp_path, capsys):
     photos = tmp_path / 'photos'
     photos.mkdir()
-    for i in range(3):
+    for i in range(40):
         Image.new('RGB', (8, 8), (i, 0, 0)).save(photos / f'p{i}.png')
     labels = tmp_path / 'labels.csv'
-    labels.write_text('id_code,patient_id\n' + ''.join(f'p{i},{i}\n' for i in range(3)))
+    labels.write_text('id_code,patient_id\n' + ''.join(f'p{i},{i}\n' for i in range(40)))
     script = load_script('photos_to_release', 'scripts')
     flags = [f'--photos={photos}', f'--labels={labels}', f'--out={tmp_path / "out"}', '--size=64']
     assert script.main([*flags, '--dry-run', '--until=release', '--hours=2']) == 0
@@ -306,6 +310,8 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path, capsys):
     hours = float(lines[2].split()[-2])
     assert hours == pytest.approx(1.6, rel=0.06)  # 80 % of them
     assert not (tmp_path / 'out' / 'stages').exists()
+    with pytest.raises(UserError, match='--held_out 0.1: 4 people would be held out'):
+        script.main([*flags, '--dry-run', '--held_out=0.1'])
     with pytest.raises(UserError, match='--until generator'):
         script.main([*flags, '--until=generator'])
     with pytest.raises(UserError, match='lies in --photos'):
