@@ -388,7 +388,9 @@ class GroupOptimizer:
             targets = self.targets(groups)
             means = self.centroids(groups)
             start = self._starts(groups, means)
-            moved = not torch.equal(start, means)
+            moved = cfg.latent_rank > 0 or any(
+                g.start is not None or g.offset is not None for g in groups
+            )
             ws = start.clone().requires_grad_(True)
             rate, style_weights = self.peak_rate(), self.style_weights(start, targets)
             on_gpu = self.device.type == 'cuda'

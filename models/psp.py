@@ -12,8 +12,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from models.encoders import encoder_from_state
@@ -21,9 +22,10 @@ from models.loading import named_tensors
 from models.stylegan2 import Generator, generator_from_state
 from models.stylegan2.frozen import FrozenSynthesis
 from utils.errors import UserError
-from utils.images import shrink
+from utils.images import from_uint8, shrink, to_uint8
 from utils.io import load_weights
 
+_BATCH = 16  # photographs of a pass of `redraw`
 _REMEDY = 'Train one with scripts/train_restyle_psp.py.'
 
 
@@ -256,6 +258,17 @@ def _start(latent_avg: object, decoder: Generator, source: str | Path) -> Float[
             f'{want[1]} finite numbers its generator takes'
         )
     return latent_avg
+
+
+def redraw(
+    psp: PSP, photographs: UInt8[np.ndarray, 'n 3 S S'], *, n_iters: int
+) -> tuple[UInt8[np.ndarray, 'n 3 S S'], Float[Tensor, 'n L D']]:
+    """Photographs of the encoder's size as a PSP in eval mode draws them, and their latents."""
+    frozen, device = FrozenPSP(psp), psp.latent_avg.device
+    parts = torch.from_numpy(np.ascontiguousarray(photographs)).split(_BATCH)
+    found = [invert(frozen, from_uint8(part).to(device), n_iters=n_iters) for part in parts]
+    drawn = torch.cat([to_uint8(part.recon.clamp(-1, 1)).cpu() for part in found])
+    return drawn.numpy(), torch.cat([part.ws.cpu() for part in found])
 
 
 def load_psp(path: str | Path, device: torch.device | str = 'cpu') -> PSP:

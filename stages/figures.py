@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from evaluation.fidelity import feature_statistics, frechet_distance
-from models.psp import PSP, FrozenPSP, invert
+from models.psp import PSP, FrozenPSP, redraw
 from utils.images import from_uint8, grid, save_png, to_uint8
 from utils.seeds import numpy_generator
 
@@ -49,22 +49,15 @@ class Reconstructions(NamedTuple):
     error: float
 
 
-@torch.no_grad()
 def reconstruct(
     psp: PSP, photographs: UInt8[np.ndarray, 'n 3 S S'], n_iters: int, device: torch.device
 ) -> Reconstructions:
     """Photographs of the encoder's size through encoder and generator."""
-    frozen, drawn, latents = FrozenPSP(psp.eval().to(device)), [], []
-    for i in range(0, len(photographs), _BATCH):
-        x = from_uint8(torch.from_numpy(photographs[i : i + _BATCH]).to(device))
-        found = invert(frozen, x, n_iters=n_iters)
-        drawn.append(to_uint8(found.recon.clamp(-1, 1)).cpu())
-        latents.append(found.ws.cpu())
-    u8 = torch.cat(drawn).numpy()
+    u8, latents = redraw(psp.eval().to(device), photographs, n_iters=n_iters)
     real = photographs.astype(np.float32)
     missed = np.square(u8.astype(np.float32) - real).mean()
     average = np.square(real.mean(0) - real).mean()
-    return Reconstructions(u8, torch.cat(latents), float(missed / average))
+    return Reconstructions(u8, latents, float(missed / average))
 
 
 @torch.no_grad()

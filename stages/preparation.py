@@ -54,8 +54,12 @@ def file_hashes(paths: Sequence[Path], known_in: Path) -> list[str]:
     return [entry[2] for _, entry in found]
 
 
-def hold_out(request: Request, table: Table, people: Sequence[str]) -> list[str]:
+def hold_out(
+    request: Request, table: Table, people: Sequence[str]
+) -> tuple[list[str], set[str], set[str]]:
     """The role of every photograph (`evaluation.splits`), where people [n] says who is on it.
+
+    Also the people of the release, and those who are held out.
 
     UserError when too few are held out, or no group can be made of the others.
     """
@@ -72,7 +76,7 @@ def hold_out(request: Request, table: Table, people: Sequence[str]) -> list[str]
             f'`k` {request.k}: {len(inside)} {table.unit} are left for the release, of which no '
             f'group can be made; {_MORE}'
         )
-    return roles
+    return roles, inside, outside
 
 
 def check_photographs(request: Request, table: Table) -> Callable:
@@ -83,7 +87,7 @@ def check_photographs(request: Request, table: Table) -> Callable:
 
     def work(folder: Path, places: Places) -> Outcome:
         people = people_of(merge_identical(table))
-        roles = hold_out(request, table, people)
+        roles, inside, outside = hold_out(request, table, people)
         rows = pd.read_csv(
             request.labels, dtype=str, keep_default_na=False, encoding='utf-8-sig'
         ).rename(columns=str.strip)
@@ -91,8 +95,6 @@ def check_photographs(request: Request, table: Table) -> Callable:
             folder / LABELS,
             rows.assign(split=[RELEASED if r == MEMBER else HELD_OUT for r in roles]),
         )
-        inside = {p for p, role in zip(people, roles) if role == MEMBER}
-        outside = set(people) - inside
         groups = len(inside) // request.k
         known = '' if table.patients else f' {without_patients(table)}.'
         found = f' of {len(set(people))} people' if table.patients else ''

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 
 from evaluation.attacks.metrics import attack_metrics
 from evaluation.attacks.nearest import nearest_attack, not_empty, pixels
-from models.psp import PSP, FrozenPSP, invert
+from models.psp import PSP, redraw
 from models.stylegan2 import Generator
 from models.stylegan2.frozen import FrozenSynthesis
 from models.stylegan2.sampling import latent_spread, seed_styles
@@ -81,7 +81,7 @@ def encoder_attack(
     """
     not_empty(planted=planted, held=held)
     shown = np.concatenate([planted, held])
-    drawn = reconstructions(psp, shown, n_iters=n_iters)
+    drawn, _ = redraw(psp, shown, n_iters=n_iters)
     average = to_uint8(psp.average_image().clamp(-1, 1)[None]).cpu().numpy()
     found = {}
     for name, embed in {'pixel': pixels, **embeds}.items():
@@ -90,16 +90,6 @@ def encoder_attack(
         gain = np.log(far + _SMALL) - np.log(near + _SMALL)
         found[name] = attack_metrics(gain[: len(planted)], gain[len(planted) :])
     return found
-
-
-def reconstructions(
-    psp: PSP, photographs: UInt8[np.ndarray, 'n 3 S S'], *, n_iters: int
-) -> UInt8[np.ndarray, 'n 3 S S']:
-    """Photographs of the encoder's size, by encoder and generator."""
-    frozen, device = FrozenPSP(psp), psp.latent_avg.device
-    parts = torch.from_numpy(np.ascontiguousarray(photographs)).split(_BATCH)
-    drawn = [invert(frozen, from_uint8(p).to(device), n_iters=n_iters).recon for p in parts]
-    return to_uint8(torch.cat(drawn).clamp(-1, 1)).cpu().numpy()
 
 
 def drawing_errors(

@@ -13,11 +13,10 @@ from evaluation.attacks.canaries import (
     drawing_errors,
     encoder_attack,
     generator_attack,
-    reconstructions,
     sample_attacks,
 )
 from models.encoders import build_encoder
-from models.psp import PSP, psp_checkpoint
+from models.psp import PSP, psp_checkpoint, redraw
 from models.stylegan2 import Generator
 from models.stylegan2.sampling import seed_styles
 from utils.errors import UserError
@@ -69,7 +68,7 @@ def test_who_has_encoder_and_generator_finds_what_they_draw_again():
         rgb.conv.weight.mul_(0.1)
     drawn = photographs(np.random.default_rng(0), 12)
     for _ in range(4):
-        drawn = reconstructions(psp, drawn, n_iters=2)
+        drawn, _ = redraw(psp, drawn, n_iters=2)
     halves = {'left half': lambda pictures: pictures[..., :16].reshape(len(pictures), -1) / 255}
     found = encoder_attack(psp, drawn, drawn[:, :, ::-1], halves, n_iters=2)
     assert set(found) == {'pixel', 'left half'}

@@ -22,7 +22,7 @@ from evaluation.catalogue import MEASURES, METHODS
 from evaluation.judges import Judge
 from evaluation.population import people_of
 from evaluation.registry import Candidate
-from evaluation.releases import read_release, shaped
+from evaluation.releases import check_levers, read_release, shaped
 from evaluation.settings import read_settings
 from evaluation.study import open_study
 from models.features.pretrained import load_feature_network
@@ -317,8 +317,7 @@ def test_too_few_people(config, tmp_path):
 @pytest.mark.parametrize('name', ['levers', 'phantoms128'])
 def test_levers_of_the_configurations_go_together(name):
     settings = read_settings(ROOT / f'configs/evaluation/{name}.yaml')
-    for lever in (settings.levers or {}).values():
-        shaped(settings, 5, 0, lever).check()
+    check_levers(settings)
     with pytest.raises(UserError, match='`epsilon` needs'):
         shaped(settings, 5, 0, {'epsilon': 8, 'latent_rank': 0}).check()
 

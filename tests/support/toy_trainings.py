@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from fresh_process import start_fresh
 from golden_fill import fill_state_dict
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+from two_processes import become_rank, free_port
 
 from classification import main as grader_command
 from classification import train as grader_training
@@ -212,13 +212,11 @@ def _lead(name: str, flags: list[str], workers: int, processes: int, stop: Stop 
     os.setsid()
     if processes == 1:
         sys.exit(_work(name, flags, workers, stop))
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        place = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(free.getsockname()[1])}
+    port = free_port()
     fork = multiprocessing.get_context('fork')
     ranks = [
         fork.Process(
-            target=_join, args=(rank, processes, place, name, flags, workers, stop), daemon=False
+            target=_join, args=(rank, processes, port, name, flags, workers, stop), daemon=False
         )
         for rank in range(processes)
     ]
@@ -231,10 +229,8 @@ def _lead(name: str, flags: list[str], workers: int, processes: int, stop: Stop 
     sys.exit(max(abs(rank.exitcode) for rank in ranks))
 
 
-def _join(rank: int, world: int, place: dict, *arguments: Any) -> None:
-    os.environ.update(
-        {**place, 'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world)}
-    )
+def _join(rank: int, world: int, port: int, *arguments: Any) -> None:
+    become_rank(rank, world, port)
     sys.exit(_work(*arguments))
 
 

@@ -22,9 +22,7 @@ class Together:
     def __init__(
         self, n: int, output: Path, target: Callable[..., Any], *arguments: Any, threads: int = 1
     ) -> None:
-        with socket.socket() as free:
-            free.bind(('localhost', 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.output = output
         output.touch()
         self._processes = [
@@ -60,6 +58,24 @@ def run_code(code: str, *arguments: str) -> None:
     exec(compile(code, 'run.py', 'exec'), {'__name__': '__main__', 'sys': sys})
 
 
+def free_port() -> int:
+    """A port of this machine at which processes can meet."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        return free.getsockname()[1]
+
+
+def become_rank(rank: int, n: int, port: int) -> None:
+    """Gives this process the environment in which torchrun starts one of n."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(n),
+        MASTER_ADDR='localhost',
+        MASTER_PORT=str(port),
+    )
+
+
 def _join(
     rank: int,
     n: int,
@@ -69,14 +85,8 @@ def _join(
     target: Callable[..., Any],
     arguments: tuple,
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(n),
-        MASTER_ADDR='localhost',
-        MASTER_PORT=str(port),
-        MPLBACKEND='Agg',
-    )
+    become_rank(rank, n, port)
+    os.environ['MPLBACKEND'] = 'Agg'
     with output.open('a') as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
